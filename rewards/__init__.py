@@ -1,0 +1,17 @@
+"""Rule-based rewards: pure functions from completions to numbers.
+
+Every reward follows one contract, TRL's: it is called by keyword as
+``fn(prompts=..., completions=..., completion_ids=..., **dataset_columns)``, takes completions as
+strings or as message lists, ignores the arguments it does not know and returns one value per
+completion. ``None`` means "this cannot be judged" (no usable gold, grader timed out) and is never
+the same as 0.0, "judged, and not right". The functions are module-level and picklable, so
+``trl grpo --reward_funcs rewards.math_correct`` works as it stands.
+
+Importing this package is cheap: sympy and math-verify live in the worker processes only.
+"""
+
+from rewards.extract import extract_answer
+from rewards.mathematics import grade_answer, math_correct
+from rewards.shaping import format
+
+__all__ = ["extract_answer", "format", "grade_answer", "math_correct"]

@@ -1,0 +1,58 @@
+"""What a completion says, and which part of it is thinking.
+
+A trainer hands over completions either as strings or as chat messages, and a reasoning model
+writes ``<think>...</think>`` before it answers. Everything that reads a completion goes through
+the two functions here, so that "the text" and "outside the thinking" mean one thing.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+
+Completion = str | Sequence[Mapping[str, object]]
+
+_THINK_TAG = re.compile(r"</?think>")
+
+
+def completion_text(completion: Completion) -> str:
+    """Return the text of one completion.
+
+    A string is returned as it is. For a message list (TRL's conversational format) the contents
+    of the assistant's messages are joined; tool results and user turns are not the model's words
+    and are left out. Content given as parts (``[{"type": "text", "text": ...}]``) is joined too.
+    Anything else raises ``TypeError``.
+    """
+    if isinstance(completion, str):
+        return completion
+    if not isinstance(completion, Sequence) or isinstance(completion, bytes):
+        raise TypeError(f"a completion is a string or a message list, not {type(completion)}")
+    turns = [m for m in completion if m.get("role", "assistant") == "assistant"]
+    return "\n".join(_content_text(m.get("content")) for m in turns)
+
+
+def _content_text(content: object) -> str:
+    if content is None:  # a message that only calls a tool
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence):
+        raise TypeError(f"message content is a string or a list of parts, not {type(content)}")
+    return "".join(str(part.get("text", "")) for part in content if isinstance(part, Mapping))
+
+
+def split_thinking(text: str) -> tuple[str, str]:
+    """Split a completion into ``(thinking, answer)``: the text inside and outside ``<think>``.
+
+    Many chat templates end the prompt with ``<think>``, and samplers return the completion only.
+    So a completion whose first tag is ``</think>`` is taken to have begun inside the thinking.
+    An unclosed ``<think>`` runs to the end: a completion cut off while thinking has no answer.
+    Without any tag all of the text is answer.
+    """
+    tags = list(_THINK_TAG.finditer(text))
+    inside = bool(tags) and tags[0].group() == "</think>"
+    thinking, answer, position = [], [], 0
+    for tag in tags:
+        (thinking if inside else answer).append(text[position : tag.start()])
+        inside = tag.group() == "<think>"
+        position = tag.end()
+    (thinking if inside else answer).append(text[position:])
+    return "".join(thinking), "".join(answer)
