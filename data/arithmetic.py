@@ -1,0 +1,110 @@
+"""Multi-step arithmetic told as short word problems, generated; nothing is downloaded.
+
+A problem tells a start value and `steps` changes of it; the answer is the final value:
+
+    Mia has 7 apples. She buys 3 more. She gives away 9. She finds 2. How many apples now?
+
+Its `solution` is a trace for the cold start. A full trace writes out every step. A share of
+`guess_share` of the traces stops working after a random number of steps and states the answer
+from there, so a policy trained on them holds both habits, thinking to the end and guessing early,
+and reinforcement learning has to find out which one pays: the R1-Zero observation (Guo et al.
+2025, arXiv:2501.12948, fig. 3: accuracy and response length rise together) at laptop size.
+
+Splits are disjoint by construction: the *skeleton* (start value and signed changes, whatever the
+names and things) decides the split by a hash, so no held-out sum ever occurs in training under
+other names. `r1pipe` checks this again by its decontamination code.
+
+Row schema: data/README.md. Licence: generated, no rights reserved.
+"""
+
+import hashlib
+import random
+from collections.abc import Iterator
+
+PEOPLE = {"Mia": "She", "Tom": "He", "Ana": "She", "Ben": "He", "Eva": "She", "Sam": "He"}
+THINGS = ["apples", "books", "coins", "cards", "eggs", "nuts"]
+GAINS = ["buys {n} more", "finds {n}", "gets {n}", "wins {n}"]
+LOSSES = ["gives away {n}", "loses {n}", "sells {n}", "drops {n}"]
+
+TEST_SHARE = 0.1
+"""Share of all skeletons that belongs to the test split."""
+
+
+def load(
+    split: str = "train",
+    *,
+    size: int = 1000,
+    seed: int = 0,
+    min_steps: int = 3,
+    max_steps: int = 5,
+    max_value: int = 20,
+    max_change: int = 9,
+    guess_share: float = 0.0,
+) -> Iterator[dict]:
+    """Yield `size` problems of `split` ("train" or "test"), the same ones for the same arguments.
+
+    `guess_share` concerns `solution` only: the problems do not depend on it.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'split "{split}": arithmetic has "train" and "test"')
+    rng = random.Random(f"arithmetic/{split}/{seed}")
+    habits = random.Random(f"arithmetic/{split}/{seed}/habits")
+    seen = set()
+    while len(seen) < size:
+        start, changes = draw_skeleton(rng, rng.randint(min_steps, max_steps), max_value, max_change)
+        skeleton = f"{start}{''.join(f'{c:+d}' for c in changes)}"
+        if split_of(skeleton) != split or skeleton in seen:
+            continue
+        seen.add(skeleton)
+        worked = len(changes)
+        if habits.random() < guess_share:
+            worked = habits.randrange(len(changes))
+        yield {
+            "id": f"arithmetic-{split}-{seed}-{len(seen) - 1}",
+            "kind": "math",
+            "prompt": [{"role": "user", "content": tell(rng, start, changes)}],
+            "answer": str(start + sum(changes)),
+            "solution": write_trace(start, changes, worked),
+            "source": "arithmetic",
+        }
+
+
+def draw_skeleton(
+    rng: random.Random, num_steps: int, max_value: int, max_change: int
+) -> tuple[int, list[int]]:
+    """A start value and signed changes whose running value stays within 0..max_value."""
+    start = value = rng.randint(1, max_value)
+    changes = []
+    for _ in range(num_steps):
+        options = [
+            c for c in range(-max_change, max_change + 1) if c and 0 <= value + c <= max_value
+        ]
+        changes.append(rng.choice(options))
+        value += changes[-1]
+    return start, changes
+
+
+def split_of(skeleton: str) -> str:
+    """The split a skeleton belongs to, by a hash that is the same on every machine."""
+    share = int.from_bytes(hashlib.sha256(skeleton.encode()).digest()[:8], "big") / 2**64
+    return "test" if share < TEST_SHARE else "train"
+
+
+def tell(rng: random.Random, start: int, changes: list[int]) -> str:
+    """The sum as a story."""
+    person, thing = rng.choice(list(PEOPLE)), rng.choice(THINGS)
+    sentences = [f"{person} has {start} {thing}."]
+    for change in changes:
+        verb = rng.choice(GAINS if change > 0 else LOSSES)
+        sentences.append(f"{PEOPLE[person]} {verb.format(n=abs(change))}.")
+    return " ".join([*sentences, f"How many {thing} now?"])
+
+
+def write_trace(start: int, changes: list[int], worked: int) -> str:
+    """`<think>` with the first `worked` steps written out, then the boxed answer."""
+    value, lines = start, []
+    for change in changes[:worked]:
+        lines.append(f"{value}{change:+d}={value + change}")
+        value += change
+    thinking = "".join(f"{line}\n" for line in lines)
+    return f"<think>\n{thinking}</think>\n\\boxed{{{start + sum(changes)}}}"

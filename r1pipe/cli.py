@@ -1,0 +1,103 @@
+"""The commands, nothing else. Every error that a user can put right is one line and exit code 2."""
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from r1pipe import __version__
+from r1pipe.config import STAGE_TYPES, load_recipe
+from r1pipe.errors import UserError
+
+DEFAULT_CONFIG = "configs/demo.yaml"
+STAGE_HELP = {
+    "init": "make a policy from random weights",
+    "sft": "cold start: supervised training on written-out reasoning",
+    "grpo": "reinforcement learning",
+    "reject": "sample traces for a later sft stage",
+    "distill": "teach a dense student",
+    "eval": "measure checkpoints on held-out problems",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="r1pipe",
+        description="The R1 recipe: cold start, GRPO on vLLM rollouts, distillation, evaluation.",
+        epilog="Start with: r1pipe run configs/demo.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"r1pipe {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+
+    def add(name: str, help_text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=help_text, description=help_text)
+        command.add_argument("config", nargs="?", default=DEFAULT_CONFIG, metavar="CONFIG")
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            dest="overrides",
+            help="change a key of the recipe: seed=1, stages.grpo.max_steps=2",
+        )
+        return command
+
+    run = add("run", "run all stages of a recipe that are not finished")
+    run.add_argument("--redo", metavar="STAGE", help="make this stage and what follows again")
+    for kind in STAGE_TYPES:
+        command = add(kind, STAGE_HELP[kind])
+        command.add_argument("--redo", action="store_true", help="make it again if it is finished")
+    add("check", "read a recipe and its data, and run nothing")
+
+    gguf = commands.add_parser("import-gguf", help="turn a GGUF file into a checkpoint folder")
+    gguf.add_argument("file", type=Path, metavar="FILE")
+    gguf.add_argument("out", type=Path, metavar="OUT")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    # A run that is terminated cleans up as one that is interrupted.
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    try:
+        run_command(options)
+    except UserError as error:
+        print(f"r1pipe: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "r1pipe: interrupted; the same command goes on after the last finished stage",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def run_command(options: argparse.Namespace) -> None:
+    if options.command == "import-gguf":
+        from r1pipe.models import import_gguf
+
+        import_gguf(options.file, options.out)
+        print(f"written: {options.out}")
+        return
+    recipe = load_recipe(options.config, options.overrides)
+    if options.command == "check":
+        from r1pipe.check import check_recipe
+
+        for line in check_recipe(recipe):
+            print(line)
+        return
+    from r1pipe.pipeline import run_one, run_recipe
+
+    if options.command == "run":
+        run_recipe(recipe, options.redo)
+    else:
+        run_one(recipe, options.command, options.redo)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,418 @@
+"""Every schema of a recipe's YAML, strict: an unknown key is an error that names the nearest key.
+
+A recipe is a name, a few settings for all stages, and an ordered list of stages. Each stage says
+what it starts `from`: an earlier stage, a folder, or a hub id. Option names are TRL's and vLLM's
+own where those have one. Imports no torch.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from r1pipe.errors import UserError
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class ProblemSet(Strict):
+    """Problems from a recipe in data/ (`recipe`), or the traces of an earlier stage (`stage`)."""
+
+    recipe: str | None = None
+    """A name in data/ ("arithmetic"), or the path of a .py file with `load(split, **options)`."""
+    stage: str | None = None
+    """An earlier `reject` stage whose traces are the rows."""
+    split: str = "train"
+    options: dict[str, Any] = {}
+    """Keyword arguments of the recipe's `load`."""
+
+    @model_validator(mode="after")
+    def name_one_source(self) -> "ProblemSet":
+        if (self.recipe is None) == (self.stage is None):
+            raise ValueError("give either recipe or stage")
+        return self
+
+
+class Sampling(Strict):
+    temperature: NonNegativeFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0: no limit."""
+    max_completion_length: PositiveInt
+    """Tokens; a completion that reaches it counts as truncated."""
+
+
+class Reward(Strict):
+    function: str
+    """A dotted name, such as rewards.math_correct (TRL's reward contract)."""
+    weight: float = 1.0
+    options: dict[str, Any] = {}
+    """Further keyword arguments of the function."""
+
+
+class Engine(Strict):
+    """vLLM's settings; one engine serves all stages of a process that share an architecture."""
+
+    max_model_len: PositiveInt | None = None
+    """Prompt plus completion, tokens. Default: the model's own context."""
+    max_num_seqs: PositiveInt = 256
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
+    kv_cache_gib: PositiveFloat | None = None
+    """A fixed size of the KV cache instead of gpu_memory_utilization."""
+    tensor_parallel_size: PositiveInt = 1
+    enforce_eager: bool = False
+    """No compilation: always so on CPU, where compiling takes longer than a small run."""
+
+
+class Supervised(Strict):
+    """Options of TRL's SFTTrainer, under its names."""
+
+    max_steps: PositiveInt | None = None
+    num_train_epochs: PositiveFloat | None = None
+    per_device_train_batch_size: PositiveInt = 8
+    gradient_accumulation_steps: PositiveInt = 1
+    learning_rate: PositiveFloat = 5e-5
+    min_lr: NonNegativeFloat = 0.0
+    """Where the cosine ends."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    max_length: PositiveInt | None = None
+    """Rows of more tokens are dropped and counted, never cut."""
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def name_a_length(self) -> "Supervised":
+        if (self.max_steps is None) == (self.num_train_epochs is None):
+            raise ValueError("give either max_steps or num_train_epochs")
+        return self
+
+
+class TokenizerTraining(Strict):
+    """A byte-level BPE trained on the prompts and solutions of some problems."""
+
+    data: ProblemSet
+    vocab_size: PositiveInt = 512
+
+
+class Stage(Strict):
+    name: str = ""
+    """The stage's folder in the run; default: its kind."""
+
+    trains: ClassVar[bool] = False
+    """Whether the stage learns from `data`, which decontamination then has to look at."""
+    makes_checkpoint: ClassVar[bool] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def default_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not values.get("name"):
+            return {**values, "name": values.get("kind", "")}
+        return values
+
+    @field_validator("name")
+    @classmethod
+    def be_a_folder_name(cls, name: str) -> str:
+        if not name.replace("-", "").replace("_", "").isalnum():
+            raise ValueError("a stage's name is made of letters, digits, - and _")
+        return name
+
+    def parents(self) -> list[str]:
+        """What the stage starts from: names of earlier stages, folders or hub ids."""
+        return []
+
+
+class Init(Stage):
+    """A policy from random weights, with a tokenizer built for the data."""
+
+    kind: Literal["init"]
+    model: dict[str, Any]
+    """`model_type` and the keyword arguments of that transformers config."""
+    tokenizer: TokenizerTraining
+
+
+class TrainingStage(Stage):
+    from_: Annotated[str, Field(alias="from")]
+    """An earlier stage, a checkpoint folder, or a hub id."""
+    data: ProblemSet
+
+    trains: ClassVar[bool] = True
+
+    def parents(self) -> list[str]:
+        return [self.from_, *([self.data.stage] if self.data.stage else [])]
+
+
+class Sft(TrainingStage):
+    """Cold start: supervised training on the problems' own solutions."""
+
+    kind: Literal["sft"]
+    train: Supervised
+
+
+class Grpo(TrainingStage):
+    """Reinforcement learning with group-relative advantages."""
+
+    kind: Literal["grpo"]
+    rewards: Annotated[list[Reward], Field(min_length=1)]
+    max_steps: PositiveInt
+    prompts_per_step: PositiveInt
+    num_generations: Annotated[int, Field(ge=2)]
+    """Samples per prompt: the group."""
+    temperature: PositiveFloat = 1.0
+    max_completion_length: PositiveInt
+
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What the advantages are divided by: the group's std, the batch's, or nothing."""
+    beta: NonNegativeFloat = 0.0
+    """Weight of the KL term to the reference policy; 0 keeps no reference."""
+    reference_refresh_steps: PositiveInt | None = None
+    """Every so many steps the reference becomes the current policy."""
+    epsilon: PositiveFloat = 0.2
+    epsilon_high: PositiveFloat | None = None
+    """Upper clip range; default: epsilon."""
+    steps_per_generation: PositiveInt = 1
+    """Optimizer steps (minibatches) per batch of rollouts."""
+    mask_truncated_completions: bool = False
+
+    learning_rate: PositiveFloat = 1e-6
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegativeFloat = 0.0
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    max_grad_norm: PositiveFloat = 1.0
+    micro_batch_tokens: PositiveInt = 16384
+    """Padded tokens in one forward and backward pass: bounds memory, changes nothing else."""
+    gradient_checkpointing: bool = False
+
+    max_logprob_diff: PositiveFloat = 1e-4
+    """Mean |sampler - trainer| log-probability above which the run stops. float32: 1e-4; a bf16
+    sampler differs by about 1e-2."""
+    max_unjudged_share: Share = 0.5
+    """Share of rollouts that no reward could judge above which the run stops."""
+
+    @model_validator(mode="after")
+    def split_evenly(self) -> "Grpo":
+        if (self.prompts_per_step * self.num_generations) % self.steps_per_generation:
+            raise ValueError(
+                "prompts_per_step x num_generations must be a multiple of steps_per_generation"
+            )
+        return self
+
+
+class Traces(Strict):
+    """Samples of a policy, the right ones kept."""
+
+    num_generations: PositiveInt
+    sampling: Sampling
+    rewards: Annotated[list[Reward], Field(min_length=1)] = [
+        Reward(function="rewards.math_correct"),
+        Reward(function="rewards.format"),
+    ]
+    """A sample is kept if every one of these gives it its full reward, 1."""
+    max_per_problem: PositiveInt = 1
+    """Kept samples per problem, the shortest first."""
+
+
+class Reject(TrainingStage):
+    """Rejection sampling: writes traces for a later `sft` stage."""
+
+    kind: Literal["reject"]
+    traces: Traces
+
+    makes_checkpoint: ClassVar[bool] = False
+
+
+class Distill(TrainingStage):
+    """Rejection sampling from `from`, then supervised training of a dense student."""
+
+    kind: Literal["distill"]
+    student: str | dict[str, Any]
+    """A folder or hub id; or, as in `init`, a config for a student from random weights, which
+    takes over the teacher's tokenizer."""
+    traces: Traces
+    train: Supervised
+
+
+class Eval(Stage):
+    """The same held-out problems for every checkpoint."""
+
+    kind: Literal["eval"]
+    checkpoints: Annotated[list[str], Field(min_length=1)]
+    """Earlier stages, folders or hub ids."""
+    data: ProblemSet
+    num_samples: PositiveInt
+    k: PositiveInt | None = None
+    """For pass@k and maj@k; default: num_samples."""
+    sampling: Sampling
+    reward: str = "rewards.math_correct"
+    format_reward: str = "rewards.format"
+
+    makes_checkpoint: ClassVar[bool] = False
+
+    def parents(self) -> list[str]:
+        return self.checkpoints
+
+
+AnyStage = Annotated[Init | Sft | Grpo | Reject | Distill | Eval, Field(discriminator="kind")]
+STAGE_TYPES: dict[str, type[Stage]] = {
+    get_args(t.model_fields["kind"].annotation)[0]: t for t in get_args(get_args(AnyStage)[0])
+}
+
+
+class Recipe(Strict):
+    name: str
+    seed: int = 0
+    runs_dir: str = "runs"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in the sampler and in the trainer's forward."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    ngram: PositiveInt = 13
+    """Words that a training and an evaluation problem must share in a row to count as overlap."""
+    engine: Engine = Engine()
+    stages: Annotated[list[AnyStage], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def link_stages(self) -> "Recipe":
+        kinds: dict[str, Stage] = {}
+        for stage in self.stages:
+            if stage.name in kinds:
+                raise ValueError(f'stages: two are called "{stage.name}"; give one a name')
+            for parent in stage.parents():
+                later = [s.name for s in self.stages if s.name == parent and parent not in kinds]
+                if later:
+                    raise ValueError(f'stages: "{stage.name}" starts from "{parent}", a later one')
+            source = getattr(stage, "data", None)
+            if source is not None and source.stage and source.stage not in kinds:
+                raise ValueError(f'stages: "{stage.name}": no earlier stage "{source.stage}"')
+            kinds[stage.name] = stage
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir) / self.name
+
+    def stage(self, name: str) -> Stage | None:
+        return next((s for s in self.stages if s.name == name), None)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe. `overrides` are `key=value` pairs, such as `seed=1` or
+    `stages.grpo.max_steps=2` (a stage by its name), the value in YAML.
+
+    Raises UserError naming the file and the key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"line {mark.line + 1}: " if mark else ""
+        problem = getattr(error, "problem", None) or "not YAML"
+        raise UserError(f"{path}: {where}{problem}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping with name and stages")
+    for override in overrides or []:
+        apply_override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"{path}: {describe_error(error, values)}") from error
+
+
+def apply_override(values: dict, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f'"{override}": an override is written key=value')
+    *path, last = key.split(".")
+    node: Any = values
+    for part in path:
+        if isinstance(node, list):
+            names = {n.get("name") or n.get("kind"): n for n in node if isinstance(n, dict)}
+            if part not in names:
+                raise UserError(f'"{override}": no stage "{part}"; there are {", ".join(names)}')
+            node = names[part]
+        else:
+            node = node.setdefault(part, {})
+        if not isinstance(node, dict | list):
+            raise UserError(f'"{override}": "{part}" is not a section')
+    try:
+        node[last] = yaml.safe_load(value)
+    except (TypeError, yaml.YAMLError) as error:
+        raise UserError(f'"{override}": cannot be set: {error}') from error
+
+
+def describe_error(error: ValidationError, values: dict) -> str:
+    """pydantic's first complaint as `key: what is wrong`, with the nearest key if it is unknown."""
+    first = error.errors()[0]
+    location = list(first["loc"])
+    if len(location) >= 2 and location[0] == "stages" and isinstance(location[1], int):
+        raw = values["stages"][location[1]]
+        name = (raw.get("name") or raw.get("kind")) if isinstance(raw, dict) else None
+        # pydantic inserts the discriminator's value after the index.
+        location = ["stages", name or location[1], *location[3:]]
+    key = ".".join(str(part) for part in location)
+    prefix = f"{key}: " if key else ""
+    if first["type"] == "extra_forbidden":
+        known = known_keys(first["loc"], values)
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
+        return f"{prefix}unknown key; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{prefix}required key is missing"
+    if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
+        return f"{prefix}kind must be one of {', '.join(STAGE_TYPES)}"
+    if not isinstance(first.get("input"), dict | list):
+        return f"{prefix}{message} (got {first.get('input')!r})"
+    return f"{prefix}{message}"
+
+
+def known_keys(location: tuple, values: dict) -> list[str]:
+    """The keys that the schema knows where the unknown one at `location` stood."""
+    model: type[BaseModel] = Recipe
+    for part in location[:-1]:
+        if part == "stages":
+            continue
+        if isinstance(part, int):
+            continue
+        if part in STAGE_TYPES and not (model is not Recipe and part in model.model_fields):
+            model = STAGE_TYPES[part]
+            continue
+        field = next(
+            (f for n, f in model.model_fields.items() if part in (n, f.alias)), None
+        )
+        nested = [t for t in walk_types(field.annotation) if issubclass(t, BaseModel)]
+        if not nested:
+            return []
+        model = nested[0]
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def walk_types(annotation: Any) -> list[type]:
+    """All classes inside a possibly generic annotation."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return [annotation]
+    return [t for arg in get_args(annotation) for t in walk_types(arg)]

@@ -1,0 +1,56 @@
+"""Distillation: the policy's right answers teach a dense student. Run it with:
+
+    r1pipe distill configs/demo.yaml
+
+As in R1 (Guo et al. 2025, arXiv:2501.12948, section 2.4): supervised training on samples that
+rejection has left, no reinforcement learning of the student.
+"""
+
+from typing import Any
+
+from r1pipe.config import Distill
+from r1pipe.errors import UserError
+from r1pipe.models import build_model, load_model, load_tokenizer, save_checkpoint
+from r1pipe.progress import say
+from r1pipe.records import write_jsonl
+from r1pipe.rejection import collect_traces
+from r1pipe.stage import StageContext
+from r1pipe.supervised import train_on_traces
+
+
+def run(stage: Distill, context: StageContext) -> dict[str, Any]:
+    """Sample the teacher `from`, keep what the rewards accept, train the student on it."""
+    problems = context.training_problems(stage)
+    teacher = context.checkpoint(stage.from_)
+    traces, facts = collect_traces(
+        context.engines.open(teacher),
+        problems,
+        stage.traces,
+        (context.recipe.seed, stage.name),
+        f"{stage.name}: samples",
+    )
+    if not traces:
+        raise UserError(f'stage "{stage.name}": no sample of {teacher} was accepted')
+    write_jsonl(context.folder / "traces.jsonl", traces)
+
+    if isinstance(stage.student, str):
+        base = context.checkpoint(stage.student)
+        tokenizer = load_tokenizer(base)
+        student = load_model(base, context.device, context.recipe.attn_implementation)
+    else:
+        tokenizer = load_tokenizer(teacher)
+        student = build_model(stage.student, tokenizer, context.recipe.seed).to(context.device)
+    num_parameters = sum(p.numel() for p in student.parameters())
+    say(f"{stage.name}: {len(traces)} traces for a {type(student).__name__} of {num_parameters:,}")
+    facts |= train_on_traces(
+        student,
+        tokenizer,
+        traces,
+        stage.train,
+        dtype=context.recipe.dtype,
+        seed=context.recipe.seed,
+        folder=context.folder,
+        label=f"{stage.name}: student",
+    )
+    save_checkpoint(student, tokenizer, context.folder)
+    return {**facts, "num_parameters": num_parameters}

@@ -1,0 +1,153 @@
+"""Evaluation: every checkpoint on the same held-out problems. Run it with:
+
+    r1pipe eval configs/demo.yaml
+"""
+
+import json
+import time
+from typing import Any
+
+from r1pipe.config import Eval, Reward
+from r1pipe.problems import OverlapIndex
+from r1pipe.progress import StageProgress, say
+from r1pipe.records import Problem, Rollout, Score, read_jsonl, write_jsonl, write_text
+from r1pipe.summary import format_table, plot_curves
+from r1pipe.rollout import Sampler
+from r1pipe.scoring import Scorer, mean
+from r1pipe.stage import StageContext
+from r1pipe.statistics import clustered_interval, estimate_pass_at_k, vote
+from rewards import extract_answer
+
+
+def run(stage: Eval, context: StageContext) -> dict[str, Any]:
+    """Write summary.json (one object per checkpoint), samples, and the curves; print the table."""
+    problems = context.load(stage.data)
+    scorer = Scorer([Reward(function=stage.reward), Reward(function=stage.format_reward)])
+    summary = []
+    # One engine after another: checkpoints of one architecture next to each other share one.
+    for name in stage.checkpoints:
+        started = time.monotonic()
+        checkpoint = context.checkpoint(name)
+        sampler = context.engines.open(checkpoint)
+        label = f"{stage.name}: {name}"
+        rollouts, scores = sample_checkpoint(
+            stage, sampler, scorer, problems, context.recipe.seed, label
+        )
+        record = context.run.read_record(name) if context.recipe.stage(name) else None
+        summary.append(
+            {
+                "stage": name,
+                "checkpoint": checkpoint,
+                "dataset": f"{stage.data.recipe}/{stage.data.split}",
+                **measure(stage, problems, rollouts, scores),
+                "overlap": overlap_with_training(context, name, problems),
+                # Of the stage that made the checkpoint; its evaluation took eval_s.
+                "wall_s": record["wall_s"] if record else 0.0,
+                "eval_s": round(time.monotonic() - started, 1),
+            }
+        )
+        write_jsonl(
+            context.folder / f"samples_{len(summary)}.jsonl",
+            map(sample_row, repeat_each(problems, stage), rollouts, scores),
+        )
+    text = json.dumps(summary, indent=2) + "\n"
+    write_text(context.folder / "summary.json", text)
+    write_text(context.run.path / "summary.json", text)
+    plot_curves(context.run, summary, context.run.path / "curves.png")
+    print(format_table(summary))
+    say(f"written: {context.run.path}/summary.json, {context.run.path}/curves.png")
+    return {"checkpoints": len(summary), "problems": len(problems)}
+
+
+def repeat_each(problems: list[Problem], stage: Eval) -> list[Problem]:
+    return [problem for problem in problems for _ in range(stage.num_samples)]
+
+
+def sample_checkpoint(
+    stage: Eval, sampler: Sampler, scorer: Scorer, problems: list[Problem], seed: int, label: str
+) -> tuple[list[Rollout], list[Score]]:
+    """`num_samples` scored rollouts per problem. The seeds do not depend on the checkpoint, so
+    that checkpoints are compared on common random numbers."""
+    with StageProgress(label, len(problems) * stage.num_samples) as progress:
+        rollouts = sampler.generate(
+            problems, stage.num_samples, stage.sampling, (seed, stage.name), progress.advance
+        )
+    return rollouts, scorer.score(repeat_each(problems, stage), rollouts)
+
+
+def measure(
+    stage: Eval, problems: list[Problem], rollouts: list[Rollout], scores: list[Score]
+) -> dict[str, Any]:
+    """The figures of one checkpoint, with their protocol. What cannot be judged counts as wrong,
+    and is counted."""
+    k = min(stage.k or stage.num_samples, stage.num_samples)
+    right = [(score.rewards[stage.reward] or 0.0) >= 1.0 for score in scores]
+    pass_rates, pass_at_k, majority = [], [], []
+    for i in range(len(problems)):
+        samples = slice(i * stage.num_samples, (i + 1) * stage.num_samples)
+        num_right = sum(right[samples])
+        pass_rates.append(num_right / stage.num_samples)
+        pass_at_k.append(estimate_pass_at_k(stage.num_samples, num_right, k))
+        majority.append(is_majority_right(rollouts[samples][:k], right[samples][:k]))
+    ci_low, ci_high = clustered_interval(pass_rates)
+    judged_format = [(score.rewards[stage.format_reward] or 0.0) >= 1.0 for score in scores]
+    return {
+        "num_problems": len(problems),
+        "num_samples": stage.num_samples,
+        "temperature": stage.sampling.temperature,
+        "top_p": stage.sampling.top_p,
+        "max_completion_length": stage.sampling.max_completion_length,
+        "pass_at_1": round(mean(pass_rates), 4),
+        "ci_low": round(ci_low, 4),
+        "ci_high": round(ci_high, 4),
+        "k": k,
+        "pass_at_k": round(mean(pass_at_k), 4),
+        "maj_at_k": round(mean(majority), 4),
+        "format_rate": round(mean(judged_format), 4),
+        "mean_tokens": round(mean([len(r.completion_ids) for r in rollouts]), 1),
+        "truncated": round(mean([r.truncated for r in rollouts]), 4),
+        "unjudged": round(mean([s.rewards[stage.reward] is None for s in scores]), 4),
+    }
+
+
+def is_majority_right(rollouts: list[Rollout], right: list[bool]) -> bool:
+    answers = [extract_answer(rollout.completion) for rollout in rollouts]
+    winner = vote(answers)
+    return winner is not None and right[answers.index(winner)]
+
+
+def overlap_with_training(
+    context: StageContext, checkpoint: str, problems: list[Problem]
+) -> float | None:
+    """Share of the problems that overlap with what the checkpoint, and all it comes from, was
+    trained on; None if part of that is a model from elsewhere, whose data nobody here knows."""
+    index = OverlapIndex(problems, context.recipe.ngram)
+    overlapping: set[str] = set()
+    names, seen = [checkpoint], set()
+    while names:
+        name = names.pop()
+        stage = context.recipe.stage(name)
+        if stage is None:
+            return None
+        if name in seen:
+            continue
+        seen.add(name)
+        names += stage.parents()
+        path = context.run.stage_dir(name) / "problems.jsonl"
+        if path.exists():
+            for _, row in read_jsonl(path):
+                overlapping |= index.find(Problem(**row))
+    return round(len(overlapping) / len(problems), 4)
+
+
+def sample_row(problem: Problem, rollout: Rollout, score: Score) -> dict:
+    return {
+        "problem_id": problem.id,
+        "sample": rollout.sample,
+        "prompt": problem.question,
+        "answer": problem.answer,
+        "completion": rollout.completion,
+        "finish_reason": rollout.finish_reason,
+        "num_tokens": len(rollout.completion_ids),
+        "rewards": score.rewards,
+    }

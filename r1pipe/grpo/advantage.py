@@ -1,0 +1,41 @@
+"""Group-relative advantages: pure functions from rewards to advantages."""
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-4
+"""Added to the standard deviation, as in TRL."""
+
+
+def compute_advantages(rewards_NG: Tensor, scale_rewards: str) -> Tensor:
+    """Advantage of each of G samples over its group: `[N, G] -> [N, G]`.
+
+    A = (r - mean(group)) / std, with the std of the group as in GRPO (arXiv:2402.03300, eq. in
+    section 4.1.2), of the whole batch (arXiv:2508.08221), or 1 as in Dr. GRPO (arXiv:2503.20783,
+    section 3.1), which shows that the group's std favours too easy and too hard questions.
+
+    A NaN reward stands for "could not be judged": it takes no part in mean and std, and its
+    advantage is 0, so the sample teaches nothing.
+    """
+    judged_NG = ~rewards_NG.isnan()
+    centred_NG = rewards_NG - rewards_NG.nanmean(dim=1, keepdim=True)
+    if scale_rewards == "group":
+        centred_NG = centred_NG / (nan_std(centred_NG, dim=1) + EPSILON)
+    elif scale_rewards == "batch":
+        centred_NG = centred_NG / (nan_std(centred_NG.reshape(1, -1), dim=1) + EPSILON)
+    elif scale_rewards != "none":
+        raise ValueError(f"scale_rewards: {scale_rewards!r}")
+    return torch.where(judged_NG, centred_NG, 0.0)
+
+
+def nan_std(values: Tensor, dim: int) -> Tensor:
+    """Unbiased standard deviation over `dim`, kept, of the entries that are not NaN."""
+    count = (~values.isnan()).sum(dim, keepdim=True)
+    squares = (values - values.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
+    return (squares / (count - 1).clamp(min=1)).sqrt()
+
+
+def share_of_silent_groups(rewards_NG: Tensor) -> float:
+    """Share of groups whose rewards are all equal, from which nothing can be learned."""
+    spread_N1 = nan_std(rewards_NG, dim=1)
+    return float((spread_N1 < 1e-8).float().mean())

@@ -1,0 +1,271 @@
+"""Policies, students and tokenizers: built, loaded, saved, and the one table of model quirks.
+
+What a tensor is called differs between transformers (experts fused in one 3-D parameter) and the
+checkpoint format that vLLM reads (one tensor per expert): `export_weights` translates.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.core_model_loading import revert_weight_conversion
+
+from r1pipe.errors import UserError
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+    "{% if message.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PAD, END, ROLES = "<|pad|>", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>")
+THINK = ("<think>", "</think>")
+
+
+@dataclass(frozen=True)
+class Quirks:
+    """What a model type needs beyond the defaults."""
+
+    config: dict[str, Any] = field(default_factory=dict)
+    """Keys that vLLM reads from config.json and transformers does not declare."""
+    cpu_engine: dict[str, Any] = field(default_factory=dict)
+    """Arguments of vLLM's LLM on CPU."""
+    cpu_environment: dict[str, str] = field(default_factory=dict)
+    """Environment variables of vLLM on CPU."""
+
+
+DEEPSEEK_CPU = {
+    # vLLM's CPU rotary kernel mishandles the 3-D queries of DeepSeek's attention (log-prob errors
+    # up to 5.6); its native PyTorch version is right.
+    "cpu_engine": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}},
+    # The CPU's MLA kernels want a latent of 512 + 64 or bf16; without MLA vLLM computes the same
+    # attention from the expanded keys and values.
+    "cpu_environment": {"VLLM_MLA_DISABLE": "1"},
+}
+
+QUIRKS: dict[str, Quirks] = {
+    "deepseek_v2": Quirks(**DEEPSEEK_CPU),
+    "deepseek_v3": Quirks(
+        config={"topk_method": "noaux_tc", "scoring_func": "sigmoid"}, **DEEPSEEK_CPU
+    ),
+}
+
+
+def find_quirks(model_type: str) -> Quirks:
+    return QUIRKS.get(model_type, Quirks())
+
+
+def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a chat template, an end token and `<think>`/`</think>`.
+
+    Words, numbers of up to three digits and single signs are kept apart, so a number is one token
+    wherever it is frequent and any text comes back exactly as it went in.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r" ?\p{L}+| ?\p{N}{1,3}|[^\s\p{L}\p{N}]|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(THINK),
+        special_tokens=[PAD, END, *ROLES],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
+    # Not special: the rewards read them, so decoding must not drop them.
+    wrapped.add_tokens(list(THINK))
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def build_model(
+    settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
+    """A model with random weights, float32. `settings`: `model_type` and its config's arguments.
+
+    Raises UserError for a model type or an argument that transformers does not know.
+    """
+    settings = dict(settings)
+    model_type = settings.pop("model_type", None)
+    if model_type is None:
+        raise UserError("model: model_type is missing, such as deepseek_v3 or qwen3")
+    try:
+        known = AutoConfig.for_model(model_type)
+    except ValueError as error:
+        raise UserError(f'model: transformers knows no model_type "{model_type}"') from error
+    if unknown := [key for key in settings if not hasattr(known, key)]:
+        raise UserError(f'model: a {model_type} config has no "{unknown[0]}"')
+    config = AutoConfig.for_model(
+        model_type,
+        **{
+            **find_quirks(model_type).config,
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            **settings,
+        },
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def load_model(
+    checkpoint: str, device: torch.device, attn_implementation: str = "sdpa"
+) -> PreTrainedModel:
+    """The trainer's copy of a checkpoint (folder or hub id).
+
+    In float32 whatever the recipe's dtype is: these are the master weights, and an update at a
+    learning rate of 1e-6 is lost in bf16's eight bits. `training_context` computes in bf16.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, attn_implementation=attn_implementation
+        )
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"{checkpoint}: cannot be loaded: {first_line(error)}") from error
+    if device.type == "cpu" and hasattr(model, "set_experts_implementation") and is_moe(model):
+        # The fastest on CPU for small experts, measured in benchmarks/; grouped_mm is the GPU's.
+        model.set_experts_implementation("eager")
+    return model.to(device)
+
+
+def is_moe(model: PreTrainedModel) -> bool:
+    return any("experts" in name for name, _ in model.named_modules())
+
+
+def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, checked for what every stage needs: a chat template, an end."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"{checkpoint}: no tokenizer: {first_line(error)}") from error
+    if not tokenizer.chat_template:
+        raise UserError(f"{checkpoint}: the tokenizer has no chat template")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{checkpoint}: the tokenizer has no end token (eos_token)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids up to where the assistant begins: what is sampled from, and trained behind."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a completion and its end token: what the sampler would have returned."""
+    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+
+
+def save_checkpoint(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """safetensors in the original architecture, the tokenizer, and a generation config."""
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def export_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors as in a saved checkpoint, one layer at a time, without a second full copy.
+
+    Walks `state_dict()`, not the parameters: a router's `e_score_correction_bias` is a buffer, and
+    a sampler without it routes other tokens to other experts.
+    """
+    tensors = model.state_dict()
+    if getattr(model.config, "tie_word_embeddings", False):
+        # Saved checkpoints hold tied weights once, and vLLM ties them itself.
+        tensors = {n: t for n, t in tensors.items() if n not in tied_names(model)}
+
+    def layer(name: str) -> str:
+        found = re.search(r"\.layers\.(\d+)\.", name)
+        return found.group(1) if found else ""
+
+    for _, group in groupby(sorted(tensors, key=layer), key=layer):
+        part = {name: tensors[name].detach() for name in group}
+        yield from revert_weight_conversion(model, part).items()
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    return set(getattr(model, "all_tied_weights_keys", None) or {"lm_head.weight": ""})
+
+
+def pick_device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda is asked for, and torch sees no GPU")
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def fast_training_kernels(device: torch.device, dtype: str) -> Iterator[None]:
+    """Training without oneDNN in float32 on CPU.
+
+    oneDNN compiles a kernel for every new matrix shape; expert batches and sequence lengths change
+    at every step, so it compiles for ever. MKL does not, and is 2.5 to 5 times faster then
+    (benchmarks/). In bf16 oneDNN stays: MKL has no such kernels.
+    """
+    enabled = torch.backends.mkldnn.enabled
+    if device.type == "cpu" and dtype == "float32":
+        torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
+
+
+def import_gguf(file: Path, out: Path) -> None:
+    """Turn a GGUF file into a checkpoint: dequantised float32 weights and the tokenizer.
+
+    Raises UserError if the file is missing or transformers cannot read it.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: exists and is not empty")
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    except (OSError, ValueError, ImportError, NotImplementedError, KeyError) as error:
+        raise UserError(f"{file}: cannot be read as GGUF: {first_line(error)}") from error
+    # A model that came from GGUF carries the conversion along and would save under other names:
+    # the same weights under a fresh config save as a plain checkpoint.
+    config = type(loaded.config)(**loaded.config.to_dict())
+    config.dtype = "float32"
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    save_checkpoint(model, tokenizer, out)

@@ -1,0 +1,110 @@
+"""Runs a recipe's stages in order, or one of them, each continuing from the one before."""
+
+import importlib
+import os
+import resource
+import time
+from collections.abc import Callable
+
+from r1pipe.config import Recipe, Stage
+from r1pipe.errors import UserError
+from r1pipe.progress import say
+from r1pipe.runs import RunFolder
+
+STAGE_MODULES = {
+    "init": "r1pipe.init",
+    "sft": "r1pipe.sft",
+    "grpo": "r1pipe.grpo.loop",
+    "reject": "r1pipe.reject",
+    "distill": "r1pipe.distill",
+    "eval": "r1pipe.evaluate",
+}
+"""Where a kind of stage has its `run(stage, context)`; imported when its turn comes."""
+
+
+def run_recipe(recipe: Recipe, redo: str | None = None) -> None:
+    """Run every stage that is not finished; `redo` names a stage to make again, with all after."""
+    if redo is not None and recipe.stage(redo) is None:
+        names = ", ".join(stage.name for stage in recipe.stages)
+        raise UserError(f'--redo {redo}: no such stage; there are {names}')
+    with RunFolder(recipe) as run:
+        names = [stage.name for stage in recipe.stages]
+        redone = set(names[names.index(redo) :]) if redo else set()
+        unfinished = []
+        for stage in recipe.stages:
+            if stage.name not in redone and run.is_finished(stage):
+                say(f"{stage.name}: finished before")
+            else:
+                unfinished.append(stage)
+        run_stages(run, unfinished)
+
+
+def run_one(recipe: Recipe, kind: str, redo: bool) -> None:
+    """Run the recipe's first unfinished stage of this kind (or, with `redo`, the last one again).
+
+    Its predecessors must be finished.
+    """
+    stages = [stage for stage in recipe.stages if stage.kind == kind]
+    if not stages:
+        kinds = ", ".join(dict.fromkeys(stage.kind for stage in recipe.stages))
+        raise UserError(f'recipe "{recipe.name}" has no {kind} stage; it has {kinds}')
+    with RunFolder(recipe) as run:
+        if redo:
+            run_stages(run, stages[-1:])
+            return
+        stage = next((s for s in stages if not run.is_finished(s)), None)
+        if stage is None:
+            say(f"{kind}: finished before; add --redo to make it again")
+            return
+        run_stages(run, [stage])
+
+
+def run_stages(run: RunFolder, stages: list[Stage]) -> None:
+    if not stages:
+        return
+    # transformers and vLLM are told to be quiet before they are imported: our bars tell more.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from r1pipe.models import pick_device
+    from r1pipe.rollout import Engines
+    from r1pipe.stage import StageContext
+
+    recipe = run.recipe
+    device = pick_device(recipe.device)
+    engines = Engines(recipe.engine, recipe.dtype, device)
+    started = time.monotonic()
+    try:
+        for stage in stages:
+            stage_started = time.monotonic()
+            context = StageContext(
+                recipe=recipe,
+                run=run,
+                stage_name=stage.name,
+                folder=run.begin(stage),
+                engines=engines,
+                device=device,
+                facts={},
+            )
+            facts = find_stage(stage.kind)(stage, context)
+            wall_s = time.monotonic() - stage_started
+            facts = {**context.facts, **facts, "peak_memory_gib": round(peak_memory_gib(), 2)}
+            run.finish(stage, context.folder, facts, wall_s)
+            say(f"{stage.name}: done in {wall_s:.0f} s, peak memory {facts['peak_memory_gib']} GiB")
+    finally:
+        engines.close()
+    if len(stages) > 1:
+        say(f"{recipe.name}: {len(stages)} stages in {time.monotonic() - started:.0f} s")
+
+
+def find_stage(kind: str) -> Callable:
+    return importlib.import_module(STAGE_MODULES[kind]).run
+
+
+def peak_memory_gib() -> float:
+    """Peak resident memory of this process and its largest child, GiB."""
+    kib = max(
+        resource.getrusage(who).ru_maxrss
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return kib / 2**20

@@ -1,0 +1,75 @@
+"""What a person sees while a stage runs: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True, highlight=False)
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class StageProgress:
+    """Progress of one stage over `total` steps. Use as a context manager.
+
+    `advance(reward=0.5)` counts a step and shows the given figures beside it.
+    """
+
+    def __init__(self, label: str, total: int):
+        self.label, self.total, self.done = label, total, 0
+        self._started = self._last_line = time.monotonic()
+        self._bar = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("[bold]{task.description:<18}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._bar.add_task(label, total=total, figures="")
+
+    def __enter__(self) -> "StageProgress":
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, steps: int = 1, **figures: float) -> None:
+        self.done += steps
+        text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        if self._bar:
+            self._bar.update(self._task, advance=steps, figures=text)
+            return
+        now = time.monotonic()
+        if now - self._last_line > SECONDS_BETWEEN_LINES or self.done >= self.total:
+            self._last_line = now
+            left = (now - self._started) / self.done * (self.total - self.done)
+            say(f"{self.label}: {self.done}/{self.total}  {text}  {left:.0f} s left")
+
+
+def say(text: str) -> None:
+    """A line for the person, on stderr: stdout is for results."""
+    console.print(text, markup=False, soft_wrap=True)
+    sys.stderr.flush()

@@ -1,0 +1,102 @@
+"""The records that stages hand to each other: Problem, Rollout, Score; JSONL in and out.
+
+Imports no torch, so that data can be looked at without a training environment.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from r1pipe.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One task. Its columns are what a reward function sees (data/README.md has the schema)."""
+
+    id: str
+    kind: str
+    prompt: list[dict[str, str]]
+    answer: str | None = None
+    tests: Any = None
+    solution: str | None = None
+    source: str = ""
+
+    @property
+    def question(self) -> str:
+        """The user's messages as one text: what decontamination compares."""
+        return "\n".join(m["content"] for m in self.prompt if m["role"] == "user")
+
+
+@dataclass(slots=True)
+class Rollout:
+    """One sampled completion of one problem.
+
+    `logprobs[t]` is the sampler's log-probability (natural log, at the sampling temperature) of
+    `completion_ids[t]`. `finish_reason` is vLLM's: "stop" or "length".
+    """
+
+    problem_id: str
+    sample: int
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    logprobs: list[float]
+    completion: str
+    finish_reason: str
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+
+@dataclass(slots=True)
+class Score:
+    """The rewards of one rollout: one entry per reward function, None where it cannot judge.
+
+    `total` is their weighted sum; None if no function could judge.
+    """
+
+    rewards: dict[str, float | None] = field(default_factory=dict)
+    total: float | None = None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    """Yield (row number from 1, row). A line that is not a JSON object is a UserError."""
+    try:
+        lines = path.open(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    with lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(f"{path}: row {number}: not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}: row {number}: not a JSON object")
+            yield number, row
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write records or dicts, whole or not at all."""
+    write_text(path, "".join(f"{dump_row(row)}\n" for row in rows))
+
+
+def dump_row(row: Any) -> str:
+    """One record or dict as a JSON line, without the line's end."""
+    return json.dumps(row if isinstance(row, dict) else asdict(row), ensure_ascii=False)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all: temporary neighbour, fsync, rename."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

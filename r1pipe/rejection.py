@@ -1,0 +1,47 @@
+"""Rejection sampling: a policy's own right answers become traces. Shared by reject and distill."""
+
+from dataclasses import replace
+
+from r1pipe.config import Traces
+from r1pipe.progress import StageProgress
+from r1pipe.records import Problem, Rollout, Score
+from r1pipe.rollout import Sampler
+from r1pipe.scoring import Scorer
+
+
+def collect_traces(
+    sampler: Sampler,
+    problems: list[Problem],
+    settings: Traces,
+    seed_parts: tuple[object, ...],
+    label: str,
+) -> tuple[list[Problem], dict[str, float]]:
+    """Problems whose `solution` is a sample that every reward accepts, and how many there were."""
+    scorer = Scorer(settings.rewards)
+    with StageProgress(label, len(problems) * settings.num_generations) as progress:
+        rollouts = sampler.generate(
+            problems, settings.num_generations, settings.sampling, seed_parts, progress.advance
+        )
+    owners = [p for p in problems for _ in range(settings.num_generations)]
+    scores = scorer.score(owners, rollouts)
+    accepted = [is_accepted(r, s) for r, s in zip(rollouts, scores, strict=True)]
+    traces = []
+    for i, problem in enumerate(problems):
+        samples = range(i * settings.num_generations, (i + 1) * settings.num_generations)
+        kept = [rollouts[j] for j in samples if accepted[j]]
+        kept.sort(key=lambda rollout: len(rollout.completion_ids))
+        traces += [
+            replace(problem, id=f"{problem.id}#{rollout.sample}", solution=rollout.completion)
+            for rollout in kept[: settings.max_per_problem]
+        ]
+    return traces, {
+        "samples": len(rollouts),
+        "samples_accepted": sum(accepted),
+        "traces": len(traces),
+    }
+
+
+def is_accepted(rollout: Rollout, score: Score) -> bool:
+    """Complete, and given the full reward by every function. None is not a yes."""
+    full = all(value is not None and value >= 1.0 for value in score.rewards.values())
+    return full and not rollout.truncated

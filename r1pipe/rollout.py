@@ -1,0 +1,309 @@
+"""The vLLM engine: generate rollouts, take over weights. The only file that imports vllm.
+
+The engine runs in this process: on a small machine its own processes would cost three imports,
+and in-process weights move without a copy through the network.
+"""
+
+import gc
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from r1pipe.config import Engine, Sampling
+from r1pipe.errors import UserError
+from r1pipe.models import encode_prompt, find_quirks, first_line, load_tokenizer
+from r1pipe.records import Problem, Rollout
+
+CPU_QK_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""What vLLM's CPU attention kernel is compiled for."""
+
+
+def derive_seed(*parts: object) -> int:
+    """A 31-bit seed from (run seed, step, problem, sample): the same on every machine, and not
+    from global state."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+class Sampler:
+    """One vLLM engine with the weights of one checkpoint at a time.
+
+    Raises UserError if vLLM cannot run the checkpoint.
+    """
+
+    def __init__(self, checkpoint: str, settings: Engine, dtype: str, device: torch.device):
+        self.checkpoint, self.dtype = checkpoint, dtype
+        self.device = device
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint)
+        config = read_config(checkpoint)
+        self.architecture = describe_architecture(config)
+        set_environment(config, device)
+        # Imported late and here only: vLLM reads its environment at import.
+        from vllm import LLM
+        from vllm.model_executor.models import ModelRegistry
+
+        architectures = config.architectures or []
+        if not set(architectures) & set(ModelRegistry.get_supported_archs()):
+            raise UserError(
+                f"{checkpoint}: vLLM cannot run the architecture {', '.join(architectures)}"
+            )
+        try:
+            self.llm = LLM(
+                checkpoint,
+                **engine_arguments(config, settings, dtype, device),
+            )
+        except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
+            raise UserError(f"{checkpoint}: vLLM cannot run it: {first_line(error)}") from error
+        self.max_model_len = self.llm.llm_engine.model_config.max_model_len
+
+    def encode(self, problems: Iterable[Problem], max_completion_length: int) -> list[list[int]]:
+        """Prompt token ids. Raises UserError for a problem that does not fit the context."""
+        encoded = []
+        for problem in problems:
+            ids = encode_prompt(self.tokenizer, problem.prompt)
+            if len(ids) + max_completion_length > self.max_model_len:
+                raise UserError(
+                    f'problem "{problem.id}": prompt of {len(ids)} tokens + max_completion_length '
+                    f"{max_completion_length} do not fit the context of {self.max_model_len}; "
+                    "raise engine.max_model_len or shorten the problem"
+                )
+            encoded.append(ids)
+        return encoded
+
+    def generate(
+        self,
+        problems: list[Problem],
+        num_samples: int,
+        sampling: Sampling,
+        seed_parts: tuple[object, ...],
+        on_finished: Callable[[int], None] | None = None,
+    ) -> list[Rollout]:
+        """`num_samples` rollouts per problem, those of one problem next to each other.
+
+        Each sample has a seed of its own, from `seed_parts`, the problem's id and the sample's
+        number, so it does not depend on what else is in the batch or came before.
+        `on_finished(n)` is called as samples finish, with how many have.
+        """
+        from vllm import SamplingParams
+
+        prompts = self.encode(problems, sampling.max_completion_length)
+        plan = [(p, ids, i) for p, ids in zip(problems, prompts) for i in range(num_samples)]
+        requests = [{"prompt_token_ids": ids} for _, ids, _ in plan]
+        parameters = [
+            SamplingParams(
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k or -1,
+                max_tokens=sampling.max_completion_length,
+                seed=derive_seed(*seed_parts, problem.id, i),
+                logprobs=0,
+                detokenize=False,
+            )
+            for problem, _, i in plan
+        ]
+        outputs = self._run(requests, parameters, on_finished)
+        texts = self.tokenizer.batch_decode(
+            [list(o.token_ids) for o in outputs], skip_special_tokens=True
+        )
+        return [
+            Rollout(
+                problem_id=problem.id,
+                sample=i,
+                prompt_ids=ids,
+                completion_ids=list(output.token_ids),
+                logprobs=[
+                    entry[token].logprob
+                    for token, entry in zip(output.token_ids, output.logprobs, strict=True)
+                ],
+                completion=text,
+                finish_reason=output.finish_reason,
+            )
+            for (problem, ids, i), output, text in zip(plan, outputs, texts, strict=True)
+        ]
+
+    def _run(self, requests: list, parameters: list, on_finished: Callable | None) -> list:
+        """vLLM's own generate, with its progress told to `on_finished`."""
+        progress: Any = False
+        if on_finished is not None:
+
+            class Progress(SilentBar):
+                def update(self, n: int = 1) -> None:
+                    on_finished(n)
+
+            progress = Progress
+        outputs = self.llm.generate(requests, parameters, use_tqdm=progress)
+        return [output.outputs[0] for output in outputs]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take over weights under a checkpoint's names (`models.export_weights`)."""
+        if self.device.type == "cpu":
+            # The layer-wise reload repacks the experts' weights but keeps their old kernel, which
+            # then computes with the wrong layout, silently (log-prob error 1.4). Without a kernel
+            # it builds a new one.
+            self.llm.apply_model(drop_expert_kernels)
+        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        if self.device.type == "cpu":
+            self.llm.apply_model(repack_tied_head)
+        self.llm.reset_prefix_cache()
+
+    def load_checkpoint(self, checkpoint: str) -> None:
+        """Take over the weights of another checkpoint of the same architecture."""
+        self.load_weights(read_weights(Path(checkpoint)))
+        self.checkpoint = checkpoint
+
+    def close(self) -> None:
+        """Free the engine, so that another can take its memory."""
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+
+
+class SilentBar:
+    """The part of tqdm's interface that vLLM uses, showing nothing."""
+
+    def __init__(self, iterable: Iterable = (), **kwargs: object):
+        self._iterable = iterable
+        self.format_dict = {"elapsed": 0.0}
+        self.n = 0
+        self.postfix = ""
+
+    def __iter__(self) -> Iterator:
+        return iter(self._iterable)
+
+    def update(self, n: int = 1) -> None: ...
+
+    def refresh(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Engines:
+    """Keeps the last engine: stages with one architecture share it, and pay one start-up."""
+
+    def __init__(self, settings: Engine, dtype: str, device: torch.device):
+        self.settings, self.dtype, self.device = settings, dtype, device
+        self._sampler: Sampler | None = None
+
+    def open(self, checkpoint: str) -> Sampler:
+        """A sampler with this checkpoint's weights."""
+        if self._sampler is not None and Path(checkpoint).is_dir():
+            same = describe_architecture(read_config(checkpoint)) == self._sampler.architecture
+            if same:
+                self._sampler.load_checkpoint(checkpoint)
+                return self._sampler
+        self.close()
+        self._sampler = Sampler(checkpoint, self.settings, self.dtype, self.device)
+        return self._sampler
+
+    def close(self) -> None:
+        if self._sampler is not None:
+            self._sampler.close()
+            self._sampler = None
+
+
+def engine_arguments(
+    config: Any, settings: Engine, dtype: str, device: torch.device
+) -> dict[str, Any]:
+    """Arguments of vLLM's LLM, the model's quirks included."""
+    context = settings.max_model_len or config.max_position_embeddings
+    arguments = {
+        # "auto" would turn a float32 checkpoint into bf16 without a word.
+        "dtype": dtype,
+        "max_model_len": context,
+        "max_num_seqs": settings.max_num_seqs,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "enforce_eager": settings.enforce_eager or device.type == "cpu",
+        # At the sampling temperature: what the trainer compares its own with.
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    if settings.kv_cache_gib is not None:
+        arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
+    if device.type == "cpu":
+        # A prompt cut into chunks makes vLLM rewind the sample's random generator, and torch's CPU
+        # generators cannot ("CPU Generator does not use offset").
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(8192, context)
+        arguments.update(find_quirks(config.model_type).cpu_engine)
+    return arguments
+
+
+def set_environment(config: Any, device: torch.device) -> None:
+    """What vLLM reads from the environment. A value that the user has set stays."""
+    wanted = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if device.type == "cpu":
+        # vLLM would keep one core free and bind its threads to the others; in one process with
+        # the trainer, which waits while it samples, both use all cores.
+        wanted |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        wanted |= find_quirks(config.model_type).cpu_environment
+        check_cpu_attention(config)
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
+
+
+def check_cpu_attention(config: Any) -> None:
+    """Raises UserError for a head size that vLLM's CPU attention would refuse with a riddle."""
+    rope, nope = (getattr(config, f"qk_{part}_head_dim", None) for part in ("rope", "nope"))
+    if rope and nope and rope + nope not in CPU_QK_HEAD_DIMS:
+        raise UserError(
+            f"model: qk_nope_head_dim + qk_rope_head_dim is {nope + rope}; on CPU vLLM needs one "
+            f"of {', '.join(map(str, CPU_QK_HEAD_DIMS))}"
+        )
+
+
+def drop_expert_kernels(model: torch.nn.Module) -> None:
+    """Run inside the engine before a reload; see Sampler.load_weights."""
+    for module in model.modules():
+        experts = getattr(module, "routed_experts", None)
+        if experts is not None:
+            experts.quant_method.moe_kernel = None
+
+
+def repack_tied_head(model: torch.nn.Module) -> None:
+    """Run inside the engine after a reload. A head tied to the embedding has no tensor of its own
+    in the checkpoint, so the reload leaves its packed copy of the old weights (log-prob error 0.2).
+    """
+    head = getattr(model, "lm_head", None)
+    if getattr(model.config, "tie_word_embeddings", False) and hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
+
+
+def read_config(checkpoint: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint}: no model config: {first_line(error)}") from error
+
+
+def describe_architecture(config: Any) -> str:
+    """Equal for two checkpoints if and only if one's weights fit the other's engine."""
+    values = {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in ("_name_or_path", "transformers_version", "dtype")
+    }
+    return json.dumps(values, sort_keys=True, default=str)
+
+
+def read_weights(folder: Path) -> Iterable[tuple[str, torch.Tensor]]:
+    """Names and tensors of a checkpoint folder's safetensors files."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no *.safetensors files")
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                yield name, tensors.get_tensor(name)

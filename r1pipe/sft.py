@@ -1,0 +1,31 @@
+"""The cold start: supervised training on written-out reasoning. Run it with:
+
+    r1pipe sft configs/demo.yaml
+"""
+
+from typing import Any
+
+from r1pipe.config import Sft
+from r1pipe.models import load_model, load_tokenizer, save_checkpoint
+from r1pipe.stage import StageContext
+from r1pipe.supervised import train_on_traces
+
+
+def run(stage: Sft, context: StageContext) -> dict[str, Any]:
+    """Train the checkpoint of `from` on the problems' solutions."""
+    problems = context.training_problems(stage)
+    checkpoint = context.checkpoint(stage.from_)
+    tokenizer = load_tokenizer(checkpoint)
+    model = load_model(checkpoint, context.device, context.recipe.attn_implementation)
+    facts = train_on_traces(
+        model,
+        tokenizer,
+        problems,
+        stage.train,
+        dtype=context.recipe.dtype,
+        seed=context.recipe.seed,
+        folder=context.folder,
+        label=stage.name,
+    )
+    save_checkpoint(model, tokenizer, context.folder)
+    return facts

@@ -1,0 +1,45 @@
+"""Estimates from k samples of n problems: pass@k, maj@k, and the interval of a mean."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+Z_95 = 1.959964
+
+
+def estimate_pass_at_k(num_samples: int, num_right: int, k: int) -> float:
+    """Unbiased chance that one of k samples is right: Chen et al. 2021, arXiv:2107.03374, eq. 1."""
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"pass@{k} of {num_samples} samples")
+    if num_samples - num_right < k:
+        return 1.0
+    return 1.0 - math.comb(num_samples - num_right, k) / math.comb(num_samples, k)
+
+
+def vote(answers: Sequence[str | None]) -> str | None:
+    """The most frequent answer, the earliest of equals; samples without an answer do not vote.
+
+    Majority voting: Wang et al. 2023, arXiv:2203.11171; "cons@k" in the R1 paper.
+    """
+    counts = Counter(answer for answer in answers if answer is not None)
+    return max(counts, key=counts.__getitem__) if counts else None
+
+
+def clustered_interval(per_problem: Sequence[float]) -> tuple[float, float]:
+    """95% interval of a mean over problems, each the mean of its samples.
+
+    Samples of one problem are not independent, so the problem is the unit (Miller 2024,
+    arXiv:2411.00640, section 2.2). The standard error over problems gives the effective number of
+    independent trials, at least the number of problems, and that a Wilson interval, which stays
+    within [0, 1] and does not shrink to a point at 0% or 100%.
+    """
+    n = len(per_problem)
+    if n == 0:
+        raise ValueError("no problems")
+    p = sum(per_problem) / n
+    variance = sum((x - p) ** 2 for x in per_problem) / max(1, n - 1) / n
+    trials = max(float(n), p * (1 - p) / variance) if variance > 0 else float(n)
+    centre = p + Z_95**2 / (2 * trials)
+    spread = Z_95 * math.sqrt(p * (1 - p) / trials + Z_95**2 / (4 * trials**2))
+    scale = 1 + Z_95**2 / trials
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)

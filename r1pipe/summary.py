@@ -1,0 +1,90 @@
+"""What a run has to show for itself: the table of its summary, and the curves as a picture."""
+
+from pathlib import Path
+
+from r1pipe.config import Grpo
+from r1pipe.runs import RunFolder, read_metrics
+
+COLUMNS = {
+    "checkpoint": ("stage", "{}"),
+    "pass@1": ("pass_at_1", "{:.1%}"),
+    "95% interval": (("ci_low", "ci_high"), "{:.1%} - {:.1%}"),
+    "pass@k": ("pass_at_k", "{:.1%}"),
+    "maj@k": ("maj_at_k", "{:.1%}"),
+    "format": ("format_rate", "{:.1%}"),
+    "tokens": ("mean_tokens", "{:.1f}"),
+    "truncated": ("truncated", "{:.1%}"),
+    "wall": ("wall_s", "{:.0f} s"),
+}
+
+
+def format_table(summary: list[dict]) -> str:
+    """The summary as a Markdown table with its protocol in the line below."""
+    rows = [list(COLUMNS)]
+    for entry in summary:
+        cells = []
+        for keys, template in COLUMNS.values():
+            keys = (keys,) if isinstance(keys, str) else keys
+            cells.append(template.format(*(entry[key] for key in keys)))
+        rows.append(cells)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, widths)) + " |" for r in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    first = summary[0]
+    overlaps = [entry["overlap"] for entry in summary if entry["overlap"] is not None]
+    overlap = f"{max(overlaps):.1%}" if overlaps else "unknown"
+    lines.append(
+        f"\n{first['dataset']}: {first['num_problems']} problems x {first['num_samples']} samples, "
+        f"T = {first['temperature']:g}, top-p = {first['top_p']:g}, k = {first['k']}; interval "
+        f"clustered by problem; overlap with training {overlap}"
+    )
+    return "\n".join(lines)
+
+
+def plot_curves(run: RunFolder, summary: list[dict], path: Path) -> None:
+    """Reward, accuracy and length over the steps of each grpo stage, and pass@1 per checkpoint."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    offset = 0
+    length_axis = left.twinx()
+    for stage in run.recipe.stages:
+        if not isinstance(stage, Grpo):
+            continue
+        metrics = read_metrics(run.stage_dir(stage.name))
+        if not metrics:
+            continue
+        steps = [offset + row["step"] for row in metrics]
+        names = [name for name in metrics[0] if name.startswith("rewards/")]
+        for name in (n for n in names if n.endswith("/mean")):
+            label = name.removeprefix("rewards/").removesuffix("/mean").rpartition(".")[2]
+            left.plot(steps, [row[name] for row in metrics], label=label)
+        left.plot(steps, [row["reward"] for row in metrics], "k--", lw=1, label="reward")
+        lengths = [row["completions/mean_length"] for row in metrics]
+        length_axis.plot(steps, lengths, color="tab:gray", lw=1)
+        offset += len(metrics)
+    left.set(title="GRPO: rewards of the sampled groups", xlabel="step", ylabel="mean reward")
+    left.legend(loc="lower right")
+    length_axis.set_ylabel("mean completion length (tokens)", color="tab:gray")
+
+    names = [entry["stage"] for entry in summary]
+    values = [100 * entry["pass_at_1"] for entry in summary]
+    low = [max(0.0, 100 * (entry["pass_at_1"] - entry["ci_low"])) for entry in summary]
+    high = [max(0.0, 100 * (entry["ci_high"] - entry["pass_at_1"])) for entry in summary]
+    bars = right.bar(range(len(names)), values, yerr=[low, high], capsize=4, color="tab:blue")
+    right.bar_label(bars, fmt="%.1f", padding=3)
+    right.set_xticks(range(len(names)), [Path(name).name for name in names])
+    first = summary[0]
+    right.set(
+        title=f"held-out pass@1 ({first['num_problems']} x {first['num_samples']} samples, "
+        f"T = {first['temperature']:g})",
+        ylabel="%",
+        ylim=(0, 112),
+    )
+    partial = path.with_name(f".{path.name}")
+    figure.savefig(partial, format="png", dpi=120)
+    pyplot.close(figure)
+    partial.replace(path)

@@ -1,0 +1,162 @@
+"""Supervised training on traces with TRL's SFTTrainer: the cold start and the students."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from r1pipe.config import Supervised
+from r1pipe.errors import UserError
+from r1pipe.models import encode_completion, encode_prompt, fast_training_kernels
+from r1pipe.progress import StageProgress
+from r1pipe.records import Problem
+from r1pipe.runs import MetricsLog
+
+PAD_TO_MULTIPLE_OF = 8
+
+
+@dataclass(frozen=True)
+class Traces:
+    """Tokenised traces, and how many rows were too long for `max_length`."""
+
+    rows: list[dict[str, list[int]]]
+    num_too_long: int
+
+
+def encode_traces(
+    problems: list[Problem], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+) -> Traces:
+    """Prompt and solution of each problem as the sampler would see them, token by token.
+
+    Tokenised here and not by TRL, so that supervised training and sampling share one encoding;
+    only the completion's tokens are trained on. Raises UserError for a row without `solution`.
+    """
+    rows, num_too_long = [], 0
+    for problem in problems:
+        if not problem.solution:
+            raise UserError(f'problem "{problem.id}" ({problem.source}): no "solution" to train on')
+        prompt = encode_prompt(tokenizer, problem.prompt)
+        completion = encode_completion(tokenizer, problem.solution)
+        if max_length is not None and len(prompt) + len(completion) > max_length:
+            num_too_long += 1
+            continue
+        rows.append(
+            {
+                "input_ids": prompt + completion,
+                "completion_mask": [0] * len(prompt) + [1] * len(completion),
+            }
+        )
+    if not rows:
+        raise UserError(f"no row has at most max_length = {max_length} tokens")
+    return Traces(rows, num_too_long)
+
+
+class ReportProgress(TrainerCallback):
+    """TRL's log into our progress bar and metrics.jsonl."""
+
+    def __init__(self, progress: StageProgress, log: MetricsLog):
+        self.progress, self.log = progress, log
+        self.last_loss = float("nan")
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        if self.progress.total != state.max_steps:
+            self.progress.total = state.max_steps
+        self.progress.advance(loss=self.last_loss)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        if logs and "loss" in logs:
+            self.last_loss = float(logs["loss"])
+            self.log.write({"step": state.global_step, **logs})
+
+
+def train_on_traces(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    settings: Supervised,
+    *,
+    dtype: str,
+    seed: int,
+    folder: Path,
+    label: str,
+) -> dict[str, float]:
+    """Train `model` in place on the problems' solutions. Returns facts for the stage's record."""
+    traces = encode_traces(problems, tokenizer, settings.max_length)
+    arguments = SFTConfig(
+        output_dir=str(folder / "trainer"),
+        max_steps=settings.max_steps or -1,
+        num_train_epochs=settings.num_train_epochs or 1.0,
+        per_device_train_batch_size=settings.per_device_train_batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=(
+            "cosine_with_min_lr"
+            if settings.lr_scheduler_type == "cosine"
+            else settings.lr_scheduler_type
+        ),
+        lr_scheduler_kwargs=(
+            {"min_lr": settings.min_lr} if settings.lr_scheduler_type == "cosine" else {}
+        ),
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        max_length=None,
+        completion_only_loss=True,
+        pad_to_multiple_of=PAD_TO_MULTIPLE_OF,
+        train_sampling_strategy="group_by_length",
+        logging_steps=5,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=model.device.type == "cpu",
+        bf16=dtype == "bfloat16",
+        fp16=False,
+        seed=seed,
+        data_seed=seed,
+        dataloader_pin_memory=model.device.type != "cpu",
+    )
+    log = MetricsLog(folder)
+    with (
+        fast_training_kernels(model.device, dtype),
+        StageProgress(label, settings.max_steps or 1) as progress,
+    ):
+        trainer = SFTTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_list(traces.rows),
+            processing_class=tokenizer,
+            callbacks=[ReportProgress(progress, log)],
+        )
+        trainer.remove_callback(PrinterCallback)
+        result = trainer.train()
+    model.eval()
+    return {
+        "train_rows": len(traces.rows),
+        "rows_too_long": traces.num_too_long,
+        "optimizer_steps": result.global_step,
+        "train_loss": result.training_loss,
+    }
