@@ -11,7 +11,26 @@ Importing this package is cheap: sympy and math-verify live in the worker proces
 """
 
 from rewards.extract import extract_answer
-from rewards.mathematics import grade_answer, math_correct
+from rewards.mathematics import (
+    Verdict,
+    count_verdicts,
+    grade_answer,
+    judge_math,
+    judge_pairs,
+    math_correct,
+)
 from rewards.shaping import format
+from rewards.workers import configure_workers, shut_down_workers
 
-__all__ = ["extract_answer", "format", "grade_answer", "math_correct"]
+__all__ = [
+    "Verdict",
+    "configure_workers",
+    "count_verdicts",
+    "extract_answer",
+    "format",
+    "grade_answer",
+    "judge_math",
+    "judge_pairs",
+    "math_correct",
+    "shut_down_workers",
+]

@@ -1,26 +1,62 @@
-"""Judge mathematical answers."""
+"""Judge mathematical answers. What counts as equal is laid down in ``rewards.grading``."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from rewards.completions import Completion, completion_text
-from rewards.extract import extract_answer
+from rewards.extract import Extraction, extract_answer, find_answer
 from rewards.numbers import parse_number
+from rewards.workers import OK, run_task
+
+RIGHT, WRONG, UNPARSEABLE = "right", "wrong", "unparseable"
+BAD_GOLD, TIMED_OUT = "bad_gold", "timed_out"
+STATUSES = (RIGHT, WRONG, UNPARSEABLE, TIMED_OUT, BAD_GOLD)
+
+# Longer answers and golds can only be equal by being the same text.
+MAX_CHARS = 20_000
+
+
+class Verdict(NamedTuple):
+    """The judgement of one completion.
+
+    status: ``right``; ``wrong``; ``unparseable`` (no answer stated, or none that can be read);
+        ``timed_out`` (the judge exceeded its time or memory); ``bad_gold`` (missing, or not
+        readable and not the same text as the answer).
+    answer: the final answer that was found in the completion, None if there is none.
+    """
+
+    status: str
+    answer: str | None = None
+
+    @property
+    def score(self) -> float | None:
+        """1.0 if right, 0.0 if wrong or unparseable, None if it cannot be judged."""
+        if self.status in (TIMED_OUT, BAD_GOLD):
+            return None
+        return float(self.status == RIGHT)
 
 
 def grade_answer(answer: str, gold: str) -> bool | None:
-    """Say whether ``answer`` equals ``gold``; None if the gold cannot be judged against."""
-    if not isinstance(gold, str) or not gold.strip():
-        return None
-    if not isinstance(answer, str) or not answer.strip():
-        return False
-    if "".join(answer.split()) == "".join(gold.split()):
-        return True
-    return _same_number(answer, gold)
+    """Say whether a final answer equals the gold answer; None if that cannot be judged.
 
+    None means that the gold is empty or unreadable, or that the judge ran out of time or memory;
+    an unreadable answer is False. Both are taken as they are: nothing is extracted from prose.
 
-def _same_number(answer: str, gold: str) -> bool:
-    wanted = parse_number(gold)
-    return wanted is not None and wanted == parse_number(answer)
+    In short (``rewards.grading`` has all of the conventions with their reasons): values are
+    compared exactly; a decimal passes for an exact value only as its correct rounding to at least
+    4 significant digits, or to 3 where the gold is the decimal, so 0.33 is not 1/3; a percent
+    sign, degree sign, unit or currency on one side only does not count; tuples, vectors and
+    intervals are ordered, lists and sets are not; ``x = 3`` says 3.
+
+    Safe to call from any thread. Raises ``TypeError`` unless both are strings, and
+    ``rewards.workers.WorkerError`` if worker processes cannot be started.
+    """
+    for name, value in (("answer", answer), ("gold", gold)):
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a string, not {type(value).__name__}")
+    status = judge_pairs([(answer, gold)])[0]
+    return None if status in (TIMED_OUT, BAD_GOLD) else status == RIGHT
 
 
 def math_correct(
@@ -28,14 +64,111 @@ def math_correct(
 ) -> list[float | None]:
     """Return 1.0 where a completion's final answer equals the row's ``answer``, else 0.0.
 
-    ``answer`` is the dataset column of gold answers, one per completion. None where the gold is
-    missing or unusable. Raises ``ValueError`` if the two lists differ in length.
+    ``completions`` are strings or message lists, ``answer`` is the dataset's column of golds, one
+    per completion (numbers are taken as their text). None where the gold is missing or cannot be
+    read, or the judge timed out. Other keyword arguments are ignored.
+
+    Raises ``ValueError`` if the lists differ in length, ``TypeError`` naming the row if a
+    completion or gold is of another type.
+    """
+    return [verdict.score for verdict in judge_math(completions, answer)]
+
+
+def judge_math(
+    completions: Sequence[Completion], answer: Sequence[str | None], **kwargs
+) -> list[Verdict]:
+    """Judge completions as ``math_correct`` does, and say how each came out.
+
+    A completion that boxes several answers is right if together they are the gold (they stand
+    side by side), or if each of them is: hedging is not rewarded.
     """
     if len(completions) != len(answer):
         raise ValueError(f"{len(completions)} completions but {len(answer)} gold answers")
-    return [_score(completion_text(c), gold) for c, gold in zip(completions, answer, strict=True)]
+    golds = [_read_gold(gold, row) for row, gold in enumerate(answer)]
+    found = [_find_answer(completion, row) for row, completion in enumerate(completions)]
+    pairs: dict[tuple[str, str], str] = {}
+    for extraction, gold in zip(found, golds, strict=True):
+        if extraction and gold:
+            pairs |= {(text, gold): "" for text in (extraction.answer, *extraction.others)}
+    # Samples of one problem repeat each other's answers; each pair is judged once.
+    pairs = dict(zip(pairs, judge_pairs(list(pairs)), strict=True))
+    return [_conclude(e, gold, pairs) for e, gold in zip(found, golds, strict=True)]
 
 
-def _score(text: str, gold: str | None) -> float | None:
-    verdict = grade_answer(extract_answer(text) or "", gold or "")
-    return None if verdict is None else float(verdict)
+def count_verdicts(verdicts: Iterable[Verdict]) -> dict[str, int]:
+    """Count verdicts by status, every status included, for logging."""
+    counts = Counter(verdict.status for verdict in verdicts)
+    return {status: counts[status] for status in STATUSES}
+
+
+def judge_pairs(pairs: Sequence[tuple[str, str]], limit_s: float | None = None) -> list[str]:
+    """Judge ``(answer, gold)`` pairs; return a status for each.
+
+    ``limit_s`` is the wall-clock limit for each pair, by default that of the worker pool.
+    """
+    statuses = [judge_quickly(answer, gold) for answer, gold in pairs]
+    slow = [index for index, status in enumerate(statuses) if status is None]
+    results = run_task("judge_answer", [pairs[index] for index in slow], limit_s)
+    for index, result in zip(slow, results, strict=True):
+        statuses[index] = result.value if result.status == OK else TIMED_OUT
+    return statuses
+
+
+def judge_quickly(answer: str, gold: str) -> str | None:
+    """Judge a pair at a cost linear in its length, in the caller's process; None if unable."""
+    if not gold.strip():
+        return BAD_GOLD
+    if not answer.strip():
+        return UNPARSEABLE
+    if answer == gold or "".join(answer.split()) == "".join(gold.split()):
+        return RIGHT
+    if len(gold) > MAX_CHARS:
+        return BAD_GOLD
+    if len(answer) > MAX_CHARS:
+        return UNPARSEABLE
+    wanted, given = parse_number(gold), parse_number(answer)
+    if wanted is None or given is None:
+        return None
+    if wanted == given:
+        return RIGHT
+    # A fraction may have been rounded to the other: that takes a closer look at both.
+    return WRONG if "/" not in gold + answer and "frac" not in gold + answer else None
+
+
+def _read_gold(gold: object, row: int) -> str:
+    if gold is None:
+        return ""
+    if isinstance(gold, bool) or not isinstance(gold, (str, int, float)):
+        raise TypeError(f"row {row}: a gold answer is a string, not {type(gold).__name__}")
+    return str(gold)
+
+
+def _find_answer(completion: Completion, row: int) -> Extraction | None:
+    try:
+        return find_answer(completion_text(completion))
+    except TypeError as error:
+        raise TypeError(f"row {row}: {error}") from error
+
+
+def _conclude(extraction: Extraction | None, gold: str, statuses: dict) -> Verdict:
+    if not gold.strip():
+        return Verdict(BAD_GOLD, extraction.answer if extraction else None)
+    if extraction is None:
+        return Verdict(UNPARSEABLE)
+    status = statuses[extraction.answer, gold]
+    if status == RIGHT:
+        for other in extraction.others:
+            if statuses[other, gold] != RIGHT:
+                status = WRONG
+    return Verdict(status, extraction.answer)
+
+
+__all__ = [
+    "Verdict",
+    "count_verdicts",
+    "extract_answer",
+    "grade_answer",
+    "judge_math",
+    "judge_pairs",
+    "math_correct",
+]

@@ -1,0 +1,139 @@
+"""Judge one final answer against one gold answer. Runs in a worker process.
+
+The conventions, and why:
+
+Numbers are compared exactly: 0.5 is 1/2, 10^100 is not 10^100 + 1, and 5.001 is not 5.
+    *Rounding.* A decimal stands for an exact value that has no finite decimal if it is the
+    correct rounding of it and has enough significant digits: 3 where the gold is the decimal (its
+    author chose the precision: gold 6.67 accepts 20/3), 4 where the answer is (gold 600/7 accepts
+    85.71; gold 1/3 rejects 0.33 and 0.333, which is what a guess looks like; gold pi rejects
+    3.14). Twelve or more digits are a printed float, right to one unit of the last. Two decimals
+    are compared exactly: which of them was rounded is not known.
+    *Marks.* A percent or degree sign, a unit, a currency or a numeral's base that only one side
+    has is ignored, because the question often names it: 28% equals 28 and 0.28, 120 degrees equals
+    120 and 2 pi / 3, 40_9 equals 40. Where both have one they must agree, by a known conversion
+    if need be: 5 cm is not 5 m, 1 m is 100 cm.
+    *Separators.* 58,500 and 58 500 are one number (and also read as a list where it is compared
+    with one); 1,22 and 0,111 are decimals too, since no thousands are grouped so; 1,234 is not.
+Expressions are equal if their values are, at fixed sample points, to 40 and then 110 digits. The
+    letters k, m, n, j stand for integers, the others for reals of either sign. ``log`` is natural
+    or decimal, whichever makes both sides agree. An even root of a negative is imaginary, an odd
+    one real. Factored, expanded, simplified: form does not count.
+Tuples, vectors, matrices and intervals are ordered, and brackets of pairs count: [0,9) is not
+    (0,9). (0,1) may be a point or an interval, whichever the other side is. A vector may be
+    written as a tuple.
+Lists (1, 2, 3) and sets are not ordered: most questions that have several answers ask for all of
+    them. Repetitions count in lists of numbers, but not in sets and lists of tuples (solutions).
+    A list of n values equals a tuple if in the same order. Named values are matched by name.
+Equations: ``x = 5``, ``f(x) = 5``, ``|AB| = 5`` say 5; ``a^2 + b = 0`` does not say 0. Whole
+    equations are equal up to a factor. Inequalities, intervals and set-builders are sets of reals.
+Multiple choice: C, (C), \\text{C}, "C." and "C) 12" are C. More than one letter is not.
+Text is compared by its words, without case, articles and punctuation.
+"""
+
+import re
+from itertools import product
+
+from rewards.compare import same_answer
+from rewards.evaluate import Undefined
+from rewards.syntax import Node, ParseError, parse_answer
+from rewards.text import normalize_text, normalize_words, strip_dress
+
+RIGHT, WRONG, UNPARSEABLE, BAD_GOLD = "right", "wrong", "unparseable", "bad_gold"
+
+# Longer texts are compared only as texts.
+MAX_CHARS = 20_000
+
+_THOUSANDS = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
+_SPACED_THOUSANDS = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?![\d,]| \d)")
+_DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d{2}|\d{4,}))")
+_EUROPEAN = re.compile(r"-?\d{1,3}(?:\.\d{3})+,\d+")
+_OPTION = re.compile(
+    r"\W*(?:(?:option|choice|answer)\W+)?\(?([A-J])(?:\)|[.:,])?(?:$|(?<=[).:,])\s*(.*)$)",
+    re.DOTALL | re.IGNORECASE,
+)
+_PROSE = re.compile(r"[^\W\d_]{2}|^[^\W\d_]$")
+
+
+def judge_answer(answer: str, gold: str) -> str:
+    """Return ``right``, ``wrong``, ``unparseable`` (the answer) or ``bad_gold``.
+
+    Takes any strings, raises nothing but ``MemoryError``, and may take long: callers set limits.
+    """
+    answer, gold = (strip_dress(normalize_text(text)) for text in (answer, gold))
+    if not gold:
+        return BAD_GOLD
+    if not answer:
+        return UNPARSEABLE
+    if _spell(answer) == _spell(gold):
+        return RIGHT
+    if max(len(answer), len(gold)) > MAX_CHARS:
+        return UNPARSEABLE if len(gold) <= MAX_CHARS else BAD_GOLD
+    options = _read_option(gold), _read_option(answer)
+    if options[0] and options[0] == options[1]:
+        return RIGHT
+    golds, answers = _parse_readings(gold), _parse_readings(answer)
+    if not golds:
+        return _judge_prose(answer, gold)
+    if not answers:
+        return UNPARSEABLE
+    return _compare_readings(golds, answers)
+
+
+def _compare_readings(golds: list[Node], answers: list[Node]) -> str:
+    verdict = UNPARSEABLE
+    for gold, answer in product(golds, answers):
+        try:
+            if same_answer(gold, answer):
+                return RIGHT
+            verdict = WRONG
+        except Undefined:
+            continue
+    return verdict
+
+
+def _judge_prose(answer: str, gold: str) -> str:
+    """Compare with a gold that is no mathematics: words with words."""
+    if not _PROSE.search(re.sub(r"\\[a-zA-Z]+", "", gold)) or gold.count("{") != gold.count("}"):
+        return BAD_GOLD
+    words = normalize_words(gold)
+    return RIGHT if words and words == normalize_words(answer) else WRONG
+
+
+def _spell(text: str) -> str:
+    return "".join(text.split())
+
+
+def _read_option(text: str) -> str | None:
+    """Return the letter of a multiple-choice answer, None if there is none or more than one."""
+    plain = re.sub(r"\\(?:text|math)[a-z]*\s*\{([^{}]*)\}|[{}*]", r"\1", text).strip()
+    match = _OPTION.fullmatch(plain)
+    if not match or not match.group(1).isupper():
+        return None
+    rest = match.group(2) or ""
+    others = re.match(r"\W*(?:(?:or|and)\b|\(?[A-J]\b)", rest)
+    return None if others else match.group(1)
+
+
+def _parse_readings(text: str) -> list[Node]:
+    trees = []
+    for reading in read_separators(text):
+        try:
+            trees.append(parse_answer(reading))
+        except ParseError:
+            continue
+    return trees
+
+
+def read_separators(text: str) -> list[str]:
+    """Return ``text`` in each reading of its commas: thousands, list or decimal."""
+    readings = [text]
+    for pattern, separator in ((_THOUSANDS, ","), (_SPACED_THOUSANDS, " ")):
+        joined = pattern.sub(lambda m, s=separator: m.group().replace(s, ""), readings[0])
+        if joined != readings[0]:
+            readings.insert(0, joined)
+    if _EUROPEAN.fullmatch(text):
+        readings.append(text.replace(".", "").replace(",", "."))
+    elif _DECIMAL_COMMA.fullmatch(text):
+        readings.append(text.replace(",", "."))
+    return readings

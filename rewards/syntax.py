@@ -1,0 +1,791 @@
+"""Parse an answer, LaTeX or plain, into a small tree. Nothing is ever evaluated as code.
+
+A recursive-descent parser over tokens. It reads all of its input or raises ``ParseError``: an
+answer that is only half understood must not be judged by the half (``3, 4, and maybe 5``).
+"""
+
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+from rewards import vocabulary as voc
+from rewards.text import normalize_text, strip_dress
+
+MAX_CHARS = 8_000
+MAX_DEPTH = 40
+MAX_TOKENS = 6_000
+
+
+class ParseError(ValueError):
+    """The text is not an answer this grammar knows."""
+
+
+class Node(NamedTuple):
+    """One node: ``kind``, its children, and what else distinguishes it (name, operators, ...)."""
+
+    kind: str
+    args: tuple = ()
+    value: object = None
+
+
+class Number(NamedTuple):
+    """A literal: its exact value, the digits after its point, and its significant digits."""
+
+    value: Fraction
+    decimals: int
+    significant: int
+
+
+class Token(NamedTuple):
+    kind: str  # number, word, text, command, separator, mark, end
+    text: str
+    space: bool  # white space stands before it
+
+
+_TOKEN = re.compile(
+    r"(?P<number>\d+(?:\.\d+)?|\.\d+|\d+\.(?!\d))"
+    r"|(?P<command>\\[a-zA-Z]+|\\.)"
+    r"|(?P<word>[A-Za-z]+)"
+    r"|(?P<cjk>[^\W\d_a-zA-Z]+)"
+    r"|(?P<mark>\*\*|<=|>=|!=|==|=<|=>|->|.)",
+    re.DOTALL,
+)
+
+
+def parse_answer(text: str) -> Node:
+    """Parse ``text``; raise ``ParseError`` if any of it is not understood.
+
+    Cost is bounded: ``MAX_CHARS`` characters, ``MAX_DEPTH`` nested groups.
+    """
+    if len(text) > MAX_CHARS:
+        raise ParseError("too long")
+    text = strip_dress(normalize_text(text))
+    if not text:
+        raise ParseError("empty")
+    if text.lower() in voc.NUMBER_WORDS:
+        text = voc.NUMBER_WORDS[text.lower()]
+    parser = Parser(tidy_tokens(read_tokens(text)))
+    tree = parser.parse_groups()
+    parser.expect_end()
+    return tree
+
+
+# --- tokens ---------------------------------------------------------------------------------
+
+
+def read_tokens(text: str, in_text: bool = False, depth: int = 0) -> list[Token]:
+    """Split ``text`` into tokens; ``\\text{...}`` is read into, with its words marked as text."""
+    if depth > 5:
+        raise ParseError("text macros nested too deeply")
+    tokens, position, space = [], 0, False
+    while position < len(text):
+        match = _TOKEN.match(text, position)
+        kind, part = match.lastgroup, match.group()
+        position = match.end()
+        if part.isspace():
+            space = True
+            continue
+        if kind == "command" and part[1:] in voc.TEXT_MACROS:
+            inner, position = _read_group(text, position)
+            if tokens and tokens[-1].text in ("^", "_"):
+                inner = "{" + inner + "}"
+            is_text = part[1:] not in voc.MATH_FONTS
+            tokens += read_tokens(" " + inner, is_text, depth + 1)
+        elif kind in ("word", "cjk"):
+            tokens += _read_word(part, space, in_text or kind == "cjk", tokens)
+        else:
+            tokens.append(Token("mark" if kind == "mark" else kind, part, space))
+        space = False
+        if len(tokens) > MAX_TOKENS:
+            raise ParseError("too many tokens")
+    return tokens
+
+
+def _read_group(text: str, position: int) -> tuple[str, int]:
+    """Return the braced group (or the single character) after ``position``, and where it ends."""
+    while position < len(text) and text[position] == " ":
+        position += 1
+    if position >= len(text) or text[position] != "{":
+        return text[position : position + 1], position + 1
+    depth = 0
+    for index in range(position, len(text)):
+        depth += (text[index] == "{") - (text[index] == "}")
+        if depth == 0:
+            return text[position + 1 : index], index + 1
+    raise ParseError("unbalanced brace")
+
+
+def _read_word(word: str, space: bool, in_text: bool, before: list[Token]) -> list[Token]:
+    """Decide what a run of letters is: a connective, a name, a function, letters, or prose."""
+    lower = word.lower()
+    if lower in voc.CONNECTIVES:
+        return [Token("separator", voc.CONNECTIVES[lower], space)]
+    after_number = bool(before) and before[-1].kind == "number"
+    after_quantity = after_number or (bool(before) and before[-1].text in ("}", ")"))
+    if after_number and lower in voc.ORDINAL_ENDINGS and not space:
+        return []
+    if len(word) > 1 and lower in voc.UNITS and (in_text or after_number):
+        return [Token("text", word, space)]
+    if word == "in" and not in_text:
+        return [Token("text" if after_number else "command", "\\in", space)]
+    if word in voc.FUNCTIONS or word in voc.CONSTANT_WORDS:
+        return [Token("command", "\\" + word, space)]
+    if len(word) == 1 and not (in_text and after_quantity):
+        return [Token("word", word, space)]
+    if in_text or lower in voc.UNITS or _is_short_word(word):
+        return [Token("text", word, space)]
+    if word.endswith("pi") and len(word) <= 4:
+        letters = [Token("word", c, False) for c in word[:-2]]
+        return [*letters, Token("command", "\\pi", False)]
+    if len(word) <= 3 or (word.isupper() and len(word) <= 6):
+        first, *rest = word
+        return [Token("word", first, space), *(Token("word", c, False) for c in rest)]
+    return [Token("text", word, space)]
+
+
+def _is_short_word(word: str) -> bool:
+    return word.lower() in voc.SHORT_WORDS and not word.isupper()  # NO is a segment
+
+
+def tidy_tokens(tokens: list[Token]) -> list[Token]:
+    """Drop the prose around mathematics, where dropping it cannot change what is said.
+
+    In each part between separators, leading and trailing words go ("the answer 5", "5 apples");
+    so do quantified tails ("for all integers n"). Words that change meaning ("not", "at least",
+    "if") are never dropped: they stay, and make the text unparseable as mathematics.
+    """
+    out: list[Token] = []
+    for part, separator in _split_parts(tokens):
+        part = _drop_tail(part)
+        start, end = 0, len(part)
+        while start < end and _is_droppable(part[start]):
+            start += 1
+        while end > start and _is_droppable(part[end - 1]) and part[end - 1].text != "%":
+            if _is_unit(part[end - 1]):
+                break
+            end -= 1
+        if start and end > start and part[start].text == "=":  # Maximum = 2: a name in words
+            start -= 1
+            part[start] = Token("word", part[start].text, True)
+        elif start and end > start and part[start].text == ":":
+            start += 1
+        part = part[start:end]
+        out += part
+        if separator:
+            out.append(separator)
+    while out and out[-1].kind == "separator":
+        out.pop()
+    return out
+
+
+def _split_parts(tokens: list[Token]):
+    part, depth = [], 0
+    for token in tokens:
+        depth += (token.text in "([{") - (token.text in ")]}") if len(token.text) == 1 else 0
+        if token.kind == "separator" or (depth <= 0 and token.text in (",", ";")):
+            yield part, token
+            part = []
+        else:
+            part.append(token)
+    yield part, None
+
+
+def _drop_tail(part: list[Token]) -> list[Token]:
+    for index, token in enumerate(part):
+        if token.kind == "text" and token.text.lower() in voc.TAIL_WORDS and index:
+            return part[:index]
+        if token.text in ("\\forall",) and index:
+            return part[:index]
+    return part
+
+
+def _is_droppable(token: Token) -> bool:
+    return token.kind == "text" and token.text.lower() not in voc.MEANINGFUL_WORDS
+
+
+def _is_unit(token: Token) -> bool:
+    return token.kind == "text" and token.text.lower() in voc.UNITS
+
+
+# --- grammar --------------------------------------------------------------------------------
+
+_END = Token("end", "", False)
+_CLOSERS = {"(": ")]", "[": ")]", "\\langle": ("\\rangle",), "\\{": ("\\}",), "{": ("}",)}
+
+
+class Parser:
+    """Recursive descent, loosest first: groups, lists, relations, sets, ratios, sums, products."""
+
+    def __init__(self, tokens: list[Token]):
+        self.tokens = tokens
+        self.at = 0
+        self.depth = 0
+        self.bars = 0  # open |...| groups: inside one, a bar closes
+        self.in_braces = False  # where a colon builds a set and is not a ratio
+
+    @property
+    def token(self) -> Token:
+        return self.tokens[self.at] if self.at < len(self.tokens) else _END
+
+    def peek(self, ahead: int = 1) -> Token:
+        return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else _END
+
+    def take(self) -> Token:
+        token = self.token
+        self.at += 1
+        return token
+
+    def accept(self, *texts: str) -> Token | None:
+        return self.take() if self.token.text in texts and self.token.kind != "end" else None
+
+    def expect(self, *texts: str) -> Token:
+        found = self.accept(*texts)
+        if not found:
+            raise ParseError(f"expected {' or '.join(texts)}, found {self.token.text[:20]!r}")
+        return found
+
+    def expect_end(self) -> None:
+        if self.token.kind != "end":
+            raise ParseError(f"unexpected {self.token.text[:20]!r}")
+
+    def nested(self, parse):
+        """Run ``parse`` one level deeper, with no enclosing bar or brace in force."""
+        if self.depth >= MAX_DEPTH:
+            raise ParseError("nested too deeply")
+        saved = self.bars, self.in_braces
+        self.depth, self.bars, self.in_braces = self.depth + 1, 0, False
+        try:
+            return parse()
+        finally:
+            self.depth -= 1
+            self.bars, self.in_braces = saved
+
+    def parse_groups(self) -> Node:
+        """Lists separated by ``;``: tuples if commas separate within, else one list."""
+        groups = [self.parse_list()]
+        while self.accept(";", "\\\\"):
+            if self.token.kind == "end":
+                break
+            groups.append(self.parse_list())
+        if len(groups) == 1:
+            return groups[0]
+        if any(group.kind == "list" for group in groups):
+            groups = [Node("tuple", g.args, "()") if g.kind == "list" else g for g in groups]
+        return Node("list", tuple(groups), ";")
+
+    def parse_list(self) -> Node:
+        items, separators = [self.parse_relation()], []
+        while self.token.text == "," or self.token.kind == "separator":
+            separator = self.take().text
+            while self.token.text == "," or self.token.kind == "separator":
+                separator = self.take().text
+            if self.token.kind == "end" or self.token.text == ";":
+                break
+            separators.append(separator)
+            items.append(self.parse_relation())
+        if not separators:
+            return items[0]
+        return Node("list", tuple(items), separators[-1])
+
+    def parse_relation(self) -> Node:
+        operands, operators = [self.parse_union()], []
+        while operator := self._accept_relation():
+            operators.append(operator)
+            operands.append(self.parse_union())
+        return Node("relation", tuple(operands), tuple(operators)) if operators else operands[0]
+
+    def _accept_relation(self) -> str | None:
+        if self.token.kind == "end" or self.token.text not in voc.RELATIONS:
+            if self.token.text == "\\not" and self.peek().text in voc.NEGATED:
+                self.take()
+                return voc.NEGATED[self.take().text]
+            return None
+        return voc.RELATIONS[self.take().text]
+
+    def parse_union(self) -> Node:
+        left = self.parse_ratio()
+        while self.token.kind != "end" and self.token.text in voc.SET_OPERATORS:
+            operator = voc.SET_OPERATORS[self.take().text]
+            left = Node(operator, (left, self.parse_ratio()))
+        return left
+
+    def parse_ratio(self) -> Node:
+        items = [self.parse_sum()]
+        while not self.in_braces and self.accept(":", "\\colon"):
+            items.append(self.parse_sum())
+        return Node("ratio", tuple(items)) if len(items) > 1 else items[0]
+
+    def parse_sum(self) -> Node:
+        left = self._parse_signed_term()
+        while sign := self.accept("+", "-", "\\pm", "\\mp"):
+            right = self.parse_product()
+            if sign.text in ("\\pm", "\\mp"):
+                left = Node("pm", (left, right), sign.text)
+            else:
+                left = Node("add", (left, right if sign.text == "+" else Node("neg", (right,))))
+        return left
+
+    def _parse_signed_term(self) -> Node:
+        signs = []
+        while sign := self.accept("+", "-", "\\pm", "\\mp"):
+            signs.append(sign.text)
+            if len(signs) > 4:
+                raise ParseError("too many signs")
+        term = self.parse_product()
+        for sign in reversed(signs):
+            if sign == "-":
+                term = Node("neg", (term,))
+            elif sign != "+":
+                term = Node("pm", (None, term), sign)
+        return term
+
+    def parse_product(self) -> Node:
+        left = self.parse_power()
+        while True:
+            if self.accept("*", "\\cdot", "\\times", "\\ast", "\\cdotp", "\\bullet"):
+                left = Node("mul", (left, self._parse_factor()))
+            elif self.accept("/", "\\div"):
+                left = Node("div", (left, self._parse_factor()))
+            elif self.token.text in ("\\bmod", "\\mod", "\\pmod"):
+                raise ParseError("modular answer")
+            elif self._starts_factor():
+                left = _join_factors(left, self.parse_power())
+            else:
+                return left
+
+    def _parse_factor(self) -> Node:
+        """A factor after an explicit operator may carry a sign: ``2 * -3``."""
+        if self.accept("-"):
+            return Node("neg", (self.parse_power(),))
+        self.accept("+")
+        return self.parse_power()
+
+    def _starts_factor(self) -> bool:
+        token = self.token
+        if token.kind in ("number", "word"):
+            return True
+        if token.kind == "command":
+            return token.text in voc.FACTOR_COMMANDS or token.text[1:] in voc.NAMES
+        if token.text == "|":
+            return not self.bars
+        return token.text in ("(", "[", "{")
+
+    def parse_power(self) -> Node:
+        base = self.parse_atom()
+        while True:
+            text = self.token.text
+            if self.token.kind == "end":
+                return base
+            if text in ("^", "**"):
+                self.take()
+                base = self._parse_exponent(base)
+            elif text == "_":
+                self.take()
+                base = _subscript(base, self._parse_script())
+            elif text == "!":
+                self.take()
+                base = Node("factorial", (base,))
+            elif text in ("%", "\\%"):
+                self.take()
+                base = Node("percent", (base,))
+            elif text in ("\\degree", "\\circ", "\\textdegree"):
+                self.take()
+                base = Node("degree", (base,))
+            elif text == "'":
+                self.take()
+                base = Node("index", (base, Node("text", (), "'")))
+            elif self.token.kind == "text" and text.lower() in voc.MULTIPLIERS:
+                scale = read_number(voc.MULTIPLIERS[self.take().text.lower()])
+                base = Node("mul", (base, Node("number", (), scale)))
+            elif self.token.kind == "text" and (unit := self._accept_unit()):
+                base = Node("unit", (base,), unit) if unit != "%" else Node("percent", (base,))
+            else:
+                return base
+
+    def _parse_exponent(self, base: Node) -> Node:
+        text, after = self.token.text, self.peek()
+        if text == "{" and after.text in ("\\circ", "\\degree") and self.peek(2).text == "}":
+            self.at += 3
+            return self._skip_temperature(Node("degree", (base,)))
+        if text in ("\\circ", "\\degree"):
+            self.take()
+            return self._skip_temperature(Node("degree", (base,)))
+        if text == "{" and after.kind == "text" and self.peek(2).text == "}":
+            if after.text.lower() in voc.ORDINAL_ENDINGS:  # 12^{th}
+                self.at += 3
+                return base
+        if text == "{" and _is_prime_run(self.tokens, self.at):
+            self.at += 3
+            return Node("index", (base, Node("text", (), "'")))
+        return Node("pow", (base, self._parse_script()))
+
+    def _skip_temperature(self, node: Node) -> Node:
+        if self.token.text in ("C", "F") and self.peek().kind in ("end", "separator"):
+            self.take()
+        return node
+
+    def _parse_script(self) -> Node:
+        """An exponent or subscript: a group, or a signed atom. ``x^10`` is x to the ten."""
+        if self.accept("{"):
+            inner = self.nested(self.parse_groups)
+            self.expect("}")
+            return inner
+        if self.accept("-"):
+            return Node("neg", (self._parse_script(),))
+        self.accept("+")
+        if self.token.text in ("*", "+"):
+            raise ParseError("empty script")
+        return self.parse_atom()
+
+    def _accept_unit(self) -> str | None:
+        """Accept the units after a quantity (``cm^2``, ``miles per hour``), if they end there."""
+        start, words = self.at, []
+        while True:
+            token = self.token
+            if token.kind == "text" and token.text.lower() in voc.UNITS:
+                words.append(voc.UNITS[self.take().text.lower()])
+            elif words and token.text in ("^", "/", "{", "}", "\\cdot") or token.text == "per":
+                words.append(self.take().text)
+            elif words and words[-1] in ("^", "{") and token.kind == "number":
+                words.append(self.take().text)
+            elif words and words[-1] == "/" and token.kind == "word":
+                words.append(self.take().text)
+            else:
+                break
+        at_end = self.token.kind in ("end", "separator", "text")
+        if words and (at_end or self.token.text in (",", ";", ")", "]", "\\}", "}", ":", "=")):
+            if words.count("{") == words.count("}"):
+                return "".join(word for word in words if word not in "{}^")
+            while words and words[-1] == "}":
+                words.pop()
+                self.at -= 1
+            return "".join(word for word in words if word not in "{}^")
+        self.at = start
+        return None
+
+    def parse_atom(self) -> Node:
+        token = self.token
+        if token.kind == "number":
+            return self._parse_number()
+        if token.kind == "word":
+            self.take()
+            node = Node("name", (), token.text)
+            if self.token.text == "(" and not self.token.space:
+                return self._parse_application(node)
+            return node
+        if token.text in ("(", "["):
+            return self.nested(self._parse_brackets)
+        if token.text == "]" and self.depth == 0:  # ]0, 1[ as written in France
+            return self.nested(self._parse_reversed_interval)
+        if token.text == "{":
+            self.take()
+            return self._parse_brace("}")
+        if token.text in ("\\{", "\\lbrace"):
+            self.take()
+            return self._parse_brace("\\}", "\\rbrace")
+        if token.text in ("|", "\\lvert", "\\vert", "\\|", "\\lVert", "\\Vert"):
+            return self._parse_bars()
+        if token.kind == "command":
+            return self._parse_command()
+        if token.text == "." and self.peek().text == "." and self.peek(2).text == ".":
+            self.at += 3
+            return Node("dots")
+        raise ParseError(f"unexpected {token.text[:20]!r}")
+
+    def _parse_number(self) -> Node:
+        digits = self.take().text
+        if len(digits) > 4_000:
+            raise ParseError("number too long")
+        if self.token.text == "\\overline" and "." in digits and self.peek().text == "{":
+            self.at += 2
+            block = self.expect_number()
+            self.expect("}")
+            return Node("number", (), _repeating(digits, block))
+        following = self.token, self.peek(), self.peek(2)
+        if [t.kind for t in following] == ["number", "mark", "number"] and following[1].text == "/":
+            return self._parse_mixed(digits)
+        return Node("number", (), read_number(digits))
+
+    def _parse_mixed(self, whole: str) -> Node:
+        """``1 1/2``: a whole number, a space, a proper fraction."""
+        top, _, bottom = self.take(), self.take(), self.take()
+        part = [Node("number", (), read_number(t.text)) for t in (top, bottom)]
+        mixed = _join_factors(Node("number", (), read_number(whole)), Node("frac", tuple(part)))
+        if mixed.kind != "add" or not top.space:
+            raise ParseError("two numbers side by side")
+        return Node("group", (mixed,))
+
+    def expect_number(self) -> str:
+        if self.token.kind != "number":
+            raise ParseError("expected digits")
+        return self.take().text
+
+    def take_single(self) -> Node:
+        """The argument of ``\\frac`` and ``\\sqrt``: a group, or one character (``\\frac12``)."""
+        if self.accept("{"):
+            inner = self.nested(self.parse_groups)
+            self.expect("}")
+            return inner
+        token = self.token
+        if token.kind == "number" and token.text.isdigit():
+            self.tokens[self.at] = Token("number", token.text[1:], False)
+            if len(token.text) == 1:
+                self.at += 1
+            return Node("number", (), read_number(token.text[0]))
+        return self.nested(self.parse_atom)
+
+    def _parse_application(self, name: Node) -> Node:
+        """``f(x)``: kept as written; what it means is decided where it is evaluated."""
+        inside = self.nested(self._parse_brackets)
+        if inside.kind == "tuple" and inside.value != "()":
+            raise ParseError("not an argument list")
+        args = inside.args if inside.kind == "tuple" else (inside,)
+        return Node("apply", (name, *args))
+
+    def _parse_brackets(self) -> Node:
+        opener = self.take().text
+        inside = self.parse_groups()
+        closer = self.expect(")", "]").text
+        if inside.kind == "list":
+            return Node("tuple", inside.args, opener + closer)
+        if opener + closer in ("()", "[]"):
+            # Parentheses matter only to juxtaposition: 2(5) is a product, 2(1/2) not a mixed number.
+            return Node("group", (inside,)) if inside.kind in ("number", "frac") else inside
+        raise ParseError("mismatched brackets")
+
+    def _parse_reversed_interval(self) -> Node:
+        opens = {"]": "(", "[": "["}[self.take().text]
+        inside = self.parse_list()
+        closes = {"[": ")", "]": "]"}[self.expect("[", "]").text]
+        if inside.kind != "list" or len(inside.args) != 2:
+            raise ParseError("not an interval")
+        return Node("tuple", inside.args, opens + closes)
+
+    def _parse_brace(self, *closers: str) -> Node:
+        """``{...}``: a TeX group if it is one expression, else a set; ``\\{...\\}``: a set."""
+
+        def parse_inside():
+            if self.accept(*closers):
+                return Node("set", ())
+            self.bars, self.in_braces = 1, True
+            inside = self.parse_groups()
+            self.bars, self.in_braces = 0, False
+            if self.accept("|", "\\mid", ":", "\\vert"):
+                return Node("builder", (inside, self.parse_list()))
+            if self.token.text == "\\choose":
+                self.take()
+                return Node("binomial", (inside, self.parse_sum()))
+            return inside
+
+        inside = self.nested(parse_inside)
+        if inside.kind == "set" and not inside.args:
+            return inside
+        self.expect(*closers)
+        if inside.kind in ("builder", "binomial"):
+            return inside
+        if inside.kind == "list":
+            return Node("set", inside.args)
+        if "\\}" in closers:
+            return Node("set", (inside,))
+        return inside
+
+    def _parse_bars(self) -> Node:
+        opener = self.take().text
+        closer = {"\\lvert": "\\rvert", "\\lVert": "\\rVert"}.get(opener, opener)
+
+        def parse_inside():
+            self.bars = 1
+            return self.parse_sum()
+
+        inside = self.nested(parse_inside)
+        self.expect(closer)
+        return Node("abs", (inside,))
+
+    def _parse_command(self) -> Node:
+        name = self.take().text[1:]
+        if name in ("frac", "dfrac", "tfrac", "cfrac"):
+            top = self.take_single()
+            return Node("frac", (top, self.take_single()))
+        if name in ("binom", "dbinom", "tbinom"):
+            top = self.take_single()
+            return Node("binomial", (top, self.take_single()))
+        if name in ("sqrt", "cbrt"):
+            return self._parse_root(name)
+        if name in ("lfloor", "lceil"):
+            inside = self.nested(self.parse_sum)
+            self.expect("\\rfloor" if name == "lfloor" else "\\rceil")
+            return Node("function", (inside,), name[1:])
+        if name == "langle":
+            inside = self.nested(self.parse_list)
+            self.expect("\\rangle")
+            return Node("tuple", inside.args if inside.kind == "list" else (inside,), "()")
+        if name == "begin":
+            return self._parse_environment()
+        if name in ("sum", "prod", "int", "lim", "oint", "iint"):
+            return self._parse_big(name)
+        if name in voc.FUNCTIONS:
+            return self._parse_function(voc.FUNCTIONS[name])
+        if name in voc.DECORATIONS:
+            inner = self.take_single()
+            return Node("index", (inner, Node("text", (), voc.DECORATIONS[name])))
+        if name in ("mathbb", "mathcal", "mathbf", "boldsymbol"):
+            inner = self.take_single()
+            if inner.kind != "name":
+                return inner
+            return Node("name", (), name.replace("boldsymbol", "mathbf") + " " + inner.value)
+        if name in ("emptyset", "varnothing"):
+            return Node("set", ())
+        if name in ("ldots", "dots", "cdots", "dotsc", "dotsb", "vdots"):
+            return Node("dots")
+        if name in ("angle", "triangle", "measuredangle"):
+            return Node("index", (self.parse_power(), Node("text", (), "angle")))
+        if name in ("textdollar",):
+            return self.parse_power()
+        if name in voc.NAMES:
+            node = Node("name", (), voc.NAMES[name])
+            if name not in voc.CONSTANTS and self.token.text == "(" and not self.token.space:
+                return self._parse_application(node)
+            return node
+        raise ParseError(f"unknown command \\{name[:20]}")
+
+    def _parse_root(self, name: str) -> Node:
+        degree = Node("number", (), read_number("3" if name == "cbrt" else "2"))
+        if self.accept("["):
+            degree = self.nested(self.parse_sum)
+            self.expect("]")
+        if self.token.text == "(":
+            inside = self.nested(self._parse_brackets)
+        else:
+            inside = self.take_single()
+        return Node("root", (inside, degree))
+
+    def _parse_function(self, name: str) -> Node:
+        subscript = exponent = None
+        while self.token.text in ("_", "^"):
+            if self.take().text == "_":
+                subscript = self._parse_script()
+            else:
+                exponent = self._parse_script()
+        if self.token.text in ("(", "[") or (self.token.text == "{" and not self.token.space):
+            inside = self.nested(
+                lambda: self._parse_brackets() if self.token.text != "{" else self.take_single()
+            )
+            args = inside.args if inside.kind in ("tuple", "list") else (inside,)
+        else:
+            args = (self._parse_bare_argument(),)
+        node = Node("function", args, name) if subscript is None else None
+        if node is None:
+            if name not in ("log", "lg"):
+                raise ParseError("subscript on a function")
+            node = Node("function", (*args, subscript), "log")
+        if exponent is None:
+            return node
+        if exponent == Node("neg", (Node("number", (), read_number("1")),)):
+            return Node("function", args, "a" + name if name in voc.INVERTIBLE else "1/" + name)
+        return Node("pow", (node, exponent))
+
+    def _parse_bare_argument(self) -> Node:
+        """``\\sin 2x``: a run of factors, up to the next operator or function name."""
+        sign = self.accept("-")
+        argument = self.nested(self.parse_power)
+        while self._starts_factor() and self.token.text[1:] not in voc.FUNCTIONS:
+            argument = _join_factors(argument, self.nested(self.parse_power))
+        return Node("neg", (argument,)) if sign else argument
+
+    def _parse_big(self, name: str) -> Node:
+        """Sums, products, integrals and limits: bounds, then a body as long as a term."""
+        lower = upper = None
+        while self.token.text in ("_", "^"):
+            if self.take().text == "_":
+                lower = self._parse_script()
+            else:
+                upper = self._parse_script()
+        body = self.nested(self.parse_product)
+        return Node("big", (lower, upper, body), name)
+
+    def _parse_environment(self) -> Node:
+        self.expect("{")
+        words = []
+        while not self.accept("}"):
+            token = self.take()
+            if token.kind == "end" or len(words) > 12:
+                raise ParseError("unknown environment")
+            words.append(token.text)
+        name = "".join(words)
+        if name.rstrip("*") not in voc.MATRICES:
+            raise ParseError(f"unknown environment {name[:20]}")
+        if name == "array":
+            self.expect("{")
+            while not self.accept("}"):
+                if self.take().kind == "end":
+                    raise ParseError("unclosed column specification")
+        rows = self.nested(self._parse_rows)
+        while not self.accept("}"):
+            if self.take().kind == "end":
+                raise ParseError("unclosed environment")
+        return Node("matrix", rows, "cases" if name == "cases" else None)
+
+    def _parse_rows(self) -> tuple:
+        rows, row = [], []
+        while True:
+            while self.accept("\\hline"):
+                pass
+            if self.accept("\\end"):
+                self.expect("{")
+                break
+            row.append(self.parse_list())
+            if self.accept("&"):
+                continue
+            rows.append(tuple(row))
+            row = []
+            if not self.accept("\\\\"):
+                self.expect("\\end")
+                self.expect("{")
+                break
+        return tuple(rows)
+
+
+def read_number(digits: str) -> Number:
+    """Return the literal written as ``digits`` (no sign, at most one point), exactly."""
+    whole, _, decimals = digits.partition(".")
+    return Number(
+        Fraction(digits if whole else "0" + digits) if decimals else Fraction(int(whole)),
+        len(decimals),
+        len((whole + decimals).lstrip("0")),
+    )
+
+
+def _repeating(digits: str, block: str) -> Number:
+    """``0.1\\overline{6}``: exactly 1/6."""
+    start = read_number(digits)
+    if not block.isdigit() or len(block) > 100:
+        raise ParseError("not a repeating decimal")
+    tail = Fraction(int(block), (10 ** len(block) - 1) * 10**start.decimals)
+    return Number(start.value + tail, 0, 0)
+
+
+def _join_factors(left: Node, right: Node) -> Node:
+    """Juxtaposition: a whole number before a proper fraction is a mixed number, else a product."""
+    if left.kind == "number" and right.kind == "frac" and not left.value.decimals:
+        top, bottom = right.args
+        if top.kind == bottom.kind == "number" and top.value.value < bottom.value.value:
+            return Node("add", (left, right))
+    if left.kind == "number" and right.kind == "number":
+        raise ParseError("two numbers side by side")
+    return Node("mul", (left, right), "juxtaposed")
+
+
+def _subscript(base: Node, script: Node) -> Node:
+    if base.kind == "number":
+        if script.kind == "number" and 2 <= script.value.value <= 36 and not base.value.decimals:
+            return Node("base", (base, script))
+        raise ParseError("subscript on a number")
+    return Node("index", (base, script))
+
+
+def _is_prime_run(tokens: list[Token], at: int) -> bool:
+    return (
+        at + 2 < len(tokens)
+        and tokens[at + 1].text in ("\\prime", "'")
+        and tokens[at + 2].text == "}"
+    )

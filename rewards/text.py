@@ -1,0 +1,97 @@
+"""Bring an answer's many spellings to one: Unicode, LaTeX dress, punctuation. Meaning untouched.
+
+Everything here is linear in the length of the text.
+"""
+
+import re
+import unicodedata
+
+# Characters with one LaTeX or ASCII spelling. NFKC would turn some into something else (a
+# superscript two into a plain 2), so these are replaced before it.
+_SYMBOLS = {
+    "−": "-", "–": "-", "—": "-", "‐": "-", "‑": "-", "×": r"\times ", "÷": "/", "∕": "/",
+    "⁄": "/", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "•": r"\cdot ", "∗": "*",
+    "±": r"\pm ", "∓": r"\mp ", "≤": r"\le ", "≥": r"\ge ", "≦": r"\le ", "≧": r"\ge ",
+    "⩽": r"\le ", "⩾": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "≅": r"\approx ",
+    "≡": r"\equiv ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∖": r"\setminus ",
+    "∈": r"\in ", "∅": r"\emptyset ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "°": r"^\circ ",
+    "º": r"^\circ ", "′": "'", "’": "'", "‘": "'", "∑": r"\sum ", "∏": r"\prod ",
+    "∫": r"\int ", "→": r"\to ", "…": r"\ldots ", "⋯": r"\ldots ", "ℝ": r"\mathbb{R}",
+    "ℤ": r"\mathbb{Z}", "ℕ": r"\mathbb{N}", "ℚ": r"\mathbb{Q}", "ℂ": r"\mathbb{C}",
+    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ", "⟨": r"\langle ",
+    "⟩": r"\rangle ", "∠": r"\angle ", "△": r"\triangle ", "¢": r"\text{ cents}",
+    "、": ",", "。": ".", "【": "[", "】": "]", "∣": "|", "∥": r"\|", "℃": r"^\circ C",
+    "€": r"\text{ euros}", "£": r"\text{ pounds}", "¥": r"\text{ yuan}", "￥": r"\text{ yuan}",
+    "\ufe6a": "%", "٪": "%", "٫": ".", "٬": ",",
+}  # fmt: skip
+_GREEK = {
+    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "θ": "theta",
+    "λ": "lambda", "μ": "mu", "π": "pi", "ρ": "rho", "σ": "sigma", "τ": "tau", "φ": "phi",
+    "ϕ": "phi", "ω": "omega", "Δ": "Delta", "Ω": "Omega", "ξ": "xi", "η": "eta", "ψ": "psi",
+}  # fmt: skip
+_TABLE = str.maketrans(_SYMBOLS | {letter: f"\\{name} " for letter, name in _GREEK.items()})
+
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_CIRCLED = "①②③④⑤⑥⑦⑧⑨⑩"
+
+_SPACING = re.compile(
+    r"(?<!\\)\\[,;:> \t\n]|~|&(?:nbsp|ensp|emsp);|\\(?:hspace|vspace|phantom|label|tag)\*?\{[^{}]*\}"
+    r"|\\(?:quad|qquad|enspace|thinspace|medspace|thickspace|left|right|middle|[bB]igg?[lrm]?"
+    r"|displaystyle|textstyle|limits|nolimits|mathstrut|hfill|newline)(?![a-zA-Z])"
+)
+_MATH_MARKS = re.compile(r"(?<!\\)\$|(?<!\\)\\[()\[\]]")
+
+
+def normalize_text(text: str) -> str:
+    """Return ``text`` with Unicode mathematics written as LaTeX and invisible dress removed.
+
+    Full-width forms become ASCII, superscripts become ``^{...}``, runs of circled digits become
+    lists; control, bidirectional and zero-width characters vanish, so that they can neither hide
+    nor forge an answer.
+    """
+    if not text.isascii():
+        text = re.sub(rf"(?<=[{_CIRCLED}])(?=[{_CIRCLED}])", ",", text)
+        text = re.sub(
+            "[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: "^{" + m.group().translate(_SUPERSCRIPTS) + "}", text
+        )
+        text = re.sub(
+            "[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m.group().translate(_SUBSCRIPTS) + "}", text
+        )
+        text = re.sub("[¼½¾⅐-⅞]", _spell_fraction, text)
+        text = unicodedata.normalize("NFKC", text.translate(_TABLE)).translate(_TABLE)
+    return "".join(_visible(char) for char in text) if not text.isprintable() else text
+
+
+def _spell_fraction(match: re.Match) -> str:
+    top, _, bottom = unicodedata.normalize("NFKC", match.group()).partition("\u2044")
+    return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+def _visible(char: str) -> str:
+    if char.isspace():
+        return " "
+    return char if char.isprintable() else ""
+
+
+def strip_dress(text: str) -> str:
+    """Return normalised ``text`` without math delimiters, spacing and sizing commands.
+
+    An outer ``\\boxed{...}`` is opened, surrounding white space, emphasis and final punctuation
+    go. ``{,}`` and ``,\\!`` (commas that TeX is told not to space) become plain commas.
+    """
+    text = text.replace("{,}", ",").replace(r"\!", "").replace(r"\$", r"\text{ dollars}")
+    text = _MATH_MARKS.sub(" ", text)
+    text = _SPACING.sub(" ", text)
+    text = re.sub(r"\\(?:boxed|fbox)\s*\{", "{", text)
+    return text.lstrip(' \t`"*,:;').rstrip(' \t`"*.,:;\\')
+
+
+def normalize_words(text: str) -> str:
+    """Return ``text`` as lower-case words for comparing answers that are prose or names.
+
+    LaTeX font commands, punctuation, articles and case do not count.
+    """
+    text = re.sub(r"\\(?:text|math|operator)?[a-z]{0,10}\s*(?=\{)|\\[a-zA-Z]+", " ", text)
+    words = re.sub(r"[^\w+\-*/=<>]+|_", " ", text.casefold()).split()
+    return " ".join(word for word in words if word not in {"the", "a", "an", "is"})
