@@ -31,7 +31,7 @@ DIGITS, MORE_DIGITS = 40, 110
 # A decimal stands for an exact value that it is the correct rounding of, if it has at least so
 # many significant digits: more where the rounding is the answer's own idea than where the gold's
 # author chose it.
-GOLD_DIGITS, ANSWER_DIGITS = 3, 4
+GOLD_DIGITS, ANSWER_DIGITS = 2, 4
 # This many digits are a float printed in full, whose last digits may be noise.
 FLOAT_DIGITS = 12
 
@@ -173,10 +173,6 @@ def _same_lists(gold: Node, answer: Node) -> bool:
     gold_kind, golds = _items(gold)
     answer_kind, answers = _items(answer)
     if len(golds) == len(answers) == 1:
-        if (gold_kind == "set") != (answer_kind == "set") and (
-            _is_sequence(golds[0].value) or _is_sequence(answers[0].value)
-        ):
-            return False
         return _same_items(golds[0], answers[0])
     if len(golds) == 1 and len(answers) > 1:
         return _tuple_as_list(golds[0], answers, answer_kind)
@@ -199,10 +195,6 @@ def _distinct_items(items: list[Item]) -> list[Item]:
         if not any(_same_items(item, other) for other in kept):
             kept.append(item)
     return kept
-
-
-def _is_sequence(node: Node) -> bool:
-    return node.kind in ("tuple", "matrix")
 
 
 def _tuple_as_list(one: Item, many: list[Item], kind: str, swapped: bool = False) -> bool:
@@ -322,6 +314,9 @@ def _same_sets(gold: Node, answer: Node) -> bool:
 
 def _same_items(gold: Item, answer: Item) -> bool:
     names = gold.name, answer.name
+    relations = gold.node.kind == answer.node.kind == "relation"
+    if relations and (names[0] is None) != (names[1] is None):
+        return _same_relations(gold.node, answer.node)  # y = 2x + 3 and 2x - y + 3 = 0
     if all(n is not None and n.kind == "name" and len(n.value) == 1 for n in names):
         if names[0] != names[1]:  # x = 5 does not say y = 5
             return False
@@ -332,6 +327,8 @@ def _same_values(gold: Node, answer: Node) -> bool:
     gold, answer = _ungroup(gold), _ungroup(answer)
     if gold == answer:
         return True
+    if gold.kind == "mod" or answer.kind == "mod":
+        return _same_residues(gold, answer)
     kinds = {gold.kind, answer.kind}
     if kinds & {"text", "dots"}:
         return False
@@ -352,6 +349,19 @@ def _same_values(gold: Node, answer: Node) -> bool:
     return same_scalars(gold, answer)
 
 
+def _same_residues(gold: Node, answer: Node) -> bool:
+    """``3 (mod 7)``: residues of one modulus if both state it, else the number as it is."""
+    if gold.kind != answer.kind:
+        gold, answer = (n.args[0] if n.kind == "mod" else n for n in (gold, answer))
+        return _same_values(gold, answer)
+    (a, modulus), (b, other) = gold.args, answer.args
+    difference = Node("div", (Node("add", (a, Node("neg", (b,)))), modulus))
+    if not same_scalars(modulus, other) or free_names(difference):
+        return same_scalars(modulus, other) and same_scalars(a, b)
+    quotient = Evaluator(POINTS[0]).value(difference)
+    return exact(quotient) and quotient.denominator == 1
+
+
 def _coordinates(node: Node) -> tuple[Node, ...] | None:
     """The entries of a tuple or of a row or column vector; None for anything else."""
     if node.kind == "tuple":
@@ -367,12 +377,21 @@ def _same_sequences(gold: Node, answer: Node) -> bool:
     """Tuples and vectors, in order. Brackets count for pairs, where they tell intervals apart."""
     if gold.kind == answer.kind == "matrix":
         return _same_matrices(gold, answer)
+    if "tuple" in (gold.kind, answer.kind):
+        gold, answer = _nest_rows(gold), _nest_rows(answer)
     ours, theirs = _coordinates(gold), _coordinates(answer)
     if ours is None or theirs is None or len(ours) != len(theirs):
         return False
     if gold.kind == answer.kind == "tuple" and len(ours) == 2 and gold.value != answer.value:
         return False
     return all(_same_items(Item(g), Item(a)) for g, a in zip(ours, theirs, strict=True))
+
+
+def _nest_rows(node: Node) -> Node:
+    """Write a matrix as ``[[1, 2], [3, 4]]``; a row or column stays a vector."""
+    if node.kind != "matrix" or _coordinates(node) is not None:
+        return node
+    return Node("tuple", tuple(Node("tuple", row, "[]") for row in node.args), "[]")
 
 
 def _same_matrices(gold: Node, answer: Node) -> bool:
@@ -388,6 +407,9 @@ def _same_ratios(gold: Node, answer: Node) -> bool:
     if any(arg.kind == "dots" for arg in (*gold.args, *answer.args)):
         pairs = zip(gold.args, answer.args, strict=True)
         return all(_same_values(g, a) for g, a in pairs)
+    units = [{_unit(arg) for arg in node.args} - {None} for node in (gold, answer)]
+    if all(units) and units[0] != units[1]:  # 10:30 am, 10:30 pm
+        return False
     first = gold.args[0], answer.args[0]
     return all(
         same_scalars(Node("mul", (first[0], a)), Node("mul", (first[1], g)))
@@ -542,12 +564,13 @@ def _same_in_mode(gold: Node, answer: Node, mode: Mode) -> bool:
         return _same_constants(gold, answer, mode)
     agreed, complex_agreed, complex_differ = 0, 0, 0
     for point in _points_for(names):
+        evaluators = Evaluator(point, mode), Evaluator(point, mode)
         try:
-            a, b = (Evaluator(point, mode).value(node) for node in (gold, answer))
+            a, b = evaluators[0].value(gold), evaluators[1].value(answer)
         except Undefined:
             continue
         same = _close(a, b)
-        if is_real(a) and is_real(b):
+        if not any(evaluator.has_left_reals for evaluator in evaluators):
             if not same:
                 return False
             agreed += 1
@@ -578,11 +601,13 @@ def _confirm(gold: Node, answer: Node, mode: Mode, names: set[str]) -> bool:
     """Check an agreement with many more digits, where a near miss of the first pass shows."""
     with mp.workdps(MORE_DIGITS):
         for point in _points_for(names):
+            evaluators = Evaluator(point, mode), Evaluator(point, mode)
             try:
-                a, b = (Evaluator(point, mode).value(node) for node in (gold, answer))
+                a, b = evaluators[0].value(gold), evaluators[1].value(answer)
             except Undefined:
                 continue
-            if is_real(a) and is_real(b) and not _close(a, b):
+            left = any(evaluator.has_left_reals for evaluator in evaluators)
+            if not left and not _close(a, b):
                 return False
     return True
 
@@ -592,8 +617,8 @@ def _close(a: Value, b: Value) -> bool:
     if exact(a) and exact(b):
         return a == b
     a, b = to_mp(a), to_mp(b)
-    if a == b:
-        return True
+    if a == b or mp.isinf(a) or mp.isinf(b):
+        return a == b
     difference, scale = abs(a - b), max(abs(a), abs(b))
     if difference > scale * mpf(10) ** (18 - mp.dps):
         # Only rounding error is left of something that cancelled, when more digits leave less.
@@ -607,6 +632,9 @@ def _same_constants(gold: Node, answer: Node, mode: Mode) -> bool:
     if _close(a, b):
         if exact(a) and exact(b):
             return True
+        for value, node in ((a, answer), (b, gold)):
+            if value == 0:
+                return _vanishes(node, mode)
         with mp.workdps(MORE_DIGITS):
             return _close(*(Evaluator(point, mode).value(node) for node in (gold, answer)))
     return _is_rounding(gold, a, b, mode, GOLD_DIGITS) or _is_rounding(
@@ -614,12 +642,24 @@ def _same_constants(gold: Node, answer: Node, mode: Mode) -> bool:
     )
 
 
+def _vanishes(node: Node, mode: Mode) -> bool:
+    """Tell zero from a tiny number: of zero, more digits leave less."""
+    sizes = []
+    for digits in (MORE_DIGITS, 2 * MORE_DIGITS):
+        with mp.workdps(digits):
+            sizes.append(abs(to_mp(Evaluator(POINTS[0], mode).value(node))))
+    return sizes[1] <= sizes[0] * mpf(10) ** -DIGITS
+
+
 def _is_rounding(node: Node, value: Value, other: Value, mode: Mode, least_digits: int) -> bool:
     """Say whether ``node`` is a decimal literal that ``other``, not itself one, rounds to."""
     literal, scale = _literal(node, mode)
-    if literal is None or literal.decimals < 2 and literal.significant < least_digits:
-        return False
-    if not literal.decimals or literal.significant < least_digits:
+    # 41.4% has three decimals.
+    if (
+        literal is None
+        or literal.decimals < 2 - 2 * (scale == mpf(1) / 100)
+        or literal.significant < least_digits
+    ):
         return False
     if not is_real(other) or (exact(other) and _terminates(other)):
         return False
@@ -665,12 +705,12 @@ def _rename_parameter(gold: Node, answer: Node) -> tuple[Node, Node]:
             return gold, _rename(answer, old.value, new.value)
     named = [item for item in (ours, theirs) if item.name is not None]
     values = [free_names(ours.value), free_names(theirs.value)]
-    if not named or any(len(names) != 1 or "_index" in names for names in values):
+    if any(len(names) != 1 or "_index" in names for names in values):
         return gold, answer
     new, old = (next(iter(names)) for names in values)
     if new == old or any(free_names(item.name) & {new, old} for item in named):
         return gold, answer
-    is_family = all(item.value.kind == "tuple" for item in (ours, theirs)) or (
+    is_family = (named and all(item.value.kind == "tuple" for item in (ours, theirs))) or (
         {new, old} <= set("kmnt") and _mentions_pi(ours.value) and _mentions_pi(theirs.value)
     )
     return (gold, _rename(answer, old, new)) if is_family else (gold, answer)

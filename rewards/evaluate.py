@@ -96,6 +96,7 @@ class Evaluator:
         self.point = point
         self.mode = mode or Mode()
         self.steps = 0
+        self.has_left_reals = False  # some value on the way was complex
 
     def value(self, node: Node) -> Value:
         """Return the value of a scalar expression; raise ``Undefined`` if it has none."""
@@ -105,7 +106,10 @@ class Evaluator:
         method = getattr(self, "_" + node.kind, None)
         if method is None:
             raise Undefined(f"{node.kind} is not a number")
-        return _checked(method(node))
+        value = _checked(method(node))
+        if isinstance(value, mpc) and not is_real(value):
+            self.has_left_reals = True
+        return value
 
     def _number(self, node: Node) -> Value:
         value = node.value.value
@@ -162,6 +166,9 @@ class Evaluator:
     def _degree(self, node: Node) -> Value:
         value = self.value(node.args[0])
         return to_mp(value) * mp.pi / 180 if self.mode.degrees else value
+
+    def _mod(self, node: Node) -> Value:
+        return self.value(node.args[0])
 
     def _abs(self, node: Node) -> Value:
         return abs(self.value(node.args[0]))
@@ -319,7 +326,9 @@ def power(base: Value, exponent: Value) -> Value:
                 raise Undefined("zero to a power that is not positive")
             return Fraction(base) ** exponent
     if base == 0:
-        raise Undefined("zero to an inexact power")
+        if not is_real(exponent) or real_part(exponent) <= 0:
+            raise Undefined("zero to a power that is not positive")
+        return 0
     base, exponent = to_mp(base), to_mp(exponent)
     if mpmath.isinf(base) or mpmath.isinf(exponent):
         raise Undefined("infinite power")

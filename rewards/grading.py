@@ -37,7 +37,8 @@ from itertools import product
 from rewards.compare import same_answer
 from rewards.evaluate import Undefined
 from rewards.syntax import Node, ParseError, parse_answer
-from rewards.text import normalize_text, normalize_words, strip_dress
+from rewards.text import normalize_text, normalize_words, spell, strip_dress
+from rewards.vocabulary import DIRECTIONS, FILLERS
 
 RIGHT, WRONG, UNPARSEABLE, BAD_GOLD = "right", "wrong", "unparseable", "bad_gold"
 
@@ -52,6 +53,11 @@ _OPTION = re.compile(
     r"\W*(?:(?:option|choice|answer)\W+)?\(?([A-J])(?:\)|[.:,])?(?:$|(?<=[).:,])\s*(.*)$)",
     re.DOTALL | re.IGNORECASE,
 )
+_NOTHING = re.compile(
+    r"(?:there (?:are )?)?no (?:real |such )?(?:solutions?|roots?)(?: exists?)?|none"
+)
+_EVERYTHING = re.compile(r"(?:all |set of |any )*(?:real numbers?|reals)")
+_LEAD = re.compile(r"(?:[a-z]{3,}\s+)*(?=\d)|")
 _PROSE = re.compile(r"[^\W\d_]{2}|^[^\W\d_]$")
 
 
@@ -65,7 +71,8 @@ def judge_answer(answer: str, gold: str) -> str:
         return BAD_GOLD
     if not answer:
         return UNPARSEABLE
-    if _spell(answer) == _spell(gold):
+    answer, gold = _read_phrase(answer), _read_phrase(gold)
+    if spell(answer) == spell(gold):
         return RIGHT
     if max(len(answer), len(gold)) > MAX_CHARS:
         return UNPARSEABLE if len(gold) <= MAX_CHARS else BAD_GOLD
@@ -76,7 +83,9 @@ def judge_answer(answer: str, gold: str) -> str:
     if not golds:
         return _judge_prose(answer, gold)
     if not answers:
-        return UNPARSEABLE
+        return RIGHT if _same_words(answer, gold) else UNPARSEABLE
+    if _contradict(answer, gold):
+        return WRONG
     return _compare_readings(golds, answers)
 
 
@@ -96,12 +105,42 @@ def _judge_prose(answer: str, gold: str) -> str:
     """Compare with a gold that is no mathematics: words with words."""
     if not _PROSE.search(re.sub(r"\\[a-zA-Z]+", "", gold)) or gold.count("{") != gold.count("}"):
         return BAD_GOLD
-    words = normalize_words(gold)
-    return RIGHT if words and words == normalize_words(answer) else WRONG
+    parts = [_split_words(text) for text in (answer, gold)]
+    return RIGHT if parts[0] == parts[1] else WRONG
 
 
-def _spell(text: str) -> str:
-    return "".join(text.split())
+def _split_words(text: str) -> list[str]:
+    """The names in a list of names ("Alice, Bob and Carol"), in order of the alphabet."""
+    parts = re.split(r",|;|\band\b|、|和|与", _plain(text))
+    return sorted(words for part in parts if (words := normalize_words(part)))
+
+
+def _same_words(answer: str, gold: str) -> bool:
+    """Say whether two texts are the same words, and nothing but words."""
+    letters = [re.sub(r"[\s.,!?'-]", "", _plain(text)) for text in (answer, gold)]
+    return letters[0].isalpha() and letters[0].casefold() == letters[1].casefold()
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\\(?:text|math)[a-z]*\s*|[{}]", " ", text)
+
+
+def _contradict(answer: str, gold: str) -> bool:
+    """Say whether the words around two numbers say different things: June 20, July 20."""
+    texts = _plain(answer).casefold(), _plain(gold).casefold()
+    leads = [set(_LEAD.match(text).group().split()) - FILLERS for text in texts]
+    if all(leads) and not leads[0] & leads[1]:
+        return True
+    ours, theirs = (set(re.findall(r"[a-z]+", text)) & DIRECTIONS for text in texts)
+    return bool(ours) and bool(theirs) and ours != theirs
+
+
+def _read_phrase(text: str) -> str:
+    """Write "no real solutions" and "all real numbers" as the sets that they are."""
+    words = normalize_words(text)
+    if _NOTHING.fullmatch(words):
+        return "\\emptyset"
+    return "\\mathbb{R}" if _EVERYTHING.fullmatch(words) else text
 
 
 def _read_option(text: str) -> str | None:

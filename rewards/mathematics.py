@@ -7,6 +7,7 @@ from typing import NamedTuple
 from rewards.completions import Completion, completion_text
 from rewards.extract import Extraction, extract_answer, find_answer
 from rewards.numbers import parse_number
+from rewards.text import spell
 from rewards.workers import OK, run_task
 
 RIGHT, WRONG, UNPARSEABLE = "right", "wrong", "unparseable"
@@ -120,7 +121,7 @@ def judge_quickly(answer: str, gold: str) -> str | None:
         return BAD_GOLD
     if not answer.strip():
         return UNPARSEABLE
-    if answer == gold or "".join(answer.split()) == "".join(gold.split()):
+    if spell(answer) == spell(gold):
         return RIGHT
     if len(gold) > MAX_CHARS:
         return BAD_GOLD

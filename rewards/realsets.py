@@ -280,10 +280,16 @@ def names_quantity(node: Node) -> bool:
     if node.kind == "abs":
         return _is_segment(node.args[0])
     if node.kind in ("ratio", "div", "frac"):
+        if all(_is_differential(arg) for arg in node.args):
+            return True
         return all(names_quantity(arg) for arg in node.args)
     if node.kind == "tuple":
         return node.value == "()" and all(names_quantity(arg) for arg in node.args)
     return False
+
+
+def _is_differential(node: Node) -> bool:
+    return node.kind == "mul" and node.args[0] == Node("name", (), "d")
 
 
 def _is_capital(node: Node) -> bool:

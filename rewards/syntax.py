@@ -43,7 +43,8 @@ class Token(NamedTuple):
 
 
 _TOKEN = re.compile(
-    r"(?P<number>\d+(?:\.\d+)?|\.\d+|\d+\.(?!\d))"
+    r"(?P<number>\d+\.(?=\\overline)"
+    r"|(?:\d+\.\d+|\.\d+|\d+)(?:[eE][+-]?\d{1,3}(?![\w.]))?)"
     r"|(?P<command>\\[a-zA-Z]+|\\.)"
     r"|(?P<word>[A-Za-z]+)"
     r"|(?P<cjk>[^\W\d_a-zA-Z]+)"
@@ -73,7 +74,9 @@ def parse_answer(text: str) -> Node:
 # --- tokens ---------------------------------------------------------------------------------
 
 
-def read_tokens(text: str, in_text: bool = False, depth: int = 0) -> list[Token]:
+def read_tokens(
+    text: str, in_text: bool = False, depth: int = 0, previous: Token | None = None
+) -> list[Token]:
     """Split ``text`` into tokens; ``\\text{...}`` is read into, with its words marked as text."""
     if depth > 5:
         raise ParseError("text macros nested too deeply")
@@ -82,7 +85,7 @@ def read_tokens(text: str, in_text: bool = False, depth: int = 0) -> list[Token]
         match = _TOKEN.match(text, position)
         kind, part = match.lastgroup, match.group()
         position = match.end()
-        if part.isspace():
+        if part.isspace() or (part == "." and tokens and tokens[-1].kind == "text"):
             space = True
             continue
         if kind == "command" and part[1:] in voc.TEXT_MACROS:
@@ -90,9 +93,11 @@ def read_tokens(text: str, in_text: bool = False, depth: int = 0) -> list[Token]
             if tokens and tokens[-1].text in ("^", "_"):
                 inner = "{" + inner + "}"
             is_text = part[1:] not in voc.MATH_FONTS
-            tokens += read_tokens(" " + inner, is_text, depth + 1)
+            before = tokens[-1] if tokens else previous
+            tokens += read_tokens(" " + inner, is_text, depth + 1, before)
         elif kind in ("word", "cjk"):
-            tokens += _read_word(part, space, in_text or kind == "cjk", tokens)
+            before = tokens[-1] if tokens else previous
+            tokens += _read_word(part, space, in_text or kind == "cjk", before)
         else:
             tokens.append(Token("mark" if kind == "mark" else kind, part, space))
         space = False
@@ -115,13 +120,15 @@ def _read_group(text: str, position: int) -> tuple[str, int]:
     raise ParseError("unbalanced brace")
 
 
-def _read_word(word: str, space: bool, in_text: bool, before: list[Token]) -> list[Token]:
+def _read_word(word: str, space: bool, in_text: bool, before: Token | None) -> list[Token]:
     """Decide what a run of letters is: a connective, a name, a function, letters, or prose."""
     lower = word.lower()
     if lower in voc.CONNECTIVES:
         return [Token("separator", voc.CONNECTIVES[lower], space)]
-    after_number = bool(before) and before[-1].kind == "number"
-    after_quantity = after_number or (bool(before) and before[-1].text in ("}", ")"))
+    if lower == "mod":
+        return [Token("command", "\\mod", space)]
+    after_number = before is not None and before.kind == "number"
+    after_quantity = after_number or (before is not None and before.text in ("}", ")"))
     if after_number and lower in voc.ORDINAL_ENDINGS and not space:
         return []
     if len(word) > 1 and lower in voc.UNITS and (in_text or after_number):
@@ -155,8 +162,14 @@ def tidy_tokens(tokens: list[Token]) -> list[Token]:
     "if") are never dropped: they stay, and make the text unparseable as mathematics.
     """
     out: list[Token] = []
-    for part, separator in _split_parts(tokens):
-        part = _drop_tail(part)
+    parts = list(_split_parts(tokens))
+    for index, (part, separator) in enumerate(parts):
+        part = _drop_tail(_drop_remarks(part))
+        if index and _declares_domain(part):
+            continue
+        if len(parts) > 1 and part and all(_is_droppable(token) for token in part):
+            out += part  # a word among numbers is one of the answers: not to be dropped
+            part = []
         start, end = 0, len(part)
         while start < end and _is_droppable(part[start]):
             start += 1
@@ -188,6 +201,27 @@ def _split_parts(tokens: list[Token]):
         else:
             part.append(token)
     yield part, None
+
+
+def _drop_remarks(part: list[Token]) -> list[Token]:
+    """Drop ``(in square centimetres)`` from the end: words in brackets."""
+    while part and part[-1].text == ")":
+        start = max((i for i, t in enumerate(part) if t.text == "("), default=-1)
+        words = part[start + 1 : -1]
+        if start < 1 or not words or not all(token.kind == "text" for token in words):
+            break
+        part = part[:start]
+    return part
+
+
+def _declares_domain(part: list[Token]) -> bool:
+    """Say whether a part only says what a letter stands for: ``k \\in \\mathbb{Z}``."""
+    texts = [token.text for token in part]
+    if texts and part[0].kind == "text" and texts[0].lower() in voc.TAIL_WORDS:
+        return True
+    if len(texts) > 2 and texts[1] == "\\in" and texts[2] == "\\mathbb":
+        return texts[-2] in ("Z", "N", "Q") or texts[-1] in ("Z", "N", "Q")
+    return any(t.kind == "text" and t.text.lower() in ("integer", "integers") for t in part)
 
 
 def _drop_tail(part: list[Token]) -> list[Token]:
@@ -316,6 +350,20 @@ class Parser:
         return Node("ratio", tuple(items)) if len(items) > 1 else items[0]
 
     def parse_sum(self) -> Node:
+        """A sum; with TeX's ``\\over``, or taken modulo something."""
+        total = self._parse_terms()
+        while self.accept("\\over"):
+            total = Node("frac", (total, self._parse_terms()))
+        if self.token.text == "(" and self.peek().text == "\\mod":
+            self.take()
+            self.take()
+            total = Node("mod", (total, self._parse_terms()))
+            self.expect(")")
+        elif self.accept("\\bmod", "\\mod", "\\pmod"):
+            total = Node("mod", (total, self._parse_terms()))
+        return total
+
+    def _parse_terms(self) -> Node:
         left = self._parse_signed_term()
         while sign := self.accept("+", "-", "\\pm", "\\mp"):
             right = self.parse_product()
@@ -346,8 +394,6 @@ class Parser:
                 left = Node("mul", (left, self._parse_factor()))
             elif self.accept("/", "\\div"):
                 left = Node("div", (left, self._parse_factor()))
-            elif self.token.text in ("\\bmod", "\\mod", "\\pmod"):
-                raise ParseError("modular answer")
             elif self._starts_factor():
                 left = _join_factors(left, self.parse_power())
             else:
@@ -368,10 +414,14 @@ class Parser:
             return token.text in voc.FACTOR_COMMANDS or token.text[1:] in voc.NAMES
         if token.text == "|":
             return not self.bars
+        if token.text == "(" and self.peek().text == "\\mod":
+            return False
         return token.text in ("(", "[", "{")
 
     def parse_power(self) -> Node:
-        base = self.parse_atom()
+        return self._parse_postfix(self.parse_atom())
+
+    def _parse_postfix(self, base: Node) -> Node:
         while True:
             text = self.token.text
             if self.token.kind == "end":
@@ -394,6 +444,8 @@ class Parser:
             elif text == "'":
                 self.take()
                 base = Node("index", (base, Node("text", (), "'")))
+                if self.token.text == "(" and base.args[0].kind in ("name", "index"):
+                    base = self._parse_application(base)
             elif self.token.kind == "text" and text.lower() in voc.MULTIPLIERS:
                 scale = read_number(voc.MULTIPLIERS[self.take().text.lower()])
                 base = Node("mul", (base, Node("number", (), scale)))
@@ -410,10 +462,6 @@ class Parser:
         if text in ("\\circ", "\\degree"):
             self.take()
             return self._skip_temperature(Node("degree", (base,)))
-        if text == "{" and after.kind == "text" and self.peek(2).text == "}":
-            if after.text.lower() in voc.ORDINAL_ENDINGS:  # 12^{th}
-                self.at += 3
-                return base
         if text == "{" and _is_prime_run(self.tokens, self.at):
             self.at += 3
             return Node("index", (base, Node("text", (), "'")))
@@ -455,11 +503,11 @@ class Parser:
         at_end = self.token.kind in ("end", "separator", "text")
         if words and (at_end or self.token.text in (",", ";", ")", "]", "\\}", "}", ":", "=")):
             if words.count("{") == words.count("}"):
-                return "".join(word for word in words if word not in "{}^")
+                return _join_unit(words)
             while words and words[-1] == "}":
                 words.pop()
                 self.at -= 1
-            return "".join(word for word in words if word not in "{}^")
+            return _join_unit(words)
         self.at = start
         return None
 
@@ -539,6 +587,8 @@ class Parser:
         inside = self.nested(self._parse_brackets)
         if inside.kind == "tuple" and inside.value != "()":
             raise ParseError("not an argument list")
+        if self.token.text in ("^", "**", "!"):  # x(x + 1)^2: only the bracket is squared
+            return Node("mul", (name, self._parse_postfix(inside)), "juxtaposed")
         args = inside.args if inside.kind == "tuple" else (inside,)
         return Node("apply", (name, *args))
 
@@ -666,7 +716,10 @@ class Parser:
                 subscript = self._parse_script()
             else:
                 exponent = self._parse_script()
-        if self.token.text in ("(", "[") or (self.token.text == "{" and not self.token.space):
+        if self.accept("\\{"):
+            inside = self._parse_brace("\\}")
+            args = inside.args if inside.kind == "set" else (inside,)
+        elif self.token.text in ("(", "[") or (self.token.text == "{" and not self.token.space):
             inside = self.nested(
                 lambda: self._parse_brackets() if self.token.text != "{" else self.take_single()
             )
@@ -723,7 +776,10 @@ class Parser:
         while not self.accept("}"):
             if self.take().kind == "end":
                 raise ParseError("unclosed environment")
-        return Node("matrix", rows, "cases" if name == "cases" else None)
+        if all(len(row) == 1 and row[0].kind in ("relation", "list") for row in rows):
+            lines = [row[0].args if row[0].kind == "list" else row for row in rows]
+            return Node("list", sum(lines, ()), ",")  # a system of equations
+        return Node("matrix", rows)
 
     def _parse_rows(self) -> tuple:
         rows, row = [], []
@@ -745,8 +801,20 @@ class Parser:
         return tuple(rows)
 
 
+def _join_unit(words: list[str]) -> str:
+    powers = {"square": "2", "cubic": "3"}
+    if len(words) == 2 and words[0] in powers:
+        words = [words[1], powers[words[0]]]
+    unit = "".join("/" if word == "per" else word for word in words if word not in "{}^")
+    return {"mile/hour": "mph", "km/hour": "kph"}.get(unit, unit)
+
+
 def read_number(digits: str) -> Number:
     """Return the literal written as ``digits`` (no sign, at most one point), exactly."""
+    digits, _, exponent = digits.lower().partition("e")
+    if exponent:
+        value = read_number(digits).value * Fraction(10) ** int(exponent)
+        return Number(value, 0, 0)
     whole, _, decimals = digits.partition(".")
     return Number(
         Fraction(digits if whole else "0" + digits) if decimals else Fraction(int(whole)),

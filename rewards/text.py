@@ -40,6 +40,16 @@ _SPACING = re.compile(
     r"|\\(?:quad|qquad|enspace|thinspace|medspace|thickspace|left|right|middle|[bB]igg?[lrm]?"
     r"|displaystyle|textstyle|limits|nolimits|mathstrut|hfill|newline)(?![a-zA-Z])"
 )
+_CURRENCY_FIRST = re.compile(
+    r"(\\text\{ (?:dollars|euros|pounds|yuan)\})\}?\s*(\d[\d,]*(?:\.\d+)?|\.\d+)"
+)
+_ORDINAL = re.compile(
+    r"(?<=\d)\s*\^\s*(?:\{\s*)?(?:\\(?:text|mathrm|textrm|rm)\s*\{?)?\s*(?:st|nd|rd|th)\b\s*\}{0,2}"
+)
+_OPEN_SYSTEM = re.compile(r"\\left\s*\\\{\s*(?=\\begin\s*\{(?:array|aligned|cases|matrix))")
+_DAY_HALF = re.compile(r"\b([ap])\.\s?m\b\.?", re.IGNORECASE)
+_LEADING_ABOUT = re.compile(r"^\s*\\(?:approx|simeq|sim)(?![a-zA-Z])")
+_FONT = re.compile(r"\\(?:text|math)(?:rm|bf|it|sf|tt|normal|up)?\s*\{([^{}]*)\}")
 _MATH_MARKS = re.compile(r"(?<!\\)\$|(?<!\\)\\[()\[\]]")
 
 
@@ -78,13 +88,31 @@ def strip_dress(text: str) -> str:
     """Return normalised ``text`` without math delimiters, spacing and sizing commands.
 
     An outer ``\\boxed{...}`` is opened, surrounding white space, emphasis and final punctuation
-    go. ``{,}`` and ``,\\!`` (commas that TeX is told not to space) become plain commas.
+    go. ``{,}`` and ``,\\!`` (commas that TeX is told not to space) become plain commas. A currency
+    before a number moves behind it, and ordinal endings (``12^{th}``) go.
     """
-    text = text.replace("{,}", ",").replace(r"\!", "").replace(r"\$", r"\text{ dollars}")
+    text = text.replace("{,}", ",").replace(r"\!", "")
+    text = text.replace(r"\text{\$}", r"\$").replace(r"\$", r"\text{ dollars}")
+    text = text.replace(r"\left.", " ").replace(r"\right.", " ")
+    text = _OPEN_SYSTEM.sub("", text)
+    text = _DAY_HALF.sub(r"\1m", text)
+    text = _CURRENCY_FIRST.sub(r"\2\1", text)
+    text = _ORDINAL.sub("", text)
     text = _MATH_MARKS.sub(" ", text)
     text = _SPACING.sub(" ", text)
     text = re.sub(r"\\(?:boxed|fbox)\s*\{", "{", text)
-    return text.lstrip(' \t`"*,:;').rstrip(' \t`"*.,:;\\')
+    text = _LEADING_ABOUT.sub("", text)
+    return text.lstrip(' \t`"*,:;=').rstrip(' \t`"*.,:;\\')
+
+
+def spell(text: str) -> str:
+    """Return ``text`` without what never counts: fonts, needless braces and spaces.
+
+    A space between two digits is kept: 1 8 is not 18.
+    """
+    text = _FONT.sub(r"\1", text).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
+    text = re.sub(r"(?<=[\^_d])\{(\w)\}", r"\1", text)
+    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
 
 
 def normalize_words(text: str) -> str:

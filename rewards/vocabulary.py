@@ -63,7 +63,17 @@ DECORATIONS = {
     "overarc": "arc", "overparen": "arc", "stackrel": "rel",
 }  # fmt: skip
 
-MATRICES = {"pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array", "vmatrix", "cases"}
+MATRICES = {
+    "pmatrix",
+    "bmatrix",
+    "Bmatrix",
+    "matrix",
+    "smallmatrix",
+    "array",
+    "vmatrix",
+    "cases",
+    "aligned",
+}
 
 FACTOR_COMMANDS = {
     "\\" + name
@@ -76,7 +86,7 @@ FACTOR_COMMANDS = {
 ORDINAL_ENDINGS = {"th", "st", "nd", "rd"}
 
 # Text that ends the mathematics: what follows says for which objects it holds.
-TAIL_WORDS = {"for", "where", "with", "in", "per", "when"}
+TAIL_WORDS = {"for", "where", "with", "in", "when"}
 
 # Words that must never be dropped as prose, because they change what is said.
 MEANINGFUL_WORDS = {
@@ -88,12 +98,24 @@ MEANINGFUL_WORDS = {
     "isn", "doesn", "don", "inverse", "opposite", "non-zero", "even", "odd", "infinite",
 }  # fmt: skip
 
+# Words of direction: where both sides use them, they must be the same ones.
+DIRECTIONS = {
+    "increase", "decrease", "profit", "loss", "gain", "left", "right", "up", "down", "north",
+    "south", "east", "west", "clockwise", "counterclockwise", "before", "after", "more", "less",
+    "increasing", "decreasing", "rise", "fall", "forward", "backward",
+}  # fmt: skip
+# Words before a number that do not name what it is the number of.
+FILLERS = {
+    "about", "approximately", "around", "only", "the", "answer", "is", "are", "exactly", "total",
+    "and", "or", "just", "roughly", "value", "of", "for", "final", "number", "equals",
+}  # fmt: skip
+
 # Bare words too short to be told from products of letters by their length.
 SHORT_WORDS = {
     "yes", "no", "odd", "one", "two", "six", "ten", "dne", "all", "any", "not", "the", "for", "is",
     "men", "day", "days", "pm", "am", "per", "of", "red", "it", "so", "its", "by", "to", "east",
     "west", "true", "even", "sec", "are", "ways", "was", "has", "can", "but", "nor", "non", "if",
-    "usd", "in", "as", "at", "we", "be", "an", "du", "de", "le", "la",
+    "usd", "in", "as", "at", "we", "be", "an", "du", "de", "le", "la", "rs",
 }  # fmt: skip
 
 # Unit words, in one spelling each. Single letters are units only after a number in a text macro,
