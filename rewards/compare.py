@@ -247,7 +247,7 @@ def _are_letters(node: Node) -> bool:
 def _letters(node: Node) -> list[str] | None:
     """The options of a multiple-choice answer: ``A, C`` or ``AC``; None if it is not one."""
     node = _ungroup(node)
-    if node.kind == "mul" and node.value == "juxtaposed" or node.kind == "list":
+    if (node.kind == "mul" and node.value == "juxtaposed") or node.kind == "list":
         parts = [_letters(part) for part in node.args]
         if any(part is None for part in parts):
             return None
@@ -317,9 +317,9 @@ def _same_items(gold: Item, answer: Item) -> bool:
     relations = gold.node.kind == answer.node.kind == "relation"
     if relations and (names[0] is None) != (names[1] is None):
         return _same_relations(gold.node, answer.node)  # y = 2x + 3 and 2x - y + 3 = 0
-    if all(n is not None and n.kind == "name" and len(n.value) == 1 for n in names):
-        if names[0] != names[1]:  # x = 5 does not say y = 5
-            return False
+    letters = all(n is not None and n.kind == "name" and len(n.value) == 1 for n in names)
+    if letters and names[0] != names[1]:  # x = 5 does not say y = 5
+        return False
     return _same_values(gold.value, answer.value)
 
 

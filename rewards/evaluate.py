@@ -19,6 +19,7 @@ import mpmath
 from mpmath import mp, mpc, mpf
 
 from rewards.syntax import Node
+from rewards.vocabulary import ANALYTIC_FUNCTIONS
 
 MAX_BITS = 100_000  # of an exact number
 MAX_EXPONENT = 10**6  # |log| of an inexact number
@@ -71,6 +72,10 @@ POINTS = (Point(1, 20, 200), Point(2, 230, 900), Point(3, 230, 900, sign=-1))
 
 def exact(value: Value) -> bool:
     return isinstance(value, (int, Fraction))
+
+
+def is_integer(value: Value) -> bool:
+    return exact(value) and value.denominator == 1
 
 
 def to_mp(value: Value) -> mpf | mpc:
@@ -192,9 +197,8 @@ class Evaluator:
 
     def _binomial(self, node: Node) -> Value:
         top, bottom = (self.value(arg) for arg in node.args)
-        if exact(top) and exact(bottom) and top.denominator == bottom.denominator == 1:
-            if 0 <= bottom <= top <= 10_000:
-                return comb(int(top), int(bottom))
+        if is_integer(top) and is_integer(bottom) and 0 <= bottom <= top <= 10_000:
+            return comb(int(top), int(bottom))
         top, bottom = _limited(to_mp(top), 10_000), _limited(to_mp(bottom), 10_000)
         return mpmath.binomial(top, bottom)
 
@@ -216,9 +220,8 @@ class Evaluator:
             variable, start = lower.args[0].value, lower.args[1]
         if node.value in ("sum", "prod") and variable and upper is not None:
             first, last = self.value(start), self.value(upper)
-            if exact(first) and exact(last) and first.denominator == last.denominator == 1:
-                if 0 <= last - first < MAX_TERMS:
-                    return self._write_out(node.value, body, variable, int(first), int(last))
+            if is_integer(first) and is_integer(last) and 0 <= last - first < MAX_TERMS:
+                return self._write_out(node.value, body, variable, int(first), int(last))
         inner = self if variable is None else self._bind(variable, Fraction(977, 211))
         bounds = [self.key(bound) if bound is not None else "" for bound in (start, upper)]
         return self.point.sample(f"{node.value} {bounds} {inner.key(body)}")
@@ -375,13 +378,4 @@ def _integer_function(name: str, args: list[Value]) -> Value:
     return value.__floor__() if name == "floor" else value.__ceil__()
 
 
-_MP_FUNCTIONS = {
-    name: getattr(mpmath, name)
-    for name in (
-        "sin cos tan cot sec csc asin acos atan acot sinh cosh tanh coth sech csch asinh acosh "
-        "atanh"
-    ).split()
-}
-_MP_FUNCTIONS |= {
-    "1/" + name: (lambda x, f=_MP_FUNCTIONS[name]: 1 / f(x)) for name in ("sec", "csc")
-}
+_MP_FUNCTIONS = {name: getattr(mpmath, name) for name in ANALYTIC_FUNCTIONS}

@@ -8,6 +8,7 @@ from rewards.completions import split_thinking
 # Final answers stand at the end: so much of a completion is searched, and so many boxes.
 MAX_CHARS = 100_000
 MAX_BOXES = 32
+TAIL_CHARS = 6_000  # where a formula or a number may stand for an answer by being the last
 MAX_BOX_CHARS = 4_000
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
@@ -192,6 +193,7 @@ def _find_option(text: str) -> str | None:
 
 def _find_last(text: str) -> str | None:
     """Return the last formula or the last number, whichever ends later."""
+    text = text[-TAIL_CHARS:]
     spans = [s for s in _MATH_SPAN.finditer(text) if _formula(s)]
     numbers = list(_NUMBER.finditer(text))
     span, number = (found[-1] if found else None for found in (spans, numbers))

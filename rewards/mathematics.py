@@ -121,12 +121,14 @@ def judge_quickly(answer: str, gold: str) -> str | None:
         return BAD_GOLD
     if not answer.strip():
         return UNPARSEABLE
-    if spell(answer) == spell(gold):
+    if answer.strip() == gold.strip():
         return RIGHT
     if len(gold) > MAX_CHARS:
         return BAD_GOLD
     if len(answer) > MAX_CHARS:
         return UNPARSEABLE
+    if spell(answer) == spell(gold):
+        return RIGHT
     wanted, given = parse_number(gold), parse_number(answer)
     if wanted is None or given is None:
         return None

@@ -492,11 +492,7 @@ class Parser:
             token = self.token
             if token.kind == "text" and token.text.lower() in voc.UNITS:
                 words.append(voc.UNITS[self.take().text.lower()])
-            elif words and token.text in ("^", "/", "{", "}", "\\cdot") or token.text == "per":
-                words.append(self.take().text)
-            elif words and words[-1] in ("^", "{") and token.kind == "number":
-                words.append(self.take().text)
-            elif words and words[-1] == "/" and token.kind == "word":
+            elif token.text == "per" or (words and _continues_unit(words[-1], token)):
                 words.append(self.take().text)
             else:
                 break
@@ -599,7 +595,7 @@ class Parser:
         if inside.kind == "list":
             return Node("tuple", inside.args, opener + closer)
         if opener + closer in ("()", "[]"):
-            # Parentheses matter only to juxtaposition: 2(5) is a product, 2(1/2) not a mixed number.
+            # Parentheses matter to juxtaposition only: 2(5) is a product, 2(1/2) no mixed number.
             return Node("group", (inside,)) if inside.kind in ("number", "frac") else inside
         raise ParseError("mismatched brackets")
 
@@ -703,10 +699,8 @@ class Parser:
         if self.accept("["):
             degree = self.nested(self.parse_sum)
             self.expect("]")
-        if self.token.text == "(":
-            inside = self.nested(self._parse_brackets)
-        else:
-            inside = self.take_single()
+        in_brackets = self.token.text == "("
+        inside = self.nested(self._parse_brackets) if in_brackets else self.take_single()
         return Node("root", (inside, degree))
 
     def _parse_function(self, name: str) -> Node:
@@ -733,8 +727,8 @@ class Parser:
             node = Node("function", (*args, subscript), "log")
         if exponent is None:
             return node
-        if exponent == Node("neg", (Node("number", (), read_number("1")),)):
-            return Node("function", args, "a" + name if name in voc.INVERTIBLE else "1/" + name)
+        if exponent == _MINUS_ONE and name in voc.INVERTIBLE:
+            return Node("function", args, "a" + name)
         return Node("pow", (node, exponent))
 
     def _parse_bare_argument(self) -> Node:
@@ -801,6 +795,13 @@ class Parser:
         return tuple(rows)
 
 
+def _continues_unit(last: str, token: Token) -> bool:
+    """Say whether a token goes on with a unit: ``^2``, ``^{2}``, ``/s``."""
+    if token.kind == "number":
+        return last in ("^", "{")
+    return token.text in ("^", "/", "{", "}", "\\cdot") or (last == "/" and token.kind == "word")
+
+
 def _join_unit(words: list[str]) -> str:
     powers = {"square": "2", "cubic": "3"}
     if len(words) == 2 and words[0] in powers:
@@ -857,3 +858,6 @@ def _is_prime_run(tokens: list[Token], at: int) -> bool:
         and tokens[at + 1].text in ("\\prime", "'")
         and tokens[at + 2].text == "}"
     )
+
+
+_MINUS_ONE = Node("neg", (Node("number", (), read_number("1")),))

@@ -36,7 +36,8 @@ _SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _CIRCLED = "①②③④⑤⑥⑦⑧⑨⑩"
 
 _SPACING = re.compile(
-    r"(?<!\\)\\[,;:> \t\n]|~|&(?:nbsp|ensp|emsp);|\\(?:hspace|vspace|phantom|label|tag)\*?\{[^{}]*\}"
+    r"(?<!\\)\\[,;:> \t\n]|~|&(?:nbsp|ensp|emsp);"
+    r"|\\(?:hspace|vspace|phantom|label|tag)\*?\{[^{}]*\}"
     r"|\\(?:quad|qquad|enspace|thinspace|medspace|thickspace|left|right|middle|[bB]igg?[lrm]?"
     r"|displaystyle|textstyle|limits|nolimits|mathstrut|hfill|newline)(?![a-zA-Z])"
 )
@@ -112,7 +113,7 @@ def spell(text: str) -> str:
     """
     text = _FONT.sub(r"\1", text).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
     text = re.sub(r"(?<=[\^_d])\{(\w)\}", r"\1", text)
-    return re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text)
+    return re.sub(r"(?<!\d) | (?!\d)", "", " ".join(text.split()))
 
 
 def normalize_words(text: str) -> str:

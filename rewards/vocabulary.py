@@ -1,5 +1,10 @@
 """The words and commands that answers are written with."""
 
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 TEXT_MACROS = {
     "text", "mbox", "textbf", "textit", "textrm", "textnormal", "textsf", "texttt", "hbox", "emph",
     "mathrm", "mathit", "mathsf", "mathtt", "operatorname", "rm", "bf", "bm", "textup", "underline",
@@ -29,24 +34,27 @@ SET_OPERATORS = {
 
 FUNCTIONS = {
     name: name
-    for name in (
+    for name in _words(
         "sin cos tan cot sec csc arcsin arccos arctan arccot asin acos atan sinh cosh tanh coth "
         "sech csch arcsinh arccosh arctanh asinh acosh atanh ln log lg exp max min gcd lcm abs "
         "floor ceil arg det Re Im"
-    ).split()
+    )
 }
 FUNCTIONS |= {
     "arcsin": "asin", "arccos": "acos", "arctan": "atan", "arccot": "acot", "tg": "tan",
     "ctg": "cot", "cosec": "csc", "arcsinh": "asinh", "arccosh": "acosh", "arctanh": "atanh",
     "arsinh": "asinh", "arcosh": "acosh", "artanh": "atanh", "arctg": "atan", "ceiling": "ceil",
 }  # fmt: skip
+ANALYTIC_FUNCTIONS = _words(
+    "sin cos tan cot sec csc asin acos atan acot sinh cosh tanh coth sech csch asinh acosh atanh"
+)
 INVERTIBLE = {"sin", "cos", "tan", "cot", "sinh", "cosh", "tanh"}
 
-_GREEK = (
+_GREEK = _words(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi "
     "rho sigma tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi "
     "Omega ell hbar partial aleph Upsilon"
-).split()
+)
 CONSTANTS = {"pi": "pi", "infty": "infinity", "inf": "infinity", "oo": "infinity"}
 NAMES = {name: name for name in _GREEK} | CONSTANTS
 NAMES |= {
@@ -77,10 +85,10 @@ MATRICES = {
 
 FACTOR_COMMANDS = {
     "\\" + name
-    for name in (
+    for name in _words(
         "frac dfrac tfrac cfrac sqrt cbrt binom dbinom tbinom lfloor lceil sum prod int lim "
         "lvert mathbf mathbb mathcal boldsymbol begin"
-    ).split()
+    )
 } | {"\\" + name for name in (*FUNCTIONS, *DECORATIONS)}
 
 ORDINAL_ENDINGS = {"th", "st", "nd", "rd"}
@@ -169,8 +177,10 @@ MULTIPLIERS = {
 NUMBER_WORDS = {
     word: str(number)
     for number, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-        "fifteen sixteen seventeen eighteen nineteen twenty".split()
+        _words(
+            "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+            "fifteen sixteen seventeen eighteen nineteen twenty"
+        )
     )
 }
 

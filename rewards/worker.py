@@ -57,10 +57,21 @@ def main(memory_mb: int) -> None:
 
 
 def load_tasks() -> dict[str, Callable]:
-    """Import what judges, and return the tasks by name."""
+    """Import what judges, and return the tasks by name; math-verify (sympy) when first used."""
     from rewards.grading import judge_answer
 
-    return {"judge_answer": judge_answer}
+    def judge_symbolically(*args):
+        from rewards import symbolic
+
+        return symbolic.judge_symbolically(*args)
+
+    def judge_as_peer(*args):
+        from rewards import symbolic
+
+        return symbolic.judge_as_peer(*args)
+
+    tasks = judge_answer, judge_symbolically, judge_as_peer
+    return {task.__name__: task for task in tasks}
 
 
 def _serve(tasks: dict[str, Callable], replies: BinaryIO) -> None:
