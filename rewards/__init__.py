@@ -19,18 +19,28 @@ from rewards.mathematics import (
     judge_pairs,
     math_correct,
 )
-from rewards.shaping import format
+from rewards.shaping import (
+    cosine_length,
+    format,
+    language_consistency,
+    repetition,
+    soft_overlong,
+)
 from rewards.workers import configure_workers, shut_down_workers
 
 __all__ = [
     "Verdict",
     "configure_workers",
+    "cosine_length",
     "count_verdicts",
     "extract_answer",
     "format",
     "grade_answer",
     "judge_math",
     "judge_pairs",
+    "language_consistency",
     "math_correct",
+    "repetition",
     "shut_down_workers",
+    "soft_overlong",
 ]

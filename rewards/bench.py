@@ -20,6 +20,7 @@ from rewards.extract import find_answer
 from rewards.mathematics import judge_math, judge_pairs
 
 KINDS = ("answer", "completion")
+PEER = "rewards.symbolic:judge_as_peer"
 IMPORT_LIMIT_S = 120.0
 
 
@@ -67,7 +68,7 @@ def judge_ours(row: dict) -> str:
 def judge_peer(row: dict) -> str:
     """Judge by math-verify; its answer in our words, ``none`` if it could not parse the gold."""
     item = (row["pred"], row["gold"], row["kind"] == "completion")
-    (result,) = workers.run_task("judge_as_peer", [item])
+    (result,) = workers.run_task(PEER, [item])
     if result.status != workers.OK:
         return "timed_out" if result.status == workers.TIMED_OUT else "none"
     return {True: "right", False: "wrong", None: "none"}[result.value]
@@ -106,7 +107,7 @@ def warm_up(compare: bool) -> None:
     judge_pairs([("x + 1", "1 + x")])
     if compare:
         item = ("x + 1", "1 + x", False)
-        workers.run_task("judge_as_peer", [item], limit_s=IMPORT_LIMIT_S)
+        workers.run_task(PEER, [item], limit_s=IMPORT_LIMIT_S)
 
 
 def print_table(results: dict[str, dict]) -> None:

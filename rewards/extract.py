@@ -15,13 +15,14 @@ _BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>|</s>|<eos>|<end_of_turn>")
 _FINAL = re.compile(r"final\s+answer", re.IGNORECASE)
-_ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+_ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)(?:</answer>|\Z)", re.DOTALL)
 
 # "The answer is", "Answer:", and their like in some other languages.
 _MARKER = re.compile(
     r"(?:\b(?:answer|result|solution|r[ée]ponse|respuesta|resposta|antwort|risposta)s?\b\W{0,3}"
     r"(?:\b(?:is|are|est|es|ist|è|é|would be|must be|should be|comes to|equals)\b|:|=)"
     r"|\banswer\b(?=\s*(?:\$|\\\(|\\\[))"
+    r"|####"
     r"|(?:答案|结果|答)\s*(?:是|为|：|:|=)|الإجابة(?:\s+هي|\s*:))[\s*_:：]*",
     re.IGNORECASE,
 )
@@ -35,6 +36,13 @@ _NUMBER = re.compile(
     r"(?<![\w.,])[-−]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s?/\s?\d+)?(?:\s?\\?%)?|"
     r"(?<![\w.])[-−]?\.\d+|\d+(?:\.\d+)?(?:/\d+)?"
 )
+_QUALIFIER = re.compile(
+    r"(?:(?:[-−]?\$?[\d.,/]*\d%?\s*(?:,|\bor\b|\band\b|\bto\b|/|或)\s*(?:or|and|maybe|perhaps)?\s*)+"
+    r"|\b(?:not|never|least|most|than|over|under|either|without|except|n't)\s+(?:be\s+|exactly\s+)?)$"
+)
+_IN_FORMULA_BEFORE = re.compile(r"(?:[{^_\\(\[|!]|\\[a-zA-Z]+\s*|[-+*/^]\s?|__\w*)$")
+_IN_FORMULA_AFTER = re.compile(r"\s?[\^!}|)\]\\('\"]|\s[-+*/]\s|\s(?:if|else|for)\s\S*\(")
+_BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
 _OPTION_FIRST = re.compile(r"\s*\(?([A-J])(?:\)|[.:,])(?=\s|$)")
 _PROSE_LEAD = re.compile(r"(?=[A-Za-z$\\(]).{0,300}?\b(?:is|are|equals|be|of)\b\s*:?\s*", re.DOTALL)
 _HEDGE = re.compile(r"^\s*(?:for sure|surely|clearly|simply|just|therefore|definitely|:)\s*", re.I)
@@ -65,12 +73,14 @@ def extract_answer(completion: str) -> str | None:
     1. the last balanced ``\boxed{...}`` or ``\fbox{...}``; boxes side by side, with only a few
        words between them, are one answer of several parts, joined by commas. Once the text says
        "final answer", only boxes after that count, if there are any;
-    2. the last ``<answer>...</answer>``;
-    3. what follows the last "the answer is", "Answer:", "答案是" and the like, to the end of its
-       sentence;
+    2. the last ``<answer>...</answer>``; the end of the text closes it too, because samplers
+       leave out the stop string;
+    3. what follows the last "the answer is", "Answer:", "答案是", "####" and the like, to the end
+       of its sentence;
     4. an option letter that opens the text: "D. It cannot be A";
     5. the last formula (``$...$``, ``\(...\)``, ``\[...\]``) that holds more than a name, or the
-       last number, whichever comes later.
+       last number, whichever comes later. A number is taken with what qualifies it ("not 5",
+       "4 or 5"), and one that is part of an unfinished formula is no answer.
     """
     found = find_answer(completion)
     return found.answer if found else None
@@ -193,13 +203,22 @@ def _find_option(text: str) -> str | None:
 
 def _find_last(text: str) -> str | None:
     """Return the last formula or the last number, whichever ends later."""
-    text = text[-TAIL_CHARS:]
+    text = _BOLD.sub(r"\1", text[-TAIL_CHARS:])
     spans = [s for s in _MATH_SPAN.finditer(text) if _formula(s)]
     numbers = list(_NUMBER.finditer(text))
     span, number = (found[-1] if found else None for found in (spans, numbers))
     if span and (number is None or number.start() < span.end()):
         return _formula(span)
-    return number.group().strip() if number else None
+    return _qualify(text, number) if number else None
+
+
+def _qualify(text: str, number: re.Match) -> str | None:
+    """Return a number with the words before it that make it another answer than the number."""
+    before, after = text[max(0, number.start() - 200) : number.start()], text[number.end() :]
+    if _IN_FORMULA_BEFORE.search(before) or _IN_FORMULA_AFTER.match(after):
+        return None
+    qualifier = _QUALIFIER.search(before)
+    return (qualifier.group() if qualifier else "") + number.group().strip()
 
 
 def _formula(span: re.Match) -> str | None:

@@ -57,6 +57,7 @@ _NOTHING = re.compile(
     r"(?:there (?:are )?)?no (?:real |such )?(?:solutions?|roots?)(?: exists?)?|none"
 )
 _EVERYTHING = re.compile(r"(?:all |set of |any )*(?:real numbers?|reals)")
+_MATHEMATICAL = re.compile(r"[\\^_<>=]")
 _LEAD = re.compile(r"(?:[a-z]{3,}\s+)*(?=\d)|")
 _PROSE = re.compile(r"[^\W\d_]{2}|^[^\W\d_]$")
 
@@ -103,7 +104,8 @@ def _compare_readings(golds: list[Node], answers: list[Node]) -> str:
 
 def _judge_prose(answer: str, gold: str) -> str:
     """Compare with a gold that is no mathematics: words with words."""
-    if not _PROSE.search(re.sub(r"\\[a-zA-Z]+", "", gold)) or gold.count("{") != gold.count("}"):
+    plain = _plain(gold)
+    if not _PROSE.search(plain) or _MATHEMATICAL.search(plain) or "{" in gold and "}" not in gold:
         return BAD_GOLD
     parts = [_split_words(text) for text in (answer, gold)]
     return RIGHT if parts[0] == parts[1] else WRONG

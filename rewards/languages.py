@@ -72,8 +72,8 @@ def language_share(text: str, language: str) -> float:
         counts = _count_words(sentence)
         total += sum(counts.values())
         if language in _SCRIPTS_OF:
-            if language == "ja" and not counts.get("kana"):
-                continue  # Han characters alone are Chinese
+            if "han" in _SCRIPTS_OF[language] and (language == "ja") != ("kana" in counts):
+                continue  # Han characters are Japanese in a sentence with kana, Chinese without
             ours += sum(counts.get(script, 0.0) for script in _SCRIPTS_OF[language])
         elif counts.get("latin") and _is_latin_language(sentence, language):
             ours += counts["latin"]

@@ -1,5 +1,6 @@
 """Judge mathematical answers. What counts as equal is laid down in ``rewards.grading``."""
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -8,14 +9,17 @@ from rewards.completions import Completion, completion_text
 from rewards.extract import Extraction, extract_answer, find_answer
 from rewards.numbers import parse_number
 from rewards.text import spell
-from rewards.workers import OK, run_task
+from rewards.workers import CRASHED, FAILED, OK, TIMED_OUT, Result, get_limit, run_task
 
 RIGHT, WRONG, UNPARSEABLE = "right", "wrong", "unparseable"
-BAD_GOLD, TIMED_OUT = "bad_gold", "timed_out"
-STATUSES = (RIGHT, WRONG, UNPARSEABLE, TIMED_OUT, BAD_GOLD)
+BAD_GOLD = "bad_gold"
+STATUSES = (RIGHT, WRONG, UNPARSEABLE, TIMED_OUT, BAD_GOLD, FAILED)
 
 # Longer answers and golds can only be equal by being the same text.
 MAX_CHARS = 20_000
+MAX_SYMBOLIC_CHARS = 1_000
+
+_logger = logging.getLogger(__name__)
 
 
 class Verdict(NamedTuple):
@@ -23,7 +27,7 @@ class Verdict(NamedTuple):
 
     status: ``right``; ``wrong``; ``unparseable`` (no answer stated, or none that can be read);
         ``timed_out`` (the judge exceeded its time or memory); ``bad_gold`` (missing, or not
-        readable and not the same text as the answer).
+        readable and not the same text as the answer); ``failed`` (a defect of the judge, logged).
     answer: the final answer that was found in the completion, None if there is none.
     """
 
@@ -33,7 +37,7 @@ class Verdict(NamedTuple):
     @property
     def score(self) -> float | None:
         """1.0 if right, 0.0 if wrong or unparseable, None if it cannot be judged."""
-        if self.status in (TIMED_OUT, BAD_GOLD):
+        if self.status in (TIMED_OUT, BAD_GOLD, FAILED):
             return None
         return float(self.status == RIGHT)
 
@@ -57,7 +61,7 @@ def grade_answer(answer: str, gold: str) -> bool | None:
         if not isinstance(value, str):
             raise TypeError(f"{name} must be a string, not {type(value).__name__}")
     status = judge_pairs([(answer, gold)])[0]
-    return None if status in (TIMED_OUT, BAD_GOLD) else status == RIGHT
+    return None if status in (TIMED_OUT, BAD_GOLD, FAILED) else status == RIGHT
 
 
 def math_correct(
@@ -109,10 +113,35 @@ def judge_pairs(pairs: Sequence[tuple[str, str]], limit_s: float | None = None) 
     """
     statuses = [judge_quickly(answer, gold) for answer, gold in pairs]
     slow = [index for index, status in enumerate(statuses) if status is None]
-    results = run_task("judge_answer", [pairs[index] for index in slow], limit_s)
+    results = run_task("rewards.grading:judge_answer", [pairs[index] for index in slow], limit_s)
     for index, result in zip(slow, results, strict=True):
-        statuses[index] = result.value if result.status == OK else TIMED_OUT
+        statuses[index] = _read_result(result)
+        if statuses[index] == BAD_GOLD:
+            statuses[index] = _judge_symbolically(pairs[index], limit_s, result.seconds)
     return statuses
+
+
+def _read_result(result: Result) -> str:
+    if result.status == OK:
+        return result.value
+    if result.status == TIMED_OUT or result.status == CRASHED:
+        return TIMED_OUT
+    _logger.error("the judge failed, which is a defect of rewards: %s", result.value)
+    return FAILED
+
+
+def _judge_symbolically(pair: tuple[str, str], limit_s: float | None, spent_s: float) -> str:
+    """Ask math-verify about a gold that our grammar does not know, in what is left of the time.
+
+    Only its yes counts: a gold that nobody can read makes no answer wrong.
+    """
+    left_s = (limit_s or get_limit()) - spent_s
+    gold = pair[1]
+    is_broken = gold.count("{") != gold.count("}")
+    if left_s <= 0 or is_broken or max(map(len, pair)) > MAX_SYMBOLIC_CHARS:
+        return BAD_GOLD
+    (result,) = run_task("rewards.symbolic:judge_symbolically", [pair], left_s)
+    return RIGHT if result.status == OK and result.value else BAD_GOLD
 
 
 def judge_quickly(answer: str, gold: str) -> str | None:

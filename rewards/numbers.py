@@ -7,8 +7,9 @@ from fractions import Fraction
 # A longer string is never a plain number worth a fast path, and the cap bounds the cost.
 MAX_CHARS = 200
 
-_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
+_DECIMAL = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _DRESS = re.compile(r"\\[,;!:> ]|\\(?:left|right|displaystyle)(?![a-zA-Z])|[$\s]|\{,\}")
+_SPACED = re.compile(r"\d(?:\s|\\[,;:!> ])+\d")  # 1 000 or 4 2: for the parser to tell
 _PLAIN = re.compile(rf"([+-]?)({_DECIMAL})")
 _RATIO = re.compile(rf"([+-]?)({_DECIMAL})/({_DECIMAL})")
 _FRAC = re.compile(rf"([+-]?)\\[dtc]?frac\{{([+-]?)({_DECIMAL})\}}\{{({_DECIMAL})\}}")
@@ -23,6 +24,8 @@ def parse_number(text: str) -> Fraction | None:
     if len(text) > MAX_CHARS:
         return None
     text = unicodedata.normalize("NFKC", text).replace("\u2212", "-")
+    if _SPACED.search(text):
+        return None
     text = _DRESS.sub(lambda m: "," if m.group() == "{,}" else "", text)
     if match := _PLAIN.fullmatch(text):
         sign, value = match.groups()

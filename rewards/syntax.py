@@ -98,6 +98,13 @@ def read_tokens(
         elif kind in ("word", "cjk"):
             before = tokens[-1] if tokens else previous
             tokens += _read_word(part, space, in_text or kind == "cjk", before)
+            if (
+                not in_text
+                and tokens[-1:]
+                and tokens[-1].kind == "text"
+                and text[position:][:1] == "("
+            ):
+                raise ParseError(f"unknown function {part[:20]}")
         else:
             tokens.append(Token("mark" if kind == "mark" else kind, part, space))
         space = False

@@ -58,8 +58,8 @@ def normalize_text(text: str) -> str:
     """Return ``text`` with Unicode mathematics written as LaTeX and invisible dress removed.
 
     Full-width forms become ASCII, superscripts become ``^{...}``, runs of circled digits become
-    lists; control, bidirectional and zero-width characters vanish, so that they can neither hide
-    nor forge an answer.
+    lists; bidirectional and zero-width characters vanish and control characters become spaces, so
+    that they can neither hide nor forge an answer.
     """
     if not text.isascii():
         text = re.sub(rf"(?<=[{_CIRCLED}])(?=[{_CIRCLED}])", ",", text)
@@ -80,9 +80,10 @@ def _spell_fraction(match: re.Match) -> str:
 
 
 def _visible(char: str) -> str:
-    if char.isspace():
-        return " "
-    return char if char.isprintable() else ""
+    if char.isprintable():
+        return char
+    # Format characters (zero width, direction) are no part of the text; others separate.
+    return "" if unicodedata.category(char) == "Cf" else " "
 
 
 def strip_dress(text: str) -> str:

@@ -6,6 +6,7 @@ the clock and kills a worker that is late; what is here is the memory limit, and
 an orphan whose parent died while it was busy.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -41,9 +42,10 @@ def main(memory_mb: int) -> None:
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a library that prints must not break a frame
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which kills; the parent may have ignored it
     try:
         _limit_memory(memory_mb)
-        tasks = load_tasks()
+        importlib.import_module("rewards.grading")  # now, not on the first item's time
     except BaseException:
         replies.write(encode_frame({"failed": traceback.format_exc()}))
         raise
@@ -51,40 +53,28 @@ def main(memory_mb: int) -> None:
     # Recursive descent over long sums needs a deeper stack than the main thread may have.
     threading.stack_size(STACK_BYTES)
     sys.setrecursionlimit(RECURSION_LIMIT)
-    server = threading.Thread(target=_serve, args=(tasks, replies))
+    server = threading.Thread(target=_serve, args=(replies,))
     server.start()
     server.join()
 
 
-def load_tasks() -> dict[str, Callable]:
-    """Import what judges, and return the tasks by name; math-verify (sympy) when first used."""
-    from rewards.grading import judge_answer
-
-    def judge_symbolically(*args):
-        from rewards import symbolic
-
-        return symbolic.judge_symbolically(*args)
-
-    def judge_as_peer(*args):
-        from rewards import symbolic
-
-        return symbolic.judge_as_peer(*args)
-
-    tasks = judge_answer, judge_symbolically, judge_as_peer
-    return {task.__name__: task for task in tasks}
+def find_task(path: str) -> Callable:
+    """Return the function that ``module:name`` stands for, importing the module."""
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
-def _serve(tasks: dict[str, Callable], replies: BinaryIO) -> None:
+def _serve(replies: BinaryIO) -> None:
     while (task := read_frame(sys.stdin.buffer)) is not None:
         _die_after(task["limit_s"] + 1)
         try:
-            reply = {"value": tasks[task["name"]](*task["args"])}
+            frame = encode_frame({"value": find_task(task["path"])(*task["args"])})
         except MemoryError:
             os._exit(3)  # its heap may be beyond use; the parent starts another
         except Exception as error:
-            reply = {"error": f"{type(error).__name__}: {error}"[:500]}
+            frame = encode_frame({"error": f"{type(error).__name__}: {error}"[:500]})
         _die_after(0)
-        replies.write(encode_frame(reply))
+        replies.write(frame)
 
 
 def _die_after(seconds: float) -> None:

@@ -70,8 +70,8 @@ class _Worker:
         self.is_ready = False
         self.started = time.monotonic()
 
-    def send(self, name: str, args: Sequence, limit_s: float) -> None:
-        self.process.stdin.write(encode_frame({"name": name, "args": args, "limit_s": limit_s}))
+    def send(self, path: str, args: Sequence, limit_s: float) -> None:
+        self.process.stdin.write(encode_frame({"path": path, "args": args, "limit_s": limit_s}))
         self.process.stdin.flush()
         self.started = time.monotonic()
 
@@ -99,15 +99,18 @@ class Pool:
         self._changed = threading.Condition()
         self._closed = False
 
-    def run(self, name: str, items: Sequence[Sequence], limit_s: float) -> list[Result]:
-        """Run task ``name`` on every item (a list of its arguments), in order of the items."""
+    def run(self, path: str, items: Sequence[Sequence], limit_s: float) -> list[Result]:
+        """Call ``path`` (``module:function``) with each item's arguments; results in their order.
+
+        Arguments and values must be JSON. ``limit_s`` is wall-clock seconds for each item.
+        """
         if not items:
             return []
         results: list[Result | None] = [None] * len(items)
         waiting = deque(range(len(items)))
         workers = self._borrow(len(items))
         try:
-            _Drive(self, name, items, limit_s, results, waiting, workers).run()
+            _Drive(self, path, items, limit_s, results, waiting, workers).run()
         finally:
             self._give_back(workers)
         return results
@@ -148,8 +151,8 @@ class Pool:
 class _Drive:
     """One call of ``Pool.run``: keeps the borrowed workers busy until nothing is waiting."""
 
-    def __init__(self, pool, name, items, limit_s, results, waiting, workers):
-        self.pool, self.name, self.items, self.limit_s = pool, name, items, limit_s
+    def __init__(self, pool, path, items, limit_s, results, waiting, workers):
+        self.pool, self.path, self.items, self.limit_s = pool, path, items, limit_s
         self.results, self.waiting, self.workers = results, waiting, workers
         self.selector = selectors.DefaultSelector()
         self.item_of: dict[int, int | None] = {}  # place -> the item it works on
@@ -198,7 +201,7 @@ class _Drive:
             return
         index = self.waiting.popleft()
         try:
-            self.workers[place].send(self.name, self.items[index], self.limit_s)
+            self.workers[place].send(self.path, self.items[index], self.limit_s)
             self.item_of[place] = index
         except OSError:  # it died while idle, which is not this item's fault
             self.waiting.appendleft(index)
@@ -281,9 +284,14 @@ def configure_workers(
     shut_down_workers()
 
 
-def run_task(name: str, items: Sequence[Sequence], limit_s: float | None = None) -> list[Result]:
-    """Run a task of ``rewards.worker`` on every item in the process's one shared pool."""
-    return _shared_pool().run(name, items, limit_s or _settings["limit_s"])
+def get_limit() -> float:
+    """Return the wall-clock limit per item in seconds that is in force."""
+    return _settings["limit_s"]
+
+
+def run_task(path: str, items: Sequence[Sequence], limit_s: float | None = None) -> list[Result]:
+    """Run a function on every item in the process's one shared pool, as ``Pool.run`` does."""
+    return _shared_pool().run(path, items, limit_s or _settings["limit_s"])
 
 
 def shut_down_workers() -> None:

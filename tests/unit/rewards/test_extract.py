@@ -1,0 +1,91 @@
+"""The one extractor: what is the final answer of a completion, in the stated order."""
+
+import pytest
+
+from rewards import extract_answer
+from rewards.completions import split_thinking
+from rewards.extract import find_answer
+
+EXTRACTIONS = [
+    # 1. boxes
+    ("so \\boxed{3}, which gives \\boxed{\\frac{1}{2}}", "\\frac{1}{2}"),
+    ("\\boxed{\\frac{1}{\\sqrt{2}}} is it", "\\frac{1}{\\sqrt{2}}"),
+    ("$\\fbox{7}$", "7"),
+    ("\\boxed {7}", "7"),
+    ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+    ("\\boxed{2}, \\boxed{3} and \\boxed{5}", "2, 3, 5"),
+    ("$x = \\boxed{2}$ and $y = \\boxed{3}$", "2, 3"),
+    ("\\boxed{4} ... Final answer: \\boxed{5}", "5"),
+    ("\\boxed{004}. Final Answer \\boxed{004}", "004"),
+    ("we had \\boxed{3} and the box \\boxed{4 is not closed", "3"),
+    # 2. answer tags
+    ("The answer is 3. <answer> 12 </answer>", "12"),
+    ("<answer>12</answer> <answer>13</answer>", "13"),
+    ("<answer>12", "12"),
+    ("<answer>so \\boxed{3}</answer>", "3"),
+    # 3. statements
+    ("The answer is 3.5. I hope so.", "3.5"),
+    ("**Answer:** 42", "42"),
+    ("So the final answer is $\\frac{1}{2}$.", "$\\frac{1}{2}$"),
+    ("answer is \\(x = 3.5\\) as above", "\\(x = 3.5\\)"),
+    ("Final Answer: The largest $n$ is 34.", "34"),
+    ("The answer is 1,234 because of that.", "1,234"),
+    ("The answer is for sure D, it can't be A", "D"),
+    ("The correct answer is (B).", "(B)"),
+    ("some steps\n#### 72", "72"),
+    ("答案是：12。", "12"),
+    ("La réponse est 12.", "12"),
+    ("the answer is not 5", "not 5"),
+    ("The answer is 5 or 6.", "5 or 6"),
+    # 4. an option first
+    ("D. It can't be A or B", "D"),
+    # 5. the last formula or number
+    ("we find that $x \\lt 3$.", "x \\lt 3"),
+    (
+        "the matrix $\\begin{pmatrix}1&0\\\\0&1\\end{pmatrix}$.",
+        "\\begin{pmatrix}1&0\\\\0&1\\end{pmatrix}",
+    ),
+    ("The volume of $ABC$ is 120", "120"),
+    ("we get 7 and so 1,250.", "1,250"),
+    ("it rises by 100%.", "100%"),
+    ("the ratio 13/28", "13/28"),
+    ("一共有3 + 10 = 13只鸟", "13"),
+    ("it is **92**.", "92"),
+    ("5 or 6", "5 or 6"),
+    ("it is not 6", "not 6"),
+    ("nothing to see", None),
+    ("", None),
+    # thinking is never searched
+    ("<think>\\boxed{3}</think> I do not know", None),
+    ("<think>\\boxed{3}</think> The answer is 4.", "4"),
+    ("\\boxed{3}</think> The answer is 4.", "4"),
+    ("<think>\\boxed{3}", None),
+    ("I hope it is 12. <|im_end|>user 13", "13"),
+]
+
+
+@pytest.mark.parametrize(("completion", "expected"), EXTRACTIONS)
+def test_extract_answer(completion, expected):
+    assert extract_answer(completion) == expected
+
+
+def test_boxes_that_are_not_joined_must_all_be_right():
+    found = find_answer("It is \\boxed{3}. Wait. It is \\boxed{4}.")
+    assert found.answer == "4"
+    assert found.others == ("3",)
+    assert find_answer("It is \\boxed{4}. Yes, \\boxed{4}.").others == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>a</think>b", ("a", "b")),
+        ("a</think>b", ("a", "b")),  # the prompt ended with <think>
+        ("b", ("", "b")),
+        ("<think>a", ("a", "")),
+        ("x<think>a</think>b<think>c</think>d", ("ac", "xbd")),
+        ("a</think>b</think>c", ("a", "bc")),
+    ],
+)
+def test_split_thinking(text, expected):
+    assert split_thinking(text) == expected
