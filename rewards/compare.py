@@ -18,11 +18,11 @@ from rewards.evaluate import (
     is_real,
     to_mp,
 )
-from rewards.realsets import free_names, names_quantity
+from rewards.structure import free_names, names_quantity
 from rewards.syntax import Node, Number
 from rewards.vocabulary import CONVERSIONS
 
-MAX_ITEMS = 64
+MAX_ITEMS = 128
 MAX_SIGNS = 4  # plus-minus signs in one answer: 2 ** MAX_SIGNS readings
 
 # Working precision, and the one at which an equality is confirmed.
@@ -41,8 +41,46 @@ def same_answer(gold: Node, answer: Node) -> bool:
     with mp.workdps(DIGITS):
         if gold == answer:
             return True
-        gold, answer = _rename_parameter(gold, answer)
+        gold, answer = _rename_parameter(_simplify_form(gold), _simplify_form(answer))
         return _same_lists(gold, answer)
+
+
+def _simplify_form(node: Node) -> Node:
+    """Write out what stands for several answers in one: families, and exclusions of values."""
+    node = _ungroup(node)
+    if node.kind == "builder":
+        return _open_family(node)
+    if node.kind == "relation" and node.value == ("!=",) and _has_sign(node):
+        return Node("list", tuple(_expand_signs(node)), "and")
+    if node.kind == "list" and node.args[0].kind == "relation" and node.args[0].value == ("!=",):
+        name = node.args[0].args[0]
+        parts = (
+            p if p.kind == "relation" else Node("relation", (name, p), ("!=",)) for p in node.args
+        )
+        return node._replace(args=tuple(parts), value="and")
+    return node
+
+
+def _open_family(node: Node) -> Node:
+    """``{k pi | k in Z}`` and ``{x | x = k pi, k in Z}`` are the family k pi."""
+    element, condition = node.args
+    parts = condition.args if condition.kind == "list" else (condition,)
+    parts = tuple(part for part in parts if not _is_integer_domain(part))
+    if not parts and element.kind != "name":
+        return element
+    if len(parts) == 1 and parts[0].kind == "relation" and parts[0].value == ("=",):
+        name, value = parts[0].args
+        if name == element:
+            return value
+    return node
+
+
+def _is_integer_domain(node: Node) -> bool:
+    return (
+        node.kind == "relation"
+        and node.value == ("in",)
+        and node.args[1] in (Node("name", (), "mathbb Z"), Node("name", (), "mathbb N"))
+    )
 
 
 # --- lists -----------------------------------------------------------------------------------
@@ -285,9 +323,13 @@ def _any_real_set(gold: Node, answer: Node) -> bool:
 
 
 def _describes_set(node: Node) -> bool:
-    if node.kind == "list":
-        return all(realsets.describes_set(_ungroup(part)) for part in node.args)
-    return realsets.describes_set(node)
+    if node.kind != "list":
+        return realsets.describes_set(node)
+    parts = [_ungroup(part) for part in node.args]  # x < -1 or x = 0
+    return any(realsets.describes_set(part) for part in parts) and all(
+        realsets.describes_set(part) or (part.kind == "relation" and part.value == ("=",))
+        for part in parts
+    )
 
 
 def _same_sets(gold: Node, answer: Node) -> bool:

@@ -111,7 +111,12 @@ class Evaluator:
         method = getattr(self, "_" + node.kind, None)
         if method is None:
             raise Undefined(f"{node.kind} is not a number")
-        value = _checked(method(node))
+        try:
+            value = _checked(method(node))
+        except Undefined:
+            raise
+        except (ArithmeticError, ValueError, TypeError, mp.NoConvergence) as error:  # mpmath's
+            raise Undefined(f"{type(error).__name__}: {error}") from error
         if isinstance(value, mpc) and not is_real(value):
             self.has_left_reals = True
         return value

@@ -41,10 +41,12 @@ from rewards.text import normalize_text, normalize_words, spell, strip_dress
 from rewards.vocabulary import DIRECTIONS, FILLERS
 
 RIGHT, WRONG, UNPARSEABLE, BAD_GOLD = "right", "wrong", "unparseable", "bad_gold"
+UNREAD_GOLD = "unread_gold"  # a bad gold that is perhaps mathematics which this grammar lacks
 
 # Longer texts are compared only as texts.
 MAX_CHARS = 20_000
 
+_ZERO = parse_answer("0")
 _THOUSANDS = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?![\d,]| \d)")
 _DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d{2}|\d{4,}))")
@@ -63,7 +65,7 @@ _PROSE = re.compile(r"[^\W\d_]{2}|^[^\W\d_]$")
 
 
 def judge_answer(answer: str, gold: str) -> str:
-    """Return ``right``, ``wrong``, ``unparseable`` (the answer) or ``bad_gold``.
+    """Return ``right``, ``wrong``, ``unparseable`` (the answer), ``bad_gold`` or ``unread_gold``.
 
     Takes any strings, raises nothing but ``MemoryError``, and may take long: callers set limits.
     """
@@ -97,16 +99,27 @@ def _compare_readings(golds: list[Node], answers: list[Node]) -> str:
             if same_answer(gold, answer):
                 return RIGHT
             verdict = WRONG
-        except Undefined:
+        except (Undefined, RecursionError):
             continue
+    if verdict == UNPARSEABLE and not any(_has_value(gold) for gold in golds):
+        return BAD_GOLD
     return verdict
+
+
+def _has_value(gold: Node) -> bool:
+    """Say whether a gold can be compared with anything: with zero, say."""
+    try:
+        same_answer(gold, _ZERO)
+    except (Undefined, RecursionError):
+        return False
+    return True
 
 
 def _judge_prose(answer: str, gold: str) -> str:
     """Compare with a gold that is no mathematics: words with words."""
     plain = _plain(gold)
-    if not _PROSE.search(plain) or _MATHEMATICAL.search(plain) or "{" in gold and "}" not in gold:
-        return BAD_GOLD
+    if not _PROSE.search(plain) or _MATHEMATICAL.search(plain) or gold.count("{") > gold.count("}"):
+        return UNREAD_GOLD
     parts = [_split_words(text) for text in (answer, gold)]
     return RIGHT if parts[0] == parts[1] else WRONG
 
@@ -161,7 +174,7 @@ def _parse_readings(text: str) -> list[Node]:
     for reading in read_separators(text):
         try:
             trees.append(parse_answer(reading))
-        except ParseError:
+        except (ParseError, RecursionError):
             continue
     return trees
 

@@ -1,5 +1,6 @@
 """Judge mathematical answers. What counts as equal is laid down in ``rewards.grading``."""
 
+import functools
 import logging
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,7 +13,7 @@ from rewards.text import spell
 from rewards.workers import CRASHED, FAILED, OK, TIMED_OUT, Result, get_limit, run_task
 
 RIGHT, WRONG, UNPARSEABLE = "right", "wrong", "unparseable"
-BAD_GOLD = "bad_gold"
+BAD_GOLD, UNREAD_GOLD = "bad_gold", "unread_gold"
 STATUSES = (RIGHT, WRONG, UNPARSEABLE, TIMED_OUT, BAD_GOLD, FAILED)
 
 # Longer answers and golds can only be equal by being the same text.
@@ -116,7 +117,7 @@ def judge_pairs(pairs: Sequence[tuple[str, str]], limit_s: float | None = None) 
     results = run_task("rewards.grading:judge_answer", [pairs[index] for index in slow], limit_s)
     for index, result in zip(slow, results, strict=True):
         statuses[index] = _read_result(result)
-        if statuses[index] == BAD_GOLD:
+        if statuses[index] == UNREAD_GOLD:
             statuses[index] = _judge_symbolically(pairs[index], limit_s, result.seconds)
     return statuses
 
@@ -126,8 +127,13 @@ def _read_result(result: Result) -> str:
         return result.value
     if result.status == TIMED_OUT or result.status == CRASHED:
         return TIMED_OUT
-    _logger.error("the judge failed, which is a defect of rewards: %s", result.value)
+    _report_failure(str(result.value))
     return FAILED
+
+
+@functools.cache  # each message once
+def _report_failure(message: str) -> None:
+    _logger.error("the judge failed, which is a defect of rewards: %s", message)
 
 
 def _judge_symbolically(pair: tuple[str, str], limit_s: float | None, spent_s: float) -> str:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from mpmath import mp, mpf
 
-from rewards.evaluate import Evaluator, Undefined, Value, exact, real_part, to_mp
+from rewards.evaluate import Evaluator, Undefined, Value, real_part, to_mp
+from rewards.structure import free_names, names_quantity
 from rewards.syntax import Node
 
 
@@ -158,22 +159,6 @@ def real_value(node: Node, evaluate: Evaluator) -> mpf:
     return to_mp(real_part(evaluate.value(node)))
 
 
-def free_names(node: Node) -> set[str]:
-    """Return the variables of an expression, constants left out; an indexed name counts whole."""
-    if node.kind == "name":
-        return set() if node.value in ("pi", "e", "i", "infinity") else {node.value}
-    if node.kind == "index":
-        return {"_index"}
-    names: set[str] = set()
-    for part in node.args:
-        if isinstance(part, Node):
-            names |= free_names(part)
-        elif isinstance(part, tuple):
-            for inner in part:
-                names |= free_names(inner)
-    return names
-
-
 def solve_relation(node: Node, evaluate: Evaluator) -> RealSet:
     """The values that an inequality, or a chain of them, allows its one unknown.
 
@@ -255,52 +240,3 @@ def _roots(function: Callable[[Value], mpf]) -> list[mpf]:
         return []
     root = mp.sqrt(max(square, mpf(0)))
     return [(-b - root) / (2 * a), (-b + root) / (2 * a)]
-
-
-def names_quantity(node: Node) -> bool:
-    """Say whether an expression only names something: ``x``, ``f(x)``, ``S_n``, ``|AB|``, ``AB``.
-
-    Such a left side of an equation says what the right side is the value of. ``a^2 + b`` and
-    ``xy`` are not names: an equation in them is itself the answer.
-    """
-    if node.kind == "name":
-        return node.value not in ("pi", "e", "i", "infinity")
-    if node.kind == "index":
-        return True
-    if node.kind == "apply":
-        return names_quantity(node.args[0])
-    if node.kind == "function":
-        return bool(node.args) and all(names_quantity(arg) for arg in node.args)
-    if node.kind == "group":
-        return names_quantity(node.args[0])
-    if node.kind == "text":
-        return True
-    if node.kind == "mul":  # a segment AB, a figure MBCN: capitals side by side
-        return node.value == "juxtaposed" and all(_is_capital(part) for part in node.args)
-    if node.kind == "abs":
-        return _is_segment(node.args[0])
-    if node.kind in ("ratio", "div", "frac"):
-        if all(_is_differential(arg) for arg in node.args):
-            return True
-        return all(names_quantity(arg) for arg in node.args)
-    if node.kind == "tuple":
-        return node.value == "()" and all(names_quantity(arg) for arg in node.args)
-    return False
-
-
-def _is_differential(node: Node) -> bool:
-    return node.kind == "mul" and node.args[0] == Node("name", (), "d")
-
-
-def _is_capital(node: Node) -> bool:
-    if node.kind == "mul":
-        return node.value == "juxtaposed" and all(_is_capital(part) for part in node.args)
-    return node.kind == "name" and node.value.isupper()
-
-
-def _is_segment(node: Node) -> bool:
-    return _is_capital(node) or (node.kind == "index" and _is_segment(node.args[0]))
-
-
-def is_exact_set(values: list[Value]) -> bool:
-    return all(exact(value) for value in values)

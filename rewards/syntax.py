@@ -403,8 +403,26 @@ class Parser:
                 left = Node("div", (left, self._parse_factor()))
             elif self._starts_factor():
                 left = _join_factors(left, self.parse_power())
+            elif (marked := self._parse_mark(left)) is not None:
+                left = marked
             else:
                 return left
+
+    def _parse_mark(self, quantity: Node) -> Node | None:
+        """What may follow a quantity: a percent sign, "million", a unit. None if nothing does."""
+        if self.accept("%", "\\%"):
+            return Node("percent", (quantity,))
+        if self.token.kind != "text":
+            return None
+        if self.token.text.lower() in voc.MULTIPLIERS:
+            scale = read_number(voc.MULTIPLIERS[self.take().text.lower()])
+            return Node("mul", (quantity, Node("number", (), scale)))
+        unit = self._accept_unit()
+        if unit == "%":
+            return Node("percent", (quantity,))
+        if unit == "degree":
+            return Node("degree", (quantity,))
+        return Node("unit", (quantity,), unit) if unit else None
 
     def _parse_factor(self) -> Node:
         """A factor after an explicit operator may carry a sign: ``2 * -3``."""
@@ -442,9 +460,6 @@ class Parser:
             elif text == "!":
                 self.take()
                 base = Node("factorial", (base,))
-            elif text in ("%", "\\%"):
-                self.take()
-                base = Node("percent", (base,))
             elif text in ("\\degree", "\\circ", "\\textdegree"):
                 self.take()
                 base = Node("degree", (base,))
@@ -453,11 +468,6 @@ class Parser:
                 base = Node("index", (base, Node("text", (), "'")))
                 if self.token.text == "(" and base.args[0].kind in ("name", "index"):
                     base = self._parse_application(base)
-            elif self.token.kind == "text" and text.lower() in voc.MULTIPLIERS:
-                scale = read_number(voc.MULTIPLIERS[self.take().text.lower()])
-                base = Node("mul", (base, Node("number", (), scale)))
-            elif self.token.kind == "text" and (unit := self._accept_unit()):
-                base = Node("unit", (base,), unit) if unit != "%" else Node("percent", (base,))
             else:
                 return base
 

@@ -37,7 +37,7 @@ _CIRCLED = "①②③④⑤⑥⑦⑧⑨⑩"
 
 _SPACING = re.compile(
     r"(?<!\\)\\[,;:> \t\n]|~|&(?:nbsp|ensp|emsp);"
-    r"|\\(?:hspace|vspace|phantom|label|tag)\*?\{[^{}]*\}"
+    r"|\\(?:textcolor|color|hspace|vspace|phantom|label|tag)\*?\{[^{}]*\}"
     r"|\\(?:quad|qquad|enspace|thinspace|medspace|thickspace|left|right|middle|[bB]igg?[lrm]?"
     r"|displaystyle|textstyle|limits|nolimits|mathstrut|hfill|newline)(?![a-zA-Z])"
 )
@@ -50,6 +50,11 @@ _ORDINAL = re.compile(
 _OPEN_SYSTEM = re.compile(r"\\left\s*\\\{\s*(?=\\begin\s*\{(?:array|aligned|cases|matrix))")
 _DAY_HALF = re.compile(r"\b([ap])\.\s?m\b\.?", re.IGNORECASE)
 _LEADING_ABOUT = re.compile(r"^\s*\\(?:approx|simeq|sim)(?![a-zA-Z])")
+_EMPHASIS = re.compile(r"(?<![\w)}])(\*{1,3})([^*]+)\1(?![\w(])[.,]?")
+# A single letter is a unit only where it stands apart, at the end, after a number.
+_BARE_UNIT = re.compile(
+    r"(?<=\d)\s+((?:k?m|cm|g|s|h|L|N|J|W|V|A|K|Hz|Pa|kg)(?:\^\{?[23]\}?)?(?:/(?:s|h|min|kg|L)(?:\^\{?2\}?)?)?)$"
+)
 _FONT = re.compile(r"\\(?:text|math)(?:rm|bf|it|sf|tt|normal|up)?\s*\{([^{}]*)\}")
 _MATH_MARKS = re.compile(r"(?<!\\)\$|(?<!\\)\\[()\[\]]")
 
@@ -104,7 +109,9 @@ def strip_dress(text: str) -> str:
     text = _SPACING.sub(" ", text)
     text = re.sub(r"\\(?:boxed|fbox)\s*\{", "{", text)
     text = _LEADING_ABOUT.sub("", text)
-    return text.lstrip(' \t`"*,:;=').rstrip(' \t`"*.,:;\\')
+    text = text.lstrip(' \t`",:;=').rstrip(' \t`".,:;\\')
+    text = _EMPHASIS.sub(r"\2", text)
+    return _BARE_UNIT.sub(r"\\text{ \1}", text)
 
 
 def spell(text: str) -> str:

@@ -1,0 +1,64 @@
+"""Questions about a parsed answer's form: which letters it has, and whether it is only a name."""
+
+from rewards.syntax import Node
+
+
+def free_names(node: Node) -> set[str]:
+    """Return the variables of an expression, constants left out; an indexed name counts whole."""
+    if node.kind == "name":
+        return set() if node.value in ("pi", "e", "i", "infinity") else {node.value}
+    if node.kind == "index":
+        return {"_index"}
+    names: set[str] = set()
+    for part in node.args:
+        if isinstance(part, Node):
+            names |= free_names(part)
+        elif isinstance(part, tuple):
+            for inner in part:
+                names |= free_names(inner)
+    return names
+
+
+def names_quantity(node: Node) -> bool:
+    """Say whether an expression only names something: ``x``, ``f(x)``, ``S_n``, ``|AB|``, ``AB``.
+
+    Such a left side of an equation says what the right side is the value of. ``a^2 + b`` and
+    ``xy`` are not names: an equation in them is itself the answer.
+    """
+    if node.kind == "name":
+        return node.value not in ("pi", "e", "i", "infinity")
+    if node.kind == "index":
+        return True
+    if node.kind == "apply":
+        return names_quantity(node.args[0])
+    if node.kind == "function":
+        return bool(node.args) and all(names_quantity(arg) for arg in node.args)
+    if node.kind == "group":
+        return names_quantity(node.args[0])
+    if node.kind == "text":
+        return True
+    if node.kind == "mul":  # a segment AB, a figure MBCN: capitals side by side
+        return node.value == "juxtaposed" and all(_is_capital(part) for part in node.args)
+    if node.kind == "abs":
+        return _is_segment(node.args[0])
+    if node.kind in ("ratio", "div", "frac"):
+        if all(_is_differential(arg) for arg in node.args):
+            return True
+        return all(names_quantity(arg) for arg in node.args)
+    if node.kind == "tuple":
+        return node.value == "()" and all(names_quantity(arg) for arg in node.args)
+    return False
+
+
+def _is_differential(node: Node) -> bool:
+    return node.kind == "mul" and node.args[0] == Node("name", (), "d")
+
+
+def _is_capital(node: Node) -> bool:
+    if node.kind == "mul":
+        return node.value == "juxtaposed" and all(_is_capital(part) for part in node.args)
+    return node.kind == "name" and node.value.isupper()
+
+
+def _is_segment(node: Node) -> bool:
+    return _is_capital(node) or (node.kind == "index" and _is_segment(node.args[0]))
