@@ -1,6 +1,6 @@
 """Measure the graders on labelled pairs: how often they are wrong, and how fast they are.
 
-    python -m rewards.bench PAIRS.jsonl [--json] [--compare] [--limit SECONDS] [--show N]
+    python -m rewards.bench PAIRS.jsonl [--json] [--compare] [--by FIELD] [--limit S] [--show N]
 
 Rows are ``{"gold", "pred", "label", "kind"}``: ``label`` says whether ``pred`` is right, ``kind``
 whether it is a final ``answer`` (the default) or a ``completion`` that the answer is taken from.
@@ -14,11 +14,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from rewards import workers
 from rewards.extract import find_answer
 from rewards.mathematics import judge_math, judge_pairs
 
+_SUMMARY = __doc__.split("\n")[0]
+NO_VERDICT = {"none", "bad_gold", "timed_out", "failed"}
 KINDS = ("answer", "completion")
 PEER = "rewards.symbolic:judge_as_peer"
 IMPORT_LIMIT_S = 120.0
@@ -74,54 +77,73 @@ def judge_peer(row: dict) -> str:
     return {True: "right", False: "wrong", None: "none"}[result.value]
 
 
-def measure(rows: list[dict], judge: Callable[[dict], str]) -> tuple[dict, list[str]]:
-    """Judge every row; return the measurements and the verdicts."""
-    verdicts, seconds = [], []
+class Judged(NamedTuple):
+    """One row, what it was judged to be, and how long that took."""
+
+    row: dict
+    verdict: str
+    seconds: float
+
+
+def judge_rows(rows: list[dict], judge: Callable[[dict], str]) -> list[Judged]:
+    """Judge the rows one after another, each on its own clock."""
+    judged = []
     for row in rows:
         start = time.perf_counter()
-        verdicts.append(judge(row))
-        seconds.append(time.perf_counter() - start)
-    wrong = [(row["label"], v) for row, v in zip(rows, verdicts, strict=True)]
-    ordered = sorted(seconds)
+        verdict = judge(row)
+        judged.append(Judged(row, verdict, time.perf_counter() - start))
+    return judged
+
+
+def summarize(judged: list[Judged]) -> dict[str, float]:
+    """Return the figures. A false negative is a row labelled right and not judged right."""
+    verdicts = [j.verdict for j in judged]
+    seconds = sorted(j.seconds for j in judged)
     return {
-        "n": len(rows),
-        "positives": sum(row["label"] for row in rows),
-        "false_negatives": sum(label and verdict != "right" for label, verdict in wrong),
-        "false_positives": sum(not label and verdict == "right" for label, verdict in wrong),
+        "n": len(judged),
+        "positives": sum(j.row["label"] for j in judged),
+        "false_negatives": sum(j.row["label"] and j.verdict != "right" for j in judged),
+        "false_positives": sum(not j.row["label"] and j.verdict == "right" for j in judged),
         "unparseable": verdicts.count("unparseable"),
-        "none": sum(v in ("none", "bad_gold", "timed_out", "failed") for v in verdicts),
+        "none": sum(verdict in NO_VERDICT for verdict in verdicts),
         "timeouts": verdicts.count("timed_out"),
-        "pairs_per_s": round(len(rows) / sum(seconds), 1),
-        "p50_ms": round(1000 * _percentile(ordered, 0.50), 3),
-        "p99_ms": round(1000 * _percentile(ordered, 0.99), 3),
-        "max_s": round(ordered[-1], 3),
-    }, verdicts
+        "pairs_per_s": round(len(judged) / sum(seconds), 1),
+        "p50_ms": round(1000 * _percentile(seconds, 0.50), 3),
+        "p99_ms": round(1000 * _percentile(seconds, 0.99), 3),
+        "max_s": round(seconds[-1], 3),
+    }
+
+
+def summarize_by(judged: list[Judged], field: str | None) -> dict[str, dict]:
+    """Return the figures of all rows, and of the rows with each value of ``field``."""
+    figures = {"": summarize(judged)}
+    if field:
+        for value in sorted({str(j.row.get(field)) for j in judged}):
+            figures[value] = summarize([j for j in judged if str(j.row.get(field)) == value])
+    return figures
 
 
 def _percentile(ordered: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
 
 
-def warm_up(compare: bool) -> None:
-    """Start the worker and let it import what it needs, so that no row pays for that."""
-    judge_pairs([("x + 1", "1 + x")])
-    if compare:
-        item = ("x + 1", "1 + x", False)
-        workers.run_task(PEER, [item], limit_s=IMPORT_LIMIT_S)
+def warm_up() -> None:
+    """Start the worker and let it import what it may need, so that no row pays for that."""
+    workers.run_task(PEER, [("x + 1", "1 + x", False)], limit_s=IMPORT_LIMIT_S)
 
 
-def print_table(results: dict[str, dict]) -> None:
-    names = list(results)
-    keys = list(results[names[0]])
-    width = max(len(name) for name in names) + 2
-    print(" " * 18 + "".join(name.rjust(width) for name in names))
-    for key in keys:
-        print(key.ljust(18) + "".join(str(results[name][key]).rjust(width) for name in names))
+def print_table(figures: dict[str, dict]) -> None:
+    """Print one line for each grader, one column for each figure."""
+    keys = list(next(iter(figures.values())))
+    first = max(len(name) for name in figures)
+    print(" " * first + "".join(f"  {key}" for key in keys))
+    for name, numbers in figures.items():
+        print(name.ljust(first) + "".join(f"  {numbers[key]:>{len(key)}}" for key in keys))
 
 
-def print_errors(rows: list[dict], verdicts: list[str], limit: int) -> None:
-    wrong = [(r, v) for r, v in zip(rows, verdicts, strict=True) if (v == "right") != r["label"]]
-    for row, verdict in wrong[:limit]:
+def print_errors(judged: list[Judged], limit: int) -> None:
+    wrong = [j for j in judged if (j.verdict == "right") != j.row["label"]]
+    for row, verdict, _ in wrong[:limit]:
         answer = row["pred"]
         if row["kind"] == "completion":
             found = find_answer(answer)
@@ -131,12 +153,11 @@ def print_errors(rows: list[dict], verdicts: list[str], limit: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m rewards.bench", description=__doc__.split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m rewards.bench", description=_SUMMARY)
     parser.add_argument("pairs", type=Path, help="JSONL file of labelled pairs")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--compare", action="store_true", help="judge by math-verify, too")
+    parser.add_argument("--by", metavar="FIELD", help="figures for each value of this field, too")
     parser.add_argument("--limit", type=float, default=workers.DEFAULT_LIMIT_S, help="s per item")
     parser.add_argument("--show", type=int, default=0, help="print this many wrong verdicts")
     options = parser.parse_args(argv)
@@ -146,16 +167,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     workers.configure_workers(num_workers=1, limit_s=options.limit)
-    warm_up(options.compare)
-    results = {}
-    results["rewards"], verdicts = measure(rows, judge_ours)
-    if options.compare:
-        results["math-verify"], _ = measure(rows, judge_peer)
+    warm_up()
+    judges = {"rewards": judge_ours} | ({"math-verify": judge_peer} if options.compare else {})
+    figures, ours = {}, []
+    for name, judge in judges.items():
+        judged = judge_rows(rows, judge)
+        ours = ours or judged
+        for value, numbers in summarize_by(judged, options.by).items():
+            figures[f"{name} {value}".strip()] = numbers
     if options.json:
-        print(json.dumps(results if options.compare else results["rewards"]))
+        print(json.dumps(figures if len(figures) > 1 else figures["rewards"]))
     else:
-        print_table(results)
-        print_errors(rows, verdicts, options.show)
+        print_table(figures)
+        print_errors(ours, options.show)
     return 0
 
 

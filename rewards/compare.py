@@ -359,10 +359,21 @@ def _same_items(gold: Item, answer: Item) -> bool:
     relations = gold.node.kind == answer.node.kind == "relation"
     if relations and (names[0] is None) != (names[1] is None):
         return _same_relations(gold.node, answer.node)  # y = 2x + 3 and 2x - y + 3 = 0
-    letters = all(n is not None and n.kind == "name" and len(n.value) == 1 for n in names)
-    if letters and names[0] != names[1]:  # x = 5 does not say y = 5
+    letters = [_name_letters(name) for name in names]
+    if all(letters) and letters[0] != letters[1]:  # x = 5 does not say y = 5, nor AB = 5 AC = 5
         return False
     return _same_values(gold.value, answer.value)
+
+
+def _name_letters(name: Node | None) -> list[str]:
+    """The letters of a plain name (``x``, ``AB``, in any order); none for other names."""
+    if name is None:
+        return []
+    if name.kind == "name":
+        return [name.value] if len(name.value) == 1 else []
+    if name.kind == "mul":
+        return sorted(letter for part in name.args for letter in _name_letters(part))
+    return []
 
 
 def _same_values(gold: Node, answer: Node) -> bool:
@@ -488,7 +499,7 @@ def _proportional(gold: Node, answer: Node) -> bool:
             factors.append(divide(top, bottom))
         except Undefined:
             continue
-    if len(factors) < 2 or factors[0] == 0:
+    if len(factors) < 2 or factors[0] == 0 or not all(mp.isfinite(to_mp(f)) for f in factors):
         return False
     if not all(_close(factor, factors[0]) for factor in factors):
         return False

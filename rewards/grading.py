@@ -186,6 +186,8 @@ def read_separators(text: str) -> list[str]:
         joined = pattern.sub(lambda m, s=separator: m.group().replace(s, ""), readings[0])
         if joined != readings[0]:
             readings.insert(0, joined)
+    if len(readings) > 1 and re.search(r",0\d\d", text):  # 10,000 is no list of 10 and 000
+        readings.pop()
     if _EUROPEAN.fullmatch(text):
         readings.append(text.replace(".", "").replace(",", "."))
     elif _DECIMAL_COMMA.fullmatch(text):
