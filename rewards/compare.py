@@ -1,39 +1,13 @@
 """Compare two parsed answers by structure and value. The conventions are in ``grading``."""
 
-from fractions import Fraction
-from itertools import product
-
 from mpmath import mp, mpf
 
 from rewards import realsets
-from rewards.evaluate import (
-    POINTS,
-    Evaluator,
-    Mode,
-    Point,
-    Undefined,
-    Value,
-    divide,
-    exact,
-    is_real,
-    to_mp,
-)
+from rewards.evaluate import POINTS, Evaluator, Undefined, Value, divide, exact, is_real, to_mp
+from rewards.forms import Item, read_items, rename_parameter, simplify_form, ungroup
+from rewards.scalars import DIGITS, close, points_for, same_scalars, unit_of
 from rewards.structure import free_names, names_quantity
-from rewards.syntax import Node, Number
-from rewards.vocabulary import CONVERSIONS
-
-MAX_ITEMS = 128
-MAX_SIGNS = 4  # plus-minus signs in one answer: 2 ** MAX_SIGNS readings
-
-# Working precision, and the one at which an equality is confirmed.
-DIGITS, MORE_DIGITS = 40, 110
-
-# A decimal stands for an exact value that it is the correct rounding of, if it has at least so
-# many significant digits: more where the rounding is the answer's own idea than where the gold's
-# author chose it.
-GOLD_DIGITS, ANSWER_DIGITS = 2, 4
-# This many digits are a float printed in full, whose last digits may be noise.
-FLOAT_DIGITS = 12
+from rewards.syntax import Node
 
 
 def same_answer(gold: Node, answer: Node) -> bool:
@@ -41,166 +15,11 @@ def same_answer(gold: Node, answer: Node) -> bool:
     with mp.workdps(DIGITS):
         if gold == answer:
             return True
-        gold, answer = _rename_parameter(_simplify_form(gold), _simplify_form(answer))
+        gold, answer = rename_parameter(simplify_form(gold), simplify_form(answer))
         return _same_lists(gold, answer)
 
 
-def _simplify_form(node: Node) -> Node:
-    """Write out what stands for several answers in one: families, and exclusions of values."""
-    node = _ungroup(node)
-    if node.kind == "builder":
-        return _open_family(node)
-    if node.kind == "relation" and node.value == ("!=",) and _has_sign(node):
-        return Node("list", tuple(_expand_signs(node)), "and")
-    if node.kind == "list" and node.args[0].kind == "relation" and node.args[0].value == ("!=",):
-        name = node.args[0].args[0]
-        parts = (
-            p if p.kind == "relation" else Node("relation", (name, p), ("!=",)) for p in node.args
-        )
-        return node._replace(args=tuple(parts), value="and")
-    return node
-
-
-def _open_family(node: Node) -> Node:
-    """``{k pi | k in Z}`` and ``{x | x = k pi, k in Z}`` are the family k pi."""
-    element, condition = node.args
-    parts = condition.args if condition.kind == "list" else (condition,)
-    parts = tuple(part for part in parts if not _is_integer_domain(part))
-    if not parts and element.kind != "name":
-        return element
-    if len(parts) == 1 and parts[0].kind == "relation" and parts[0].value == ("=",):
-        name, value = parts[0].args
-        if name == element:
-            return value
-    return node
-
-
-def _is_integer_domain(node: Node) -> bool:
-    return (
-        node.kind == "relation"
-        and node.value == ("in",)
-        and node.args[1] in (Node("name", (), "mathbb Z"), Node("name", (), "mathbb N"))
-    )
-
-
-# --- lists -----------------------------------------------------------------------------------
-
-
-class Item:
-    """One part of an answer: its value, and the name it is given (``x = 5``), if any."""
-
-    def __init__(self, node: Node):
-        self.node = node
-        self.name, self.value = _split_name(_cut_approximation(_ungroup(node)))
-
-
-def _ungroup(node: Node) -> Node:
-    while node.kind == "group":
-        node = node.args[0]
-    return node
-
-
-def _cut_approximation(node: Node) -> Node:
-    """``x = 1/3 \\approx 0.33`` says 1/3; ``x \\approx 0.33`` says 0.33."""
-    if node.kind != "relation" or "~" not in node.value:
-        return node
-    cut = node.value.index("~")
-    if cut == 0:
-        stated = node.args[1] if names_quantity(node.args[0]) else node.args[0]
-        return _ungroup(stated)
-    return Node("relation", node.args[: cut + 1], node.value[:cut])
-
-
-def _split_name(node: Node) -> tuple[Node | None, Node]:
-    """Split ``f(x) = x + 1`` into its name and its value; a value alone has no name."""
-    if node.kind != "relation":
-        return None, node
-    name = node.args[0]
-    if set(node.value) == {"="}:
-        if all(names_quantity(arg) for arg in node.args[:-1]):
-            return name, _ungroup(node.args[-1])
-        if not any(free_names(arg) for arg in node.args):
-            return None, _consistent_value(node)
-    if node.value == ("in",) and names_quantity(name):
-        return name, _ungroup(node.args[1])
-    return None, node
-
-
-def _consistent_value(node: Node) -> Node:
-    """``2^3 = 8`` is 8. A chain of unequal numbers has no value."""
-    first, *rest = node.args
-    if all(_same_values(first, other) for other in rest):
-        return _ungroup(node.args[-1])
-    raise Undefined("a chain of unequal numbers")
-
-
-def _items(node: Node) -> tuple[str, list[Item]]:
-    """Return what kind of collection an answer is (list, set or one) and its items."""
-    node = _ungroup(node)
-    kind = node.kind if node.kind in ("list", "set") else "one"
-    if kind == "one":
-        item = Item(node)
-        if item.value.kind in ("list", "set") and item.value.args:
-            return item.value.kind, _expand(item.value.args)
-        parts = _expand([node])
-        return ("list" if len(parts) > 1 else "one"), parts
-    items = _expand(node.args)
-    if kind == "list":
-        items = _gather_groups(items)
-    if len(items) > MAX_ITEMS:
-        raise Undefined("too many items")
-    return kind, items
-
-
-def _expand(nodes) -> list[Item]:
-    """Write out every plus-minus sign: one item for each choice of signs."""
-    items = []
-    for node in nodes:
-        item = Item(node)
-        if item.value.kind == "tuple":  # signs in different coordinates are independent
-            choices = [_expand_signs(part) for part in item.value.args]
-            values = [item.value._replace(args=args) for args in product(*choices)]
-        else:
-            values = _expand_signs(item.value)
-        for value in values:
-            expanded = Item(node)
-            expanded.value = value
-            items.append(expanded)
-        if len(items) > MAX_ITEMS:
-            raise Undefined("too many items")
-    return items
-
-
-def _expand_signs(node: Node) -> list[Node]:
-    if not _has_sign(node):
-        return [node]
-    return [_choose_sign(node, upper) for upper in (True, False)]
-
-
-def _has_sign(node: Node) -> bool:
-    return node.kind == "pm" or any(isinstance(a, Node) and _has_sign(a) for a in node.args)
-
-
-def _choose_sign(node: Node, upper: bool) -> Node:
-    args = tuple(_choose_sign(a, upper) if isinstance(a, Node) else a for a in node.args)
-    if node.kind != "pm":
-        return node._replace(args=args)
-    left, right = args
-    if (node.value == "\\mp") == upper:
-        right = Node("neg", (right,))
-    return right if left is None else Node("add", (left, right))
-
-
-def _gather_groups(items: list[Item]) -> list[Item]:
-    """``p = 5, q = 2, p = 7, q = 2`` is two pairs: names that come round again make tuples."""
-    names = [item.name for item in items]
-    if None in names or len(set(names)) < 2:
-        return items
-    width = names.index(names[0], 1) if names[0] in names[1:] else 0
-    if width < 2 or len(items) % width or names != names[:width] * (len(items) // width):
-        return items
-    groups = [items[i : i + width] for i in range(0, len(items), width)]
-    return [Item(Node("tuple", tuple(i.value for i in group), "()")) for group in groups]
+# --- lists ---
 
 
 def _same_lists(gold: Node, answer: Node) -> bool:
@@ -208,8 +27,8 @@ def _same_lists(gold: Node, answer: Node) -> bool:
         return sorted(_letters(gold)) == sorted(_letters(answer))
     if _any_real_set(gold, answer):
         return _same_sets(gold, answer)
-    gold_kind, golds = _items(gold)
-    answer_kind, answers = _items(answer)
+    gold_kind, golds = read_items(gold)
+    answer_kind, answers = read_items(answer)
     if len(golds) == len(answers) == 1:
         return _same_items(golds[0], answers[0])
     if len(golds) == 1 and len(answers) > 1:
@@ -284,7 +103,7 @@ def _are_letters(node: Node) -> bool:
 
 def _letters(node: Node) -> list[str] | None:
     """The options of a multiple-choice answer: ``A, C`` or ``AC``; None if it is not one."""
-    node = _ungroup(node)
+    node = ungroup(node)
     if (node.kind == "mul" and node.value == "juxtaposed") or node.kind == "list":
         parts = [_letters(part) for part in node.args]
         if any(part is None for part in parts):
@@ -295,15 +114,15 @@ def _letters(node: Node) -> list[str] | None:
     return [node.value] if is_option else None
 
 
-# --- sets of reals ---------------------------------------------------------------------------
+# --- sets of reals ---
 
 
 def _set_node(node: Node) -> Node:
-    node = _ungroup(node)
+    node = ungroup(node)
     if node.kind == "relation" and node.value == ("in",):
-        return _ungroup(node.args[1])
+        return ungroup(node.args[1])
     if node.kind == "relation" and node.value[0] == "=" and names_quantity(node.args[0]):
-        inner = _ungroup(node.args[-1])
+        inner = ungroup(node.args[-1])
         return inner if len(node.args) == 2 else node
     return node
 
@@ -325,7 +144,7 @@ def _any_real_set(gold: Node, answer: Node) -> bool:
 def _describes_set(node: Node) -> bool:
     if node.kind != "list":
         return realsets.describes_set(node)
-    parts = [_ungroup(part) for part in node.args]  # x < -1 or x = 0
+    parts = [ungroup(part) for part in node.args]  # x < -1 or x = 0
     return any(realsets.describes_set(part) for part in parts) and all(
         realsets.describes_set(part) or (part.kind == "relation" and part.value == ("=",))
         for part in parts
@@ -336,7 +155,7 @@ def _same_sets(gold: Node, answer: Node) -> bool:
     """Compare as sets of reals, at every sample of the letters that are in them."""
     gold, answer = _set_node(gold), _set_node(answer)
     decided = False
-    for point in _points_for(free_names(gold) | free_names(answer)):
+    for point in points_for(free_names(gold) | free_names(answer)):
         try:
             sets = [realsets.build_set(n, Evaluator(point)) for n in (gold, answer)]
         except Undefined:
@@ -351,7 +170,7 @@ def _same_sets(gold: Node, answer: Node) -> bool:
     return decided
 
 
-# --- single answers ----------------------------------------------------------------------------
+# --- single answers ---
 
 
 def _same_items(gold: Item, answer: Item) -> bool:
@@ -377,7 +196,7 @@ def _name_letters(name: Node | None) -> list[str]:
 
 
 def _same_values(gold: Node, answer: Node) -> bool:
-    gold, answer = _ungroup(gold), _ungroup(answer)
+    gold, answer = ungroup(gold), ungroup(answer)
     if gold == answer:
         return True
     if gold.kind == "mod" or answer.kind == "mod":
@@ -460,7 +279,7 @@ def _same_ratios(gold: Node, answer: Node) -> bool:
     if any(arg.kind == "dots" for arg in (*gold.args, *answer.args)):
         pairs = zip(gold.args, answer.args, strict=True)
         return all(_same_values(g, a) for g, a in pairs)
-    units = [{_unit(arg) for arg in node.args} - {None} for node in (gold, answer)]
+    units = [{unit_of(arg) for arg in node.args} - {None} for node in (gold, answer)]
     if all(units) and units[0] != units[1]:  # 10:30 am, 10:30 pm
         return False
     first = gold.args[0], answer.args[0]
@@ -468,6 +287,9 @@ def _same_ratios(gold: Node, answer: Node) -> bool:
         same_scalars(Node("mul", (first[0], a)), Node("mul", (first[1], g)))
         for g, a in zip(gold.args[1:], answer.args[1:], strict=True)
     )
+
+
+# --- equations and inequalities ---
 
 
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "~": "~"}
@@ -501,7 +323,7 @@ def _proportional(gold: Node, answer: Node) -> bool:
             continue
     if len(factors) < 2 or factors[0] == 0 or not all(mp.isfinite(to_mp(f)) for f in factors):
         return False
-    if not all(_close(factor, factors[0]) for factor in factors):
+    if not all(close(factor, factors[0]) for factor in factors):
         return False
     if gold.value[0] in ("=", "!="):
         return gold.value == answer.value
@@ -539,244 +361,3 @@ def _solves(equation: Node, answer: Node) -> bool:
         if any(abs(slope - slopes[0]) > scale * mpf(10) ** -20 for slope in slopes):
             return False
     return True
-
-
-# --- scalars -------------------------------------------------------------------------------------
-
-
-def same_scalars(gold: Node, answer: Node) -> bool:
-    """Compare two expressions by value, in every reading of what only one of them marks.
-
-    A percent or degree sign, a unit or a numeral's base that one side has and the other lacks
-    may have been asked for in the question. Raises ``Undefined`` if neither has a value.
-    """
-    units = _unit(gold), _unit(answer)
-    if all(units) and units[0] != units[1]:
-        return _same_quantities(gold, answer, *units)
-    if ("base" in _features(gold)) != ("base" in _features(answer)):
-        gold, answer = _drop_base(gold), _drop_base(answer)
-    return any(_same_in_mode(gold, answer, mode) for mode in _modes(gold, answer))
-
-
-def _modes(gold: Node, answer: Node) -> list[Mode]:
-    ours, theirs = _features(gold), _features(answer)
-    one_sided = ours ^ theirs
-    percents = (True, False) if "percent" in one_sided else (True,)
-    degrees = (False, True) if "degree" in one_sided else (True,)
-    logs = (False, True) if "log" in ours | theirs else (False,)
-    return [Mode(p, d, t) for p in percents for d in degrees for t in logs]
-
-
-def _features(node: Node) -> set[str]:
-    features = {node.kind} & {"percent", "degree", "base"}
-    if node.kind == "function" and node.value == "log" and len(node.args) == 1:
-        features.add("log")
-    for part in node.args:
-        if isinstance(part, Node):
-            features |= _features(part)
-    return features
-
-
-def _drop_base(node: Node) -> Node:
-    if node.kind == "base":
-        return node.args[0]
-    args = tuple(_drop_base(a) if isinstance(a, Node) else a for a in node.args)
-    return node._replace(args=args)
-
-
-def _unit(node: Node) -> str | None:
-    if node.kind == "unit":
-        return node.value
-    return _unit(node.args[0]) if node.kind == "neg" else None
-
-
-def _same_quantities(gold: Node, answer: Node, unit: str, other: str) -> bool:
-    """Both state a unit and the units differ: equal only if a known conversion makes them so."""
-    if unit not in CONVERSIONS or other not in CONVERSIONS:
-        return _is_generic(unit) or _is_generic(other) if unit in CONVERSIONS else False
-    (kind, factor), (other_kind, other_factor) = CONVERSIONS[unit], CONVERSIONS[other]
-    if kind != other_kind:
-        return False
-    scale = Node("number", (), Number(Fraction(other_factor) / Fraction(factor), 0, 0))
-    return same_scalars(_strip_unit(gold), Node("mul", (_strip_unit(answer), scale)))
-
-
-def _is_generic(unit: str) -> bool:
-    return unit.replace("square", "").replace("cubic", "") == "unit"
-
-
-def _strip_unit(node: Node) -> Node:
-    if node.kind == "neg":
-        return Node("neg", (_strip_unit(node.args[0]),))
-    return node.args[0] if node.kind == "unit" else node
-
-
-def _same_in_mode(gold: Node, answer: Node, mode: Mode) -> bool:
-    names = free_names(gold) | free_names(answer)
-    if not names:
-        return _same_constants(gold, answer, mode)
-    agreed, complex_agreed, complex_differ = 0, 0, 0
-    for point in _points_for(names):
-        evaluators = Evaluator(point, mode), Evaluator(point, mode)
-        try:
-            a, b = evaluators[0].value(gold), evaluators[1].value(answer)
-        except Undefined:
-            continue
-        same = _close(a, b)
-        if not any(evaluator.has_left_reals for evaluator in evaluators):
-            if not same:
-                return False
-            agreed += 1
-        elif same:
-            complex_agreed += 1
-        else:
-            complex_differ += 1
-    if _mentions_i(gold) or _mentions_i(answer):
-        return complex_differ == 0 and agreed + complex_agreed > 0
-    if agreed:  # branches of roots and logarithms are not compared where they are complex
-        return _confirm(gold, answer, mode, names)
-    if complex_agreed + complex_differ == 0:
-        raise Undefined("no value at any sample")
-    return complex_differ == 0
-
-
-def _points_for(names: set[str]) -> tuple[Point, ...]:
-    return POINTS if names else POINTS[:1]
-
-
-def _mentions_i(node: Node) -> bool:
-    if node == Node("name", (), "i"):
-        return True
-    return any(_mentions_i(arg) for arg in node.args if isinstance(arg, Node))
-
-
-def _confirm(gold: Node, answer: Node, mode: Mode, names: set[str]) -> bool:
-    """Check an agreement with many more digits, where a near miss of the first pass shows."""
-    with mp.workdps(MORE_DIGITS):
-        for point in _points_for(names):
-            evaluators = Evaluator(point, mode), Evaluator(point, mode)
-            try:
-                a, b = evaluators[0].value(gold), evaluators[1].value(answer)
-            except Undefined:
-                continue
-            left = any(evaluator.has_left_reals for evaluator in evaluators)
-            if not left and not _close(a, b):
-                return False
-    return True
-
-
-def _close(a: Value, b: Value) -> bool:
-    """Equal up to rounding error: exactly if both are exact, else to most of the digits."""
-    if exact(a) and exact(b):
-        return a == b
-    a, b = to_mp(a), to_mp(b)
-    if a == b or mp.isinf(a) or mp.isinf(b):
-        return a == b
-    difference, scale = abs(a - b), max(abs(a), abs(b))
-    if difference > scale * mpf(10) ** (18 - mp.dps):
-        # Only rounding error is left of something that cancelled, when more digits leave less.
-        return scale < mpf(10) ** (12 - mp.dps) and (a == 0 or b == 0)
-    return True
-
-
-def _same_constants(gold: Node, answer: Node, mode: Mode) -> bool:
-    point = POINTS[0]
-    a, b = (Evaluator(point, mode).value(node) for node in (gold, answer))
-    if _close(a, b):
-        if exact(a) and exact(b):
-            return True
-        for value, node in ((a, answer), (b, gold)):
-            if value == 0:
-                return _vanishes(node, mode)
-        with mp.workdps(MORE_DIGITS):
-            return _close(*(Evaluator(point, mode).value(node) for node in (gold, answer)))
-    return _is_rounding(gold, a, b, mode, GOLD_DIGITS) or _is_rounding(
-        answer, b, a, mode, ANSWER_DIGITS
-    )
-
-
-def _vanishes(node: Node, mode: Mode) -> bool:
-    """Tell zero from a tiny number: of zero, more digits leave less."""
-    sizes = []
-    for digits in (MORE_DIGITS, 2 * MORE_DIGITS):
-        with mp.workdps(digits):
-            sizes.append(abs(to_mp(Evaluator(POINTS[0], mode).value(node))))
-    return sizes[1] <= sizes[0] * mpf(10) ** -DIGITS
-
-
-def _is_rounding(node: Node, value: Value, other: Value, mode: Mode, least_digits: int) -> bool:
-    """Say whether ``node`` is a decimal literal that ``other``, not itself one, rounds to."""
-    literal, scale = _literal(node, mode)
-    # 41.4% has three decimals.
-    if (
-        literal is None
-        or literal.decimals < 2 - 2 * (scale == mpf(1) / 100)
-        or literal.significant < least_digits
-    ):
-        return False
-    if not is_real(other) or (exact(other) and _terminates(other)):
-        return False
-    step = mpf(10) ** -literal.decimals * scale
-    error = abs(to_mp(other).real - to_mp(value).real)
-    return error <= (step if literal.significant >= FLOAT_DIGITS else step / 2)
-
-
-def _literal(node: Node, mode: Mode) -> tuple[Number | None, mpf]:
-    scale = mpf(1)
-    while node.kind in ("neg", "unit", "group", "percent", "degree"):
-        if node.kind == "percent":
-            scale *= to_mp(mode.percent)
-        if node.kind == "degree" and mode.degrees:
-            scale *= mp.pi / 180
-        node = node.args[0]
-    return (node.value, scale) if node.kind == "number" else (None, scale)
-
-
-def _terminates(value: Value) -> bool:
-    """Say whether an exact value has a finite decimal, short enough to have been written out."""
-    bottom = Fraction(value).denominator
-    for prime in (2, 5):
-        while bottom % prime == 0:
-            bottom //= prime
-    return bottom == 1
-
-
-# --- renaming ------------------------------------------------------------------------------------
-
-
-def _rename_parameter(gold: Node, answer: Node) -> tuple[Node, Node]:
-    """Give a free parameter one name: ``f(n) = n`` and ``f(m) = m``, ``k\\pi`` and ``n\\pi``.
-
-    Only where the letter is the answer's own: the argument of the function that it defines, or
-    the one integer parameter of a solution of the form ``x = ...`` or ``(x, y) = ...``.
-    """
-    ours, theirs = Item(gold), Item(answer)
-    definitions = [i.name for i in (ours, theirs) if i.name is not None and i.name.kind == "apply"]
-    if len(definitions) == 2 and definitions[0].args[0] == definitions[1].args[0]:
-        new, old = (name.args[1] for name in definitions)
-        if old.kind == new.kind == "name" and all(len(d.args) == 2 for d in definitions):
-            return gold, _rename(answer, old.value, new.value)
-    named = [item for item in (ours, theirs) if item.name is not None]
-    values = [free_names(ours.value), free_names(theirs.value)]
-    if any(len(names) != 1 or "_index" in names for names in values):
-        return gold, answer
-    new, old = (next(iter(names)) for names in values)
-    if new == old or any(free_names(item.name) & {new, old} for item in named):
-        return gold, answer
-    is_family = (named and all(item.value.kind == "tuple" for item in (ours, theirs))) or (
-        {new, old} <= set("kmnt") and _mentions_pi(ours.value) and _mentions_pi(theirs.value)
-    )
-    return (gold, _rename(answer, old, new)) if is_family else (gold, answer)
-
-
-def _mentions_pi(node: Node) -> bool:
-    if node.kind == "degree" or node == Node("name", (), "pi"):
-        return True
-    return any(_mentions_pi(arg) for arg in node.args if isinstance(arg, Node))
-
-
-def _rename(node: Node, old: str, new: str) -> Node:
-    if node.kind == "name":
-        return node._replace(value=new) if node.value == old else node
-    args = tuple(_rename(a, old, new) if isinstance(a, Node) else a for a in node.args)
-    return node._replace(args=args)

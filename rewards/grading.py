@@ -4,11 +4,12 @@ The conventions, and why:
 
 Numbers are compared exactly: 0.5 is 1/2, 10^100 is not 10^100 + 1, and 5.001 is not 5.
     *Rounding.* A decimal stands for an exact value that has no finite decimal if it is the
-    correct rounding of it and has enough significant digits: 3 where the gold is the decimal (its
-    author chose the precision: gold 6.67 accepts 20/3), 4 where the answer is (gold 600/7 accepts
-    85.71; gold 1/3 rejects 0.33 and 0.333, which is what a guess looks like; gold pi rejects
-    3.14). Twelve or more digits are a printed float, right to one unit of the last. Two decimals
-    are compared exactly: which of them was rounded is not known.
+    correct rounding of it to at least two places, and has enough significant digits: 2 where the
+    gold is the decimal, since its author chose the precision (gold 0.33 accepts 1/3, 6.67 accepts
+    20/3), 4 where the answer is (gold 600/7 accepts 85.71; but gold 1/3 rejects 0.33 and 0.333,
+    and gold pi rejects 3.14, which is what a guess looks like). Twelve or more digits are a
+    printed float, right to one unit of the last. Two decimals are compared exactly, because which
+    of them was rounded is not known.
     *Marks.* A percent or degree sign, a unit, a currency or a numeral's base that only one side
     has is ignored, because the question often names it: 28% equals 28 and 0.28, 120 degrees equals
     120 and 2 pi / 3, 40_9 equals 40. Where both have one they must agree, by a known conversion
@@ -36,8 +37,9 @@ from itertools import product
 
 from rewards.compare import same_answer
 from rewards.evaluate import Undefined
-from rewards.syntax import Node, ParseError, parse_answer
+from rewards.syntax import Node, parse_answer
 from rewards.text import normalize_text, normalize_words, spell, strip_dress
+from rewards.tokens import ParseError
 from rewards.vocabulary import DIRECTIONS, FILLERS
 
 RIGHT, WRONG, UNPARSEABLE, BAD_GOLD = "right", "wrong", "unparseable", "bad_gold"

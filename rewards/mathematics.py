@@ -50,8 +50,8 @@ def grade_answer(answer: str, gold: str) -> bool | None:
     an unreadable answer is False. Both are taken as they are: nothing is extracted from prose.
 
     In short (``rewards.grading`` has all of the conventions with their reasons): values are
-    compared exactly; a decimal passes for an exact value only as its correct rounding to at least
-    4 significant digits, or to 3 where the gold is the decimal, so 0.33 is not 1/3; a percent
+    compared exactly; a decimal answer passes for an exact gold only as its correct rounding to
+    at least 4 significant digits, so 0.33 is not 1/3, but 1/3 is right for the gold 0.33; a percent
     sign, degree sign, unit or currency on one side only does not count; tuples, vectors and
     intervals are ordered, lists and sets are not; ``x = 3`` says 3.
 

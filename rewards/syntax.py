@@ -4,20 +4,18 @@ A recursive-descent parser over tokens. It reads all of its input or raises ``Pa
 answer that is only half understood must not be judged by the half (``3, 4, and maybe 5``).
 """
 
-import re
+from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
 
 from rewards import vocabulary as voc
 from rewards.text import normalize_text, strip_dress
+from rewards.tokens import ParseError, Token, read_tokens, tidy_tokens
 
 MAX_CHARS = 8_000
 MAX_DEPTH = 40
-MAX_TOKENS = 6_000
 
-
-class ParseError(ValueError):
-    """The text is not an answer this grammar knows."""
+_END = Token("end", "", False)
 
 
 class Node(NamedTuple):
@@ -36,23 +34,6 @@ class Number(NamedTuple):
     significant: int
 
 
-class Token(NamedTuple):
-    kind: str  # number, word, text, command, separator, mark, end
-    text: str
-    space: bool  # white space stands before it
-
-
-_TOKEN = re.compile(
-    r"(?P<number>\d+\.(?=\\overline)"
-    r"|(?:\d+\.\d+|\.\d+|\d+)(?:[eE][+-]?\d{1,3}(?![\w.]))?)"
-    r"|(?P<command>\\[a-zA-Z]+|\\.)"
-    r"|(?P<word>[A-Za-z]+)"
-    r"|(?P<cjk>[^\W\d_a-zA-Z]+)"
-    r"|(?P<mark>\*\*|<=|>=|!=|==|=<|=>|->|.)",
-    re.DOTALL,
-)
-
-
 def parse_answer(text: str) -> Node:
     """Parse ``text``; raise ``ParseError`` if any of it is not understood.
 
@@ -69,189 +50,6 @@ def parse_answer(text: str) -> Node:
     tree = parser.parse_groups()
     parser.expect_end()
     return tree
-
-
-# --- tokens ---------------------------------------------------------------------------------
-
-
-def read_tokens(
-    text: str, in_text: bool = False, depth: int = 0, previous: Token | None = None
-) -> list[Token]:
-    """Split ``text`` into tokens; ``\\text{...}`` is read into, with its words marked as text."""
-    if depth > 5:
-        raise ParseError("text macros nested too deeply")
-    tokens, position, space = [], 0, False
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        kind, part = match.lastgroup, match.group()
-        position = match.end()
-        if part.isspace() or (part == "." and tokens and tokens[-1].kind == "text"):
-            space = True
-            continue
-        if kind == "command" and part[1:] in voc.TEXT_MACROS:
-            inner, position = _read_group(text, position)
-            if tokens and tokens[-1].text in ("^", "_"):
-                inner = "{" + inner + "}"
-            is_text = part[1:] not in voc.MATH_FONTS
-            before = tokens[-1] if tokens else previous
-            tokens += read_tokens(" " + inner, is_text, depth + 1, before)
-        elif kind in ("word", "cjk"):
-            before = tokens[-1] if tokens else previous
-            tokens += _read_word(part, space, in_text or kind == "cjk", before)
-            if (
-                not in_text
-                and tokens[-1:]
-                and tokens[-1].kind == "text"
-                and text[position:][:1] == "("
-            ):
-                raise ParseError(f"unknown function {part[:20]}")
-        else:
-            tokens.append(Token("mark" if kind == "mark" else kind, part, space))
-        space = False
-        if len(tokens) > MAX_TOKENS:
-            raise ParseError("too many tokens")
-    return tokens
-
-
-def _read_group(text: str, position: int) -> tuple[str, int]:
-    """Return the braced group (or the single character) after ``position``, and where it ends."""
-    while position < len(text) and text[position] == " ":
-        position += 1
-    if position >= len(text) or text[position] != "{":
-        return text[position : position + 1], position + 1
-    depth = 0
-    for index in range(position, len(text)):
-        depth += (text[index] == "{") - (text[index] == "}")
-        if depth == 0:
-            return text[position + 1 : index], index + 1
-    raise ParseError("unbalanced brace")
-
-
-def _read_word(word: str, space: bool, in_text: bool, before: Token | None) -> list[Token]:
-    """Decide what a run of letters is: a connective, a name, a function, letters, or prose."""
-    lower = word.lower()
-    if lower in voc.CONNECTIVES:
-        return [Token("separator", voc.CONNECTIVES[lower], space)]
-    if lower == "mod":
-        return [Token("command", "\\mod", space)]
-    after_number = before is not None and before.kind == "number"
-    after_quantity = after_number or (before is not None and before.text in ("}", ")"))
-    if after_number and lower in voc.ORDINAL_ENDINGS and not space:
-        return []
-    if len(word) > 1 and lower in voc.UNITS and (in_text or after_number):
-        return [Token("text", word, space)]
-    if word == "in" and not in_text:
-        return [Token("text" if after_number else "command", "\\in", space)]
-    if word in voc.FUNCTIONS or word in voc.CONSTANT_WORDS:
-        return [Token("command", "\\" + word, space)]
-    if len(word) == 1 and not (in_text and after_quantity):
-        return [Token("word", word, space)]
-    if in_text or lower in voc.UNITS or _is_short_word(word):
-        return [Token("text", word, space)]
-    if word.endswith("pi") and len(word) <= 4:
-        letters = [Token("word", c, False) for c in word[:-2]]
-        return [*letters, Token("command", "\\pi", False)]
-    if len(word) <= 3 or (word.isupper() and len(word) <= 6):
-        first, *rest = word
-        return [Token("word", first, space), *(Token("word", c, False) for c in rest)]
-    return [Token("text", word, space)]
-
-
-def _is_short_word(word: str) -> bool:
-    return word.lower() in voc.SHORT_WORDS and not word.isupper()  # NO is a segment
-
-
-def tidy_tokens(tokens: list[Token]) -> list[Token]:
-    """Drop the prose around mathematics, where dropping it cannot change what is said.
-
-    In each part between separators, leading and trailing words go ("the answer 5", "5 apples");
-    so do quantified tails ("for all integers n"). Words that change meaning ("not", "at least",
-    "if") are never dropped: they stay, and make the text unparseable as mathematics.
-    """
-    out: list[Token] = []
-    parts = list(_split_parts(tokens))
-    for index, (part, separator) in enumerate(parts):
-        part = _drop_tail(_drop_remarks(part))
-        if index and _declares_domain(part):
-            continue
-        if len(parts) > 1 and part and all(_is_droppable(token) for token in part):
-            out += part  # a word among numbers is one of the answers: not to be dropped
-            part = []
-        start, end = 0, len(part)
-        while start < end and _is_droppable(part[start]):
-            start += 1
-        while end > start and _is_droppable(part[end - 1]) and part[end - 1].text != "%":
-            if _is_unit(part[end - 1]):
-                break
-            end -= 1
-        if start and end > start and part[start].text == "=":  # Maximum = 2: a name in words
-            start -= 1
-            part[start] = Token("word", part[start].text, True)
-        elif start and end > start and part[start].text == ":":
-            start += 1
-        part = part[start:end]
-        out += part
-        if separator:
-            out.append(separator)
-    while out and out[-1].kind == "separator":
-        out.pop()
-    return out
-
-
-def _split_parts(tokens: list[Token]):
-    part, depth = [], 0
-    for token in tokens:
-        depth += (token.text in "([{") - (token.text in ")]}") if len(token.text) == 1 else 0
-        if token.kind == "separator" or (depth <= 0 and token.text in (",", ";")):
-            yield part, token
-            part = []
-        else:
-            part.append(token)
-    yield part, None
-
-
-def _drop_remarks(part: list[Token]) -> list[Token]:
-    """Drop ``(in square centimetres)`` from the end: words in brackets."""
-    while part and part[-1].text == ")":
-        start = max((i for i, t in enumerate(part) if t.text == "("), default=-1)
-        words = part[start + 1 : -1]
-        if start < 1 or not words or not all(token.kind == "text" for token in words):
-            break
-        part = part[:start]
-    return part
-
-
-def _declares_domain(part: list[Token]) -> bool:
-    """Say whether a part only says what a letter stands for: ``k \\in \\mathbb{Z}``."""
-    texts = [token.text for token in part]
-    if texts and part[0].kind == "text" and texts[0].lower() in voc.TAIL_WORDS:
-        return True
-    if len(texts) > 2 and texts[1] == "\\in" and texts[2] == "\\mathbb":
-        return texts[-2] in ("Z", "N", "Q") or texts[-1] in ("Z", "N", "Q")
-    return any(t.kind == "text" and t.text.lower() in ("integer", "integers") for t in part)
-
-
-def _drop_tail(part: list[Token]) -> list[Token]:
-    for index, token in enumerate(part):
-        if token.kind == "text" and token.text.lower() in voc.TAIL_WORDS and index:
-            return part[:index]
-        if token.text in ("\\forall",) and index:
-            return part[:index]
-    return part
-
-
-def _is_droppable(token: Token) -> bool:
-    return token.kind == "text" and token.text.lower() not in voc.MEANINGFUL_WORDS
-
-
-def _is_unit(token: Token) -> bool:
-    return token.kind == "text" and token.text.lower() in voc.UNITS
-
-
-# --- grammar --------------------------------------------------------------------------------
-
-_END = Token("end", "", False)
-_CLOSERS = {"(": ")]", "[": ")]", "\\langle": ("\\rangle",), "\\{": ("\\}",), "{": ("}",)}
 
 
 class Parser:
@@ -289,7 +87,7 @@ class Parser:
         if self.token.kind != "end":
             raise ParseError(f"unexpected {self.token.text[:20]!r}")
 
-    def nested(self, parse):
+    def nested(self, parse: Callable[[], object]):
         """Run ``parse`` one level deeper, with no enclosing bar or brace in force."""
         if self.depth >= MAX_DEPTH:
             raise ParseError("nested too deeply")
@@ -635,8 +433,7 @@ class Parser:
             self.bars, self.in_braces = 0, False
             if self.accept("|", "\\mid", ":", "\\vert"):
                 return Node("builder", (inside, self.parse_list()))
-            if self.token.text == "\\choose":
-                self.take()
+            if self.accept("\\choose"):
                 return Node("binomial", (inside, self.parse_sum()))
             return inside
 
@@ -702,8 +499,6 @@ class Parser:
             return Node("dots")
         if name in ("angle", "triangle", "measuredangle"):
             return Node("index", (self.parse_power(), Node("text", (), "angle")))
-        if name in ("textdollar",):
-            return self.parse_power()
         if name in voc.NAMES:
             node = Node("name", (), voc.NAMES[name])
             if name not in voc.CONSTANTS and self.token.text == "(" and not self.token.space:
@@ -731,14 +526,13 @@ class Parser:
             inside = self._parse_brace("\\}")
             args = inside.args if inside.kind == "set" else (inside,)
         elif self.token.text in ("(", "[") or (self.token.text == "{" and not self.token.space):
-            inside = self.nested(
-                lambda: self._parse_brackets() if self.token.text != "{" else self.take_single()
-            )
+            is_group = self.token.text == "{"
+            inside = self.nested(self.take_single if is_group else self._parse_brackets)
             args = inside.args if inside.kind in ("tuple", "list") else (inside,)
         else:
             args = (self._parse_bare_argument(),)
-        node = Node("function", args, name) if subscript is None else None
-        if node is None:
+        node = Node("function", args, name)
+        if subscript is not None:
             if name not in ("log", "lg"):
                 raise ParseError("subscript on a function")
             node = Node("function", (*args, subscript), "log")

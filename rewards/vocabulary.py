@@ -87,7 +87,7 @@ FACTOR_COMMANDS = {
     "\\" + name
     for name in _words(
         "frac dfrac tfrac cfrac sqrt cbrt binom dbinom tbinom lfloor lceil sum prod int lim "
-        "lvert mathbf mathbb mathcal boldsymbol begin"
+        "lvert mathbf mathbb mathcal boldsymbol begin cdots ldots dots"
     )
 } | {"\\" + name for name in (*FUNCTIONS, *DECORATIONS)}
 

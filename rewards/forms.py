@@ -1,0 +1,198 @@
+"""Rewrite parsed answers: split them into named items, write out signs, rename parameters."""
+
+from collections.abc import Iterable
+from itertools import product
+
+from rewards.ellipses import resolve_ellipses, substitute
+from rewards.evaluate import Undefined
+from rewards.scalars import same_scalars
+from rewards.structure import free_names, names_quantity
+from rewards.syntax import Node
+
+MAX_ITEMS = 128
+
+
+class Item:
+    """One part of an answer: its value, and the name it is given (``x = 5``), if any."""
+
+    def __init__(self, node: Node):
+        self.node = node
+        self.name, self.value = _split_name(_cut_approximation(ungroup(node)))
+
+
+def ungroup(node: Node) -> Node:
+    while node.kind == "group":
+        node = node.args[0]
+    return node
+
+
+def _cut_approximation(node: Node) -> Node:
+    """``x = 1/3 \\approx 0.33`` says 1/3; ``x \\approx 0.33`` says 0.33."""
+    if node.kind != "relation" or "~" not in node.value:
+        return node
+    cut = node.value.index("~")
+    if cut == 0:
+        stated = node.args[1] if names_quantity(node.args[0]) else node.args[0]
+        return ungroup(stated)
+    return Node("relation", node.args[: cut + 1], node.value[:cut])
+
+
+def _split_name(node: Node) -> tuple[Node | None, Node]:
+    """Split ``f(x) = x + 1`` into its name and its value; a value alone has no name."""
+    if node.kind != "relation":
+        return None, node
+    name = node.args[0]
+    if set(node.value) == {"="}:
+        if all(names_quantity(arg) for arg in node.args[:-1]):
+            return name, ungroup(node.args[-1])
+        if not any(free_names(arg) for arg in node.args):
+            return None, _consistent_value(node)
+    if node.value == ("in",) and names_quantity(name):
+        return name, ungroup(node.args[1])
+    return None, node
+
+
+def _consistent_value(node: Node) -> Node:
+    """``2^3 = 8`` is 8. A chain of unequal numbers has no value."""
+    first, *rest = node.args
+    if all(same_scalars(first, other) for other in rest):
+        return ungroup(node.args[-1])
+    raise Undefined("a chain of unequal numbers")
+
+
+def simplify_form(node: Node) -> Node:
+    """Write out what stands for several answers in one: families, and exclusions of values."""
+    node = resolve_ellipses(ungroup(node))
+    if node.kind == "builder":
+        return _open_family(node)
+    if node.kind == "relation" and node.value == ("!=",) and _has_sign(node):
+        return Node("list", tuple(_expand_signs(node)), "and")
+    if node.kind == "list" and node.args[0].kind == "relation" and node.args[0].value == ("!=",):
+        name = node.args[0].args[0]
+        parts = (
+            p if p.kind == "relation" else Node("relation", (name, p), ("!=",)) for p in node.args
+        )
+        return node._replace(args=tuple(parts), value="and")
+    return node
+
+
+def _open_family(node: Node) -> Node:
+    """``{k pi | k in Z}`` and ``{x | x = k pi, k in Z}`` are the family k pi."""
+    element, condition = node.args
+    parts = condition.args if condition.kind == "list" else (condition,)
+    parts = tuple(part for part in parts if not _is_integer_domain(part))
+    if not parts and element.kind != "name":
+        return element
+    if len(parts) == 1 and parts[0].kind == "relation" and parts[0].value == ("=",):
+        name, value = parts[0].args
+        if name == element:
+            return value
+    return node
+
+
+def _is_integer_domain(node: Node) -> bool:
+    return (
+        node.kind == "relation"
+        and node.value == ("in",)
+        and node.args[1] in (Node("name", (), "mathbb Z"), Node("name", (), "mathbb N"))
+    )
+
+
+def read_items(node: Node) -> tuple[str, list[Item]]:
+    """Return what kind of collection an answer is (list, set or one) and its items."""
+    node = ungroup(node)
+    kind = node.kind if node.kind in ("list", "set") else "one"
+    if kind == "one":
+        item = Item(node)
+        if item.value.kind in ("list", "set") and item.value.args:
+            return item.value.kind, _expand(item.value.args)
+        parts = _expand([node])
+        return ("list" if len(parts) > 1 else "one"), parts
+    items = _expand(node.args)
+    if kind == "list":
+        items = _gather_groups(items)
+    if len(items) > MAX_ITEMS:
+        raise Undefined("too many items")
+    return kind, items
+
+
+def _expand(nodes: Iterable[Node]) -> list[Item]:
+    """Write out every plus-minus sign: one item for each choice of signs."""
+    items = []
+    for node in nodes:
+        item = Item(node)
+        if item.value.kind == "tuple":  # signs in different coordinates are independent
+            choices = [_expand_signs(part) for part in item.value.args]
+            values = [item.value._replace(args=args) for args in product(*choices)]
+        else:
+            values = _expand_signs(item.value)
+        for value in values:
+            expanded = Item(node)
+            expanded.value = value
+            items.append(expanded)
+        if len(items) > MAX_ITEMS:
+            raise Undefined("too many items")
+    return items
+
+
+def _expand_signs(node: Node) -> list[Node]:
+    if not _has_sign(node):
+        return [node]
+    return [_choose_sign(node, upper) for upper in (True, False)]
+
+
+def _has_sign(node: Node) -> bool:
+    return node.kind == "pm" or any(isinstance(a, Node) and _has_sign(a) for a in node.args)
+
+
+def _choose_sign(node: Node, upper: bool) -> Node:
+    args = tuple(_choose_sign(a, upper) if isinstance(a, Node) else a for a in node.args)
+    if node.kind != "pm":
+        return node._replace(args=args)
+    left, right = args
+    if (node.value == "\\mp") == upper:
+        right = Node("neg", (right,))
+    return right if left is None else Node("add", (left, right))
+
+
+def _gather_groups(items: list[Item]) -> list[Item]:
+    """``p = 5, q = 2, p = 7, q = 2`` is two pairs: names that come round again make tuples."""
+    names = [item.name for item in items]
+    if None in names or len(set(names)) < 2:
+        return items
+    width = names.index(names[0], 1) if names[0] in names[1:] else 0
+    if width < 2 or len(items) % width or names != names[:width] * (len(items) // width):
+        return items
+    groups = [items[i : i + width] for i in range(0, len(items), width)]
+    return [Item(Node("tuple", tuple(i.value for i in group), "()")) for group in groups]
+
+
+def rename_parameter(gold: Node, answer: Node) -> tuple[Node, Node]:
+    """Give a free parameter one name: ``f(n) = n`` and ``f(m) = m``, ``k\\pi`` and ``n\\pi``.
+
+    Only where the letter is the answer's own: the argument of the function that it defines, or
+    the one integer parameter of a solution of the form ``x = ...`` or ``(x, y) = ...``.
+    """
+    ours, theirs = Item(gold), Item(answer)
+    definitions = [i.name for i in (ours, theirs) if i.name is not None and i.name.kind == "apply"]
+    if len(definitions) == 2 and definitions[0].args[0] == definitions[1].args[0]:
+        new, old = (name.args[1] for name in definitions)
+        if old.kind == new.kind == "name" and all(len(d.args) == 2 for d in definitions):
+            return gold, substitute(answer, old.value, new)
+    named = [item for item in (ours, theirs) if item.name is not None]
+    values = [free_names(ours.value), free_names(theirs.value)]
+    if any(len(names) != 1 or "_index" in names for names in values):
+        return gold, answer
+    new, old = (next(iter(names)) for names in values)
+    if new == old or any(free_names(item.name) & {new, old} for item in named):
+        return gold, answer
+    is_family = (named and all(item.value.kind == "tuple" for item in (ours, theirs))) or (
+        {new, old} <= set("kmnt") and _mentions_pi(ours.value) and _mentions_pi(theirs.value)
+    )
+    return (gold, substitute(answer, old, Node("name", (), new))) if is_family else (gold, answer)
+
+
+def _mentions_pi(node: Node) -> bool:
+    if node.kind == "degree" or node == Node("name", (), "pi"):
+        return True
+    return any(_mentions_pi(arg) for arg in node.args if isinstance(arg, Node))
