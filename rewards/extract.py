@@ -19,7 +19,8 @@ _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)(?:</answer>|\Z)", re.D
 
 # "The answer is", "Answer:", and their like in some other languages.
 _MARKER = re.compile(
-    r"(?:\b(?:answer|result|solution|r[ée]ponse|respuesta|resposta|antwort|risposta)s?\b\W{0,3}"
+    r"(?:\b(?:answer|result|solution|(?:correct|right|best) (?:option|choice)|r[ée]ponse|respuesta"
+    r"|resposta|antwort|risposta)s?\b\W{0,3}"
     r"(?:\b(?:is|are|est|es|ist|è|é|would be|must be|should be|comes to|equals)\b|:|=)"
     r"|\banswer\b(?=\s*(?:\$|\\\(|\\\[))"
     r"|####"
@@ -33,17 +34,26 @@ _MATH_SPAN = re.compile(
     re.DOTALL,
 )
 _NUMBER = re.compile(
-    r"(?<![\w.,])[-−]?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s?/\s?\d+)?(?:\s?\\?%)?|"
+    r"(?<![\w.,])[-−]?\\?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s?/\s?\d+|(?::\d+)+)?"
+    r"(?:\s?\\?%|\s?(?:π|\\pi\b))?|"
     r"(?<![\w.])[-−]?\.\d+|\d+(?:\.\d+)?(?:/\d+)?"
 )
 _QUALIFIER = re.compile(
     r"(?:(?:[-−]?\$?[\d.,/]*\d%?\s*(?:,|\bor\b|\band\b|\bto\b|/|或)\s*(?:or|and|maybe|perhaps)?\s*)+"
     r"|\b(?:not|never|least|most|than|over|under|either|without|except|n't)\s+(?:be\s+|exactly\s+)?)$"
 )
-_IN_FORMULA_BEFORE = re.compile(r"(?:[{^_\\(\[|!]|\\[a-zA-Z]+\s*|[-+*/^]\s?|__\w*)$")
+_IN_FORMULA_BEFORE = re.compile(
+    r"(?:[{^_\\(\[|!]|\\[a-zA-Z]+\s*|[\w)}\]][^\S\n]?[-+*/^]\s?|__\w*)$"
+)
 _IN_FORMULA_AFTER = re.compile(r"\s?[\^!}|)\]\\('\"]|\s[-+*/]\s|\s(?:if|else|for)\s\S*\(")
 _BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
-_OPTION_FIRST = re.compile(r"\s*\(?([A-J])(?:\)|[.:,])(?=\s|$)")
+_OPTION_FIRST = re.compile(
+    r"\s*\(?([A-J])(?:(?:\)|[.:,])(?=\s|$)|\)?\s+is\s+(?:the\s+)?(?:correct|right|true|best|answer)\b)"
+)
+_REMARK = re.compile(r"(?<=[\w})$])\s+\([^()]*[a-z]{3,}[^()]*\)$")
+_PROSE_WORD = re.compile(
+    r"(?<![\\a-zA-Z])(?!(?:sin|cos|tan|ln|log|exp|sqrt|pi|and|or)\b)[A-Za-z]{2,}"
+)
 _PROSE_LEAD = re.compile(r"(?=[A-Za-z$\\(]).{0,300}?\b(?:is|are|equals|be|of)\b\s*:?\s*", re.DOTALL)
 _HEDGE = re.compile(r"^\s*(?:for sure|surely|clearly|simply|just|therefore|definitely|:)\s*", re.I)
 _AFTERTHOUGHT = re.compile(r",\s+(?!and\b|or\b)(?=[a-z]{2})|\s+(?:because|since|as|so)\s")
@@ -77,7 +87,8 @@ def extract_answer(completion: str) -> str | None:
        leave out the stop string;
     3. what follows the last "the answer is", "Answer:", "答案是", "####" and the like, to the end
        of its sentence;
-    4. an option letter that opens the text: "D. It cannot be A";
+    4. an option letter that opens the text ("D. It cannot be A"), or the whole text if it is one
+       line of mathematics without prose ("x = 3");
     5. the last formula (``$...$``, ``\(...\)``, ``\[...\]``) that holds more than a name, or the
        last number, whichever comes later. A number is taken with what qualifies it ("not 5",
        "4 or 5"), and one that is part of an unfinished formula is no answer.
@@ -95,7 +106,7 @@ def find_answer(completion: str) -> Extraction | None:
     if tagged := [content.strip() for content in _ANSWER_TAG.findall(text)]:
         others = dict.fromkeys(t for t in tagged if t != tagged[-1])
         return Extraction(tagged[-1], tuple(others)[:MAX_BOXES]) if tagged[-1] else None
-    answer = _find_stated(text) or _find_option(text) or _find_last(text)
+    answer = _find_stated(text) or _find_option(text) or _find_bare(text) or _find_last(text)
     return Extraction(answer) if answer else None
 
 
@@ -172,10 +183,7 @@ def _find_stated(text: str) -> str | None:
 
 def _take_sentence(rest: str) -> str:
     """Return ``rest`` up to the end of its sentence; ends inside a formula do not count."""
-    rest = rest.lstrip()
-    if (span := _MATH_SPAN.match(rest)) and _formula(span):
-        return span.group()
-    position = 0
+    rest, position = rest.lstrip(), 0
     while end := _SENTENCE_END.search(rest, position):
         inside = next(
             (s for s in _MATH_SPAN.finditer(rest) if s.start() < end.start() < s.end()), 0
@@ -193,12 +201,19 @@ def _clean_statement(sentence: str) -> str:
         sentence = sentence[: cut.start()]
     if re.match(r"(?:the|an?|there)\b|\$[^$]*\$\s+\w+\s+is\b", sentence, re.IGNORECASE):
         sentence = _PROSE_LEAD.sub("", sentence, count=8)
-    return sentence.strip(" \t*_")
+    return _REMARK.sub("", sentence.strip(" \t*_"))
 
 
 def _find_option(text: str) -> str | None:
     match = _OPTION_FIRST.match(text)
     return match.group(1) if match and len(text) < 300 else None
+
+
+def _find_bare(text: str) -> str | None:
+    """Return the whole text if it is one short line of mathematics: "x = 3", "B"."""
+    text = text.strip()
+    is_bare = len(text) <= 200 and "\n" not in text and not _PROSE_WORD.search(text)
+    return text or None if is_bare else None
 
 
 def _find_last(text: str) -> str | None:

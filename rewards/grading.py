@@ -14,6 +14,9 @@ Numbers are compared exactly: 0.5 is 1/2, 10^100 is not 10^100 + 1, and 5.001 is
     has is ignored, because the question often names it: 28% equals 28 and 0.28, 120 degrees equals
     120 and 2 pi / 3, 40_9 equals 40. Where both have one they must agree, by a known conversion
     if need be: 5 cm is not 5 m, 1 m is 100 cm.
+    *Working out.* Where the gold is a number, so must the answer be: 7 + 3 - 9 is not 1, since
+    repeating the question is not answering it. Fractions, mixed numbers, powers and scientific
+    notation are numbers; 7 + 3 - 9 = 1 says 1.
     *Separators.* 58,500 and 58 500 are one number (and also read as a list where it is compared
     with one); 1,22 and 0,111 are decimals too, since no thousands are grouped so; 1,234 is not.
 Expressions are equal if their values are, at fixed sample points, to 40 and then 110 digits. The

@@ -1,8 +1,9 @@
 """Read a plain number exactly: the fast path for most golds of most datasets."""
 
 import re
-import unicodedata
 from fractions import Fraction
+
+from rewards.text import normalize_text
 
 # A longer string is never a plain number worth a fast path, and the cap bounds the cost.
 MAX_CHARS = 200
@@ -23,7 +24,8 @@ def parse_number(text: str) -> Fraction | None:
     """
     if len(text) > MAX_CHARS:
         return None
-    text = unicodedata.normalize("NFKC", text).replace("\u2212", "-")
+    if not text.isascii():
+        text = normalize_text(text)
     if _SPACED.search(text):
         return None
     text = _DRESS.sub(lambda m: "," if m.group() == "{,}" else "", text)

@@ -75,7 +75,7 @@ def _same_quantities(gold: Node, answer: Node, unit: str, other: str) -> bool:
     if None in measures or measures[0][0] != measures[1][0]:
         return False
     scale = Node("number", (), Number(measures[1][1] / measures[0][1], 0, 0))
-    return same_scalars(gold, Node("mul", (answer, scale)))
+    return same_scalars(gold, Node("mul", (answer, scale), "scale"))
 
 
 def _measure(unit: str) -> tuple[str, Fraction] | None:
@@ -163,6 +163,8 @@ def close(a: Value, b: Value) -> bool:
 
 
 def _same_constants(gold: Node, answer: Node, mode: Mode) -> bool:
+    if _is_undone(answer) and _is_plain(gold) and not _is_undone(gold):
+        return False
     point = POINTS[0]
     a, b = (Evaluator(point, mode).value(node) for node in (gold, answer))
     if close(a, b):
@@ -176,6 +178,35 @@ def _same_constants(gold: Node, answer: Node, mode: Mode) -> bool:
     if _is_rounding(gold, a, b, mode, GOLD_DIGITS):
         return True
     return _is_rounding(answer, b, a, mode, ANSWER_DIGITS)
+
+
+def _is_plain(node: Node) -> bool:
+    """Say whether an expression is made of numerals and the four operations and powers only."""
+    if node.kind == "number":
+        return True
+    kinds = ("neg", "group", "unit", "percent", "degree", "frac", "div", "pow", "add", "mul")
+    return node.kind in kinds and all(_is_plain(arg) for arg in node.args)
+
+
+def _is_undone(node: Node) -> bool:
+    """Say whether a plain expression leaves a sum or a product to be worked out: ``7 + 3 - 9``.
+
+    Numbers that are merely written with several numerals are done: fractions, mixed numbers,
+    powers, scientific notation.
+    """
+    if not _is_plain(node):
+        return False
+    if node.kind == "add" and node.value != "mixed":
+        return True
+    if node.kind == "mul" and node.value != "scale" and not _is_power_of_ten(node.args[1]):
+        return True
+    return any(_is_undone(arg) for arg in node.args)
+
+
+def _is_power_of_ten(node: Node) -> bool:
+    node = node.args[0] if node.kind == "group" else node
+    base = node.args[0] if node.kind == "pow" else node
+    return node.kind == "pow" and base.kind == "number" and base.value.value == 10
 
 
 def _vanishes(node: Node, mode: Mode) -> bool:

@@ -214,7 +214,7 @@ class Parser:
             return None
         if self.token.text.lower() in voc.MULTIPLIERS:
             scale = read_number(voc.MULTIPLIERS[self.take().text.lower()])
-            return Node("mul", (quantity, Node("number", (), scale)))
+            return Node("mul", (quantity, Node("number", (), scale)), "scale")
         unit = self._accept_unit()
         if unit == "%":
             return Node("percent", (quantity,))
@@ -649,7 +649,7 @@ def _join_factors(left: Node, right: Node) -> Node:
     if left.kind == "number" and right.kind == "frac" and not left.value.decimals:
         top, bottom = right.args
         if top.kind == bottom.kind == "number" and top.value.value < bottom.value.value:
-            return Node("add", (left, right))
+            return Node("add", (left, right), "mixed")
     if left.kind == "number" and right.kind == "number":
         raise ParseError("two numbers side by side")
     return Node("mul", (left, right), "juxtaposed")
