@@ -51,9 +51,7 @@ _OPTION_FIRST = re.compile(
     r"\s*\(?([A-J])(?:(?:\)|[.:,])(?=\s|$)|\)?\s+is\s+(?:the\s+)?(?:correct|right|true|best|answer)\b)"
 )
 _REMARK = re.compile(r"(?<=[\w})$])\s+\([^()]*[a-z]{3,}[^()]*\)$")
-_PROSE_WORD = re.compile(
-    r"(?<![\\a-zA-Z])(?!(?:sin|cos|tan|ln|log|exp|sqrt|pi|and|or)\b)[A-Za-z]{2,}"
-)
+_PROSE_WORD = re.compile(r"(?<![\\\w])(?!(?:sin|cos|tan|ln|log|exp|sqrt|pi|and|or)\b)[^\W\d_]{2,}")
 _PROSE_LEAD = re.compile(r"(?=[A-Za-z$\\(]).{0,300}?\b(?:is|are|equals|be|of)\b\s*:?\s*", re.DOTALL)
 _HEDGE = re.compile(r"^\s*(?:for sure|surely|clearly|simply|just|therefore|definitely|:)\s*", re.I)
 _AFTERTHOUGHT = re.compile(r",\s+(?!and\b|or\b)(?=[a-z]{2})|\s+(?:because|since|as|so)\s")
