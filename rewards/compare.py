@@ -179,8 +179,8 @@ def _same_items(gold: Item, answer: Item) -> bool:
     if relations and (names[0] is None) != (names[1] is None):
         return _same_relations(gold.node, answer.node)  # y = 2x + 3 and 2x - y + 3 = 0
     letters = [_name_letters(name) for name in names]
-    if all(letters) and letters[0] != letters[1]:  # x = 5 does not say y = 5, nor AB = 5 AC = 5
-        return False
+    if all(letters) and letters[0] != letters[1]:  # x = 5 does not say y = 5, nor AB = 5 AC = 5,
+        return relations and _same_relations(gold.node, answer.node)  # but x = 2y says y = x/2
     return _same_values(gold.value, answer.value)
 
 

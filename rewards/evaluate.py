@@ -215,8 +215,7 @@ class Evaluator:
         return self._opaque("apply", name, *args)
 
     def _index(self, node: Node) -> Value:
-        base, script = node.args
-        return self.point.sample(f"{self.key(base)}_{self.key(script)}")
+        return self.point.sample("_".join(self.key(part) for part in node.args))
 
     def _big(self, node: Node) -> Value:
         lower, upper, body = node.args
@@ -337,6 +336,10 @@ def power(base: Value, exponent: Value) -> Value:
         if not is_real(exponent) or real_part(exponent) <= 0:
             raise Undefined("zero to a power that is not positive")
         return 0
+    is_odd_root = exact(exponent) and exponent.denominator > 1 and exponent.denominator % 2 == 1
+    if is_odd_root and is_real(base) and real_part(base) < 0:
+        size = power(-real_part(base), exponent)
+        return -size if exponent.numerator % 2 else size
     base, exponent = to_mp(base), to_mp(exponent)
     if mpmath.isinf(base) or mpmath.isinf(exponent):
         raise Undefined("infinite power")

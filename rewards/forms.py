@@ -1,6 +1,6 @@
 """Rewrite parsed answers: split them into named items, write out signs, rename parameters."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import product
 
 from rewards.ellipses import resolve_ellipses, substitute
@@ -62,7 +62,7 @@ def _consistent_value(node: Node) -> Node:
 
 def simplify_form(node: Node) -> Node:
     """Write out what stands for several answers in one: families, and exclusions of values."""
-    node = resolve_ellipses(ungroup(node))
+    node = fold_matrices(resolve_ellipses(ungroup(node)))
     if node.kind == "builder":
         return _open_family(node)
     if node.kind == "relation" and node.value == ("!=",) and _has_sign(node):
@@ -74,6 +74,46 @@ def simplify_form(node: Node) -> Node:
         )
         return node._replace(args=tuple(parts), value="and")
     return node
+
+
+def fold_matrices(node: Node) -> Node:
+    """Carry out what is often left undone with matrices and vectors: multiples and transposes."""
+    if not any(part.kind in ("matrix", "tuple") for part in _parts(node)):
+        return node
+    args = tuple(fold_matrices(a) if isinstance(a, Node) else a for a in node.args)
+    node = node._replace(args=args)
+    if node.kind == "neg" and args[0].kind in ("matrix", "tuple"):
+        return _map_entries(args[0], lambda entry: Node("neg", (entry,)))
+    if node.kind == "pow" and args[1] == Node("name", (), "T"):
+        return _transpose(args[0])
+    if node.kind in ("mul", "div") and args[0].kind in ("matrix", "tuple"):
+        return _map_entries(args[0], lambda entry: Node(node.kind, (entry, args[1]), "done"))
+    if node.kind == "mul" and args[1].kind in ("matrix", "tuple"):
+        return _map_entries(args[1], lambda entry: Node("mul", (args[0], entry), "done"))
+    return node
+
+
+def _parts(node: Node) -> Iterator[Node]:
+    """The node and its operands, as far as arithmetic reaches."""
+    yield node
+    if node.kind in ("neg", "pow", "mul", "div", "relation", "list", "group", "set"):
+        for arg in node.args:
+            yield from _parts(arg)
+
+
+def _map_entries(node: Node, change: Callable[[Node], Node]) -> Node:
+    if node.kind == "tuple":
+        return node._replace(args=tuple(change(entry) for entry in node.args))
+    return node._replace(args=tuple(tuple(change(e) for e in row) for row in node.args))
+
+
+def _transpose(node: Node) -> Node:
+    if node.kind == "tuple":
+        return node._replace(value="()")  # a column: vectors are compared as tuples
+    rows = node.args if node.kind == "matrix" else ()
+    if not rows or len({len(row) for row in rows}) != 1:
+        raise Undefined("not a matrix")
+    return node._replace(args=tuple(zip(*rows, strict=True)))
 
 
 def _open_family(node: Node) -> Node:

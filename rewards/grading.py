@@ -61,7 +61,7 @@ _OPTION = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _NOTHING = re.compile(
-    r"(?:there (?:are )?)?no (?:real |such )?(?:solutions?|roots?)(?: exists?)?|none"
+    r"(?:there (?:are )?)?no (?:real |such )?(?:solutions?|roots?)(?: exists?)?|none|empty set"
 )
 _EVERYTHING = re.compile(r"(?:all |set of |any )*(?:real numbers?|reals)")
 _MATHEMATICAL = re.compile(r"[\\^_<>=]")

@@ -75,7 +75,7 @@ def _same_quantities(gold: Node, answer: Node, unit: str, other: str) -> bool:
     if None in measures or measures[0][0] != measures[1][0]:
         return False
     scale = Node("number", (), Number(measures[1][1] / measures[0][1], 0, 0))
-    return same_scalars(gold, Node("mul", (answer, scale), "scale"))
+    return same_scalars(gold, Node("mul", (answer, scale), "done"))
 
 
 def _measure(unit: str) -> tuple[str, Fraction] | None:
@@ -196,9 +196,9 @@ def _is_undone(node: Node) -> bool:
     """
     if not _is_plain(node):
         return False
-    if node.kind == "add" and node.value != "mixed":
+    if node.kind == "add" and node.value != "done":
         return True
-    if node.kind == "mul" and node.value != "scale" and not _is_power_of_ten(node.args[1]):
+    if node.kind == "mul" and node.value != "done" and not _is_power_of_ten(node.args[1]):
         return True
     return any(_is_undone(arg) for arg in node.args)
 

@@ -118,7 +118,7 @@ class Parser:
             separator = self.take().text
             while self.token.text == "," or self.token.kind == "separator":
                 separator = self.take().text
-            if self.token.kind == "end" or self.token.text == ";":
+            if self.token.kind == "end" or self.token.text in (";", "&", "\\\\", "\\end"):
                 break
             separators.append(separator)
             items.append(self.parse_relation())
@@ -143,10 +143,15 @@ class Parser:
 
     def parse_union(self) -> Node:
         left = self.parse_ratio()
-        while self.token.kind != "end" and self.token.text in voc.SET_OPERATORS:
-            operator = voc.SET_OPERATORS[self.take().text]
+        while self._at_union_letter() or self.token.text in voc.SET_OPERATORS:
+            operator = voc.SET_OPERATORS.get(self.take().text, "union")
             left = Node(operator, (left, self.parse_ratio()))
         return left
+
+    def _at_union_letter(self) -> bool:
+        """Say whether a U stands for a union: between two brackets, as in (0, 1) U (2, 3)."""
+        before = self.tokens[self.at - 1].text if self.at else ""
+        return self.token.text == "U" and before in (")", "]") and self.peek().text in ("(", "[")
 
     def parse_ratio(self) -> Node:
         items = [self.parse_sum()]
@@ -214,7 +219,7 @@ class Parser:
             return None
         if self.token.text.lower() in voc.MULTIPLIERS:
             scale = read_number(voc.MULTIPLIERS[self.take().text.lower()])
-            return Node("mul", (quantity, Node("number", (), scale)), "scale")
+            return Node("mul", (quantity, Node("number", (), scale)), "done")
         unit = self._accept_unit()
         if unit == "%":
             return Node("percent", (quantity,))
@@ -232,7 +237,7 @@ class Parser:
     def _starts_factor(self) -> bool:
         token = self.token
         if token.kind in ("number", "word"):
-            return True
+            return not self._at_union_letter()
         if token.kind == "command":
             return token.text in voc.FACTOR_COMMANDS or token.text[1:] in voc.NAMES
         if token.text == "|":
@@ -498,7 +503,10 @@ class Parser:
         if name in ("ldots", "dots", "cdots", "dotsc", "dotsb", "vdots"):
             return Node("dots")
         if name in ("angle", "triangle", "measuredangle"):
-            return Node("index", (self.parse_power(), Node("text", (), "angle")))
+            letters = [self.parse_atom()]
+            while self.token.kind == "word" and self.token.text.isupper() and len(letters) < 6:
+                letters.append(self.parse_atom())
+            return Node("index", (*letters, Node("text", (), name)))
         if name in voc.NAMES:
             node = Node("name", (), voc.NAMES[name])
             if name not in voc.CONSTANTS and self.token.text == "(" and not self.token.space:
@@ -649,7 +657,7 @@ def _join_factors(left: Node, right: Node) -> Node:
     if left.kind == "number" and right.kind == "frac" and not left.value.decimals:
         top, bottom = right.args
         if top.kind == bottom.kind == "number" and top.value.value < bottom.value.value:
-            return Node("add", (left, right), "mixed")
+            return Node("add", (left, right), "done")  # a number, no sum to be worked out
     if left.kind == "number" and right.kind == "number":
         raise ParseError("two numbers side by side")
     return Node("mul", (left, right), "juxtaposed")

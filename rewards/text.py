@@ -55,6 +55,8 @@ _EMPHASIS = re.compile(r"(?<![\w)}])(\*{1,3})([^*]+)\1(?![\w(])[.,]?")
 _BARE_UNIT = re.compile(
     r"(?<=\d)\s+((?:k?m|cm|g|s|h|L|N|J|W|V|A|K|Hz|Pa|kg)(?:\^\{?[23]\}?)?(?:/(?:s|h|min|kg|L)(?:\^\{?2\}?)?)?)$"
 )
+_HALF_LINE = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?\s*[\^_]\s*\{?\s*([+-])\s*\}?")
+_HALF_LINES = {"+": r"(0,\infty)", "-": r"(-\infty,0)"}
 _FONT = re.compile(r"\\(?:text|math)(?:rm|bf|it|sf|tt|normal|up)?\s*\{([^{}]*)\}")
 _MATH_MARKS = re.compile(r"(?<!\\)\$|(?<!\\)\\[()\[\]]")
 
@@ -109,6 +111,7 @@ def strip_dress(text: str) -> str:
     text = _SPACING.sub(" ", text)
     text = re.sub(r"\\(?:boxed|fbox)\s*\{", "{", text)
     text = _LEADING_ABOUT.sub("", text)
+    text = _HALF_LINE.sub(lambda m: _HALF_LINES[m.group(1)], text)
     text = text.lstrip(' \t`",:;=').rstrip(' \t`".,:;\\')
     text = _EMPHASIS.sub(r"\2", text)
     return _BARE_UNIT.sub(r"\\text{ \1}", text)
