@@ -4,7 +4,7 @@ from mpmath import mp, mpf
 
 from rewards import realsets
 from rewards.evaluate import POINTS, Evaluator, Undefined, Value, divide, exact, is_real, to_mp
-from rewards.forms import Item, read_items, rename_parameter, simplify_form, ungroup
+from rewards.forms import Item, read_items, rename_parameter, simplify_form, spread_chain, ungroup
 from rewards.scalars import DIGITS, close, points_for, same_scalars, unit_of
 from rewards.structure import free_names, names_quantity
 from rewards.syntax import Node
@@ -29,6 +29,7 @@ def _same_lists(gold: Node, answer: Node) -> bool:
         return _same_sets(gold, answer)
     gold_kind, golds = read_items(gold)
     answer_kind, answers = read_items(answer)
+    golds, answers = _spread(golds, answers), _spread(answers, golds)
     if len(golds) == len(answers) == 1:
         return _same_items(golds[0], answers[0])
     if len(golds) == 1 and len(answers) > 1:
@@ -40,6 +41,16 @@ def _same_lists(gold: Node, answer: Node) -> bool:
     if len(golds) != len(answers):
         return False
     return _match(golds, answers)
+
+
+def _spread(items: list[Item], others: list[Item]) -> list[Item]:
+    """Spread ``x = y = 1`` over its names where the other answer has as many values."""
+    if len(items) != 1:
+        return items
+    spread = spread_chain(items[0])
+    coordinates = _coordinates(others[0].value) if len(others) == 1 else None
+    width = len(coordinates) if coordinates is not None else len(others)
+    return spread if len(spread) == width else items
 
 
 def _are_tuples(items: list[Item]) -> bool:

@@ -76,6 +76,14 @@ def simplify_form(node: Node) -> Node:
     return node
 
 
+def spread_chain(item: Item) -> list[Item]:
+    """``x = y = z = 1`` gives each of its names the value."""
+    node = item.node
+    if item.name is None or node.kind != "relation" or len(node.args) < 3:
+        return [item]
+    return [Item(Node("relation", (name, item.value), ("=",))) for name in node.args[:-1]]
+
+
 def fold_matrices(node: Node) -> Node:
     """Carry out what is often left undone with matrices and vectors: multiples and transposes."""
     if not any(part.kind in ("matrix", "tuple") for part in _parts(node)):
@@ -158,18 +166,17 @@ def read_items(node: Node) -> tuple[str, list[Item]]:
 
 def _expand(nodes: Iterable[Node]) -> list[Item]:
     """Write out every plus-minus sign: one item for each choice of signs."""
-    items = []
+    items: list[Item] = []
     for node in nodes:
         item = Item(node)
         if item.value.kind == "tuple":  # signs in different coordinates are independent
             choices = [_expand_signs(part) for part in item.value.args]
-            values = [item.value._replace(args=args) for args in product(*choices)]
+            for args in product(*choices):
+                expanded = Item(node)
+                expanded.value = item.value._replace(args=args)
+                items.append(expanded)
         else:
-            values = _expand_signs(item.value)
-        for value in values:
-            expanded = Item(node)
-            expanded.value = value
-            items.append(expanded)
+            items += [Item(chosen) for chosen in _expand_signs(node)]
         if len(items) > MAX_ITEMS:
             raise Undefined("too many items")
     return items
@@ -218,7 +225,8 @@ def rename_parameter(gold: Node, answer: Node) -> tuple[Node, Node]:
     if len(definitions) == 2 and definitions[0].args[0] == definitions[1].args[0]:
         new, old = (name.args[1] for name in definitions)
         if old.kind == new.kind == "name" and all(len(d.args) == 2 for d in definitions):
-            return gold, substitute(answer, old.value, new)
+            answer = substitute(answer, old.value, new)
+            return gold, _rename_constant(ours.value, Item(answer).value, new.value, answer)
     named = [item for item in (ours, theirs) if item.name is not None]
     values = [free_names(ours.value), free_names(theirs.value)]
     if any(len(names) != 1 or "_index" in names for names in values):
@@ -236,3 +244,11 @@ def _mentions_pi(node: Node) -> bool:
     if node.kind == "degree" or node == Node("name", (), "pi"):
         return True
     return any(_mentions_pi(arg) for arg in node.args if isinstance(arg, Node))
+
+
+def _rename_constant(gold: Node, value: Node, argument: str, answer: Node) -> Node:
+    """``f(x) = kx`` and ``f(x) = cx``: one free constant, by whatever letter."""
+    ours, theirs = (free_names(node) - {argument} for node in (gold, value))
+    if len(ours) == len(theirs) == 1 and ours != theirs and "_index" not in ours | theirs:
+        return substitute(answer, theirs.pop(), Node("name", (), ours.pop()))
+    return answer

@@ -47,6 +47,8 @@ def _features(node: Node) -> set[str]:
     features = {node.kind} & {"percent", "degree", "base"}
     if node.kind == "function" and node.value == "log" and len(node.args) == 1:
         features.add("log")
+    if node.kind == "unit" and node.value == "radian":
+        features.add("degree")  # says that angles are not in degrees: nothing is left open
     for part in node.args:
         if isinstance(part, Node):
             features |= _features(part)

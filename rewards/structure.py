@@ -41,6 +41,8 @@ def names_quantity(node: Node) -> bool:
         return node.value == "juxtaposed" and all(_is_capital(part) for part in node.args)
     if node.kind == "abs":
         return _is_segment(node.args[0])
+    if node.kind in ("union", "intersection", "difference"):
+        return all(names_quantity(arg) for arg in node.args)
     if node.kind in ("ratio", "div", "frac"):
         if all(_is_differential(arg) for arg in node.args):
             return True

@@ -301,8 +301,8 @@ class Parser:
         if self.accept("-"):
             return Node("neg", (self._parse_script(),))
         self.accept("+")
-        if self.token.text in ("*", "+"):
-            raise ParseError("empty script")
+        if self.token.kind == "word":  # a^n(b + c) is a product
+            return Node("name", (), self.take().text)
         return self.parse_atom()
 
     def _accept_unit(self) -> str | None:
@@ -664,6 +664,7 @@ def _join_factors(left: Node, right: Node) -> Node:
 
 
 def _subscript(base: Node, script: Node) -> Node:
+    base = base.args[0] if base.kind == "group" else base
     if base.kind == "number":
         if script.kind == "number" and 2 <= script.value.value <= 36 and not base.value.decimals:
             return Node("base", (base, script))

@@ -50,11 +50,21 @@ _ORDINAL = re.compile(
 _OPEN_SYSTEM = re.compile(r"\\left\s*\\\{\s*(?=\\begin\s*\{(?:array|aligned|cases|matrix))")
 _DAY_HALF = re.compile(r"\b([ap])\.\s?m\b\.?", re.IGNORECASE)
 _LEADING_ABOUT = re.compile(r"^\s*\\(?:approx|simeq|sim)(?![a-zA-Z])")
-_EMPHASIS = re.compile(r"(?<![\w)}])(\*{1,3})([^*]+)\1(?![\w(])[.,]?")
+_EMPHASIS = re.compile(r"(?<![\w)}*])(\*{1,3})([^*]+)\1(?![\w(])[.,]?")
 # A single letter is a unit only where it stands apart, at the end, after a number.
 _BARE_UNIT = re.compile(
     r"(?<=\d)\s+((?:k?m|cm|g|s|h|L|N|J|W|V|A|K|Hz|Pa|kg)(?:\^\{?[23]\}?)?(?:/(?:s|h|min|kg|L)(?:\^\{?2\}?)?)?)$"
 )
+# What is written so in plain text, and how LaTeX writes it.
+_PLAIN_NOTATIONS = [
+    (re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))"), r"\\times "),
+    (re.compile(r"\+/-"), r"\\pm "),
+    (re.compile(r"\blog(\d+)\s*(?=\()"), r"\\log_{\1}"),
+    (re.compile(r"(?<!\d)(\d+)\s*\(?\s*base[\s-]*(\d+)\s*\)?\s*$"), r"\1_{\2}"),
+    (re.compile(r"^\s*(\d+)\s+to\s+(\d+)\s*$"), r"\1:\2"),
+    (re.compile(r"^\s*<(?=[^<>]*,)([^<>]*)>\s*$"), r"\\langle \1\\rangle "),
+    (re.compile(r"^\s*Matrix\((.*)\)\s*$", re.DOTALL), r"\1"),
+]
 _HALF_LINE = re.compile(r"\\mathbb\s*\{?\s*R\s*\}?\s*[\^_]\s*\{?\s*([+-])\s*\}?")
 _HALF_LINES = {"+": r"(0,\infty)", "-": r"(-\infty,0)"}
 _FONT = re.compile(r"\\(?:text|math)(?:rm|bf|it|sf|tt|normal|up)?\s*\{([^{}]*)\}")
@@ -77,6 +87,7 @@ def normalize_text(text: str) -> str:
             "[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m.group().translate(_SUBSCRIPTS) + "}", text
         )
         text = re.sub("[¼½¾⅐-⅞]", _spell_fraction, text)
+        text = re.sub(r"√\s*(\d+(?:\.\d+)?)", r"\\sqrt{\1}", text)  # all of the digits
         text = unicodedata.normalize("NFKC", text.translate(_TABLE)).translate(_TABLE)
     return "".join(_visible(char) for char in text) if not text.isprintable() else text
 
@@ -100,6 +111,7 @@ def strip_dress(text: str) -> str:
     go. ``{,}`` and ``,\\!`` (commas that TeX is told not to space) become plain commas. A currency
     before a number moves behind it, and ordinal endings (``12^{th}``) go.
     """
+    text = " ".join(text.split())
     text = text.replace("{,}", ",").replace(r"\!", "")
     text = text.replace(r"\text{\$}", r"\$").replace(r"\$", r"\text{ dollars}")
     text = text.replace(r"\left.", " ").replace(r"\right.", " ")
@@ -111,6 +123,8 @@ def strip_dress(text: str) -> str:
     text = _SPACING.sub(" ", text)
     text = re.sub(r"\\(?:boxed|fbox)\s*\{", "{", text)
     text = _LEADING_ABOUT.sub("", text)
+    for pattern, latex in _PLAIN_NOTATIONS:
+        text = pattern.sub(latex, text)
     text = _HALF_LINE.sub(lambda m: _HALF_LINES[m.group(1)], text)
     text = text.lstrip(' \t`",:;=').rstrip(' \t`".,:;\\')
     text = _EMPHASIS.sub(r"\2", text)

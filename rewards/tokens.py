@@ -84,8 +84,8 @@ def _read_word(word: str, space: bool, in_text: bool, before: Token | None) -> l
     lower = word.lower()
     if lower in voc.CONNECTIVES:
         return [Token("separator", voc.CONNECTIVES[lower], space)]
-    if lower == "mod":
-        return [Token("command", "\\mod", space)]
+    if lower in voc.OPERATOR_WORDS:
+        return [Token("command", voc.OPERATOR_WORDS[lower], space)]
     after_number = before is not None and before.kind == "number"
     after_quantity = after_number or (before is not None and before.text in ("}", ")"))
     if after_number and lower in voc.ORDINAL_ENDINGS and not space:
@@ -161,11 +161,12 @@ def _split_parts(tokens: list[Token]) -> Iterator[tuple[list[Token], Token | Non
 
 
 def _drop_remarks(part: list[Token]) -> list[Token]:
-    """Drop ``(in square centimetres)`` from the end: words in brackets."""
+    """Drop ``(in square centimetres)``, ``(k \\in Z)`` from the end: remarks in brackets."""
     while part and part[-1].text == ")":
         start = max((i for i, t in enumerate(part) if t.text == "("), default=-1)
         words = part[start + 1 : -1]
-        if start < 1 or not words or not all(token.kind == "text" for token in words):
+        is_prose = bool(words) and all(token.kind == "text" for token in words)
+        if start < 1 or not (is_prose or _declares_domain(words)):
             break
         part = part[:start]
     return part
@@ -176,8 +177,9 @@ def _declares_domain(part: list[Token]) -> bool:
     texts = [token.text for token in part]
     if texts and part[0].kind == "text" and texts[0].lower() in voc.TAIL_WORDS:
         return True
-    if len(texts) > 2 and texts[1] == "\\in" and texts[2] == "\\mathbb":
-        return texts[-2] in ("Z", "N", "Q") or texts[-1] in ("Z", "N", "Q")
+    if len(texts) > 2 and texts[1] == "\\in" and part[0].kind == "word":
+        domain = [text for text in texts[2:] if text not in ("\\mathbb", "{", "}", "^", "+", "*")]
+        return len(domain) == 1 and domain[0] in ("Z", "N", "Q", "R", "C")
     return any(t.kind == "text" and t.text.lower() in ("integer", "integers") for t in part)
 
 

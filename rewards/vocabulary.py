@@ -17,6 +17,8 @@ CONNECTIVES = {
 }  # fmt: skip
 del CONNECTIVES["y"]  # a variable far more often than Spanish
 
+OPERATOR_WORDS = {"mod": "\\mod", "union": "\\cup", "intersect": "\\cap"}
+
 RELATIONS = {
     "=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "=<": "<=", "=>": "=>",
     "!=": "!=", "\\lt": "<", "\\gt": ">", "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=",
@@ -158,7 +160,7 @@ _UNIT_SPELLINGS = {
     "liter": "liter liters litre litres l 升",
     "ml": "ml milliliter milliliters 毫升",
     "gallon": "gallon gallons",
-    "degree": "degree degrees 度",
+    "degree": "degree degrees deg degs 度",
     "radian": "radian radians rad rads",
     "mph": "mph",
     "kph": "kph kmh",

@@ -54,6 +54,13 @@ HOSTILE_ANSWERS = {
     "a megabyte of spaces": "4" + " " * 1_000_000 + "2",
     "a megabyte of dollars": "$" * 1_000_000,
     "a megabyte of opened formulas": "\\(" * 500_000,
+    "nearly too long, of digits": "9" * 19_000,
+    "nearly too long, of spaces": "1" + " " * 19_000 + "2",
+    "nearly too long, of groups": "1" + ",111" * 4_700,
+    "nearly too long, of commas": "<" + "," * 19_000,
+    "nearly too long, of calls": "Matrix(" * 2_700,
+    "nearly too long, of bases": "1 base " * 2_700,
+    "nearly too long, of emphasis": "*a" * 9_500,
     "many unclosed texts": "\\text{" * 3_000,
     # characters that hide
     "control characters": "4\x002",
