@@ -3,11 +3,21 @@
 from mpmath import mp, mpf
 
 from rewards import realsets
-from rewards.evaluate import POINTS, Evaluator, Undefined, Value, divide, exact, is_real, to_mp
+from rewards.evaluate import (
+    INTEGER_LETTERS,
+    POINTS,
+    Evaluator,
+    Undefined,
+    Value,
+    divide,
+    exact,
+    is_real,
+    to_mp,
+)
 from rewards.forms import Item, read_items, rename_parameter, simplify_form, spread_chain, ungroup
 from rewards.scalars import DIGITS, close, points_for, same_scalars, unit_of
 from rewards.structure import free_names, names_quantity
-from rewards.syntax import Node
+from rewards.syntax import Node, read_number
 
 
 def same_answer(gold: Node, answer: Node) -> bool:
@@ -17,6 +27,17 @@ def same_answer(gold: Node, answer: Node) -> bool:
             return True
         gold, answer = rename_parameter(simplify_form(gold), simplify_form(answer))
         return _same_lists(gold, answer)
+
+
+def has_value(gold: Node) -> bool:
+    """Say whether a gold can be compared with anything: with a number, or with an interval."""
+    zero, one = (Node("number", (), read_number(digits)) for digits in "01")
+    probe = Node("tuple", (zero, one), "[)") if _describes_set(_set_node(gold)) else zero
+    try:
+        same_answer(gold, probe)
+    except (Undefined, RecursionError):
+        return False
+    return True
 
 
 # --- lists ---
@@ -152,6 +173,10 @@ def _any_real_set(gold: Node, answer: Node) -> bool:
     )
 
 
+def _kinds_within(node: Node) -> set[str]:
+    return {part.kind for part in node.args} if node.kind == "list" else {node.kind}
+
+
 def _describes_set(node: Node) -> bool:
     if node.kind != "list":
         return realsets.describes_set(node)
@@ -165,6 +190,9 @@ def _describes_set(node: Node) -> bool:
 def _same_sets(gold: Node, answer: Node) -> bool:
     """Compare as sets of reals, at every sample of the letters that are in them."""
     gold, answer = _set_node(gold), _set_node(answer)
+    conditions = all("relation" in _kinds_within(node) for node in (gold, answer))
+    if conditions and realsets.unknowns(gold) != realsets.unknowns(answer):
+        return False  # x > 1 does not say y > 1
     decided = False
     for point in points_for(free_names(gold) | free_names(answer)):
         try:
@@ -189,10 +217,21 @@ def _same_items(gold: Item, answer: Item) -> bool:
     relations = gold.node.kind == answer.node.kind == "relation"
     if relations and (names[0] is None) != (names[1] is None):
         return _same_relations(gold.node, answer.node)  # y = 2x + 3 and 2x - y + 3 = 0
+    if all(names) and _are_other_terms(*names):  # x_{n+1} = ... does not say x_{n-1} = ...
+        return False
     letters = [_name_letters(name) for name in names]
     if all(letters) and letters[0] != letters[1]:  # x = 5 does not say y = 5, nor AB = 5 AC = 5,
         return relations and _same_relations(gold.node, answer.node)  # but x = 2y says y = x/2
     return _same_values(gold.value, answer.value)
+
+
+def _are_other_terms(gold: Node, answer: Node) -> bool:
+    """Say whether two names are different terms of one sequence: a_n, a_{n+1}."""
+    if gold.kind != "index" or answer.kind != "index" or gold.args[0] != answer.args[0]:
+        return False
+    scripts = gold.args[-1], answer.args[-1]
+    are_numbers = all(s.kind != "text" and free_names(s) <= INTEGER_LETTERS for s in scripts)
+    return are_numbers and not same_scalars(*scripts)
 
 
 def _name_letters(name: Node | None) -> list[str]:
@@ -294,6 +333,8 @@ def _same_ratios(gold: Node, answer: Node) -> bool:
     if all(units) and units[0] != units[1]:  # 10:30 am, 10:30 pm
         return False
     first = gold.args[0], answer.args[0]
+    if any(units) or any(_is_zero(arg) for arg in (*gold.args, *answer.args)):  # 11:00 is a time
+        return all(same_scalars(g, a) for g, a in zip(gold.args, answer.args, strict=True))
     return all(
         same_scalars(Node("mul", (first[0], a)), Node("mul", (first[1], g)))
         for g, a in zip(gold.args[1:], answer.args[1:], strict=True)
@@ -301,6 +342,10 @@ def _same_ratios(gold: Node, answer: Node) -> bool:
 
 
 # --- equations and inequalities ---
+
+
+def _is_zero(node: Node) -> bool:
+    return node.kind == "number" and node.value.value == 0
 
 
 _FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "~": "~"}

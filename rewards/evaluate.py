@@ -48,12 +48,13 @@ class Mode:
 class Point:
     """A deterministic pseudo-random value for every name."""
 
-    def __init__(self, seed: int, low: int, high: int, sign: int = 1):
-        self.seed, self.low, self.high, self.sign = seed, low, high, sign
+    def __init__(self, seed: int, residue: int, low: int, high: int, sign: int = 1):
+        self.seed, self.residue = seed, residue
+        self.low, self.high, self.sign = low, high, sign
         self.given: Mapping[str, Value] = {}
 
     def with_value(self, name: str, value: Value) -> "Point":
-        point = Point(self.seed, self.low, self.high, self.sign)
+        point = Point(self.seed, self.residue, self.low, self.high, self.sign)
         point.given = {**self.given, name: value}
         return point
 
@@ -62,12 +63,15 @@ class Point:
             return self.given[name]
         rng = random.Random(f"{self.seed}:{name}")
         if name in INTEGER_LETTERS:
-            return rng.randint(5, 24)
+            return 6 * rng.randint(1, 3) + self.residue
         return self.sign * Fraction(rng.randint(self.low, self.high), 211)
 
 
-# Between 0 and 1 (where roots and inverse functions are real), above 1, and below 0.
-POINTS = (Point(1, 20, 200), Point(2, 230, 900), Point(3, 230, 900, sign=-1))
+# Reals between 0 and 1 (where roots and inverse functions are real), above 1, and below 0;
+# integers of all residues modulo 2 and 3, which floors and powers of -1 depend on.
+POINTS = (Point(1, 2, 20, 200), Point(2, 3, 230, 900), Point(3, 7, 230, 900, sign=-1))
+# Far from those, for functions that jump: near zero they take few values.
+FAR_POINTS = (Point(4, 11, 3_000, 20_000), Point(5, 10, 3_000, 20_000))
 
 
 def exact(value: Value) -> bool:

@@ -38,7 +38,7 @@ Text is compared by its words, without case, articles and punctuation.
 import re
 from itertools import product
 
-from rewards.compare import same_answer
+from rewards.compare import has_value, same_answer
 from rewards.evaluate import Undefined
 from rewards.syntax import Node, parse_answer
 from rewards.text import normalize_text, normalize_words, spell, strip_dress
@@ -51,7 +51,6 @@ UNREAD_GOLD = "unread_gold"  # a bad gold that is perhaps mathematics which this
 # Longer texts are compared only as texts.
 MAX_CHARS = 20_000
 
-_ZERO = parse_answer("0")
 _THOUSANDS = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?:,\d{3})+(?![\d,])")
 _SPACED_THOUSANDS = re.compile(r"(?<![\d.,])(?<!\d )[1-9]\d{0,2}(?: \d{3})+(?![\d,]| \d)")
 _DECIMAL_COMMA = re.compile(r"-?(?:0,\d+|\d+,(?:\d{2}|\d{4,}))")
@@ -106,18 +105,9 @@ def _compare_readings(golds: list[Node], answers: list[Node]) -> str:
             verdict = WRONG
         except (Undefined, RecursionError):
             continue
-    if verdict == UNPARSEABLE and not any(_has_value(gold) for gold in golds):
+    if verdict == UNPARSEABLE and not any(has_value(gold) for gold in golds):
         return BAD_GOLD
     return verdict
-
-
-def _has_value(gold: Node) -> bool:
-    """Say whether a gold can be compared with anything: with zero, say."""
-    try:
-        same_answer(gold, _ZERO)
-    except (Undefined, RecursionError):
-        return False
-    return True
 
 
 def _judge_prose(answer: str, gold: str) -> str:

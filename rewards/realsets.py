@@ -47,6 +47,9 @@ def _near(a: mpf, b: mpf) -> bool:
 
 
 def interval(low: mpf, high: mpf, brackets: str) -> RealSet:
+    if low > high or (low == high and brackets != "[]"):
+        raise Undefined("an empty interval is none that anyone means")
+
     def contains(x: mpf) -> bool:
         if _near(x, low):
             return brackets[0] == "[" and (low < high or brackets == "[]")
@@ -129,6 +132,8 @@ def _build_builder(node: Node, evaluate: Evaluator) -> RealSet:
     if element.kind != "name":
         raise Undefined("a set of something else than one variable")
     parts = condition.args if condition.kind == "list" else (condition,)
+    if unknowns(condition) != {element.value}:
+        raise Undefined("a condition on something else than the element")
     for part in parts:
         if part.kind == "relation" and part.value == ("=",):
             raise Undefined("a set of solutions")
@@ -142,6 +147,8 @@ def _build_builder(node: Node, evaluate: Evaluator) -> RealSet:
 
 def _build_list(node: Node, evaluate: Evaluator) -> RealSet:
     """``x < 1 or x > 3``. A comma or "and" means both, unless no number satisfies both."""
+    if len(unknowns(node)) > 1:
+        raise Undefined("conditions on several variables")
     sets = [build_set(part, evaluate) for part in node.args]
     if node.value != "or" and any(part.kind == "relation" for part in node.args):
         both = sets[0]
@@ -157,6 +164,14 @@ def _build_list(node: Node, evaluate: Evaluator) -> RealSet:
 
 def real_value(node: Node, evaluate: Evaluator) -> mpf:
     return to_mp(real_part(evaluate.value(node)))
+
+
+def unknowns(node: Node) -> set[str]:
+    """The variables that the relations in a condition are about, parameters left out."""
+    if node.kind == "relation":
+        named = [arg.value for arg in node.args if arg.kind == "name" and names_quantity(arg)]
+        return set(named[:1]) or set().union(*(free_names(arg) for arg in node.args))
+    return set().union(*(unknowns(arg) for arg in node.args if isinstance(arg, Node)))
 
 
 def solve_relation(node: Node, evaluate: Evaluator) -> RealSet:

@@ -4,7 +4,18 @@ from fractions import Fraction
 
 from mpmath import mp, mpf
 
-from rewards.evaluate import POINTS, Evaluator, Mode, Point, Undefined, Value, exact, is_real, to_mp
+from rewards.evaluate import (
+    FAR_POINTS,
+    POINTS,
+    Evaluator,
+    Mode,
+    Point,
+    Undefined,
+    Value,
+    exact,
+    is_real,
+    to_mp,
+)
 from rewards.structure import free_names
 from rewards.syntax import Node, Number
 from rewards.vocabulary import CONVERSIONS
@@ -101,7 +112,8 @@ def _same_in_mode(gold: Node, answer: Node, mode: Mode) -> bool:
     if not names:
         return _same_constants(gold, answer, mode)
     agreed, complex_agreed, complex_differ = 0, 0, 0
-    for point in points_for(names):
+    points = points_for(names) + (FAR_POINTS if _jumps(gold) or _jumps(answer) else ())
+    for point in points:
         evaluators = Evaluator(point, mode), Evaluator(point, mode)
         try:
             a, b = evaluators[0].value(gold), evaluators[1].value(answer)
@@ -127,6 +139,12 @@ def _same_in_mode(gold: Node, answer: Node, mode: Mode) -> bool:
 
 def points_for(names: set[str]) -> tuple[Point, ...]:
     return POINTS if names else POINTS[:1]
+
+
+def _jumps(node: Node) -> bool:
+    if node.kind == "function" and node.value in ("floor", "ceil", "max", "min", "gcd", "lcm"):
+        return True
+    return any(_jumps(arg) for arg in node.args if isinstance(arg, Node))
 
 
 def _mentions_i(node: Node) -> bool:

@@ -412,7 +412,7 @@ class Parser:
         opener = self.take().text
         inside = self.parse_groups()
         closer = self.expect(")", "]").text
-        if inside.kind == "list":
+        if inside.kind == "list" and (len(inside.args) == 2 or opener + closer in ("()", "[]")):
             return Node("tuple", inside.args, opener + closer)
         if opener + closer in ("()", "[]"):
             # Parentheses matter to juxtaposition only: 2(5) is a product, 2(1/2) no mixed number.

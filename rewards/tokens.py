@@ -20,6 +20,9 @@ _TOKEN = re.compile(
 )
 
 
+_ARTICLES = {"a", "A", "I"}
+
+
 class ParseError(ValueError):
     """The text is not an answer this grammar knows."""
 
@@ -145,6 +148,8 @@ def tidy_tokens(tokens: list[Token]) -> list[Token]:
             out.append(separator)
     while out and out[-1].kind == "separator":
         out.pop()
+    if len(out) == 1 < len(tokens) and out[0].text in _ARTICLES:
+        raise ParseError("an article before words, not a variable")
     return out
 
 
