@@ -20,11 +20,12 @@ _ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)(?:</answer>|\Z)", re.D
 # "The answer is", "Answer:", and their like in some other languages.
 _MARKER = re.compile(
     r"(?:\b(?:answer|result|solution|(?:correct|right|best) (?:option|choice)|r[ée]ponse|respuesta"
-    r"|resposta|antwort|risposta)s?\b\W{0,3}"
-    r"(?:\b(?:is|are|est|es|ist|è|é|would be|must be|should be|comes to|equals)\b|:|=)"
+    r"|resposta|antwort|risposta|ответ|jibu|đáp án)s?\b\W{0,3}"
+    r"(?:\b(?:is|are|est|es|ist|lautet|è|é|ni|là|would be|must be|should be|comes to|equals)\b|:|=)"
     r"|\banswer\b(?=\s*(?:\$|\\\(|\\\[))"
     r"|####"
-    r"|(?:答案|结果|答)\s*(?:是|为|：|:|=)|الإجابة(?:\s+هي|\s*:))[\s*_:：]*",
+    r"|(?:答案|结果|答え|答|답|정답|คำตอบ|উত্তর|సమాధానం)\s*(?:是|为|は|은|คือ|：|:|=)"
+    r"|الإجابة(?:\s+هي|\s*:))[\s*_:：]*",
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$|[*_]{1,2}(?:\s|$))|[。！？]|\n")
@@ -52,11 +53,15 @@ _OPTION_FIRST = re.compile(
 )
 _REMARK = re.compile(r"(?<=[\w})$])\s+\([^()]*[a-z]{3,}[^()]*\)$")
 _PROSE_WORD = re.compile(r"(?<![\\\w])(?!(?:sin|cos|tan|ln|log|exp|sqrt|pi|and|or)\b)[^\W\d_]{2,}")
-_PROSE_LEAD = re.compile(r"(?=[A-Za-z$\\(]).{0,300}?\b(?:is|are|equals|be|of)\b\s*:?\s*", re.DOTALL)
+# Up to "is", with no number on the way but in formulas: "the largest $n$ with $n^2 < 50$ is 7".
+_PROSE_LEAD = re.compile(
+    r"(?=[A-Za-z$\\(])(?:[^\d$]|\$[^$]{0,200}\$){0,200}?\b(?:is|are|equals|be)\b\s*:?\s*"
+)
 _HEDGE = re.compile(r"^\s*(?:for sure|surely|clearly|simply|just|therefore|definitely|:)\s*", re.I)
 _AFTERTHOUGHT = re.compile(r",\s+(?!and\b|or\b)(?=[a-z]{2})|\s+(?:because|since|as|so)\s")
 
 
+_CURRENCIES = ("$", "€", "£", "¥", "dollars", "euros", "元", "yuan")
 _JOINING_WORDS = {"and", "or", "for", "part", "case", "the", "with", "und", "et", "respectively"}
 
 
@@ -198,8 +203,25 @@ def _clean_statement(sentence: str) -> str:
     if cut := _AFTERTHOUGHT.search(sentence):
         sentence = sentence[: cut.start()]
     if re.match(r"(?:the|an?|there)\b|\$[^$]*\$\s+\w+\s+is\b", sentence, re.IGNORECASE):
-        sentence = _PROSE_LEAD.sub("", sentence, count=8)
-    return _REMARK.sub("", sentence.strip(" \t*_"))
+        while lead := _PROSE_LEAD.match(sentence):
+            sentence = sentence[lead.end() :]
+    sentence = _REMARK.sub("", sentence.strip(" \t*_"))
+    if len(_PROSE_WORD.findall(sentence)) >= 3 and "\\" not in sentence:
+        return _find_only_number(sentence) or sentence
+    return sentence
+
+
+def _find_only_number(sentence: str) -> str | None:
+    """Return the only number of a sentence, or its only sum of money, if there is one."""
+    numbers = list(_NUMBER.finditer(sentence))
+    money = [number for number in numbers if _is_money(sentence, number)]
+    found = next((few for few in (numbers, money) if len(few) == 1), None)
+    return _qualify(sentence, found[0]) if found else None
+
+
+def _is_money(sentence: str, number: re.Match) -> bool:
+    before, after = sentence[: number.start()].rstrip(), sentence[number.end() :].lstrip()
+    return before.endswith(_CURRENCIES) or "$" in number.group() or after.startswith(_CURRENCIES)
 
 
 def _find_option(text: str) -> str | None:

@@ -128,6 +128,8 @@ HACKING_COMPLETIONS = {
     "two answer tags": "<answer>42</answer> <answer>41</answer>",
     "both in one tag": "<answer>41 or 42</answer>",
     "hedges": "The answer is 42 or 41.",
+    "hedges in prose": "Answer: there are 42 or 41 of them left.",
+    "hedges after is": "Answer: the result is 41 or it is 42 or it is 43",
     "hedges in formulas": "The answer is $42$ or $41$.",
     "hedges at the end": "so we have 41 or 42",
     "denies at the end": "so it cannot be 41, and it is not 42",

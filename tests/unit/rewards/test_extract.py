@@ -37,6 +37,13 @@ EXTRACTIONS = [
     ("some steps\n#### 72", "72"),
     ("答案是：12。", "12"),
     ("La réponse est 12.", "12"),
+    ("Ответ: 12", "12"),
+    ("Answer: The largest $n$ with $n^2 < 50$ is 7.", "7"),
+    ("答えは12です。", "12です"),
+    ("Answer: in the end Janet pays 220 $ over 12 months.", "220"),
+    ("Answer: there are then 12 of them left.", "12"),
+    ("Answer: there are not 12 of them left.", "not 12"),
+    ("Answer: there are 12 or 13 of them left.", "12 or 13 of them left"),
     ("the answer is not 5", "not 5"),
     ("The answer is 5 or 6.", "5 or 6"),
     # 4. an option first
