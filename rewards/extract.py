@@ -35,19 +35,24 @@ _MATH_SPAN = re.compile(
     re.DOTALL,
 )
 _NUMBER = re.compile(
-    r"(?<![\w.,])[-−]?\\?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s?/\s?\d+|(?::\d+)+)?"
+    r"(?<![\w.,])[-−–]?\\?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s?/\s?\d+|(?::\d+)+)?"
     r"(?:\s?\\?%|\s?(?:π|\\pi\b))?|"
-    r"(?<![\w.])[-−]?\.\d+|\d+(?:\.\d+)?(?:/\d+)?"
+    r"(?<![\w.])[-−–]?\.\d+|\d+(?:\.\d+)?(?:/\d+)?"
 )
 _QUALIFIER = re.compile(
-    r"(?:(?:[-−]?\$?[\d.,/]*\d%?\s*(?:,|\bor\b|\band\b|\bto\b|/|或)\s*(?:or|and|maybe|perhaps)?\s*)+"
+    r"(?:(?:[-−–]?\$?[\d.,/]*\d%?\s*(?:,|\bor\b|\band\b|\bto\b|/|或)\s*(?:or|and|maybe|perhaps)?\s*)+"
     r"|\b(?:not|never|least|most|than|over|under|either|without|except|n't)\s+(?:be\s+|exactly\s+)?)$"
+)
+# An inequality, a tuple or an interval that stands in the text without dollars.
+_PLAIN_FORMULA = re.compile(
+    r"\b[A-Za-z]\s?(?:[<>≤≥≠]=?|!=)\s?[-−]?\d+(?:\.\d+)?(?:/\d+)?"
+    r"|(?<![\w)])[\[(]\s*[-−]?[\d.][^()\[\]\n]{0,80},[^()\[\]\n]{1,80}[)\]]"
 )
 _IN_FORMULA_BEFORE = re.compile(
     r"(?:[{^_\\(\[|!]|\\[a-zA-Z]+\s*|[\w)}\]][^\S\n]?[-+*/^]\s?|__\w*)$"
 )
 _IN_FORMULA_AFTER = re.compile(r"\s?[\^!}|)\]\\('\"]|\s[-+*/]\s|\s(?:if|else|for)\s\S*\(")
-_BOLD = re.compile(r"\*\*([^*\n]{1,200})\*\*")
+_BOLD = re.compile(r"(?<![\w*])(\*{1,2})([^*\s][^*\n]{0,200})\1(?![\w*])")
 _OPTION_FIRST = re.compile(
     r"\s*\(?([A-J])(?:(?:\)|[.:,])(?=\s|$)|\)?\s+is\s+(?:the\s+)?(?:correct|right|true|best|answer)\b)"
 )
@@ -238,12 +243,15 @@ def _find_bare(text: str) -> str | None:
 
 def _find_last(text: str) -> str | None:
     """Return the last formula or the last number, whichever ends later."""
-    text = _BOLD.sub(r"\1", text[-TAIL_CHARS:])
+    text = _BOLD.sub(r"\2", text[-TAIL_CHARS:])
     spans = [s for s in _MATH_SPAN.finditer(text) if _formula(s)]
     numbers = list(_NUMBER.finditer(text))
-    span, number = (found[-1] if found else None for found in (spans, numbers))
+    plain = list(_PLAIN_FORMULA.finditer(text))
+    span, number, formula = (found[-1] if found else None for found in (spans, numbers, plain))
     if span and (number is None or number.start() < span.end()):
         return _formula(span)
+    if formula and number and number.start() < formula.end():
+        return formula.group()
     return _qualify(text, number) if number else None
 
 
