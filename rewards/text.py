@@ -109,7 +109,8 @@ def strip_dress(text: str) -> str:
 
     An outer ``\\boxed{...}`` is opened, surrounding white space, emphasis and final punctuation
     go. ``{,}`` and ``,\\!`` (commas that TeX is told not to space) become plain commas. A currency
-    before a number moves behind it, and ordinal endings (``12^{th}``) go.
+    before a number moves behind it, ordinal endings (``12^{th}``) go, and what plain text writes
+    in its own way (``+/-``, ``3 x 10^8``, ``40 base 9``) is written as LaTeX.
     """
     text = " ".join(text.split())
     text = text.replace("{,}", ",").replace(r"\!", "")
