@@ -82,7 +82,9 @@ def unit_of(node: Node) -> str | None:
 def _same_quantities(gold: Node, answer: Node, unit: str, other: str) -> bool:
     """Both state a unit and the units differ: equal only if a known conversion makes them so."""
     gold, answer = _strip_unit(gold), _strip_unit(answer)
-    if "unit" in (unit.rstrip("23"), other.rstrip("23")):  # "5 square units" names none
+    is_rate = unit.split("/")[0] == other.split("/")[0] and ("/" in unit) != ("/" in other)
+    if "unit" in (unit.rstrip("23"), other.rstrip("23")) or is_rate:
+        # "5 square units" names none; "5 dollars" an hour may leave the hour to the question.
         return same_scalars(gold, answer)
     measures = _measure(unit), _measure(other)
     if None in measures or measures[0][0] != measures[1][0]:

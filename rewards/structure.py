@@ -37,6 +37,8 @@ def names_quantity(node: Node) -> bool:
         return names_quantity(node.args[0])
     if node.kind == "text":
         return True
+    if node.kind == "mul" and node.args[0] == Node("name", (), "m"):  # the measure of an angle
+        return node.args[1].kind == "index"
     if node.kind == "mul":  # a segment AB, a figure MBCN: capitals side by side
         return node.value == "juxtaposed" and all(_is_capital(part) for part in node.args)
     if node.kind == "abs":

@@ -257,6 +257,9 @@ class Parser:
             if text in ("^", "**"):
                 self.take()
                 base = self._parse_exponent(base)
+                if base.kind == "pow" and base.args[1] == _MINUS_ONE and self._at_argument():
+                    inverse = Node("index", (base.args[0], Node("text", (), "inverse")))
+                    base = self._parse_application(inverse)
             elif text == "_":
                 self.take()
                 base = _subscript(base, self._parse_script())
@@ -273,6 +276,11 @@ class Parser:
                     base = self._parse_application(base)
             else:
                 return base
+
+    def _at_argument(self) -> bool:
+        """Say whether ``(x)``, one letter in brackets, comes next: f^{-1}(x) is an inverse."""
+        texts = [self.token.text, self.peek().kind, self.peek(2).text]
+        return texts == ["(", "word", ")"] and not self.token.space
 
     def _parse_exponent(self, base: Node) -> Node:
         text, after = self.token.text, self.peek()
@@ -360,7 +368,8 @@ class Parser:
         digits = self.take().text
         if len(digits) > 4_000:
             raise ParseError("number too long")
-        if self.token.text == "\\overline" and "." in digits and self.peek().text == "{":
+        repeats = self.token.text in ("\\overline", "\\dot", "\\bar")
+        if repeats and "." in digits and self.peek().text == "{":
             self.at += 2
             block = self.expect_number()
             self.expect("}")

@@ -10,7 +10,7 @@ MAX_TOKENS = 6_000
 MAX_TEXT_DEPTH = 5  # of \\text macros in each other
 
 _TOKEN = re.compile(
-    r"(?P<number>\d+\.(?=\\overline)"
+    r"(?P<number>\d+\.(?=\\(?:overline|dot|bar)\b)"
     r"|(?:\d+\.\d+|\.\d+|\d+)(?:[eE][+-]?\d{1,3}(?![\w.]))?)"
     r"|(?P<command>\\[a-zA-Z]+|\\.)"
     r"|(?P<word>[A-Za-z]+)"

@@ -25,6 +25,7 @@ RELATIONS = {
     "\\leqq": "<=", "\\ge": ">=", "\\geq": ">=", "\\geqslant": ">=", "\\geqq": ">=",
     "\\ne": "!=", "\\neq": "!=", "\\in": "in", "\\approx": "~", "\\simeq": "~", "\\sim": "~",
     "\\doteq": "~", "\\equiv": "=", "\\to": "to", "\\rightarrow": "to", "->": "to",
+    "\\cong": "cong", "\\parallel": "parallel", "\\perp": "perp",
     "\\Rightarrow": "=>", "\\implies": "=>", "\\mapsto": "to",
 }  # fmt: skip
 NEGATED = {"=": "!=", "<": ">=", ">": "<="}
@@ -89,7 +90,8 @@ FACTOR_COMMANDS = {
     "\\" + name
     for name in _words(
         "frac dfrac tfrac cfrac sqrt cbrt binom dbinom tbinom lfloor lceil sum prod int lim "
-        "lvert mathbf mathbb mathcal boldsymbol begin cdots ldots dots"
+        "lvert mathbf mathbb mathcal boldsymbol begin cdots ldots dots "
+        "angle triangle measuredangle"
     )
 } | {"\\" + name for name in (*FUNCTIONS, *DECORATIONS)}
 
