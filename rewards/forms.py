@@ -43,6 +43,8 @@ def _split_name(node: Node) -> tuple[Node | None, Node]:
         return None, node
     name = node.args[0]
     if set(node.value) == {"="}:
+        if len(node.args) > 2 and names_quantity(node.args[-1]):
+            return None, node  # a = b = c: nothing is given a value
         if all(names_quantity(arg) for arg in node.args[:-1]):
             return name, ungroup(node.args[-1])
         if not any(free_names(arg) for arg in node.args):
