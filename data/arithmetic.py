@@ -1,14 +1,15 @@
 """Multi-step arithmetic told as short word problems, generated; nothing is downloaded.
 
-A problem tells a start value and `steps` changes of it; the answer is the final value:
+A problem tells a start value and two to four changes of it; the answer is the final value:
 
-    Mia has 7 apples. She buys 3. She sells 9. She finds 2. How many apples now?
+    Mia has 7 apples. Monday brings 3. Tuesday takes 9. Wednesday adds 2. How many apples now?
 
-Its `solution` is a trace for the cold start. A full trace writes out every step. A share of
-`guess_share` of the traces stops working after a random number of steps and states the answer
-from there, so a policy trained on them holds both habits, thinking to the end and guessing early,
-and reinforcement learning has to find out which one pays: the R1-Zero observation (Guo et al.
-2025, arXiv:2501.12948, fig. 3: accuracy and response length rise together) at laptop size.
+Its `solution` is a trace for the cold start. A full trace writes out every step, each quoting what
+it computes ("Monday brings 3: 7+3=10"). A share of `guess_share` of the traces stops working after
+a random number of steps and states the answer from there, so a policy trained on them holds both
+habits, thinking to the end and guessing early, and reinforcement learning has to find out which
+one pays: what R1-Zero's accuracy and response length, rising together, show (Guo et al. 2025,
+arXiv:2501.12948, section 2.2), at laptop size.
 
 Splits are disjoint by construction: the *skeleton* (start value and signed changes, whatever the
 names and things) decides the split by a hash, so no held-out sum ever occurs in training under
@@ -21,10 +22,13 @@ import hashlib
 import random
 from collections.abc import Iterator
 
-PEOPLE = {"Mia": "She", "Tom": "He", "Ana": "She", "Ben": "He", "Eva": "She", "Sam": "He"}
+PEOPLE = ["Mia", "Tom", "Ana", "Ben", "Eva", "Sam"]
 THINGS = ["apples", "books", "coins", "cards", "eggs", "nuts"]
-GAINS = ["buys", "finds", "gets", "wins"]
-LOSSES = ["drops", "gives", "loses", "sells"]
+DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
+# At least as many of each as days: no verb occurs twice in a story, so a step's place in it is
+# plain to a policy of a million parameters, which loses it between two "buys" one time in ten.
+GAINS = ["brings", "adds", "gives", "yields", "sends", "earns"]
+LOSSES = ["takes", "costs", "eats", "wastes", "burns", "drops"]
 
 TEST_SHARE = 0.1
 """Share of all skeletons that belongs to the test split."""
@@ -35,9 +39,9 @@ def load(
     *,
     size: int = 1000,
     seed: int = 0,
-    min_steps: int = 3,
-    max_steps: int = 5,
-    max_value: int = 15,
+    min_steps: int = 2,
+    max_steps: int = 4,
+    max_value: int = 20,
     max_change: int = 9,
     guess_share: float = 0.0,
 ) -> Iterator[dict]:
@@ -47,6 +51,8 @@ def load(
     """
     if split not in ("train", "test"):
         raise ValueError(f'split "{split}": arithmetic has "train" and "test"')
+    if not 1 <= min_steps <= max_steps <= len(DAYS):
+        raise ValueError(f"min_steps {min_steps}, max_steps {max_steps}: 1 to {len(DAYS)} are told")
     rng = random.Random(f"arithmetic/{split}/{seed}")
     habits = random.Random(f"arithmetic/{split}/{seed}/habits")
     seen = set()
@@ -60,12 +66,13 @@ def load(
         worked = len(changes)
         if habits.random() < guess_share:
             worked = habits.randrange(len(changes))
+        story, events = tell(rng, start, changes)
         yield {
             "id": f"arithmetic-{split}-{seed}-{len(seen) - 1}",
             "kind": "math",
-            "prompt": [{"role": "user", "content": tell(rng, start, changes)}],
+            "prompt": [{"role": "user", "content": story}],
             "answer": str(start + sum(changes)),
-            "solution": write_trace(start, changes, worked),
+            "solution": write_trace(start, changes, events, worked),
             "source": "arithmetic",
         }
 
@@ -91,20 +98,22 @@ def split_of(skeleton: str) -> str:
     return "test" if share < TEST_SHARE else "train"
 
 
-def tell(rng: random.Random, start: int, changes: list[int]) -> str:
-    """The sum as a story."""
-    person, thing = rng.choice(list(PEOPLE)), rng.choice(THINGS)
-    sentences = [f"{person} has {start} {thing}."]
-    for change in changes:
-        verb = rng.choice(GAINS if change > 0 else LOSSES)
-        sentences.append(f"{PEOPLE[person]} {verb} {abs(change)}.")
-    return " ".join([*sentences, f"How many {thing} now?"])
+def tell(rng: random.Random, start: int, changes: list[int]) -> tuple[str, list[str]]:
+    """The sum as a story, and its events ("Monday brings 3"), one per change."""
+    person, thing = rng.choice(PEOPLE), rng.choice(THINGS)
+    gains, losses = (iter(rng.sample(verbs, len(verbs))) for verbs in (GAINS, LOSSES))
+    events = [
+        f"{day} {next(gains if change > 0 else losses)} {abs(change)}"
+        for day, change in zip(DAYS, changes)
+    ]
+    sentences = [f"{person} has {start} {thing}", *events, f"How many {thing} now?"]
+    return ". ".join(sentences), events
 
 
-def write_trace(start: int, changes: list[int], worked: int) -> str:
+def write_trace(start: int, changes: list[int], events: list[str], worked: int) -> str:
     """`<think>` with the first `worked` steps written out, then the boxed answer."""
     value, lines = start, []
-    for change in changes[:worked]:
-        lines.append(f"{value}{change:+d}={value + change}\n")
+    for change, event in zip(changes[:worked], events):
+        lines.append(f"{event}: {value}{change:+d}={value + change}\n")
         value += change
     return f"<think>\n{''.join(lines)}</think>\n\\boxed{{{start + sum(changes)}}}"

@@ -402,9 +402,7 @@ def known_keys(location: tuple, values: dict) -> list[str]:
         if part in STAGE_TYPES and not (model is not Recipe and part in model.model_fields):
             model = STAGE_TYPES[part]
             continue
-        field = next(
-            (f for n, f in model.model_fields.items() if part in (n, f.alias)), None
-        )
+        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
         nested = [t for t in walk_types(field.annotation) if issubclass(t, BaseModel)]
         if not nested:
             return []

@@ -1,6 +1,6 @@
 """Evaluation: every checkpoint on the same held-out problems. Run it with:
 
-    r1pipe eval configs/demo.yaml
+r1pipe eval configs/demo.yaml
 """
 
 import json
@@ -11,11 +11,11 @@ from r1pipe.config import Eval, Reward
 from r1pipe.problems import OverlapIndex
 from r1pipe.progress import StageProgress, say
 from r1pipe.records import Problem, Rollout, Score, read_jsonl, write_jsonl, write_text
-from r1pipe.summary import format_table, plot_curves
 from r1pipe.rollout import Sampler
 from r1pipe.scoring import Scorer, mean
 from r1pipe.stage import StageContext
 from r1pipe.statistics import clustered_interval, estimate_pass_at_k, vote
+from r1pipe.summary import format_table, plot_curves
 from rewards import extract_answer
 
 

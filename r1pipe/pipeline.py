@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Callable
 
+from r1pipe.check import check_stage
 from r1pipe.config import Recipe, Stage
 from r1pipe.errors import UserError
 from r1pipe.progress import say
@@ -26,7 +27,7 @@ def run_recipe(recipe: Recipe, redo: str | None = None) -> None:
     """Run every stage that is not finished; `redo` names a stage to make again, with all after."""
     if redo is not None and recipe.stage(redo) is None:
         names = ", ".join(stage.name for stage in recipe.stages)
-        raise UserError(f'--redo {redo}: no such stage; there are {names}')
+        raise UserError(f"--redo {redo}: no such stage; there are {names}")
     with RunFolder(recipe) as run:
         names = [stage.name for stage in recipe.stages]
         redone = set(names[names.index(redo) :]) if redo else set()
@@ -62,6 +63,9 @@ def run_one(recipe: Recipe, kind: str, redo: bool) -> None:
 def run_stages(run: RunFolder, stages: list[Stage]) -> None:
     if not stages:
         return
+    # A misspelt reward of the last stage is worth knowing before the first one has run for hours.
+    for stage in stages:
+        check_stage(stage)
     # transformers and vLLM are told to be quiet before they are imported: our bars tell more.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -86,7 +90,11 @@ def run_stages(run: RunFolder, stages: list[Stage]) -> None:
                 device=device,
                 facts={},
             )
-            facts = find_stage(stage.kind)(stage, context)
+            try:
+                facts = find_stage(stage.kind)(stage, context)
+            except BaseException:
+                run.abandon(context.folder)
+                raise
             wall_s = time.monotonic() - stage_started
             facts = {**context.facts, **facts, "peak_memory_gib": round(peak_memory_gib(), 2)}
             run.finish(stage, context.folder, facts, wall_s)

@@ -1,6 +1,6 @@
 """The reject stage: traces for a later sft stage, sampled from a policy. Run it with:
 
-    r1pipe reject configs/r1.yaml
+r1pipe reject configs/r1.yaml
 """
 
 from typing import Any

@@ -21,8 +21,8 @@ from r1pipe.config import Recipe, Stage
 from r1pipe.errors import UserError
 from r1pipe.records import dump_row, read_jsonl, write_text
 
-SHARED_KEYS = ("seed", "dtype", "attn_implementation", "ngram", "engine")
-"""Settings of the recipe that change what a stage makes."""
+SHARED_KEYS = ("seed", "dtype", "attn_implementation", "ngram")
+"""Settings of the recipe that change what a stage makes. The engine's bound only what fits."""
 
 
 class RunFolder:
@@ -68,6 +68,10 @@ class RunFolder:
         partial.mkdir()
         return partial
 
+    def abandon(self, partial: Path) -> None:
+        """Nothing half-written stays behind a stage that failed or was interrupted."""
+        shutil.rmtree(partial, ignore_errors=True)
+
     def finish(self, stage: Stage, partial: Path, facts: dict[str, Any], wall_s: float) -> None:
         """Put a stage's folder in its place, replacing an older one."""
         record = {
@@ -98,7 +102,9 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.stage_dir(name)}/stage.json: cannot be read: {error}") from error
+            raise UserError(
+                f"{self.stage_dir(name)}/stage.json: cannot be read: {error}"
+            ) from error
 
     def settings(self, stage: Stage) -> dict[str, Any]:
         """What the stage is made from: its own section and the shared keys, resolved."""
@@ -122,8 +128,8 @@ class RunFolder:
             return False
         if record["fingerprint"] == self.fingerprint(stage):
             return True
-        now = self.settings(stage)
-        changed = [k for k in {**now, **record["settings"]} if now.get(k) != record["settings"].get(k)]
+        now, then = self.settings(stage), record["settings"]
+        changed = [key for key in {**now, **then} if now.get(key) != then.get(key)]
         what = f"other settings ({', '.join(sorted(changed))})" if changed else "another parent"
         raise UserError(
             f"{self.stage_dir(stage.name)}: finished with {what} than the recipe has now; "

@@ -1,6 +1,6 @@
 """The cold start: supervised training on written-out reasoning. Run it with:
 
-    r1pipe sft configs/demo.yaml
+r1pipe sft configs/demo.yaml
 """
 
 from typing import Any

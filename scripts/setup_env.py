@@ -1,7 +1,7 @@
 """Makes .venv from requirements.txt, or says what is missing in it. Needs nothing but Python.
 
-    python3 scripts/setup_env.py            # what `make setup` runs; does nothing if it is up to date
-    python3 scripts/setup_env.py --check    # what `make doctor` runs
+    python3 scripts/setup_env.py            # `make setup`: does nothing if .venv is up to date
+    python3 scripts/setup_env.py --check    # `make doctor`
 
 Three things keep this from being one `pip install -r`:
 - CPU builds of torch are not on the usual package index but on PyTorch's own, unless pip has been
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def find_platform_problem() -> str | None:
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036 - this is what tells a user of an older one
         return f"Python {platform.python_version()} is too old: 3.11 or newer is needed"
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return (
@@ -88,12 +88,9 @@ def install() -> None:
     hashed = [line for line in requirements if "--hash" in line]
     others = [line for line in requirements if line != torch and line not in hashed]
     print(f"installing {len(requirements)} pinned packages: a few minutes, about 3 GB", flush=True)
-    others_first_failure = None
     try:
         pip("--no-deps", torch, quiet_errors=True)
-    except subprocess.CalledProcessError as error:
-        others_first_failure = error
-    if others_first_failure is not None:
+    except subprocess.CalledProcessError:
         pip("--no-deps", "--index-url", TORCH_CPU_INDEX, torch)
     with tempfile.TemporaryDirectory() as folder:
         for name, lines, options in (

@@ -1,6 +1,6 @@
 """The GRPO stage: roll out -> score -> advantage -> update -> sync. Run it with:
 
-    r1pipe grpo configs/demo.yaml
+r1pipe grpo configs/demo.yaml
 """
 
 import copy
@@ -92,7 +92,7 @@ def train(
         metrics = {"step": step, **reward_metrics(scores), **updater.evaluate(samples)}
         stop_if_broken(stage, metrics, step)
         metrics |= updater.update(samples, step)
-        if stage.reference_refresh_steps and stage.beta and step % stage.reference_refresh_steps == 0:
+        if stage.reference_refresh_steps and step % stage.reference_refresh_steps == 0:
             updater.refresh_reference()
         clock.lap("update")
 
@@ -103,12 +103,15 @@ def train(
             **describe_rollouts(rollouts),
             **clock.metrics(rollouts),
         }
-        yield metrics, [
-            rollout_record(step, problem, rollout, score, sample)
-            for problem, rollout, score, sample in zip(
-                owners, rollouts, scores, samples, strict=True
-            )
-        ]
+        yield (
+            metrics,
+            [
+                rollout_record(step, problem, rollout, score, sample)
+                for problem, rollout, score, sample in zip(
+                    owners, rollouts, scores, samples, strict=True
+                )
+            ],
+        )
 
 
 def draw_prompts(problems: list[Problem], seed: int) -> Iterator[Problem]:

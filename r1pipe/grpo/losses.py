@@ -84,9 +84,7 @@ def compute_loss(
     advantages_B1 = inputs.advantages_B.unsqueeze(1)
     low, high = 1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high)
     # PPO's pessimistic bound (arXiv:1707.06347, eq. 7), token by token.
-    loss_BT = -torch.minimum(
-        ratio_BT * advantages_B1, ratio_BT.clamp(low, high) * advantages_B1
-    )
+    loss_BT = -torch.minimum(ratio_BT * advantages_B1, ratio_BT.clamp(low, high) * advantages_B1)
     mask_BT = inputs.mask_BT
     with torch.no_grad():
         clipped_low = (ratio_BT < low) & (advantages_B1 < 0)

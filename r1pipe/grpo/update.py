@@ -271,5 +271,6 @@ class Updater:
         return {"loss": float(loss.loss.detach()), **loss.sums}
 
     def refresh_reference(self) -> None:
-        """Make the reference the current policy (R1 does so every 400 steps)."""
-        self.reference.load_state_dict(self.policy.state_dict())
+        """Make the reference, if there is one, the current policy (R1: every 400 updates)."""
+        if self.reference is not None:
+            self.reference.load_state_dict(self.policy.state_dict())

@@ -114,9 +114,7 @@ def test_overrides() -> None:
 def test_check_reads_data_and_rewards(tmp_path: Path) -> None:
     lines = list(check_recipe(load_recipe(DEMO)))
     assert any("arithmetic/test" in line for line in lines)
-    bad = write_demo(
-        tmp_path, stages=stages_with(2, rewards=[{"function": "rewards.math_corect"}])
-    )
+    bad = write_demo(tmp_path, stages=stages_with(2, rewards=[{"function": "rewards.math_corect"}]))
     with pytest.raises(UserError, match="math_corect"):
         list(check_recipe(load_recipe(bad)))
 

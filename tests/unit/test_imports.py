@@ -59,5 +59,7 @@ def test_only_rollout_imports_vllm() -> None:
 
 @pytest.mark.parametrize("module", ["r1pipe.config", "r1pipe.records", "r1pipe.cli", "rewards"])
 def test_imports_without_torch(module: str) -> None:
-    code = f"import sys, {module}; assert not {{'torch', 'transformers', 'vllm'}} & set(sys.modules)"
+    code = (
+        f"import sys, {module}; assert not {{'torch', 'transformers', 'vllm'}} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -23,7 +23,9 @@ def test_arithmetic_is_reproducible_and_right() -> None:
         *steps, _, box = problem.solution.removeprefix("<think>\n").split("\n")
         assert box == f"\\boxed{{{problem.answer}}}"
         for step in steps:
-            left, _, right = step.partition("=")
+            event, _, sum_ = step.partition(": ")
+            assert f" {event}." in problem.question
+            left, _, right = sum_.partition("=")
             first, sign, second = left.partition("+") if "+" in left else left.partition("-")
             assert int(right) == int(first) + (1 if sign == "+" else -1) * int(second)
 

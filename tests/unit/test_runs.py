@@ -61,6 +61,14 @@ def test_read_only_folder(tmp_path: Path) -> None:
         pass
 
 
+def test_folder_that_even_root_cannot_write() -> None:
+    with (
+        pytest.raises(UserError, match=r"/proc/demo: cannot be written"),
+        RunFolder(make_recipe(Path("/proc"))),
+    ):
+        pass
+
+
 def test_stage_appears_when_it_is_finished(tmp_path: Path) -> None:
     with RunFolder(make_recipe(tmp_path)) as run:
         stage = run.recipe.stage("random")

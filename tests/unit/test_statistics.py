@@ -15,9 +15,7 @@ PASS_AT_K = [(4, 0, 2), (4, 1, 2), (4, 2, 3), (5, 5, 1), (6, 3, 1), (3, 1, 3)]
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(n: int, right: int, k: int) -> None:
     samples = [True] * right + [False] * (n - right)
     subsets = list(itertools.combinations(samples, k))
-    assert estimate_pass_at_k(n, right, k) == pytest.approx(
-        sum(map(any, subsets)) / len(subsets)
-    )
+    assert estimate_pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
 
 
 def test_pass_at_k_needs_k_samples() -> None:

@@ -1,0 +1,236 @@
+"""The sampler agrees with the trainer, in each of the cases in which it was seen not to.
+
+Every test here failed before the line in rollout.py or models.py that it names. Engines are real
+vLLM; each is started once for the module.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import PreTrainedModel
+
+from r1pipe.config import Engine, ProblemSet, Sampling
+from r1pipe.errors import UserError
+from r1pipe.grpo.update import Sample, compute_logprobs, make_micro_batches
+from r1pipe.models import (
+    build_model,
+    build_tokenizer,
+    export_weights,
+    fast_training_kernels,
+    save_checkpoint,
+)
+from r1pipe.problems import load_problems
+from r1pipe.records import Problem, Rollout
+from r1pipe.rollout import Engines, Sampler, derive_seed
+
+ROOT = Path(__file__).parents[2]
+DEMO = {
+    stage.get("name", stage["kind"]): stage
+    for stage in yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["stages"]
+}
+CPU = torch.device("cpu")
+SETTINGS = Engine(max_model_len=128, max_num_seqs=256, kv_cache_gib=0.25)
+SAMPLING = Sampling(max_completion_length=24)
+LIMIT = 1e-5
+"""Mean |sampler - trainer| log-probability in float32; the wrong ones were 0.2 to 5.6."""
+
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+ARCHITECTURES = {
+    "deepseek_v3": DEMO["random"]["model"],
+    "qwen3, tied": DEMO["distill"]["student"],
+    "qwen3_moe": QWEN3_MOE,
+    "llama": LLAMA,
+}
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[Problem]:
+    return load_problems(ProblemSet(recipe="arithmetic", options={"size": 24}))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(problems: list[Problem]) -> object:
+    return build_tokenizer((f"{p.question}\n{p.solution}" for p in problems), 400)
+
+
+@pytest.fixture(scope="module")
+def engines() -> Iterator[Engines]:
+    engines = Engines(SETTINGS, "float32", CPU)
+    yield engines
+    engines.close()
+
+
+def make_model(name: str, tokenizer: object, seed: int) -> PreTrainedModel:
+    """Random weights, large enough that a wrong one shows; the router's bias too."""
+    model = build_model({**ARCHITECTURES[name], "initializer_range": 0.1}, tokenizer, seed)
+    generator = torch.Generator().manual_seed(seed)
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator))
+    return model
+
+
+def logprob_diff(model: PreTrainedModel, rollouts: list[Rollout]) -> float:
+    diffs = []
+    for batch in make_micro_batches([Sample(r, 0.0) for r in rollouts], 4096, 0, CPU):
+        with torch.no_grad():
+            logprobs_BT, _ = compute_logprobs(model, batch, temperature=1.0)
+        for sample, own in zip(batch.samples, batch.gather(logprobs_BT)):
+            diffs.append((own - torch.tensor(sample.rollout.logprobs)).abs())
+    return float(torch.cat(diffs).mean())
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def opened(
+    request: pytest.FixtureRequest,
+    engines: Engines,
+    tokenizer: object,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[str, PreTrainedModel, Sampler]:
+    model = make_model(request.param, tokenizer, seed=0)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(model, tokenizer, folder)
+    return request.param, model, engines.open(str(folder))
+
+
+def test_fresh_engine_agrees(opened: tuple, problems: list[Problem]) -> None:
+    """dtype (float32 became bf16) and the rotary kernel (DeepSeek)."""
+    _, model, sampler = opened
+    assert sampler.llm.llm_engine.model_config.dtype == torch.float32
+    assert logprob_diff(model, sampler.generate(problems, 2, SAMPLING, (0,))) < LIMIT
+
+
+def test_reloaded_engine_agrees(opened: tuple, tokenizer: object, problems: list[Problem]) -> None:
+    """Expert kernels, the tied head, the bias buffer, the experts' names, the prefix cache.
+
+    The same prompts before and after: a prefix cache that is kept would serve old keys and values.
+    """
+    name, model, sampler = opened
+    before = sampler.generate(problems, 1, SAMPLING, (0,))
+    other = make_model(name, tokenizer, seed=1)
+    for weights in (other, model, other):
+        sampler.load_weights(export_weights(weights))
+        rollouts = sampler.generate(problems, 1, SAMPLING, (0,))
+        assert logprob_diff(weights, rollouts) < LIMIT
+    assert logprob_diff(model, rollouts) > 0.01, "the two models are too alike to tell"
+    sampler.load_weights(export_weights(model))
+    again = sampler.generate(problems, 1, SAMPLING, (0,))
+    assert [r.completion_ids for r in again] == [r.completion_ids for r in before]
+
+
+def test_checkpoint_of_the_same_architecture_reuses_the_engine(
+    opened: tuple, engines: Engines, tokenizer: object, problems: list[Problem], tmp_path: Path
+) -> None:
+    name, model, sampler = opened
+    other = make_model(name, tokenizer, seed=2)
+    save_checkpoint(other, tokenizer, tmp_path)
+    assert engines.open(str(tmp_path)) is sampler
+    assert logprob_diff(other, sampler.generate(problems, 1, SAMPLING, (0,))) < LIMIT
+    sampler.load_weights(export_weights(model))
+
+
+def test_samples_do_not_depend_on_the_batch(opened: tuple, problems: list[Problem]) -> None:
+    """A sample's seed comes from (seed, step, problem, sample), not from global state."""
+    _, _, sampler = opened
+    whole = sampler.generate(problems, 2, SAMPLING, (0, "step", 1))
+    torch.manual_seed(123)
+    part = sampler.generate(problems[5:7], 2, SAMPLING, (0, "step", 1))
+    assert [r.completion_ids for r in part] == [r.completion_ids for r in whole[10:14]]
+    other = sampler.generate(problems[5:7], 2, SAMPLING, (0, "step", 2))
+    assert [r.completion_ids for r in other] != [r.completion_ids for r in part]
+    assert derive_seed(0, "a") != derive_seed(1, "a")
+
+
+def test_prompts_beyond_the_batch_budget(opened: tuple, problems: list[Problem]) -> None:
+    """More prompt tokens than one engine step takes: chunked prefill needs a generator that can
+    rewind, which torch's CPU generator cannot."""
+    _, _, sampler = opened
+    sampling = Sampling(max_completion_length=1)
+    rollouts = sampler.generate(problems, 24, sampling, (0,))
+    assert sum(len(r.prompt_ids) for r in rollouts) > 8192
+    assert len(rollouts) == 24 * len(problems)
+
+
+def test_logprobs_are_at_the_sampling_temperature(opened: tuple, problems: list[Problem]) -> None:
+    _, model, sampler = opened
+    sampling = Sampling(temperature=0.5, max_completion_length=16)
+    rollouts = sampler.generate(problems, 1, sampling, (0,))
+    batch = make_micro_batches([Sample(r, 0.0) for r in rollouts], 10**6, 0, CPU)[0]
+    with torch.no_grad():
+        logprobs_BT, entropy_BT = compute_logprobs(model, batch, temperature=0.5)
+    for sample, own in zip(batch.samples, batch.gather(logprobs_BT)):
+        assert own.tolist() == pytest.approx(sample.rollout.logprobs, abs=1e-4)
+    assert (entropy_BT >= 0).all()
+
+
+def test_all_cores_sample_and_train(opened: tuple) -> None:
+    """vLLM would keep a core for itself and bind this process's threads to the others."""
+    assert len(os.sched_getaffinity(0)) == torch.get_num_threads() == os.cpu_count()
+
+
+def test_prompt_that_does_not_fit_is_named(opened: tuple, problems: list[Problem]) -> None:
+    _, _, sampler = opened
+    long = Problem(
+        id="long-1", kind="math", prompt=[{"role": "user", "content": "7 " * 200}], answer="1"
+    )
+    with pytest.raises(UserError, match=r'"long-1".*do not fit the context of 128'):
+        sampler.encode([*problems, long], 24)
+
+
+def test_checkpoint_has_what_vllm_reads(tokenizer: object, tmp_path: Path) -> None:
+    model = make_model("deepseek_v3", tokenizer, seed=0)
+    save_checkpoint(model, tokenizer, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["topk_method"], config["scoring_func"]) == ("noaux_tc", "sigmoid")
+    names = {name for name, _ in export_weights(model)}
+    assert "model.layers.1.mlp.gate.e_score_correction_bias" in names
+    assert "model.layers.1.mlp.experts.7.down_proj.weight" in names
+
+
+def test_head_size_that_the_cpu_kernel_refuses(tokenizer: object, tmp_path: Path) -> None:
+    settings = {**ARCHITECTURES["deepseek_v3"], "qk_nope_head_dim": 20, "qk_rope_head_dim": 20}
+    save_checkpoint(build_model(settings, tokenizer, 0), tokenizer, tmp_path)
+    with pytest.raises(UserError, match="qk_rope_head_dim is 40; on CPU vLLM needs one of 32"):
+        Sampler(str(tmp_path), SETTINGS, "float32", CPU)
+
+
+def test_model_that_vllm_cannot_run(tokenizer: object, tmp_path: Path) -> None:
+    settings = {"model_type": "openai-gpt", "n_embd": 32, "n_layer": 1, "n_head": 1}
+    save_checkpoint(build_model(settings, tokenizer, 0), tokenizer, tmp_path)
+    with pytest.raises(UserError, match="vLLM cannot run the architecture OpenAIGPT"):
+        Sampler(str(tmp_path), SETTINGS, "float32", CPU)
+
+
+def test_training_kernels_are_switched_and_restored() -> None:
+    before = torch.backends.mkldnn.enabled
+    with fast_training_kernels(CPU, "float32"):
+        assert not torch.backends.mkldnn.enabled
+    assert torch.backends.mkldnn.enabled == before
+    with fast_training_kernels(CPU, "bfloat16"):
+        assert torch.backends.mkldnn.enabled == before

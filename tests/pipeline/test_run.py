@@ -1,0 +1,239 @@
+"""The recipe end to end through the command line, with real vLLM; then what can go wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+SUMMARY_KEYS = {
+    "stage", "checkpoint", "dataset", "num_problems", "num_samples", "temperature", "pass_at_1",
+    "ci_low", "ci_high", "pass_at_k", "maj_at_k", "format_rate", "mean_tokens", "truncated",
+    "wall_s",
+}  # fmt: skip
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "r1pipe", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    process = start(*arguments)
+    out, err = process.communicate(timeout=400)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_recipe: Path) -> tuple[Path, subprocess.CompletedProcess]:
+    """The run's folder after `r1pipe run`, and what the command said."""
+    result = run("run", tiny_recipe)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return tiny_recipe.parent / "runs" / "tiny", result
+
+
+def test_summary(finished: tuple) -> None:
+    folder, result = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    assert [entry["stage"] for entry in summary] == ["random", "sft", "grpo", "distill"]
+    for entry in summary:
+        assert set(entry) >= SUMMARY_KEYS
+        assert (entry["num_problems"], entry["num_samples"], entry["overlap"]) == (10, 2, 0.0)
+        assert entry["ci_low"] <= entry["pass_at_1"] <= entry["ci_high"]
+        assert entry["pass_at_1"] <= entry["pass_at_k"]
+        assert entry["wall_s"] > 0
+        assert Path(entry["checkpoint"]).is_dir()
+        assert f"| {entry['stage']}" in result.stdout
+    assert "10 problems x 2 samples, T = 1" in result.stdout
+    samples = read_lines(folder / "eval" / "samples_1.jsonl")
+    rate = sum(s["rewards"]["rewards.math_correct"] for s in samples) / len(samples)
+    assert rate == pytest.approx(summary[0]["pass_at_1"], abs=1e-4)
+
+
+def test_curves_are_a_picture(finished: tuple) -> None:
+    folder, _ = finished
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sampler_and_trainer_agree_at_each_step_and_after_the_last_sync(finished: tuple) -> None:
+    folder, _ = finished
+    metrics = read_lines(folder / "grpo" / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [1, 2]
+    assert all(row["sampler/logprob_diff_mean"] <= 1e-4 for row in metrics)
+    record = json.loads((folder / "grpo" / "stage.json").read_text())
+    assert record["last_sync/logprob_diff_mean"] <= 1e-4
+    # The optimizer moved: otherwise the sync would have nothing to show.
+    assert all(row["grad_norm"] > 0 for row in metrics)
+
+
+def test_rollouts_are_kept(finished: tuple) -> None:
+    folder, _ = finished
+    rollouts = read_lines(folder / "grpo" / "rollouts.jsonl")
+    assert len(rollouts) == 2 * 8 * 4
+    for group in (rollouts[i : i + 4] for i in range(0, len(rollouts), 4)):
+        assert len({row["problem_id"] for row in group}) == 1
+        assert sum(row["advantage"] for row in group) == pytest.approx(0, abs=1e-2)
+
+
+def test_training_never_sees_a_held_out_problem(finished: tuple) -> None:
+    folder, result = finished
+    heldout = {row["prompt"] for row in read_lines(folder / "eval" / "samples_1.jsonl")}
+    for stage in ("sft", "grpo", "distill"):
+        trained = {r["prompt"][0]["content"] for r in read_lines(folder / stage / "problems.jsonl")}
+        assert not trained & heldout
+        assert f"{stage}: " in result.stderr
+    assert "dropped for overlap with 10 held-out ones" in result.stderr
+
+
+def test_every_stage_leaves_a_whole_folder(finished: tuple) -> None:
+    folder, _ = finished
+    assert not list(folder.glob(".*.partial"))
+    for stage in ("random", "sft", "grpo", "distill"):
+        assert (folder / stage / "model.safetensors").exists()
+        assert json.loads((folder / stage / "stage.json").read_text())["peak_memory_gib"] < 8
+
+
+def test_finished_stages_are_not_run_again(finished: tuple, tiny_recipe: Path) -> None:
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    result = run("run", tiny_recipe)
+    assert result.returncode == 0
+    assert result.stderr.count("finished before") == 5
+    after = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    before.pop(folder / ".lock"), after.pop(folder / ".lock")
+    assert after == before
+
+
+def test_same_seed_gives_the_same_weights(finished: tuple, tiny_recipe: Path) -> None:
+    """A second run, one command per stage: bit-equal checkpoints and rollouts."""
+    folder, _ = finished
+    for command in ("init", "sft", "grpo"):
+        result = run(command, tiny_recipe, "--set", "name=again")
+        assert result.returncode == 0, result.stderr[-3000:]
+    other = folder.parent / "again"
+    for file in ("sft/model.safetensors", "grpo/rollouts.jsonl", "grpo/model.safetensors"):
+        assert (other / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+def test_interrupted_run_goes_on_after_the_last_finished_stage(tiny_recipe: Path) -> None:
+    name = ("--set", "name=interrupted", "--set", "stages.sft.train.max_steps=2000")
+    folder = tiny_recipe.parent / "runs" / "interrupted"
+    process = start("run", tiny_recipe, *name)
+    wait_for(lambda: (folder / ".sft.partial" / "problems.jsonl").exists())
+    time.sleep(3)
+    busy = run("sft", tiny_recipe, *name)
+    assert busy.returncode == 2
+    assert f"busy, process {process.pid}" in busy.stderr
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on" in err
+    assert "Traceback" not in err
+    assert (folder / "random" / "stage.json").exists()
+    assert not (folder / "sft").exists()
+    result = run("sft", tiny_recipe, "--set", "name=interrupted")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (folder / "sft" / "model.safetensors").exists()
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def rewrite(recipe: Path, folder: Path, change: Callable[[dict], None]) -> Path:
+    values = yaml.safe_load(recipe.read_text())
+    change({s.get("name", s["kind"]): s for s in values["stages"]})
+    path = folder / "changed.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+# (command, --set, words of the one line). The run is the finished one, or a new one by name.
+USER_ERRORS = {
+    "unknown key": (["run"], ["stages.grpo.beat=0.1"], ["stages.grpo.beat", "did you mean beta"]),
+    "missing file": (["run"], ["name=new", "stages.grpo.data.recipe=none.py"], ["none.py"]),
+    "missing reward": (
+        ["run"],
+        ["name=new", "stages.distill.traces.rewards=[{function: rewards.maths}]"],
+        ["rewards.maths"],
+    ),
+    "predecessor": (["grpo"], ["name=new"], ['"sft", which has not run', "r1pipe sft"]),
+    "other settings": (["run"], ["seed=5"], ["other settings (seed)", "--redo random"]),
+    "no such stage": (["run", "--redo", "rl"], [], ["--redo rl", "grpo"]),
+    "no such kind": (["reject"], [], ["no reject stage"]),
+    "prompt too long": (
+        ["grpo", "--redo"],
+        ["engine.max_model_len=64"],
+        ["arithmetic-train", "do not fit the context of 64"],
+    ),
+    "parity gate": (
+        ["grpo", "--redo"],
+        ["stages.grpo.max_logprob_diff=1e-12"],
+        ["grpo, step 1: sampler and trainer disagree", "max_logprob_diff"],
+    ),
+    "rewards that cannot judge": (
+        ["grpo", "--redo"],
+        ["stages.grpo.rewards=[{function: reward_of_tests.never_judges}]"],
+        ["grpo, step 1", "could not judge 100%"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", USER_ERRORS)
+def test_user_errors_are_one_line_and_change_nothing(
+    case: str, finished: tuple, tiny_recipe: Path
+) -> None:
+    folder, _ = finished
+    command, overrides, words = USER_ERRORS[case]
+    kept = (folder / "grpo" / "model.safetensors").read_bytes()
+    options = [part for override in overrides for part in ("--set", override)]
+    result = run(*command[:1], tiny_recipe, *command[1:], *options)
+    assert result.returncode == 2, result.stderr[-3000:]
+    assert result.stdout == ""
+    line = result.stderr.splitlines()[-1]
+    assert line.startswith("r1pipe: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in line
+    assert (folder / "grpo" / "model.safetensors").read_bytes() == kept
+    assert not list(folder.glob(".*.partial"))
+    assert not (folder.parent / "new" / "random").exists()
+
+
+def test_row_without_answer_is_named(tiny_recipe: Path, tmp_path: Path) -> None:
+    data = tmp_path / "mine.jsonl"
+    rows = [{"question": "1+1?", "solution": "1+1=2 #### 2", "answer": "2"}, {"question": "2+2?"}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changed = rewrite(
+        tiny_recipe,
+        tmp_path,
+        lambda stages: stages["sft"].update(
+            data={"recipe": "gsm8k", "options": {"path": str(data)}}
+        ),
+    )
+    result = run("check", changed)
+    assert result.returncode == 2
+    assert "gsm8k.py" in result.stderr
+    assert "row 2" in result.stderr
+    assert "answer" in result.stderr
