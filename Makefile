@@ -40,5 +40,8 @@ format: setup
 	@.venv/bin/ruff check --fix .
 	@.venv/bin/ruff format .
 
+bench: setup
+	@.venv/bin/python benchmarks/cpu_training.py
+
 clean:
 	rm -rf runs .pytest_cache .ruff_cache .hypothesis

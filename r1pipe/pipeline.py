@@ -4,6 +4,7 @@ import importlib
 import os
 import resource
 import time
+import warnings
 from collections.abc import Callable
 
 from r1pipe.check import check_stage
@@ -66,10 +67,7 @@ def run_stages(run: RunFolder, stages: list[Stage]) -> None:
     # A misspelt reward of the last stage is worth knowing before the first one has run for hours.
     for stage in stages:
         check_stage(stage)
-    # transformers and vLLM are told to be quiet before they are imported: our bars tell more.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    silence_libraries()
     from r1pipe.models import pick_device
     from r1pipe.rollout import Engines
     from r1pipe.stage import StageContext
@@ -103,6 +101,22 @@ def run_stages(run: RunFolder, stages: list[Stage]) -> None:
         engines.close()
     if len(stages) > 1:
         say(f"{recipe.name}: {len(stages)} stages in {time.monotonic() - started:.0f} s")
+
+
+def silence_libraries() -> None:
+    """Tell the libraries, before they are imported, to be quiet: our own bars say more."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def find_stage(kind: str) -> Callable:

@@ -224,6 +224,7 @@ def engine_arguments(
         # At the sampling temperature: what the trainer compares its own with.
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         "seed": 0,
     }
     if settings.kv_cache_gib is not None:

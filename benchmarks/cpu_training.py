@@ -1,0 +1,61 @@
+"""Forward and backward of the demo's policy on CPU: oneDNN on or off, and the experts' code.
+
+    make bench
+
+Every round runs all variants one after another on batches of a shape of its own, as in training,
+so that a machine whose speed drifts slows all of them; medians and ratios over rounds are printed.
+"""
+
+import random
+import statistics
+import time
+
+import torch
+
+from r1pipe.config import Init, ProblemSet, load_recipe
+from r1pipe.models import build_model, build_tokenizer
+from r1pipe.problems import load_problems
+
+ROUNDS = 12
+BATCH = 64
+
+
+def main() -> None:
+    stage = load_recipe("configs/demo.yaml").stages[0]
+    assert isinstance(stage, Init)
+    problems = load_problems(ProblemSet(recipe="arithmetic", options={"size": 500}))
+    tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in problems), 512)
+    model = build_model(stage.model, tokenizer, seed=0)
+    variants = [
+        (experts, onednn) for experts in ("eager", "grouped_mm") for onednn in (False, True)
+    ]
+    seconds: dict[tuple[str, bool], list[float]] = {variant: [] for variant in variants}
+    rng = random.Random(0)
+    for _ in range(ROUNDS):
+        ids_BL = torch.randint(len(tokenizer), (BATCH, rng.randint(48, 80)))
+        for experts, onednn in rng.sample(variants, len(variants)):
+            seconds[experts, onednn].append(
+                time_step(model, ids_BL, experts, onednn) / ids_BL.numel()
+            )
+    base = seconds["eager", False]
+    print(f"{torch.get_num_threads()} threads, {ROUNDS} rounds of {BATCH} x 48..80 tokens")
+    print("| experts | oneDNN | tokens/s, median | time / first row, median |\n|---|---|---|---|")
+    for (experts, onednn), values in seconds.items():
+        speed = 1 / statistics.median(values)
+        ratio = statistics.median(a / b for a, b in zip(values, base))
+        print(f"| {experts} | {'on' if onednn else 'off'} | {speed:,.0f} | {ratio:.2f} |")
+
+
+def time_step(model: torch.nn.Module, ids_BL: torch.Tensor, experts: str, onednn: bool) -> float:
+    model.set_experts_implementation(experts)
+    torch.backends.mkldnn.enabled = onednn
+    started = time.perf_counter()
+    logits_BLV = model(input_ids=ids_BL, use_cache=False).logits
+    logits_BLV.logsumexp(-1).mean().backward()
+    elapsed = time.perf_counter() - started
+    model.zero_grad(set_to_none=True)
+    return elapsed
+
+
+if __name__ == "__main__":
+    main()
