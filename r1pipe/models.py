@@ -5,6 +5,7 @@ checkpoint format that vLLM reads (one tensor per expert): `export_weights` tran
 """
 
 import contextlib
+import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -103,7 +104,7 @@ def build_model(
 ) -> PreTrainedModel:
     """A model with random weights, float32. `settings`: `model_type` and its config's arguments.
 
-    Raises UserError for a model type or an argument that transformers does not know.
+    Raises UserError for a model type that transformers does not know, or a misspelt argument.
     """
     settings = dict(settings)
     model_type = settings.pop("model_type", None)
@@ -113,8 +114,12 @@ def build_model(
         known = AutoConfig.for_model(model_type)
     except ValueError as error:
         raise UserError(f'model: transformers knows no model_type "{model_type}"') from error
-    if unknown := [key for key in settings if not hasattr(known, key)]:
-        raise UserError(f'model: a {model_type} config has no "{unknown[0]}"')
+    for key in settings:
+        # Keys that a config does not declare are kept by it, and read by some models (head_dim of
+        # Qwen3-MoE): only what looks like a misspelling is refused.
+        near = difflib.get_close_matches(key, known.to_dict(), n=1, cutoff=0.85)
+        if not hasattr(known, key) and near:
+            raise UserError(f'model: a {model_type} config has no "{key}"; did you mean {near[0]}?')
     config = AutoConfig.for_model(
         model_type,
         **{
