@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from r1pipe.records import read_jsonl
+
 ROOT = Path(__file__).parents[2]
 SUMMARY_KEYS = {
     "stage", "checkpoint", "dataset", "num_problems", "num_samples", "temperature", "pass_at_1",
@@ -39,7 +41,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
 
 
 def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for _, row in read_jsonl(path)]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +64,7 @@ def test_summary(finished: tuple) -> None:
         assert entry["wall_s"] > 0
         assert Path(entry["checkpoint"]).is_dir()
         assert f"| {entry['stage']}" in result.stdout
-    assert "10 problems x 2 samples, T = 1" in result.stdout
+    assert "10 problems x 2 samples, T = 0.6" in result.stdout
     samples = read_lines(folder / "eval" / "samples_1.jsonl")
     rate = sum(s["rewards"]["rewards.math_correct"] for s in samples) / len(samples)
     assert rate == pytest.approx(summary[0]["pass_at_1"], abs=1e-4)
