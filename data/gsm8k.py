@@ -31,7 +31,10 @@ def load(
         yield {
             "id": f"gsm8k-{split}-{number}",
             "kind": "math",
-            "prompt": [{"role": "user", "content": f"{row['question']}\n{INSTRUCTION}"}],
+            "prompt": [
+                {"role": "system", "content": INSTRUCTION},
+                {"role": "user", "content": row["question"]},
+            ],
             "answer": answer.replace(",", ""),
             "solution": f"<think>\n{steps}\n</think>\n\\boxed{{{answer}}}",
             "source": "openai/gsm8k",

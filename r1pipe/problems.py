@@ -135,10 +135,14 @@ def decontaminate(training: list[Problem], heldout: list[Problem], ngram: int) -
     return Decontaminated(kept, len(training) - len(kept))
 
 
+BOILERPLATE_SHARE = 0.1
+"""An n-gram that more of the held-out problems share is their common instruction, not a problem."""
+
+
 class OverlapIndex:
     """The n-grams of held-out problems, to be asked about training problems."""
 
-    def __init__(self, heldout: Iterable[Problem], ngram: int):
+    def __init__(self, heldout: list[Problem], ngram: int):
         self._ids_of_gram: dict[int, dict[tuple[str, ...], set[str]]] = {}
         for problem in heldout:
             words = split_words(problem.question)
@@ -147,6 +151,11 @@ class OverlapIndex:
                 ids_of_gram = self._ids_of_gram.setdefault(length, {})
                 for gram in list_ngrams(words, length):
                     ids_of_gram.setdefault(gram, set()).add(problem.id)
+        most = max(10, BOILERPLATE_SHARE * len(heldout))
+        for length, ids_of_gram in self._ids_of_gram.items():
+            self._ids_of_gram[length] = {
+                g: ids for g, ids in ids_of_gram.items() if len(ids) <= most
+            }
 
     def find(self, training: Problem) -> set[str]:
         """Ids of the held-out problems that a training problem overlaps with."""

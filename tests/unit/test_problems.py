@@ -1,5 +1,6 @@
 """Data recipes, their rows, and decontamination."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,26 @@ def test_short_heldout_problem_is_compared_whole() -> None:
     index = OverlapIndex([short, HELDOUT], ngram=13)
     assert index.find(make_problem("Tell me: what is 2 + 2, please")) == {"short"}
     assert index.find(make_problem("What is 2+3?")) == set()
+
+
+def test_common_instruction_is_no_overlap() -> None:
+    instruction = "Think step by step, then put the final answer into a box at the end."
+    questions = [f"{'x' * i} and {i} and {'y' * i}? {instruction}" for i in range(1, 41)]
+    heldout = [make_problem(text, str(i)) for i, text in enumerate(questions[:20])]
+    training = [make_problem(text, str(i)) for i, text in enumerate(questions)]
+    result = decontaminate(training, heldout, ngram=6)
+    assert [problem.question for problem in result.kept] == questions[20:]
+
+
+def test_gsm8k_reads_the_hub_s_rows_and_separate_columns(tmp_path: Path) -> None:
+    hub = {"question": "2 x 600?", "answer": "2*600=<<2*600=1200>>1200 books.\n#### 1,200"}
+    ours = {"question": "1+1?", "solution": "1+1=<<1+1=2>>2\n#### 2", "answer": "2"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(hub) + "\n" + json.dumps(ours) + "\n")
+    source = ProblemSet(recipe="gsm8k", options={"path": str(tmp_path)})
+    first, second = load_problems(source)
+    assert (first.answer, second.answer) == ("1200", "2")
+    assert first.solution == "<think>\n2*600=1200 books.\n</think>\n\\boxed{1,200}"
+    assert (first.question, second.question) == ("2 x 600?", "1+1?")
 
 
 ROW = {"id": "1", "kind": "math", "prompt": [{"role": "user", "content": "1+1"}], "answer": "2"}
