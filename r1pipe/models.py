@@ -267,7 +267,8 @@ def import_gguf(file: Path, out: Path) -> None:
         raise UserError(f"{file}: cannot be read as GGUF: {first_line(error)}") from error
     # A model that came from GGUF carries the conversion along and would save under other names:
     # the same weights under a fresh config save as a plain checkpoint.
-    config = type(loaded.config)(**loaded.config.to_dict())
+    values = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+    config = type(loaded.config)(**values)
     config.dtype = "float32"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
