@@ -43,14 +43,7 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
     num_parameters = sum(p.numel() for p in student.parameters())
     say(f"{stage.name}: {len(traces)} traces for a {type(student).__name__} of {num_parameters:,}")
     facts |= train_on_traces(
-        student,
-        tokenizer,
-        traces,
-        stage.train,
-        dtype=context.recipe.dtype,
-        seed=context.recipe.seed,
-        folder=context.folder,
-        label=f"{stage.name}: student",
+        student, tokenizer, traces, stage.train, context, f"{stage.name}: student"
     )
     save_checkpoint(student, tokenizer, context.folder)
     return {**facts, "num_parameters": num_parameters}

@@ -10,7 +10,15 @@ from typing import Any
 from r1pipe.config import Eval, Reward
 from r1pipe.problems import OverlapIndex
 from r1pipe.progress import StageProgress, say
-from r1pipe.records import Problem, Rollout, Score, read_jsonl, write_jsonl, write_text
+from r1pipe.records import (
+    Problem,
+    Rollout,
+    Score,
+    describe_rollout,
+    read_jsonl,
+    write_jsonl,
+    write_text,
+)
 from r1pipe.rollout import Sampler
 from r1pipe.scoring import Scorer, mean
 from r1pipe.stage import StageContext
@@ -48,7 +56,7 @@ def run(stage: Eval, context: StageContext) -> dict[str, Any]:
         )
         write_jsonl(
             context.folder / f"samples_{len(summary)}.jsonl",
-            map(sample_row, repeat_each(problems, stage), rollouts, scores),
+            map(describe_rollout, repeat_each(problems, stage), rollouts, scores),
         )
     text = json.dumps(summary, indent=2) + "\n"
     write_text(context.folder / "summary.json", text)
@@ -138,16 +146,3 @@ def overlap_with_training(
             for _, row in read_jsonl(path):
                 overlapping |= index.find(Problem(**row))
     return round(len(overlapping) / len(problems), 4)
-
-
-def sample_row(problem: Problem, rollout: Rollout, score: Score) -> dict:
-    return {
-        "problem_id": problem.id,
-        "sample": rollout.sample,
-        "prompt": problem.question,
-        "answer": problem.answer,
-        "completion": rollout.completion,
-        "finish_reason": rollout.finish_reason,
-        "num_tokens": len(rollout.completion_ids),
-        "rewards": score.rewards,
-    }

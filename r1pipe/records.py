@@ -63,6 +63,21 @@ class Score:
     total: float | None = None
 
 
+def describe_rollout(problem: Problem, rollout: Rollout, score: Score) -> dict[str, Any]:
+    """What a person wants to read of a rollout."""
+    return {
+        "problem_id": problem.id,
+        "sample": rollout.sample,
+        "prompt": problem.question,
+        "answer": problem.answer,
+        "completion": rollout.completion,
+        "finish_reason": rollout.finish_reason,
+        "num_tokens": len(rollout.completion_ids),
+        "rewards": score.rewards,
+        "reward": score.total,
+    }
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
     """Yield (row number from 1, row). A line that is not a JSON object is a UserError."""
     try:

@@ -17,15 +17,6 @@ def run(stage: Sft, context: StageContext) -> dict[str, Any]:
     checkpoint = context.checkpoint(stage.from_)
     tokenizer = load_tokenizer(checkpoint)
     model = load_model(checkpoint, context.device, context.recipe.attn_implementation)
-    facts = train_on_traces(
-        model,
-        tokenizer,
-        problems,
-        stage.train,
-        dtype=context.recipe.dtype,
-        seed=context.recipe.seed,
-        folder=context.folder,
-        label=stage.name,
-    )
+    facts = train_on_traces(model, tokenizer, problems, stage.train, context, stage.name)
     save_checkpoint(model, tokenizer, context.folder)
     return facts

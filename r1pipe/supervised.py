@@ -1,7 +1,7 @@
 """Supervised training on traces with TRL's SFTTrainer: the cold start and the students."""
 
+import shutil
 from dataclasses import dataclass
-from pathlib import Path
 
 from datasets import Dataset
 from transformers import (
@@ -21,6 +21,7 @@ from r1pipe.models import encode_completion, encode_prompt, fast_training_kernel
 from r1pipe.progress import StageProgress
 from r1pipe.records import Problem
 from r1pipe.runs import MetricsLog
+from r1pipe.stage import StageContext
 
 PAD_TO_MULTIPLE_OF = 8
 
@@ -97,16 +98,13 @@ def train_on_traces(
     tokenizer: PreTrainedTokenizerBase,
     problems: list[Problem],
     settings: Supervised,
-    *,
-    dtype: str,
-    seed: int,
-    folder: Path,
+    context: StageContext,
     label: str,
 ) -> dict[str, float]:
     """Train `model` in place on the problems' solutions. Returns facts for the stage's record."""
     traces = encode_traces(problems, tokenizer, settings.max_length)
     arguments = SFTConfig(
-        output_dir=str(folder / "trainer"),
+        output_dir=str(context.folder / "trainer"),
         max_steps=settings.max_steps or -1,
         num_train_epochs=settings.num_train_epochs or 1.0,
         per_device_train_batch_size=settings.per_device_train_batch_size,
@@ -133,15 +131,15 @@ def train_on_traces(
         report_to=[],
         disable_tqdm=True,
         use_cpu=model.device.type == "cpu",
-        bf16=dtype == "bfloat16",
+        bf16=context.recipe.dtype == "bfloat16",
         fp16=False,
-        seed=seed,
-        data_seed=seed,
+        seed=context.recipe.seed,
+        data_seed=context.recipe.seed,
         dataloader_pin_memory=model.device.type != "cpu",
     )
-    log = MetricsLog(folder)
+    log = MetricsLog(context.folder)
     with (
-        fast_training_kernels(model.device, dtype),
+        fast_training_kernels(model.device, context.recipe.dtype),
         StageProgress(label, settings.max_steps or 1) as progress,
     ):
         trainer = SFTTrainer(
@@ -154,6 +152,8 @@ def train_on_traces(
         trainer.remove_callback(PrinterCallback)
         result = trainer.train()
     model.eval()
+    # TRL makes its output folder although nothing is saved there.
+    shutil.rmtree(arguments.output_dir, ignore_errors=True)
     return {
         "train_rows": len(traces.rows),
         "rows_too_long": traces.num_too_long,

@@ -17,7 +17,7 @@ from r1pipe.grpo.advantage import compute_advantages, share_of_silent_groups
 from r1pipe.grpo.update import Sample, Updater
 from r1pipe.models import export_weights, load_model, save_checkpoint
 from r1pipe.progress import StageProgress, say
-from r1pipe.records import Problem, Rollout, Score, dump_row
+from r1pipe.records import Problem, Rollout, Score, describe_rollout, dump_row
 from r1pipe.rollout import Sampler
 from r1pipe.runs import MetricsLog
 from r1pipe.scoring import Scorer, mean, reward_metrics
@@ -100,18 +100,10 @@ def train(
         clock.lap("sync")
         metrics |= {
             "groups_without_spread": share_of_silent_groups(rewards_NG),
-            **describe_rollouts(rollouts),
+            **measure_lengths(rollouts),
             **clock.metrics(rollouts),
         }
-        yield (
-            metrics,
-            [
-                rollout_record(step, problem, rollout, score, sample)
-                for problem, rollout, score, sample in zip(
-                    owners, rollouts, scores, samples, strict=True
-                )
-            ],
-        )
+        yield metrics, list_records(step, owners, rollouts, scores, samples)
 
 
 def draw_prompts(problems: list[Problem], seed: int) -> Iterator[Problem]:
@@ -167,30 +159,27 @@ def check_last_sync(
     return {"last_sync/logprob_diff_mean": diff}
 
 
-def describe_rollouts(rollouts: list[Rollout]) -> dict[str, float]:
+def measure_lengths(rollouts: list[Rollout]) -> dict[str, float]:
     return {
         "completions/mean_length": mean([len(r.completion_ids) for r in rollouts]),
         "completions/truncated": mean([float(r.truncated) for r in rollouts]),
     }
 
 
-def rollout_record(
-    step: int, problem: Problem, rollout: Rollout, score: Score, sample: Sample
-) -> dict:
-    """What a person wants to read of a rollout."""
-    return {
-        "step": step,
-        "problem_id": problem.id,
-        "sample": rollout.sample,
-        "prompt": problem.question,
-        "answer": problem.answer,
-        "completion": rollout.completion,
-        "finish_reason": rollout.finish_reason,
-        "num_tokens": len(rollout.completion_ids),
-        "rewards": score.rewards,
-        "reward": score.total,
-        "advantage": round(sample.advantage, 4),
-    }
+def list_records(
+    step: int,
+    problems: list[Problem],
+    rollouts: list[Rollout],
+    scores: list[Score],
+    samples: list[Sample],
+) -> list[dict]:
+    """A step's lines of rollouts.jsonl."""
+    return [
+        {"step": step, **described, "advantage": round(sample.advantage, 4)}
+        for described, sample in zip(
+            map(describe_rollout, problems, rollouts, scores), samples, strict=True
+        )
+    ]
 
 
 class Clock:
