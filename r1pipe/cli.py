@@ -8,6 +8,7 @@ from pathlib import Path
 from r1pipe import __version__
 from r1pipe.config import STAGE_TYPES, load_recipe
 from r1pipe.errors import UserError
+from r1pipe.progress import Interrupt
 
 DEFAULT_CONFIG = "configs/demo.yaml"
 STAGE_HELP = {
@@ -61,8 +62,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    # A run that is terminated cleans up as one that is interrupted does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, Interrupt.handle)
     try:
         run_command(options)
     except UserError as error:

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +17,18 @@ from rich.progress import (
 console = Console(stderr=True, highlight=False)
 
 SECONDS_BETWEEN_LINES = 10.0
+
+
+class Interrupt:
+    """What Ctrl-C or a termination does: raise KeyboardInterrupt at once, and once more at the next
+    step if a library's callback has swallowed the first."""
+
+    asked = False
+
+    @classmethod
+    def handle(cls, signal_number: int, frame: FrameType | None) -> None:
+        cls.asked = True
+        raise KeyboardInterrupt
 
 
 class StageProgress:
@@ -57,6 +69,8 @@ class StageProgress:
             self._bar.stop()
 
     def advance(self, steps: int = 1, **figures: float) -> None:
+        if Interrupt.asked:
+            raise KeyboardInterrupt
         self.done += steps
         text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         if self._bar:

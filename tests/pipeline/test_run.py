@@ -145,7 +145,7 @@ def test_interrupted_run_goes_on_after_the_last_finished_stage(tiny_recipe: Path
     assert busy.returncode == 2
     assert f"busy, process {process.pid}" in busy.stderr
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 130
     assert "interrupted; the same command goes on" in err
     assert "Traceback" not in err
