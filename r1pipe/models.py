@@ -151,7 +151,7 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{checkpoint}: cannot be loaded: {first_line(error)}") from error
     if device.type == "cpu" and hasattr(model, "set_experts_implementation") and is_moe(model):
-        # The fastest on CPU for small experts, measured in benchmarks/; grouped_mm is the GPU's.
+        # The fastest on CPU for small experts (`make bench` compares); grouped_mm is the GPU's.
         model.set_experts_implementation("eager")
     return model.to(device)
 
@@ -238,8 +238,8 @@ def fast_training_kernels(device: torch.device, dtype: str) -> Iterator[None]:
     """Training without oneDNN in float32 on CPU.
 
     oneDNN compiles a kernel for every new matrix shape; expert batches and sequence lengths change
-    at every step, so it compiles for ever. MKL does not, and is 2.5 to 5 times faster then
-    (benchmarks/). In bf16 oneDNN stays: MKL has no such kernels.
+    at every step, so it compiles for ever. MKL does not (`make bench` compares both).
+    In bf16 oneDNN stays: MKL has no such kernels.
     """
     enabled = torch.backends.mkldnn.enabled
     if device.type == "cpu" and dtype == "float32":
