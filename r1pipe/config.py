@@ -377,7 +377,7 @@ def describe_error(error: ValidationError, values: dict) -> str:
     key = ".".join(str(part) for part in location)
     prefix = f"{key}: " if key else ""
     if first["type"] == "extra_forbidden":
-        known = known_keys(first["loc"], values)
+        known = known_keys(first["loc"])
         near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
         return f"{prefix}unknown key; {hint}"
@@ -391,13 +391,11 @@ def describe_error(error: ValidationError, values: dict) -> str:
     return f"{prefix}{message}"
 
 
-def known_keys(location: tuple, values: dict) -> list[str]:
+def known_keys(location: tuple) -> list[str]:
     """The keys that the schema knows where the unknown one at `location` stood."""
     model: type[BaseModel] = Recipe
     for part in location[:-1]:
-        if part == "stages":
-            continue
-        if isinstance(part, int):
+        if part == "stages" or isinstance(part, int):
             continue
         if part in STAGE_TYPES and not (model is not Recipe and part in model.model_fields):
             model = STAGE_TYPES[part]
