@@ -293,18 +293,18 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def link_stages(self) -> "Recipe":
-        kinds: dict[str, Stage] = {}
+        earlier: set[str] = set()
         for stage in self.stages:
-            if stage.name in kinds:
+            if stage.name in earlier:
                 raise ValueError(f'stages: two are called "{stage.name}"; give one a name')
             for parent in stage.parents():
-                later = [s.name for s in self.stages if s.name == parent and parent not in kinds]
+                later = [s.name for s in self.stages if s.name == parent and parent not in earlier]
                 if later:
                     raise ValueError(f'stages: "{stage.name}" starts from "{parent}", a later one')
             source = getattr(stage, "data", None)
-            if source is not None and source.stage and source.stage not in kinds:
+            if source is not None and source.stage and source.stage not in earlier:
                 raise ValueError(f'stages: "{stage.name}": no earlier stage "{source.stage}"')
-            kinds[stage.name] = stage
+            earlier.add(stage.name)
         return self
 
     @property

@@ -1,6 +1,6 @@
-"""Evaluation: every checkpoint on the same held-out problems. Run it with:
+"""Evaluation: every checkpoint on the same held-out problems.
 
-r1pipe eval configs/demo.yaml
+Run it with `r1pipe eval configs/demo.yaml`.
 """
 
 import json
@@ -31,6 +31,7 @@ def run(stage: Eval, context: StageContext) -> dict[str, Any]:
     """Write summary.json (one object per checkpoint), samples, and the curves; print the table."""
     problems = context.load(stage.data)
     scorer = Scorer([Reward(function=stage.reward), Reward(function=stage.format_reward)])
+    overlap = TrainingOverlap(context, problems)
     summary = []
     # One engine after another: checkpoints of one architecture next to each other share one.
     for name in stage.checkpoints:
@@ -48,7 +49,7 @@ def run(stage: Eval, context: StageContext) -> dict[str, Any]:
                 "checkpoint": checkpoint,
                 "dataset": f"{stage.data.recipe}/{stage.data.split}",
                 **measure(stage, problems, rollouts, scores),
-                "overlap": overlap_with_training(context, name, problems),
+                "overlap": overlap.share(name),
                 # Of the stage that made the checkpoint; its evaluation took eval_s.
                 "wall_s": record["wall_s"] if record else 0.0,
                 "eval_s": round(time.monotonic() - started, 1),
@@ -124,25 +125,36 @@ def is_majority_right(rollouts: list[Rollout], right: list[bool]) -> bool:
     return winner is not None and right[answers.index(winner)]
 
 
-def overlap_with_training(
-    context: StageContext, checkpoint: str, problems: list[Problem]
-) -> float | None:
-    """Share of the problems that overlap with what the checkpoint, and all it comes from, was
-    trained on; None if part of that is a model from elsewhere, whose data nobody here knows."""
-    index = OverlapIndex(problems, context.recipe.ngram)
-    overlapping: set[str] = set()
-    names, seen = [checkpoint], set()
-    while names:
-        name = names.pop()
-        stage = context.recipe.stage(name)
-        if stage is None:
-            return None
-        if name in seen:
-            continue
-        seen.add(name)
-        names += stage.parents()
-        path = context.run.stage_dir(name) / "problems.jsonl"
-        if path.exists():
-            for _, row in read_jsonl(path):
-                overlapping |= index.find(Problem(**row))
-    return round(len(overlapping) / len(problems), 4)
+class TrainingOverlap:
+    """How much of the held-out problems a checkpoint may have seen in training."""
+
+    def __init__(self, context: StageContext, problems: list[Problem]):
+        self._context = context
+        self._num_problems = len(problems)
+        self._index = OverlapIndex(problems, context.recipe.ngram)
+        self._ids_of_stage: dict[str, set[str]] = {}
+
+    def share(self, checkpoint: str) -> float | None:
+        """Share of the problems that overlap with what the checkpoint, and all it comes from, was
+        trained on; None if part of that is a model from elsewhere, whose data nobody here knows."""
+        overlapping: set[str] = set()
+        names, seen = [checkpoint], set()
+        while names:
+            name = names.pop()
+            stage = self._context.recipe.stage(name)
+            if stage is None:
+                return None
+            if name not in seen:
+                seen.add(name)
+                names += stage.parents()
+                overlapping |= self._find(name)
+        return round(len(overlapping) / self._num_problems, 4)
+
+    def _find(self, stage_name: str) -> set[str]:
+        """Ids of the held-out problems that overlap with one stage's training problems."""
+        if stage_name not in self._ids_of_stage:
+            path = self._context.run.stage_dir(stage_name) / "problems.jsonl"
+            rows = read_jsonl(path) if path.exists() else ()
+            found = (self._index.find(Problem(**row)) for _, row in rows)
+            self._ids_of_stage[stage_name] = set().union(*found)
+        return self._ids_of_stage[stage_name]

@@ -1,6 +1,6 @@
-"""The init stage: a policy from random weights and a tokenizer built for the data. Run it with:
+"""The init stage: a policy from random weights and a tokenizer built for the data.
 
-r1pipe init configs/demo.yaml
+Run it with `r1pipe init configs/demo.yaml`.
 """
 
 from typing import Any

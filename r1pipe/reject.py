@@ -1,6 +1,6 @@
-"""The reject stage: traces for a later sft stage, sampled from a policy. Run it with:
+"""The reject stage: traces for a later sft stage, sampled from a policy.
 
-r1pipe reject configs/r1.yaml
+Run it with `r1pipe reject configs/r1.yaml`.
 """
 
 from typing import Any

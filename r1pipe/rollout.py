@@ -39,7 +39,6 @@ class Sampler:
     """
 
     def __init__(self, checkpoint: str, settings: Engine, dtype: str, device: torch.device):
-        self.checkpoint, self.dtype = checkpoint, dtype
         self.device = device
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint)
         config = read_config(checkpoint)
@@ -156,7 +155,6 @@ class Sampler:
     def load_checkpoint(self, checkpoint: str) -> None:
         """Take over the weights of another checkpoint of the same architecture."""
         self.load_weights(read_weights(Path(checkpoint)))
-        self.checkpoint = checkpoint
 
     def close(self) -> None:
         """Free the engine, so that another can take its memory."""

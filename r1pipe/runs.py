@@ -140,9 +140,12 @@ class RunFolder:
         """The folder or hub id behind a stage's `from` or an entry of `checkpoints`."""
         stage = self.recipe.stage(name)
         if stage is None:
-            if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+            folder = Path(name).expanduser()
+            if folder.is_dir():
+                return str(folder)
+            if name.startswith((".", "/", "~")):
                 raise UserError(f'stage "{needed_by}": "{name}" is neither a stage nor a folder')
-            return str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+            return name
         if not stage.makes_checkpoint:
             raise UserError(f'stage "{needed_by}": the stage "{name}" makes no checkpoint')
         if not self.is_finished(stage):

@@ -1,6 +1,6 @@
-"""The cold start: supervised training on written-out reasoning. Run it with:
+"""The cold start: supervised training on written-out reasoning.
 
-r1pipe sft configs/demo.yaml
+Run it with `r1pipe sft configs/demo.yaml`.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""The GRPO stage: roll out -> score -> advantage -> update -> sync. Run it with:
+"""The GRPO stage: roll out -> score -> advantage -> update -> sync.
 
-r1pipe grpo configs/demo.yaml
+Run it with `r1pipe grpo configs/demo.yaml`.
 """
 
 import copy
