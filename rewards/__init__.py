@@ -10,6 +10,15 @@ the same as 0.0, "judged, and not right". The functions are module-level and pic
 Importing this package is cheap: sympy and math-verify live in the worker processes only.
 """
 
+from rewards.code import (
+    CodeVerdict,
+    code_passes,
+    configure_sandbox,
+    count_code_verdicts,
+    judge_code,
+    sandbox_in_use,
+)
+from rewards.code_extract import extract_code
 from rewards.extract import extract_answer
 from rewards.mathematics import (
     Verdict,
@@ -19,6 +28,7 @@ from rewards.mathematics import (
     judge_pairs,
     math_correct,
 )
+from rewards.sandbox import SandboxError
 from rewards.shaping import (
     cosine_length,
     format,
@@ -29,18 +39,26 @@ from rewards.shaping import (
 from rewards.workers import configure_workers, shut_down_workers
 
 __all__ = [
+    "CodeVerdict",
+    "SandboxError",
     "Verdict",
+    "code_passes",
+    "configure_sandbox",
     "configure_workers",
     "cosine_length",
+    "count_code_verdicts",
     "count_verdicts",
     "extract_answer",
+    "extract_code",
     "format",
     "grade_answer",
+    "judge_code",
     "judge_math",
     "judge_pairs",
     "language_consistency",
     "math_correct",
     "repetition",
+    "sandbox_in_use",
     "shut_down_workers",
     "soft_overlong",
 ]

@@ -1,0 +1,247 @@
+"""Judge programs by running them. How they are confined is in ``rewards.sandbox``."""
+
+import functools
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from rewards import workers
+from rewards.code_extract import extract_code
+from rewards.code_tests import BadTestsError, FunctionTests, ProgramTests, read_tests
+from rewards.completions import Completion, completion_text
+from rewards.sandbox import CHOICES, MECHANISMS, Limits, SandboxError
+
+RIGHT, WRONG, UNPARSEABLE, CRASHED = "right", "wrong", "unparseable", "crashed"
+TIMED_OUT, BAD_TESTS, FAILED = "timed_out", "bad_tests", "failed"
+CODE_STATUSES = (RIGHT, WRONG, UNPARSEABLE, CRASHED, TIMED_OUT, BAD_TESTS, FAILED)
+REQUIREMENTS = ("all", "fraction")
+
+MAX_BUDGET = 12  # a completion's time, in limits of a single run, however many tests there are
+GRACE_S = 90.0  # for starting a fork-server; the sandbox keeps the clock of what it runs
+PROBE_LIMIT_S = 120.0
+
+_logger = logging.getLogger(__name__)
+
+
+class CodeVerdict(NamedTuple):
+    """The judgement of one completion.
+
+    status: ``right`` (it passes every test); ``wrong``; ``unparseable`` (no code was found);
+        ``crashed`` (it raised, ended early or broke a limit other than time); ``timed_out``;
+        ``bad_tests`` (the tests cannot be used); ``failed`` (a defect of the judge, logged).
+    passed, total: tests, as far as they were counted.
+    detail: what went wrong first, for people.
+    """
+
+    status: str
+    passed: int = 0
+    total: int = 0
+    detail: str = ""
+
+    @property
+    def score(self) -> float | None:
+        """1.0 if right; 0.0 if not, whatever the reason; None if it cannot be judged."""
+        return None if self.status in (BAD_TESTS, FAILED) else float(self.status == RIGHT)
+
+    @property
+    def fraction(self) -> float | None:
+        """The share of tests that it passes, 1.0 only if right; None if it cannot be judged."""
+        if self.score is None or self.status == RIGHT or not self.total:
+            return self.score
+        return min(self.passed, self.total - 1) / self.total
+
+
+def code_passes(
+    completions: Sequence[Completion],
+    tests: Sequence[object],
+    *,
+    require: str = "all",
+    limit_s: float | None = None,
+    memory_mb: int = Limits().memory_mb,
+    **kwargs,
+) -> list[float | None]:
+    """Return 1.0 where a completion's code passes the row's ``tests``, else 0.0.
+
+    ``completions`` are strings or message lists, ``tests`` is the dataset's column, one per
+    completion: a dict, or JSON of one. ``rewards.code_tests.read_tests`` says which forms there
+    are, ``rewards.code_extract`` which part of a completion is its code. With
+    ``require="fraction"`` the reward is the share of tests passed: of inputs, or of asserts.
+    ``limit_s`` is wall-clock seconds for each run of the program (a function's tests are one run),
+    by default the workers' limit of 5 s; ``memory_mb`` is its address space. Settings are bound
+    by ``functools.partial``. Other keyword arguments are ignored.
+
+    0.0 also where there is no code, or it crashes or runs out of time. None where the tests cannot
+    be used (missing, not JSON, not of a known form): see ``judge_code`` for the reason.
+
+    Raises ``ValueError`` if the lists differ in length, ``TypeError`` naming the row if a
+    completion is of another type, and ``rewards.SandboxError`` if no sandbox works here: model
+    code is never run unconfined unless ``configure_sandbox("none")`` or ``REWARDS_SANDBOX=none``
+    says so.
+    """
+    if require not in REQUIREMENTS:
+        raise ValueError(f"require is {require!r}, not one of {', '.join(REQUIREMENTS)}")
+    verdicts = judge_code(completions, tests, require=require, limit_s=limit_s, memory_mb=memory_mb)
+    return [v.score if require == "all" else v.fraction for v in verdicts]
+
+
+def judge_code(
+    completions: Sequence[Completion],
+    tests: Sequence[object],
+    *,
+    require: str = "all",
+    limit_s: float | None = None,
+    memory_mb: int = Limits().memory_mb,
+    **kwargs,
+) -> list[CodeVerdict]:
+    """Judge completions as ``code_passes`` does, and say how each came out.
+
+    With ``require="all"`` a completion's tests end at the first failure, so that ``passed`` counts
+    those before it.
+    """
+    if len(completions) != len(tests):
+        raise ValueError(f"{len(completions)} completions but {len(tests)} tests")
+    limits = Limits(limit_s or workers.get_limit(), memory_mb)
+    rows = [_read_row(c, t, row) for row, (c, t) in enumerate(zip(completions, tests))]
+    # Samples of one problem repeat each other; each program is judged once.
+    jobs = list(
+        dict.fromkeys(
+            row for row in rows if isinstance(row, tuple) and not isinstance(row, CodeVerdict)
+        )
+    )
+    judged = dict(zip(jobs, _judge_jobs(jobs, limits, require == "all"), strict=True))
+    return [row if isinstance(row, CodeVerdict) else judged[row] for row in rows]
+
+
+def count_code_verdicts(verdicts: Iterable[CodeVerdict]) -> dict[str, int]:
+    """Count verdicts by status, every status included, for logging."""
+    counts = Counter(verdict.status for verdict in verdicts)
+    return {status: counts[status] for status in CODE_STATUSES}
+
+
+class _Job(NamedTuple):
+    code: str
+    tests: FunctionTests | ProgramTests
+
+
+def _read_row(completion: Completion, tests: object, row: int) -> "_Job | CodeVerdict":
+    try:
+        text = completion_text(completion)
+    except TypeError as error:
+        raise TypeError(f"row {row}: {error}") from error
+    try:
+        found = _read_tests(tests) if isinstance(tests, str) else read_tests(tests)
+    except BadTestsError as error:
+        return CodeVerdict(BAD_TESTS, detail=str(error))
+    code = extract_code(text, found.entry_point, found.prompt)
+    return CodeVerdict(UNPARSEABLE) if code is None else _Job(code, found)
+
+
+@functools.lru_cache(maxsize=64)  # a group's completions have the same tests
+def _read_tests(tests: str) -> FunctionTests | ProgramTests:
+    return read_tests(tests)
+
+
+def _judge_jobs(jobs: list[_Job], limits: Limits, stop: bool) -> list[CodeVerdict]:
+    if not jobs:
+        return []
+    mechanism = _find_mechanism()
+    verdicts: dict[int, CodeVerdict] = {}
+    for kind, path, make_item in (
+        (FunctionTests, "rewards.code_runs:judge_function", _make_function_item),
+        (ProgramTests, "rewards.code_runs:judge_program", _make_program_item),
+    ):
+        chosen = [index for index, job in enumerate(jobs) if isinstance(job.tests, kind)]
+        items = [(mechanism, *make_item(jobs[index], limits, stop)) for index in chosen]
+        results = workers.run_task(path, items, MAX_BUDGET * limits.seconds + GRACE_S)
+        verdicts |= {index: _read_result(result) for index, result in zip(chosen, results)}
+    return [verdicts[index] for index in range(len(jobs))]
+
+
+def _make_function_item(job: _Job, limits: Limits, stop: bool) -> tuple:
+    return job.code, job.tests._asdict(), job.tests.num_asserts, limits, stop
+
+
+def _make_program_item(job: _Job, limits: Limits, stop: bool) -> tuple:
+    tests = job.tests
+    budget_s = limits.seconds * min(MAX_BUDGET, len(tests.inputs))
+    return job.code, tests.inputs, tests.outputs, limits, stop, budget_s
+
+
+def _read_result(result: workers.Result) -> CodeVerdict:
+    if result.status == workers.OK:
+        return CodeVerdict(**result.value)
+    message = str(result.value or f"a worker {result.status}")
+    _report_failure(message)
+    return CodeVerdict(FAILED, detail=message)
+
+
+@functools.cache  # each message once
+def _report_failure(message: str) -> None:
+    _logger.error("a program could not be judged: %s", message)
+
+
+# Which sandbox
+
+_choice = "auto"
+_found: dict[str, tuple[str, str]] = {}
+
+
+def configure_sandbox(mechanism: str = "auto") -> None:
+    """Choose how model code is confined from now on: one of ``rewards.sandbox.CHOICES``.
+
+    ``REWARDS_SANDBOX`` in the environment takes the place of ``auto``. Raises ``ValueError`` for
+    another name. Whether it works here is found out when it is first needed.
+    """
+    global _choice
+    _choice = _check_choice(mechanism, "the sandbox")
+
+
+def sandbox_in_use() -> str:
+    """Say how model code is confined here, after having run a program in it.
+
+    Returns, for example, ``namespaces+landlock+seccomp`` or ``none``. Raises ``SandboxError``,
+    with the reason for each mechanism that was tried, if none works.
+    """
+    return _find_sandbox()[1]
+
+
+def _find_mechanism() -> str:
+    return _find_sandbox()[0]
+
+
+def _check_choice(mechanism: str, what: str) -> str:
+    if mechanism not in CHOICES:
+        raise ValueError(f"{what} is {mechanism!r}, not one of {', '.join(CHOICES)}")
+    return mechanism
+
+
+def _find_sandbox() -> tuple[str, str]:
+    choice = _choice
+    if choice == "auto":
+        choice = _check_choice(os.environ.get("REWARDS_SANDBOX") or "auto", "REWARDS_SANDBOX")
+    if choice not in _found:
+        _found[choice] = _try_sandboxes(MECHANISMS if choice == "auto" else (choice,))
+    return _found[choice]
+
+
+def _try_sandboxes(mechanisms: Sequence[str]) -> tuple[str, str]:
+    """Return the name and the description of the first that works; log which one it is."""
+    reasons = []
+    for mechanism in mechanisms:
+        (result,) = workers.run_task("rewards.code_runs:probe", [(mechanism,)], PROBE_LIMIT_S)
+        answer = (
+            result.value
+            if result.status == workers.OK
+            else {"error": str(result.value or result.status)}
+        )
+        if "description" in answer:
+            level = logging.WARNING if mechanism == "none" else logging.INFO
+            _logger.log(level, "model code is confined by: %s", answer["description"])
+            return mechanism, answer["description"]
+        reasons.append(f"{mechanism}: {answer['error']}")
+    raise SandboxError(
+        f"no sandbox works here ({'; '.join(reasons)}); model code is run without one only if "
+        "REWARDS_SANDBOX=none or configure_sandbox('none') says so"
+    )

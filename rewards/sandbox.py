@@ -1,0 +1,213 @@
+"""Where judged programs run: which sandbox is used, and a client for its fork-server.
+
+``configure_sandbox`` or ``REWARDS_SANDBOX`` choose; ``auto`` takes the first of these that really
+runs a program here, and none is used silently that confines less:
+
+1. ``namespaces``: user, mount, process, network, IPC and UTS namespaces, Landlock (if the kernel
+   has it), seccomp, resource limits.
+2. ``bubblewrap``: the same fork-server within ``bwrap``, for systems that allow only that
+   program to make namespaces.
+3. ``landlock``: Landlock, seccomp and resource limits, where nobody may make namespaces.
+
+``none`` runs programs with resource limits only, and is never chosen by ``auto``.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+MECHANISMS = ("namespaces", "bubblewrap", "landlock")
+CHOICES = ("auto", *MECHANISMS, "none")
+START_LIMIT_S = 60.0
+_SERVER = Path(__file__).resolve().with_name("sandbox_server.py")
+
+
+class SandboxError(RuntimeError):
+    """No sandbox can be used here, or the one that was asked for cannot."""
+
+
+class Limits(NamedTuple):
+    """What one program may use.
+
+    seconds: wall-clock (and, one more, of processor time).
+    memory_mb: address space, Python included. disk_mb: size of all its files in the scratch
+    folder, and of each. output_bytes: what it prints. processes: 1 forbids starting others;
+    threads are always allowed, about 60 of them.
+    """
+
+    seconds: float = 5.0
+    memory_mb: int = 512
+    disk_mb: int = 16
+    output_bytes: int = 1 << 20
+    processes: int = 1
+
+
+class Ending(NamedTuple):
+    """How a program ended.
+
+    code: its exit status, or minus the signal that killed it; None if it was stopped because
+    nobody waited for it any longer. output: what came out of the pipe that was listened to.
+    """
+
+    code: int | None
+    timed_out: bool
+    overflowed: bool
+    output: bytes
+
+
+class Server:
+    """A fork-server and the one thread that uses it. Raises ``SandboxError`` if it cannot run."""
+
+    def __init__(self, mechanism: str):
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.control = ours
+        with theirs:
+            # The empty environment and -s -S -P: nothing of the user's is looked up or imported.
+            # Equal hashes in every run: a program that is judged twice is judged alike.
+            python = [_find_python(), "-s", "-S", "-P", "-X", "utf8", str(_SERVER)]
+            self.process = subprocess.Popen(
+                [*_wrap(mechanism), *python, str(theirs.fileno()), mechanism],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"},
+                pass_fds=[theirs.fileno()], cwd="/",
+            )  # fmt: skip
+        self.null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            self.description = self._wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait_until_ready(self) -> str:
+        self.control.settimeout(START_LIMIT_S)
+        try:
+            reply = json.loads(self.control.recv(65_536) or b'{"failed": "it ended at once"}')
+        except (OSError, ValueError) as error:
+            raise SandboxError(f"the sandbox server does not start: {error}") from error
+        if "ready" not in reply:
+            raise SandboxError(reply["failed"])
+        self.control.settimeout(None)
+        return reply["ready"]
+
+    def start(self, kind: str, payload: dict, limits: Limits, **fds: int) -> "Run":
+        """Start a process; ``fds`` are its ``stdin``, ``stdout``, ``channel`` and ``report``."""
+        reader, writer = os.pipe()
+        payload_fd = make_memory_file(json.dumps(payload).encode())
+        request = {"kind": kind, "limit_s": limits.seconds, **limits._asdict()}
+        stdin, stdout, channel, report = (
+            fds.get(name, self.null) for name in ("stdin", "stdout", "channel", "report")
+        )
+        passed = [stdin, stdout, payload_fd, channel, report, writer]
+        try:
+            socket.send_fds(self.control, [json.dumps(request).encode()], passed)
+        except OSError as error:
+            os.close(reader)
+            raise SandboxError(f"the sandbox server has ended: {error}") from error
+        finally:
+            os.close(payload_fd)
+            os.close(writer)
+        return Run(reader, limits)
+
+    def close(self) -> None:
+        """End the server and, with it, everything that it has started."""
+        self.control.close()
+        self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(OSError):
+            os.close(self.null)
+
+
+class Run:
+    """A process in the sandbox. Leave nothing running: ``wait`` for it or ``stop`` it."""
+
+    def __init__(self, status: int, limits: Limits):
+        self.status, self.limits = status, limits
+        self.started = time.monotonic()
+
+    def stop(self) -> None:
+        """Have it killed: the watcher sees that nobody reads its report."""
+        if self.status is not None:
+            os.close(self.status)
+            self.status = None
+
+    def wait(self, listen_to: int | None = None) -> Ending:
+        """Collect what comes out of a pipe, and how the process ends. Closes the pipe.
+
+        Raises ``SandboxError`` if the process could not be confined or its watcher died.
+        """
+        texts = {self.status: b""} | ({} if listen_to is None else {listen_to: b""})
+        overflowed = False
+        try:
+            overflowed = self._collect(texts)
+            return self._conclude(texts[self.status], texts.get(listen_to, b""), overflowed)
+        finally:
+            self.stop()
+            if listen_to is not None:
+                os.close(listen_to)
+
+    def _collect(self, texts: dict[int, bytes]) -> bool:
+        """Read until the ends of the pipes; say whether the output was more than allowed."""
+        poll = select.poll()
+        for fd in texts:
+            poll.register(fd, select.POLLIN)
+        parts = {fd: [] for fd in texts}
+        left = self.limits.output_bytes
+        overflowed = False
+        open_fds = set(texts)
+        deadline = self.started + self.limits.seconds + 2.0  # the watcher's clock comes first
+        while open_fds and not overflowed:
+            events = poll.poll(max(0.0, 1000 * (deadline - time.monotonic())))
+            if not events:
+                raise SandboxError("a program was not stopped in time")
+            for fd, _ in events:
+                part = os.read(fd, 1 << 16)
+                parts[fd].append(part)
+                if not part:
+                    poll.unregister(fd)
+                    open_fds.discard(fd)
+                elif fd != self.status:
+                    left -= len(part)
+                    overflowed = left < 0
+        texts |= {fd: b"".join(part) for fd, part in parts.items()}
+        return overflowed
+
+    def _conclude(self, status: bytes, output: bytes, overflowed: bool) -> Ending:
+        messages = [json.loads(line) for line in status.splitlines()]
+        failed = [m["failed"] for m in messages if "failed" in m]
+        if failed:
+            raise SandboxError(f"a program cannot be confined: {failed[0]}")
+        ended = [m for m in messages if "code" in m]
+        if overflowed:
+            return Ending(None, False, True, output)
+        if not ended or not messages[0].get("started"):
+            raise SandboxError("a program was lost")
+        return Ending(ended[0]["code"], ended[0]["timed_out"], False, output)
+
+
+def make_memory_file(content: bytes) -> int:
+    """Return a descriptor of a file in memory that holds ``content`` and cannot be changed."""
+    fd = os.memfd_create("input", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(content)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, 0xF)  # F_SEAL_SEAL, SHRINK, GROW and WRITE
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _find_python() -> str:
+    """Return the interpreter itself, not a virtual environment's link to it."""
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+def _wrap(mechanism: str) -> list[str]:
+    if mechanism != "bubblewrap":
+        return []
+    raise SandboxError("bubblewrap is not supported yet")

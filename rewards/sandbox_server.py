@@ -1,0 +1,344 @@
+"""The fork-server: a small program that starts confined processes, a few milliseconds each.
+
+    python -S -s -P sandbox_server.py CONTROL_FD MECHANISM
+
+``rewards.sandbox`` starts it, with an empty environment and nothing open but the control socket.
+It is single-threaded and knows no secret: each request is a few limits and file descriptors, and
+what is to run is read from one of them by the confined process alone, after it was forked.
+
+For each request it forks a *watcher*, which makes the namespaces, forks the process and kills it
+when its time is over or when nobody waits for it any more. In a process namespace the process is
+number 1, so that everything it may have started ends with it. Every link of the chain is killed
+by the kernel if the one above it ends.
+"""
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import time
+import types
+from pathlib import Path
+
+if __name__ == "__main__":  # the package without its __init__, which imports what is not needed
+    _package = types.ModuleType("rewards")
+    _package.__path__ = [str(Path(__file__).resolve().parent)]
+    sys.modules["rewards"] = _package
+
+from rewards import sandbox_inside, sandbox_kernel
+from rewards.sandbox_filter import build_filter
+from rewards.sandbox_kernel import CLONE_NEWIPC, CLONE_NEWNS, CLONE_NEWPID
+
+# Passed in this order: stdin, stdout, payload, channel, report, status; and where they end up.
+FD_PLACES = (
+    0,
+    1,
+    sandbox_inside.PAYLOAD_FD,
+    sandbox_inside.CHANNEL_FD,
+    sandbox_inside.REPORT_FD,
+    6,
+)
+INSIDE_ID = 1000  # uid and gid as an ordinary user's confined processes see them
+SCRATCH = "/tmp"
+
+# Imported once, here, instead of by every program. Also those that load shared libraries.
+PRELOADED = (
+    "array", "base64", "bisect", "bz2", "calendar", "cmath", "copy", "ctypes", "datetime",
+    "decimal", "enum", "fractions", "hashlib", "heapq", "inspect", "itertools", "lzma", "math",
+    "numbers", "pprint", "queue", "random", "statistics", "string", "textwrap", "threading",
+    "typing", "unicodedata", "uuid", "zlib",
+)  # fmt: skip
+LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
+
+
+class Confinement:
+    """How processes are confined, decided once: namespaces or not, uid, Landlock rules."""
+
+    def __init__(self, mechanism: str):
+        self.mechanism = mechanism
+        self.has_namespaces = mechanism == "namespaces"
+        self.is_root = os.geteuid() == 0
+        self.uid = _choose_uid() if self.is_root and mechanism != "none" else None
+        self.rules = None
+        if mechanism == "none":
+            return
+        sandbox_kernel.check_machine()
+        if self.has_namespaces:
+            _enter_namespaces(self.is_root)
+        if sandbox_kernel.landlock_version():
+            read = [*LIBRARIES, *DEVICES, *_list_library_paths()]
+            write = ["/dev/null"]
+            self.rules = (read, write)
+        elif mechanism == "landlock":
+            raise OSError("the kernel has no Landlock, or it is switched off")
+
+    def describe(self) -> str:
+        """Name what is in force, for people."""
+        parts = [] if self.mechanism == "landlock" else [self.mechanism]
+        if self.rules:
+            parts.append("landlock")
+        return "+".join([*parts, "seccomp"] if self.mechanism != "none" else parts)
+
+
+def _choose_uid() -> int:
+    """Return a uid that no other process has, if this user namespace has one to spare."""
+    lines = Path("/proc/self/uid_map").read_text().splitlines()
+    ranges = [tuple(map(int, line.split())) for line in lines]
+    pid = os.getpid()
+    for uid in (0x70000000 + pid, 50_000 + pid % 10_000, 65_534):
+        if any(first <= uid < first + size for first, _, size in ranges):
+            return uid
+    raise OSError("no uid to give up root for")
+
+
+def _enter_namespaces(is_root: bool) -> None:
+    """Move this process into a file system of the interpreter's files only, without network.
+
+    Root needs no user namespace for that, and its confined processes change to a uid of their
+    own. Anyone else is the owner of a user namespace, in which the processes have no rights.
+    """
+    flags = CLONE_NEWNS | CLONE_NEWIPC | sandbox_kernel.CLONE_NEWNET | sandbox_kernel.CLONE_NEWUTS
+    if is_root:
+        sandbox_kernel.unshare(flags)
+    else:
+        uid, gid = os.geteuid(), os.getegid()
+        sandbox_kernel.unshare(flags | sandbox_kernel.CLONE_NEWUSER)
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/gid_map").write_text(f"{INSIDE_ID} {gid} 1")
+        Path("/proc/self/uid_map").write_text(f"{INSIDE_ID} {uid} 1")
+    _change_root()
+
+
+def _change_root() -> None:
+    kernel = sandbox_kernel
+    kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
+    base = "/tmp" if os.path.isdir("/tmp") else "/"
+    kernel.mount("tmpfs", base, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=1m")
+    os.chdir(base)
+    os.mkdir("new")
+    os.mkdir("old")
+    kernel.pivot_root(".", "old")
+    os.chdir("/")
+    kernel.mount("tmpfs", "/new", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=1m")
+    for path in (*LIBRARIES, *_list_library_paths(), *DEVICES):
+        _show(path)
+    os.makedirs(f"/new{SCRATCH}", exist_ok=True)
+    kernel.make_read_only("/new")
+    for path in _list_package_folders():
+        if os.path.isdir(f"/new{path}"):
+            kernel.mount("tmpfs", f"/new{path}", "tmpfs", kernel.MS_RDONLY, "size=4k")
+    os.chdir("/new")
+    kernel.pivot_root(".", ".")
+    kernel.unmount(".")
+    os.chdir("/")
+
+
+def _show(path: str) -> None:
+    """Make a path of the old root visible at the same place in the new one."""
+    source, target = f"/old{path}", f"/new{path}"
+    if os.path.lexists(target) or not os.path.lexists(source):
+        return
+    os.makedirs(os.path.dirname(target), 0o755, exist_ok=True)
+    if os.path.islink(source):  # such as /lib -> usr/lib
+        os.symlink(os.readlink(source), target)
+    elif os.path.isdir(source):
+        os.mkdir(target, 0o755)
+        sandbox_kernel.bind(source, target)
+    else:
+        Path(target).touch()
+        sandbox_kernel.bind(source, target)
+
+
+def _list_library_paths() -> list[str]:
+    """Return where the interpreter's own modules and shared libraries lie."""
+    modules = os.path.dirname(os.path.realpath(os.__file__))
+    return [modules] if modules.startswith("/usr/lib/") else [os.path.dirname(modules)]
+
+
+def _list_package_folders() -> list[str]:
+    """Return the folders of installed packages within the library: they are not shown."""
+    modules = os.path.dirname(os.path.realpath(os.__file__))
+    return [
+        f"{modules}/site-packages",
+        f"{modules}/dist-packages",
+        "/usr/lib/python3/dist-packages",
+    ]
+
+
+def serve(control: socket.socket, confinement: Confinement) -> None:
+    """Start a watcher for every request until the other end closes the socket."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for watchers
+    gc.collect()
+    gc.freeze()
+    while True:
+        message, fds, _, _ = socket.recv_fds(control, 65_536, len(FD_PLACES))
+        if not message:
+            return
+        if os.fork() == 0:
+            with contextlib.suppress(BaseException):
+                control.close()
+                watch(json.loads(message), fds, confinement)
+            os._exit(1)
+        for fd in fds:
+            os.close(fd)
+
+
+def watch(request: dict, fds: list[int], confinement: Confinement) -> None:
+    """Fork the process, kill it in time, and report how it ended on the status pipe."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    sandbox_kernel.die_with_parent()
+    status = fds[-1]
+    try:
+        if confinement.has_namespaces:
+            sandbox_kernel.unshare(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC)
+            size = request["disk_mb"]
+            options = f"size={size}m,mode=1777,nr_inodes=1024"
+            flags = sandbox_kernel.MS_NOSUID | sandbox_kernel.MS_NODEV
+            sandbox_kernel.mount("tmpfs", SCRATCH, "tmpfs", flags, options)
+            os.chdir(SCRATCH)
+        pid = os.fork()
+    except OSError as error:
+        os.write(status, _line({"failed": str(error)}))
+        os._exit(1)
+    if pid == 0:
+        _run_confined(request, fds, confinement)
+    for fd in fds[:-1]:
+        os.close(fd)
+    timed_out = not _wait(pid, status, request["limit_s"])
+    if timed_out:
+        os.kill(pid, signal.SIGKILL)
+    _, code = os.waitpid(pid, 0)
+    report = {"code": os.waitstatus_to_exitcode(code), "timed_out": timed_out}
+    with contextlib.suppress(OSError):
+        os.write(status, _line(report))
+    os._exit(0)
+
+
+def _line(message: dict) -> bytes:
+    return json.dumps(message).encode() + b"\n"
+
+
+def _wait(pid: int, status: int, limit_s: float) -> bool:
+    """Wait until the process ends; False if its time is over, or the status pipe has no reader."""
+    process = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    poll.register(status, 0)  # errors are always told
+    deadline = time.monotonic() + limit_s
+    while (left_s := deadline - time.monotonic()) > 0:
+        for fd, _ in poll.poll(1000 * left_s + 1):
+            return fd == process
+    return False
+
+
+def _run_confined(request: dict, fds: list[int], confinement: Confinement) -> None:
+    """In the new process: confine it, say so, and run what was asked for. Does not return."""
+    code = 1
+    try:
+        status = _arrange_fds(fds)
+        try:
+            _confine(request, confinement)
+        except BaseException as error:
+            os.write(status, _line({"failed": f"{type(error).__name__}: {error}"}))
+            os._exit(1)
+        os.write(status, _line({"started": True}))
+        os.close(status)
+        gc.enable()
+        code = sandbox_inside.run(request["kind"])
+    finally:
+        os._exit(code)
+
+
+def _arrange_fds(fds: list[int]) -> int:
+    """Move the descriptors to their places, close all others; return the status pipe's."""
+    high = [os.dup2(fd, 100 + index) for index, fd in enumerate(fds)]
+    os.closerange(0, 100)
+    for fd, place in zip(high, FD_PLACES):
+        os.dup2(fd, place)
+    os.open("/dev/null", os.O_WRONLY)  # the lowest that is free: standard error
+    os.closerange(FD_PLACES[-1] + 1, 1024)
+    return FD_PLACES[-1]
+
+
+def _confine(request: dict, confinement: Confinement) -> None:
+    """Give up, in this order: memory and time, root, new rights, files, capabilities, calls."""
+    may_fork = request["processes"] > 1
+    for name, limit in _list_limits(request, confinement).items():
+        _lower_limit(getattr(resource, name), limit)
+    if confinement.mechanism == "none":
+        sandbox_kernel.die_with_parent()
+        return
+    if confinement.uid is not None:
+        os.setgroups([])
+        os.setresgid(confinement.uid, confinement.uid, confinement.uid)
+        os.setresuid(confinement.uid, confinement.uid, confinement.uid)
+    sandbox_kernel.die_with_parent()
+    sandbox_kernel.forbid_new_privileges()
+    if confinement.rules:
+        read, write = confinement.rules
+        if confinement.has_namespaces:
+            write = [*write, SCRATCH]
+        rules = sandbox_kernel.make_landlock_rules(read, write)
+        sandbox_kernel.apply_landlock(rules)
+        os.close(rules)
+    sandbox_kernel.drop_capabilities()
+    sandbox_kernel.apply_seccomp(build_filter(os.getpid(), may_fork))
+
+
+def _list_limits(request: dict, confinement: Confinement) -> dict[str, int]:
+    megabyte = 1 << 20
+    limits = {
+        "RLIMIT_AS": request["memory_mb"] * megabyte,
+        "RLIMIT_CPU": int(request["limit_s"]) + 1,
+        "RLIMIT_FSIZE": request["disk_mb"] * megabyte,
+        "RLIMIT_NOFILE": 64,
+        "RLIMIT_CORE": 0,
+        "RLIMIT_MEMLOCK": 0,
+        "RLIMIT_MSGQUEUE": 0,
+    }
+    if confinement.has_namespaces or confinement.uid is not None:
+        limits["RLIMIT_NPROC"] = 64 + request["processes"]
+    return limits
+
+
+def _lower_limit(number: int, limit: int) -> None:
+    _, hard = resource.getrlimit(number)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(number, (limit, limit))
+
+
+def main() -> None:
+    """Confine as the command line asks, say how or why not on the control socket, and serve."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    sandbox_kernel.die_with_parent()
+    try:
+        _preload()
+        confinement = Confinement(sys.argv[2])
+    except Exception as error:
+        control.send(_line({"failed": f"{error}"}))
+        sys.exit(1)
+    control.send(_line({"ready": confinement.describe()}))
+    serve(control, confinement)
+
+
+def _preload() -> None:
+    for name in PRELOADED:
+        with contextlib.suppress(ImportError):  # a Python built without it
+            importlib.import_module(name)
+    import _sitebuiltins  # what `site` would do: programs end themselves by exit()
+    import builtins
+
+    builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D (i.e. EOF)")
+    builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D (i.e. EOF)")
+
+
+if __name__ == "__main__":
+    main()
