@@ -36,7 +36,9 @@ class Rollout:
     """One sampled completion of one problem.
 
     `logprobs[t]` is the sampler's log-probability (natural log, at the sampling temperature) of
-    `completion_ids[t]`. `finish_reason` is vLLM's: "stop" or "length".
+    `completion_ids[t]`. `finish_reason` is vLLM's: "stop" or "length". `routes`, if they were asked
+    for, are the experts that the sampler chose for every token that it read (all but the last), an
+    integer array `[prompt + completion - 1, mixture-of-experts layers, experts per token]`.
     """
 
     problem_id: str
@@ -46,6 +48,7 @@ class Rollout:
     logprobs: list[float]
     completion: str
     finish_reason: str
+    routes: Any = field(default=None, repr=False, compare=False)
 
     @property
     def truncated(self) -> bool:

@@ -9,9 +9,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -19,7 +21,9 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from r1pipe.config import Engine, Sampling
 from r1pipe.errors import UserError
 from r1pipe.models import encode_prompt, find_quirks, first_line, load_tokenizer
+from r1pipe.moe import find_moe_layers
 from r1pipe.records import Problem, Rollout
+from r1pipe.routes import RouteCapture
 
 CPU_QK_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's CPU attention kernel is compiled for."""
@@ -35,15 +39,24 @@ def derive_seed(*parts: object) -> int:
 class Sampler:
     """One vLLM engine with the weights of one checkpoint at a time.
 
+    `can_return_routes`: whether `generate` may be asked for the routes of a mixture of experts.
     Raises UserError if vLLM cannot run the checkpoint.
     """
 
-    def __init__(self, checkpoint: str, settings: Engine, dtype: str, device: torch.device):
+    def __init__(
+        self,
+        checkpoint: str,
+        settings: Engine,
+        dtype: str,
+        device: torch.device,
+        can_return_routes: bool = False,
+    ):
         self.device = device
+        self.can_return_routes = can_return_routes
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint)
         config = read_config(checkpoint)
         self.architecture = describe_architecture(config)
-        set_environment(config, device)
+        set_environment(config, device, can_return_routes)
         # Imported late and here only: vLLM reads its environment at import.
         from vllm import LLM
         from vllm.model_executor.models import ModelRegistry
@@ -56,11 +69,18 @@ class Sampler:
         try:
             self.llm = LLM(
                 checkpoint,
-                **engine_arguments(config, settings, dtype, device),
+                **engine_arguments(config, settings, dtype, device, can_return_routes),
             )
         except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
             raise UserError(f"{checkpoint}: vLLM cannot run it: {first_line(error)}") from error
         self.max_model_len = self.llm.llm_engine.model_config.max_model_len
+        self._capture: RouteCapture | None = None
+        self._moe_layers: list[int] = []
+        if can_return_routes and device.type == "cpu":
+            runner = self.llm.collective_rpc(lambda worker: worker.model_runner)[0]
+            self._capture = RouteCapture(runner)
+        elif can_return_routes:
+            self._moe_layers = find_moe_layers(config)
 
     def encode(self, problems: Iterable[Problem], max_completion_length: int) -> list[list[int]]:
         """Prompt token ids. Raises UserError for a problem that does not fit the context."""
@@ -83,12 +103,14 @@ class Sampler:
         sampling: Sampling,
         seed_parts: tuple[object, ...],
         on_finished: Callable[[int], None] | None = None,
+        with_routes: bool = False,
     ) -> list[Rollout]:
         """`num_samples` rollouts per problem, those of one problem next to each other.
 
         Each sample has a seed of its own, from `seed_parts`, the problem's id and the sample's
         number, so it does not depend on what else is in the batch or came before.
-        `on_finished(n)` is called as samples finish, with how many have.
+        `on_finished(n)` is called as samples finish, with how many have. `with_routes` needs a
+        sampler opened for it.
         """
         from vllm import SamplingParams
 
@@ -104,10 +126,15 @@ class Sampler:
                 seed=derive_seed(*seed_parts, problem.id, i),
                 logprobs=0,
                 detokenize=False,
+                # A prompt read from the cache is not routed again, so its routes would be missing.
+                skip_reading_prefix_cache=with_routes and self._capture is not None,
             )
             for problem, _, i in plan
         ]
-        outputs = self._run(requests, parameters, on_finished)
+        with self._capture.recording() if with_routes and self._capture else nullcontext():
+            results = self._run(requests, parameters, on_finished)
+        routes = self._routes(results) if with_routes else [None] * len(results)
+        outputs = [result.outputs[0] for result in results]
         texts = self.tokenizer.batch_decode(
             [list(o.token_ids) for o in outputs], skip_special_tokens=True
         )
@@ -123,8 +150,11 @@ class Sampler:
                 ],
                 completion=text,
                 finish_reason=output.finish_reason,
+                routes=route,
             )
-            for (problem, ids, i), output, text in zip(plan, outputs, texts, strict=True)
+            for (problem, ids, i), output, text, route in zip(
+                plan, outputs, texts, routes, strict=True
+            )
         ]
 
     def _run(self, requests: list, parameters: list, on_finished: Callable | None) -> list:
@@ -137,8 +167,27 @@ class Sampler:
                     on_finished(n)
 
             progress = Progress
-        outputs = self.llm.generate(requests, parameters, use_tqdm=progress)
-        return [output.outputs[0] for output in outputs]
+        return self.llm.generate(requests, parameters, use_tqdm=progress)
+
+    def _routes(self, results: list) -> list[np.ndarray]:
+        """Routes `[prompt + completion - 1, L, K]` of each result, L its mixture-of-experts layers.
+
+        Raises RuntimeError if the sampler was not opened for them.
+        """
+        lengths = {
+            result.request_id: len(result.prompt_token_ids) + len(result.outputs[0].token_ids) - 1
+            for result in results
+        }
+        if self._capture is not None:
+            routes = self._capture.collect(lengths)
+            return [routes[result.request_id] for result in results]
+        if not self.can_return_routes:
+            raise RuntimeError("the sampler was opened without can_return_routes")
+        # vLLM's array has a row of layers for every decoder layer, the dense ones unused.
+        return [
+            result.outputs[0].routed_experts[: lengths[result.request_id], self._moe_layers]
+            for result in results
+        ]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take over weights under a checkpoint's names (`models.export_weights`)."""
@@ -189,15 +238,15 @@ class Engines:
         self.settings, self.dtype, self.device = settings, dtype, device
         self._sampler: Sampler | None = None
 
-    def open(self, checkpoint: str) -> Sampler:
-        """A sampler with this checkpoint's weights."""
+    def open(self, checkpoint: str, with_routes: bool = False) -> Sampler:
+        """A sampler with this checkpoint's weights, `with_routes` one that can return routes."""
         if self._sampler is not None and Path(checkpoint).is_dir():
             same = describe_architecture(read_config(checkpoint)) == self._sampler.architecture
-            if same:
+            if same and self._sampler.can_return_routes >= with_routes:
                 self._sampler.load_checkpoint(checkpoint)
                 return self._sampler
         self.close()
-        self._sampler = Sampler(checkpoint, self.settings, self.dtype, self.device)
+        self._sampler = Sampler(checkpoint, self.settings, self.dtype, self.device, with_routes)
         return self._sampler
 
     def close(self) -> None:
@@ -207,9 +256,16 @@ class Engines:
 
 
 def engine_arguments(
-    config: Any, settings: Engine, dtype: str, device: torch.device
+    config: Any,
+    settings: Engine,
+    dtype: str,
+    device: torch.device,
+    can_return_routes: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of vLLM's LLM, the model's quirks included."""
+    """Arguments of vLLM's LLM, the model's quirks included.
+
+    Raises UserError for routes on CPU with tensor parallelism: they are recorded in this process.
+    """
     context = settings.max_model_len or config.max_position_embeddings
     arguments = {
         # "auto" would turn a float32 checkpoint into bf16 without a word.
@@ -233,10 +289,14 @@ def engine_arguments(
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(8192, context)
         arguments.update(find_quirks(config.model_type).cpu_engine)
+        if can_return_routes and settings.tensor_parallel_size > 1:
+            raise UserError("routing_replay on CPU needs engine.tensor_parallel_size 1")
+    elif can_return_routes:
+        arguments["enable_return_routed_experts"] = True
     return arguments
 
 
-def set_environment(config: Any, device: torch.device) -> None:
+def set_environment(config: Any, device: torch.device, can_return_routes: bool = False) -> None:
     """What vLLM reads from the environment. A value that the user has set stays."""
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -249,6 +309,8 @@ def set_environment(config: Any, device: torch.device) -> None:
         wanted |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         wanted |= find_quirks(config.model_type).cpu_environment
         check_cpu_attention(config)
+    elif can_return_routes:
+        wanted["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # the one that returns routes
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
 

@@ -1,0 +1,95 @@
+"""Records which experts vLLM's routers choose, inside the engine's own process.
+
+On GPU vLLM returns routes itself (`enable_return_routed_experts`), by a model runner that does not
+run on CPU. Here each router is given a function to call with its choice, and the rows of each
+forward pass are told apart by the runner's own order of requests.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class RouteCapture:
+    """`runner` is vLLM's model runner. Prompts must not be read from the prefix cache."""
+
+    def __init__(self, runner: Any):
+        self.runner = runner
+        layers = {
+            module.layer_id: module.router
+            for module in runner.get_model().modules()
+            if hasattr(module, "routed_experts") and hasattr(module, "router")
+        }
+        self.routers = [layers[layer] for layer in sorted(layers)]
+        self._chosen: dict[int, torch.Tensor] = {}
+        self._passes: list[tuple[list[str], np.ndarray, np.ndarray, np.ndarray]] = []
+
+    @property
+    def dtype(self) -> type[np.integer]:
+        return np.uint8 if self.routers[0].global_num_experts <= 256 else np.int16
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within it, every forward pass is recorded; `collect` then gives the routes."""
+        self._passes.clear()
+        execute = self.runner.execute_model
+
+        def execute_and_record(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+            self._chosen.clear()
+            output = execute(scheduled, *args, **kwargs)
+            if self._chosen:
+                self._keep(scheduled.num_scheduled_tokens)
+            return output
+
+        self.runner.execute_model = execute_and_record
+        for index, router in enumerate(self.routers):
+            router.set_capture_fn(self._choose(index))
+        try:
+            yield
+        finally:
+            del self.runner.execute_model  # the instance's; the class has its own
+            for router in self.routers:
+                router.set_capture_fn(None)
+
+    def _choose(self, index: int) -> Any:
+        def capture(experts_NK: torch.Tensor) -> None:
+            self._chosen[index] = experts_NK
+
+        return capture
+
+    def _keep(self, num_scheduled: dict[str, int]) -> None:
+        """Split one pass's rows: they lie in the order of the runner's batch."""
+        requests = list(self.runner.input_batch.req_ids)
+        counts = np.array([num_scheduled[request] for request in requests])
+        starts = self.runner.input_batch.num_computed_tokens_cpu[: len(requests)].copy()
+        routes_NLK = torch.stack([self._chosen[i] for i in range(len(self.routers))], dim=1)
+        rows = routes_NLK[: counts.sum()].numpy().astype(self.dtype)
+        self._passes.append((requests, starts, counts, rows))
+
+    def collect(self, lengths: dict[str, int]) -> dict[str, np.ndarray]:
+        """Routes `[length, L, K]` of each request, by the id that its output has.
+
+        Raises RuntimeError if a token's route was not seen.
+        """
+        shape = (len(self.routers), self.routers[0].top_k)
+        routes = {name: np.zeros((length, *shape), self.dtype) for name, length in lengths.items()}
+        seen = {name: np.zeros(length, bool) for name, length in lengths.items()}
+        for requests, starts, counts, rows in self._passes:
+            parts = np.split(rows, np.cumsum(counts)[:-1])
+            for request, start, part in zip(requests, starts, parts, strict=True):
+                # The engine's own id: the output's, and random characters.
+                name = request.rpartition("-")[0]
+                part = part[: max(0, lengths[name] - start)]
+                routes[name][start : start + len(part)] = part
+                seen[name][start : start + len(part)] = True
+        self._passes.clear()
+        for name, tokens in seen.items():
+            if not tokens.all():
+                raise RuntimeError(
+                    f"request {name}: the routes of {int((~tokens).sum())} of {len(tokens)} tokens "
+                    "were not seen; was the prefix cache read?"
+                )
+        return routes
