@@ -114,31 +114,25 @@ def find_moe_layers(config: PretrainedConfig) -> list[int]:
         return [router.layer for router in find_routers(AutoModelForCausalLM.from_config(config))]
 
 
-# Where the tokens of a micro-batch lie in the model's input. Both layouts are described by where
-# each sequence starts: row x length if padded to [B, length], the lengths before it if packed.
+def pack_routes(routes: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """Rollouts' routes `[n - 1, L, K]` one after another, `[N, L, K]`, for an input that holds the
+    rollouts' tokens so. The last token of each, which the sampler never read, gets OWN."""
+    parts = []
+    for rows in routes:
+        parts += [rows.astype(np.int16), np.full((1, *rows.shape[1:]), OWN, np.int16)]
+    return torch.from_numpy(np.concatenate(parts)).to(device)
 
 
-def lay_out_routes(
-    routes: Sequence[np.ndarray], starts: Sequence[int], num_tokens: int, device: torch.device
-) -> Tensor:
-    """Rollouts' routes `[n, L, K]` in the order of the model's input tokens, `[N, L, K]`.
-
-    Padding, and the last token of each rollout, which the sampler never read, get OWN.
-    """
-    out_NLK = torch.full((num_tokens, *routes[0].shape[1:]), OWN, dtype=torch.int16)
-    for start, rows in zip(starts, routes, strict=True):
-        out_NLK[start : start + len(rows)] = torch.from_numpy(rows.astype(np.int16))
-    return out_NLK.to(device)
+def number_packed(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """To which sequence each token belongs, from 0, `[N]`, in an input without padding."""
+    lengths_S = torch.tensor(lengths, device=device)
+    return torch.arange(len(lengths), device=device).repeat_interleave(lengths_S)
 
 
-def lay_out_sequences(
-    lengths: Sequence[int], starts: Sequence[int], num_tokens: int, device: torch.device
-) -> Tensor:
-    """To which sequence each input token belongs, from 0, `[N]`; -1 for padding."""
-    out_N = torch.full((num_tokens,), -1)
-    for number, (length, start) in enumerate(zip(lengths, starts, strict=True)):
-        out_N[start : start + length] = number
-    return out_N.to(device)
+def number_padded(attention_mask: Tensor) -> Tensor:
+    """The same for an input `[rows, columns]` with one sequence a row; -1 for padding."""
+    rows = torch.arange(len(attention_mask), device=attention_mask.device).unsqueeze(1)
+    return torch.where(attention_mask.bool(), rows, -1).flatten()
 
 
 @contextlib.contextmanager

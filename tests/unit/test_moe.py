@@ -16,8 +16,9 @@ from r1pipe.moe import (
     describe_load,
     find_moe_layers,
     find_routers,
-    lay_out_routes,
-    lay_out_sequences,
+    number_packed,
+    number_padded,
+    pack_routes,
     replaying,
     sequence_balance_loss,
     update_bias,
@@ -228,15 +229,15 @@ def test_dense_and_unknown_models() -> None:
         find_routers(dense)
 
 
-def test_layouts() -> None:
-    """Two rollouts of 3 and 2 tokens: padded to [2, 4], and packed into 5 and one of padding."""
+def test_where_tokens_lie() -> None:
+    """Rollouts of 3 and 2 tokens, of which the sampler read 2 and 1."""
     first, second = np.full((2, 1, 2), 7, np.uint8), np.full((1, 1, 2), 250, np.uint8)
-    padded = lay_out_routes([first, second], [0, 4], 8, CPU)
-    assert padded[:, 0, 0].tolist() == [7, 7, -1, -1, 250, -1, -1, -1]
-    assert lay_out_sequences([3, 2], [0, 4], 8, CPU).tolist() == [0, 0, 0, -1, 1, 1, -1, -1]
-    packed = lay_out_routes([first, second], [0, 3], 6, CPU)
-    assert packed[:, 0, 1].tolist() == [7, 7, -1, 250, -1, -1]
-    assert lay_out_sequences([3, 2], [0, 3], 6, CPU).tolist() == [0, 0, 0, 1, 1, -1]
+    packed_NLK = pack_routes([first, second], CPU)
+    assert packed_NLK.shape == (5, 1, 2)
+    assert packed_NLK[:, 0, 1].tolist() == [7, 7, -1, 250, -1]
+    assert number_packed([3, 2], CPU).tolist() == [0, 0, 0, 1, 1]
+    mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0]])
+    assert number_padded(mask).tolist() == [0, 0, 0, -1, -1, 1, 1, -1]
 
 
 def test_bias_update_by_hand() -> None:
@@ -269,7 +270,7 @@ def test_padding_is_not_counted_and_recomputation_counts_once(
         model.train()
         model.gradient_checkpointing_enable()
     routes_NLK = chosen_experts(model, ids_BL)
-    sequences_N = lay_out_sequences([7, 4, 2], [0, 7, 14], 21, CPU)
+    sequences_N = number_padded(torch.arange(7) < torch.tensor([[7], [4], [2]]))
     load = ExpertLoad(model)
     with load.counting(sequences_N, 3):
         model(input_ids=ids_BL, use_cache=False).logits.sum().backward()
@@ -327,7 +328,7 @@ def test_sequence_balance_loss_by_hand() -> None:
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_auxiliary_loss_reaches_the_router(ids_BL: Tensor, checkpointing: bool) -> None:
     """The same gradient as from adding the loss by hand, with its coefficient and mean."""
-    sequences_N = lay_out_sequences([7, 7, 3], [0, 7, 14], 21, CPU)
+    sequences_N = number_padded(torch.arange(7) < torch.tensor([[7], [7], [3]]))
 
     def gradients(model: PreTrainedModel) -> list[Tensor]:
         return [router.module.weight.grad.clone() for router in find_routers(model)]
