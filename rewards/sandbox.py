@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import select
+import shutil
 import socket
 import subprocess
 import sys
@@ -27,7 +28,11 @@ from typing import NamedTuple
 MECHANISMS = ("namespaces", "bubblewrap", "landlock")
 CHOICES = ("auto", *MECHANISMS, "none")
 START_LIMIT_S = 60.0
-_SERVER = Path(__file__).resolve().with_name("sandbox_server.py")
+_FOLDER = Path(__file__).resolve().parent
+_SERVER = "sandbox_server.py"
+_INSIDE = (
+    _SERVER, "sandbox_kernel.py", "sandbox_filter.py", "sandbox_inside.py", "plain_data.py",
+)  # fmt: skip
 
 
 class SandboxError(RuntimeError):
@@ -67,16 +72,16 @@ class Server:
     """A fork-server and the one thread that uses it. Raises ``SandboxError`` if it cannot run."""
 
     def __init__(self, mechanism: str):
+        self.mechanism = mechanism
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control = ours
         with theirs:
-            # The empty environment and -s -S -P: nothing of the user's is looked up or imported.
-            # Equal hashes in every run: a program that is judged twice is judged alike.
-            python = [_find_python(), "-s", "-S", "-P", "-X", "utf8", str(_SERVER)]
+            # Equal hashes in every run: a program that is judged twice is judged alike. One arena:
+            # each further one would take 64 MiB of the address space from a program with threads.
             self.process = subprocess.Popen(
-                [*_wrap(mechanism), *python, str(theirs.fileno()), mechanism],
+                _make_command(mechanism, [str(theirs.fileno()), mechanism]),
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"},
+                env={"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"},
                 pass_fds=[theirs.fileno()], cwd="/",
             )  # fmt: skip
         self.null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -99,6 +104,8 @@ class Server:
 
     def start(self, kind: str, payload: dict, limits: Limits, **fds: int) -> "Run":
         """Start a process; ``fds`` are its ``stdin``, ``stdout``, ``channel`` and ``report``."""
+        if limits.processes > 1 and self.mechanism != "namespaces":
+            raise SandboxError("only namespaces can end a program together with its children")
         reader, writer = os.pipe()
         payload_fd = make_memory_file(json.dumps(payload).encode())
         request = {"kind": kind, "limit_s": limits.seconds, **limits._asdict()}
@@ -207,7 +214,42 @@ def _find_python() -> str:
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
-def _wrap(mechanism: str) -> list[str]:
+def _make_command(mechanism: str, arguments: list[str]) -> list[str]:
+    # -s -S -P: nothing of the user's is looked up or imported.
+    python = [_find_python(), "-s", "-S", "-P", "-X", "utf8"]
     if mechanism != "bubblewrap":
-        return []
-    raise SandboxError("bubblewrap is not supported yet")
+        return [*python, str(_FOLDER / _SERVER), *arguments]
+    return [*_make_bubblewrap(python[0]), *python, f"/sandbox/{_SERVER}", *arguments]
+
+
+def _make_bubblewrap(python: str) -> list[str]:
+    """Return the command up to the program: a file system of the interpreter's files only."""
+    program = shutil.which("bwrap")
+    if program is None:
+        raise SandboxError("bwrap is not installed")
+    options = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    options += ["--die-with-parent", "--new-session"]
+    if os.geteuid() == 0:  # so that programs get a uid of their own
+        for capability in ("SETUID", "SETGID", "KILL"):
+            options += ["--cap-add", f"CAP_{capability}"]
+    else:
+        options += ["--unshare-user", "--uid", "1000", "--gid", "1000"]
+    library = os.path.dirname(os.path.dirname(os.path.realpath(os.__file__)))
+    for folder in reversed(Path(library).parents[:-1]):  # passable, also if it is root's home
+        options += ["--perms", "0755", "--dir", str(folder)]
+    for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo", library):
+        options += ["--ro-bind-try", path, path]
+    for path in _list_package_folders():
+        options += ["--tmpfs", path]
+    options += ["--ro-bind", python, python]
+    for name in _INSIDE:
+        options += ["--ro-bind", str(_FOLDER / name), f"/sandbox/{name}"]
+    for path in ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"):
+        options += ["--dev-bind-try", path, path]
+    return [program, *options, "--remount-ro", "/", "--chdir", "/", "--"]
+
+
+def _list_package_folders() -> list[str]:
+    library = os.path.dirname(os.path.realpath(os.__file__))
+    folders = (f"{library}/site-packages", "/usr/lib/python3/dist-packages")
+    return [folder for folder in folders if os.path.isdir(folder)]

@@ -44,6 +44,7 @@ FD_PLACES = (
     sandbox_inside.REPORT_FD,
     6,
 )
+NUM_THREADS = 64
 INSIDE_ID = 1000  # uid and gid as an ordinary user's confined processes see them
 SCRATCH = "/tmp"
 
@@ -54,42 +55,46 @@ PRELOADED = (
     "numbers", "pprint", "queue", "random", "statistics", "string", "textwrap", "threading",
     "typing", "unicodedata", "uuid", "zlib",
 )  # fmt: skip
+MODULES = os.path.dirname(os.path.realpath(os.__file__))
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
 class Confinement:
-    """How processes are confined, decided once: namespaces or not, uid, Landlock rules."""
+    """How processes are confined, decided once.
+
+    uid: what root gives itself up for, None for anyone else.
+    """
 
     def __init__(self, mechanism: str):
         self.mechanism = mechanism
         self.has_namespaces = mechanism == "namespaces"
         self.is_root = os.geteuid() == 0
         self.uid = _choose_uid() if self.is_root and mechanism != "none" else None
-        self.rules = None
+        self.has_landlock = False
         if mechanism == "none":
             return
         sandbox_kernel.check_machine()
+        self.has_landlock = sandbox_kernel.landlock_version() > 0
+        if mechanism == "landlock" and not self.has_landlock:
+            raise OSError("the kernel has no Landlock, or it is switched off")
         if self.has_namespaces:
             _enter_namespaces(self.is_root)
-        if sandbox_kernel.landlock_version():
-            read = [*LIBRARIES, *DEVICES, *_list_library_paths()]
-            write = ["/dev/null"]
-            self.rules = (read, write)
-        elif mechanism == "landlock":
-            raise OSError("the kernel has no Landlock, or it is switched off")
 
     def describe(self) -> str:
         """Name what is in force, for people."""
-        parts = [] if self.mechanism == "landlock" else [self.mechanism]
-        if self.rules:
-            parts.append("landlock")
-        return "+".join([*parts, "seccomp"] if self.mechanism != "none" else parts)
+        if self.mechanism == "none":
+            return "none"
+        own = [] if self.mechanism == "landlock" else [self.mechanism]
+        return "+".join([*own, *["landlock"] * self.has_landlock, "seccomp"])
 
 
 def _choose_uid() -> int:
     """Return a uid that no other process has, if this user namespace has one to spare."""
-    lines = Path("/proc/self/uid_map").read_text().splitlines()
+    try:
+        lines = Path("/proc/self/uid_map").read_text().splitlines()
+    except FileNotFoundError:  # no /proc within bubblewrap: then the first will do or nothing
+        lines = ["0 0 4294967295"]
     ranges = [tuple(map(int, line.split())) for line in lines]
     pid = os.getpid()
     for uid in (0x70000000 + pid, 50_000 + pid % 10_000, 65_534):
@@ -158,8 +163,7 @@ def _show(path: str) -> None:
 
 def _list_library_paths() -> list[str]:
     """Return where the interpreter's own modules and shared libraries lie."""
-    modules = os.path.dirname(os.path.realpath(os.__file__))
-    return [modules] if modules.startswith("/usr/lib/") else [os.path.dirname(modules)]
+    return [MODULES] if MODULES.startswith("/usr/lib/") else [os.path.dirname(MODULES)]
 
 
 def _list_package_folders() -> list[str]:
@@ -268,33 +272,51 @@ def _arrange_fds(fds: list[int]) -> int:
 
 
 def _confine(request: dict, confinement: Confinement) -> None:
-    """Give up, in this order: memory and time, root, new rights, files, capabilities, calls."""
-    may_fork = request["processes"] > 1
+    """Give up, in this order: memory and time, files, root, new rights, capabilities, calls."""
     for name, limit in _list_limits(request, confinement).items():
         _lower_limit(getattr(resource, name), limit)
     if confinement.mechanism == "none":
         sandbox_kernel.die_with_parent()
         return
+    rules = _make_rules(confinement) if confinement.has_landlock else None
     if confinement.uid is not None:
-        os.setgroups([])
-        os.setresgid(confinement.uid, confinement.uid, confinement.uid)
-        os.setresuid(confinement.uid, confinement.uid, confinement.uid)
+        _give_up_root(confinement.uid)
     sandbox_kernel.die_with_parent()
     sandbox_kernel.forbid_new_privileges()
-    if confinement.rules:
-        read, write = confinement.rules
-        if confinement.has_namespaces:
-            write = [*write, SCRATCH]
-        rules = sandbox_kernel.make_landlock_rules(read, write)
+    if rules is not None:
         sandbox_kernel.apply_landlock(rules)
         os.close(rules)
     sandbox_kernel.drop_capabilities()
-    sandbox_kernel.apply_seccomp(build_filter(os.getpid(), may_fork))
+    sandbox_kernel.apply_seccomp(build_filter(os.getpid(), request["processes"] > 1))
+
+
+def _make_rules(confinement: Confinement) -> int:
+    """Return Landlock rules; made while still root, which may pass folders that others may not."""
+    read = [*LIBRARIES, *DEVICES, *_list_library_paths()]
+    scratch = [SCRATCH] if confinement.has_namespaces else []
+    return sandbox_kernel.make_landlock_rules(read, ["/dev/null", *scratch])
+
+
+def _give_up_root(uid: int) -> None:
+    modules = os.open(MODULES, os.O_PATH)
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+    if os.access(MODULES, os.R_OK):
+        os.close(modules)
+        return
+    # The interpreter lies in root's home, say. Without a mount namespace its modules can only be
+    # had by a descriptor that was opened before.
+    place = f"/proc/self/fd/{modules}"
+    sys.path[:] = [path.replace(MODULES, place) for path in sys.path]
+    for module in list(sys.modules.values()):
+        if isinstance(getattr(module, "__path__", None), list):
+            module.__path__[:] = [path.replace(MODULES, place) for path in module.__path__]
 
 
 def _list_limits(request: dict, confinement: Confinement) -> dict[str, int]:
     megabyte = 1 << 20
-    limits = {
+    return {
         "RLIMIT_AS": request["memory_mb"] * megabyte,
         "RLIMIT_CPU": int(request["limit_s"]) + 1,
         "RLIMIT_FSIZE": request["disk_mb"] * megabyte,
@@ -302,10 +324,23 @@ def _list_limits(request: dict, confinement: Confinement) -> dict[str, int]:
         "RLIMIT_CORE": 0,
         "RLIMIT_MEMLOCK": 0,
         "RLIMIT_MSGQUEUE": 0,
+        "RLIMIT_NPROC": request["processes"] + NUM_THREADS + _count_others(confinement),
     }
-    if confinement.has_namespaces or confinement.uid is not None:
-        limits["RLIMIT_NPROC"] = 64 + request["processes"]
-    return limits
+
+
+def _count_others(confinement: Confinement) -> int:
+    """Count the threads that the kernel counts beside the sandbox's: those of the user's.
+
+    A uid of one's own and a user namespace of one's own have none.
+    """
+    if confinement.uid is not None or confinement.mechanism in ("namespaces", "bubblewrap"):
+        return 0
+    num_threads = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid == os.getuid():
+                num_threads += len(os.listdir(folder / "task"))
+    return num_threads
 
 
 def _lower_limit(number: int, limit: int) -> None:
