@@ -98,6 +98,12 @@ class Supervised(Strict):
     max_length: PositiveInt | None = None
     """Rows of more tokens are dropped and counted, never cut."""
     gradient_checkpointing: bool = False
+    bias_update_rate: NonNegativeFloat = 0.0
+    """How far a router's bias moves at each step towards an even load of its experts; nothing for
+    models whose routers have none. DeepSeek-V3: 1e-3."""
+    seq_aux_loss_coef: NonNegativeFloat = 0.0
+    """Weight of DeepSeek-V3's auxiliary loss, which evens the load out within each sequence.
+    DeepSeek-V3: 1e-4."""
 
     @model_validator(mode="after")
     def name_a_length(self) -> "Supervised":

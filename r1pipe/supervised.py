@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from r1pipe.config import Supervised
 from r1pipe.errors import UserError
 from r1pipe.models import encode_completion, encode_prompt, fast_training_kernels
+from r1pipe.moe import ExpertLoad, number_padded
 from r1pipe.progress import StageProgress
 from r1pipe.records import Problem
 from r1pipe.runs import MetricsLog
@@ -63,10 +64,10 @@ def encode_traces(
 
 
 class ReportProgress(TrainerCallback):
-    """TRL's log into our progress bar and metrics.jsonl."""
+    """TRL's log, and the experts' load, into our progress bar and metrics.jsonl."""
 
-    def __init__(self, progress: StageProgress, log: MetricsLog):
-        self.progress, self.log = progress, log
+    def __init__(self, progress: StageProgress, log: MetricsLog, load: ExpertLoad):
+        self.progress, self.log, self.load = progress, log, load
         self.last_loss = float("nan")
 
     def on_step_end(
@@ -90,7 +91,31 @@ class ReportProgress(TrainerCallback):
     ) -> None:
         if logs and "loss" in logs:
             self.last_loss = float(logs["loss"])
-            self.log.write({"step": state.global_step, **logs})
+            self.log.write({"step": state.global_step, **logs, **self.load.metrics()})
+
+
+class BalanceExperts(TrainerCallback):
+    """Counts the experts' load in TRL's training, and moves the routers' biases after each step."""
+
+    def __init__(self, model: PreTrainedModel, load: ExpertLoad, sequences_per_step: int):
+        self.load, self.sequences_per_step = load, sequences_per_step
+        if load.routers:
+            model.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+
+    def before_forward(self, model: PreTrainedModel, args: tuple, inputs: dict) -> None:
+        if model.training:
+            self.load.finish()
+            self.load.start(number_padded(inputs["attention_mask"]), self.sequences_per_step)
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        self.load.finish()
+        self.load.balance()
 
 
 def train_on_traces(
@@ -138,6 +163,12 @@ def train_on_traces(
         dataloader_pin_memory=model.device.type != "cpu",
     )
     log = MetricsLog(context.folder)
+    load = ExpertLoad(
+        model,
+        bias_update_rate=settings.bias_update_rate,
+        seq_aux_loss_coef=settings.seq_aux_loss_coef,
+    )
+    sequences_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     with (
         fast_training_kernels(model.device, context.recipe.dtype),
         StageProgress(label, settings.max_steps or 1) as progress,
@@ -147,7 +178,10 @@ def train_on_traces(
             args=arguments,
             train_dataset=Dataset.from_list(traces.rows),
             processing_class=tokenizer,
-            callbacks=[ReportProgress(progress, log)],
+            callbacks=[
+                BalanceExperts(model, load, sequences_per_step),
+                ReportProgress(progress, log, load),
+            ],
         )
         trainer.remove_callback(PrinterCallback)
         result = trainer.train()
