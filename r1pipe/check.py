@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from r1pipe.config import Distill, Eval, Grpo, Recipe, Reject, Reward, Stage
+from r1pipe.errors import UserError
 from r1pipe.problems import load_problems
 from r1pipe.scoring import Scorer
 
@@ -16,11 +17,22 @@ def check_recipe(recipe: Recipe) -> Iterator[str]:
 
 def check_stage(stage: Stage) -> str:
     Scorer(list_rewards(stage))
+    if isinstance(stage, Grpo):
+        check_loss(stage)
     source = getattr(stage, "data", None)
     if source is None or source.recipe is None:
         return f"{stage.name}: ok"
     problems = load_problems(source)
     return f"{stage.name}: {source.recipe}/{source.split}: {len(problems)} problems"
+
+
+def check_loss(stage: Grpo) -> None:
+    from r1pipe.grpo.losses import find_loss
+
+    try:
+        find_loss(stage.loss_type)
+    except ValueError as error:
+        raise UserError(f"stages.{stage.name}.loss_type: {error}") from error
 
 
 def list_rewards(stage: Stage) -> list[Reward]:

@@ -26,6 +26,9 @@ from r1pipe.errors import UserError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
+"""The losses in grpo/losses.py, which imports torch."""
+
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
@@ -183,21 +186,48 @@ class Grpo(TrainingStage):
     num_generations: Annotated[int, Field(ge=2)]
     """Samples per prompt: the group."""
     temperature: PositiveFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0: no limit. Where top_p or top_k cut the distribution, the trainer cuts its own alike."""
     max_completion_length: PositiveInt
+    dynamic_sampling: bool = False
+    """Groups whose rewards are all equal are replaced by groups of further prompts (DAPO)."""
+    max_sampling_rounds: PositiveInt = 4
+    """Rounds of sampling in a step before it goes on with the groups that it has."""
+    async_steps: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: the next batch is sampled, by the policy of the step before, while this one trains."""
 
-    loss_type: Literal["grpo", "dr_grpo", "dapo"] = "grpo"
+    loss_type: str = "grpo"
+    """One of LOSS_TYPES, or the dotted path of a loss of your own."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What the advantages are divided by: the group's std, the batch's, or nothing."""
     beta: NonNegativeFloat = 0.0
     """Weight of the KL term to the reference policy; 0 keeps no reference."""
+    kl_estimator: Literal["k1", "k3"] = "k3"
+    use_bias_correction_kl: bool = False
+    """KL term times pi / pi_old, so that its gradient is the KL's (DeepSeek-V3.2)."""
     reference_refresh_steps: PositiveInt | None = None
     """Every so many steps the reference becomes the current policy."""
     epsilon: PositiveFloat = 0.2
     epsilon_high: PositiveFloat | None = None
-    """Upper clip range; default: epsilon."""
+    """Upper clip range; default: epsilon. For cispo the largest weight itself."""
+    delta: PositiveFloat | None = None
+    """Largest ratio where the advantage is negative (two-sided clipping); above 1 + epsilon."""
     steps_per_generation: PositiveInt = 1
-    """Optimizer steps (minibatches) per batch of rollouts."""
+    """Optimizer steps (minibatches) per pass over a batch of rollouts."""
+    num_iterations: PositiveInt = 1
+    """Passes over a batch of rollouts (mu in the GRPO paper)."""
     mask_truncated_completions: bool = False
+
+    vllm_importance_sampling_correction: bool = True
+    """Weigh tokens by pi_old / pi_sampler: 1 up to rounding in float32, not so in bf16."""
+    vllm_importance_sampling_mode: Literal[
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "token_truncate"
+    vllm_importance_sampling_clip_min: NonNegativeFloat = 0.0
+    vllm_importance_sampling_clip_max: PositiveFloat = 2.0
+    off_policy_mask_threshold: PositiveFloat | None = None
+    """Mean log(pi_sampler / pi) above which a completion of negative advantage is dropped."""
 
     learning_rate: PositiveFloat = 1e-6
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
@@ -206,7 +236,7 @@ class Grpo(TrainingStage):
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     max_grad_norm: PositiveFloat = 1.0
     micro_batch_tokens: PositiveInt = 16384
-    """Padded tokens in one forward and backward pass: bounds memory, changes nothing else."""
+    """Tokens in one forward and backward pass: bounds memory, changes nothing else."""
     gradient_checkpointing: bool = False
 
     max_logprob_diff: PositiveFloat = 1e-4
@@ -220,6 +250,28 @@ class Grpo(TrainingStage):
         if (self.prompts_per_step * self.num_generations) % self.steps_per_generation:
             raise ValueError(
                 "prompts_per_step x num_generations must be a multiple of steps_per_generation"
+            )
+        return self
+
+    @field_validator("loss_type")
+    @classmethod
+    def name_a_loss(cls, loss_type: str) -> str:
+        if loss_type not in LOSS_TYPES and "." not in loss_type:
+            near = difflib.get_close_matches(loss_type, LOSS_TYPES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(LOSS_TYPES)}"
+            raise ValueError(f"no such loss; {hint} (or give a dotted path)")
+        return loss_type
+
+    @model_validator(mode="after")
+    def fit_the_loss(self) -> "Grpo":
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ValueError("loss_type cispo needs epsilon_high, its largest weight, such as 5.0")
+        if self.delta is not None and self.delta <= 1 + self.epsilon:
+            raise ValueError("delta must be above 1 + epsilon")
+        if self.beta and self.kl_estimator == "k1" and not self.use_bias_correction_kl:
+            # d/dtheta log(pi / ref) is the score function, whose mean is zero.
+            raise ValueError(
+                "kl_estimator k1 needs use_bias_correction_kl: its own gradient is zero on average"
             )
         return self
 

@@ -7,6 +7,7 @@ import copy
 import random
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ import torch
 from r1pipe.config import Grpo, Sampling
 from r1pipe.errors import UserError
 from r1pipe.grpo.advantage import compute_advantages, share_of_silent_groups
-from r1pipe.grpo.update import Sample, Updater
+from r1pipe.grpo.packing import Sample
+from r1pipe.grpo.update import Updater
 from r1pipe.models import export_weights, load_model, save_checkpoint
 from r1pipe.progress import StageProgress, say
 from r1pipe.records import Problem, Rollout, Score, describe_rollout, dump_row
@@ -32,14 +34,13 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
     sampler = context.engines.open(checkpoint)
     sampler.encode(problems, stage.max_completion_length)
 
-    policy = load_model(checkpoint, context.device, context.recipe.attn_implementation)
+    model = load_model(checkpoint, context.device, context.recipe.attn_implementation)
     updater = Updater(
-        policy,
-        copy.deepcopy(policy).requires_grad_(False) if stage.beta else None,
+        model,
+        copy.deepcopy(model).requires_grad_(False) if stage.beta else None,
         stage,
         dtype=context.recipe.dtype,
         seed=context.recipe.seed,
-        pad_token_id=sampler.tokenizer.pad_token_id,
     )
     log = MetricsLog(context.folder)
     with (
@@ -57,7 +58,7 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
                 dlogp=metrics["sampler/logprob_diff_mean"],
             )
     final = check_last_sync(stage, updater, sampler, problems, context.recipe.seed)
-    save_checkpoint(policy, sampler.tokenizer, context.folder)
+    save_checkpoint(model, sampler.tokenizer, context.folder)
     return {"train_rows": len(problems), "optimizer_steps": stage.max_steps, **final}
 
 
@@ -89,14 +90,14 @@ def train(
             Sample(rollout, advantage)
             for rollout, advantage in zip(rollouts, advantages_NG.flatten().tolist(), strict=True)
         ]
-        metrics = {"step": step, **reward_metrics(scores), **updater.evaluate(samples)}
-        stop_if_broken(stage, metrics, step)
-        metrics |= updater.update(samples, step)
+        metrics = {"step": step, **reward_metrics(scores)}
+        stop_if_unjudged(stage, metrics, step)
+        metrics |= updater.step(samples, step, partial(stop_if_apart, stage, step))
         if stage.reference_refresh_steps and step % stage.reference_refresh_steps == 0:
             updater.refresh_reference()
         clock.lap("update")
 
-        sampler.load_weights(export_weights(updater.policy))
+        sampler.load_weights(export_weights(updater.model))
         clock.lap("sync")
         metrics |= {
             "groups_without_spread": share_of_silent_groups(rewards_NG),
@@ -123,14 +124,16 @@ def rewards_by_group(scores: list[Score], num_generations: int) -> torch.Tensor:
 
 
 def stage_sampling(stage: Grpo) -> Sampling:
-    """Sampling from the policy itself: the ratio of the loss would be biased by anything less."""
     return Sampling(
-        temperature=stage.temperature, max_completion_length=stage.max_completion_length
+        temperature=stage.temperature,
+        top_p=stage.top_p,
+        top_k=stage.top_k,
+        max_completion_length=stage.max_completion_length,
     )
 
 
-def stop_if_broken(stage: Grpo, metrics: dict[str, float], step: int) -> None:
-    """Raises UserError, before the update, when sampler and trainer or the rewards do not agree."""
+def stop_if_apart(stage: Grpo, step: int, metrics: dict[str, float]) -> None:
+    """Raises UserError, before the update, when sampler and trainer disagree."""
     diff = metrics["sampler/logprob_diff_mean"]
     if not diff <= stage.max_logprob_diff:
         raise UserError(
@@ -138,6 +141,10 @@ def stop_if_broken(stage: Grpo, metrics: dict[str, float], step: int) -> None:
             f"{diff:.2e} > max_logprob_diff {stage.max_logprob_diff:.0e} (in float32 an error of "
             "the weight sync or of the model's code in vLLM; in bf16 raise the limit)"
         )
+
+
+def stop_if_unjudged(stage: Grpo, metrics: dict[str, float], step: int) -> None:
+    """Raises UserError when the rewards cannot judge too many of the rollouts."""
     if metrics["reward_unjudged"] > stage.max_unjudged_share:
         raise UserError(
             f"{stage.name}, step {step}: the rewards could not judge "
@@ -152,8 +159,8 @@ def check_last_sync(
     """Compare sampler and trainer once more, on the weights of the last sync."""
     group = problems[: stage.prompts_per_step]
     rollouts = sampler.generate(group, 1, stage_sampling(stage), (seed, stage.name, "last"))
-    metrics = updater.evaluate([Sample(rollout, 0.0) for rollout in rollouts])
-    stop_if_broken(stage, {**metrics, "reward_unjudged": 0.0}, stage.max_steps)
+    metrics = updater.evaluate([Sample(rollout, 0.0) for rollout in rollouts]).metrics()
+    stop_if_apart(stage, stage.max_steps, metrics)
     diff = metrics["sampler/logprob_diff_mean"]
     say(f"{stage.name}: sampler = trainer after the last sync: mean |dlogp| {diff:.1e}")
     return {"last_sync/logprob_diff_mean": diff}

@@ -2,8 +2,7 @@
 
 import contextlib
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -11,121 +10,13 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, get_scheduler
 
 from r1pipe.config import Grpo
+from r1pipe.grpo.logprobs import LogProbs, Policy, Support, Truncation
 from r1pipe.grpo.losses import LossInputs, Totals, compute_loss
+from r1pipe.grpo.packing import PackedBatch, Sample, cut_batches, pack
 from r1pipe.models import fast_training_kernels
-from r1pipe.records import Rollout
 
-LENGTH_BUCKET = 8
-"""Padded lengths are multiples of this, so that few matrix shapes occur."""
-
-
-@dataclass
-class Sample:
-    """A rollout on its way through the trainer. Log-probs are of its completion's tokens, `[T]`."""
-
-    rollout: Rollout
-    advantage: float
-    old_logprobs: Tensor | None = None
-    ref_logprobs: Tensor | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.rollout.prompt_ids) + len(self.rollout.completion_ids)
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rollouts padded to one length, prompts and completions flush left.
-
-    Column t of a `_BT` tensor predicts token `start + t` of the sequence: `[B, T]` covers every
-    completion of the batch, and `mask_BT` is 1 where a row has a completion token there.
-    """
-
-    ids_BL: Tensor
-    attention_mask_BL: Tensor
-    mask_BT: Tensor
-    start: int
-    samples: list[Sample]
-
-    def spread(self, values: list[Tensor]) -> Tensor:
-        """Per-completion rows `[len]` laid out as `[B, T]`, zeros elsewhere."""
-        out_BT = torch.zeros_like(self.mask_BT)
-        for row, (sample, value) in enumerate(zip(self.samples, values, strict=True)):
-            begin = len(sample.rollout.prompt_ids) - self.start
-            out_BT[row, begin : begin + len(value)] = value.to(out_BT.device)
-        return out_BT
-
-    def gather(self, values_BT: Tensor) -> list[Tensor]:
-        """The inverse of `spread`, on the CPU."""
-        rows = []
-        for row, sample in enumerate(self.samples):
-            begin = len(sample.rollout.prompt_ids) - self.start
-            rows.append(values_BT[row, begin : begin + len(sample.rollout.completion_ids)].cpu())
-        return rows
-
-
-def make_micro_batches(
-    samples: list[Sample], token_budget: int, pad_token_id: int, device: torch.device
-) -> list[MicroBatch]:
-    """Cut samples, similar lengths together, so that no batch has more padded tokens than the
-    budget (one sample may)."""
-    batches: list[list[Sample]] = []
-    for sample in sorted(samples, key=lambda s: s.num_tokens, reverse=True):
-        # Sorted by falling length: the batch's first sample is its longest.
-        if batches and (len(batches[-1]) + 1) * padded_length(batches[-1][0]) <= token_budget:
-            batches[-1].append(sample)
-        else:
-            batches.append([sample])
-    return [pad_batch(batch, pad_token_id, device) for batch in batches]
-
-
-def padded_length(sample: Sample) -> int:
-    return -(-sample.num_tokens // LENGTH_BUCKET) * LENGTH_BUCKET
-
-
-def pad_batch(samples: list[Sample], pad_token_id: int, device: torch.device) -> MicroBatch:
-    length = max(padded_length(sample) for sample in samples)
-    start = min(len(sample.rollout.prompt_ids) for sample in samples)
-    ids_BL = torch.full((len(samples), length), pad_token_id)
-    attention_mask_BL = torch.zeros(len(samples), length, dtype=torch.long)
-    mask_BL = torch.zeros(len(samples), length)
-    for row, sample in enumerate(samples):
-        prompt, completion = sample.rollout.prompt_ids, sample.rollout.completion_ids
-        end = len(prompt) + len(completion)
-        ids_BL[row, :end] = torch.tensor(prompt + completion)
-        attention_mask_BL[row, :end] = 1
-        mask_BL[row, len(prompt) : end] = 1
-    return MicroBatch(
-        ids_BL.to(device),
-        attention_mask_BL.to(device),
-        mask_BL[:, start:].to(device),
-        start,
-        samples,
-    )
-
-
-def compute_logprobs(
-    model: PreTrainedModel, batch: MicroBatch, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the batch's completion tokens at the sampling temperature, and the
-    entropy (nats, no gradient) of the distributions that they come from; both `[B, T]`.
-
-    Logits are computed from `start - 1` on only: prompts need none.
-    """
-    num_columns = batch.mask_BT.shape[1]
-    logits_BTV = model(
-        input_ids=batch.ids_BL,
-        attention_mask=batch.attention_mask_BL,
-        logits_to_keep=num_columns + 1,
-        use_cache=False,
-    ).logits[:, :-1]
-    logits_BTV = logits_BTV.float() / temperature
-    all_logprobs_BTV = logits_BTV.log_softmax(-1)
-    targets_BT1 = batch.ids_BL[:, batch.start :].unsqueeze(-1)
-    logprobs_BT = all_logprobs_BTV.gather(-1, targets_BT1).squeeze(-1)
-    with torch.no_grad():
-        entropy_BT = -(all_logprobs_BTV.exp() * all_logprobs_BTV).sum(-1)
-    return logprobs_BT, entropy_BT
+Check = Callable[[dict[str, float]], None]
+"""Raises if the metrics say that the update must not happen."""
 
 
 class Updater:
@@ -133,18 +24,21 @@ class Updater:
 
     def __init__(
         self,
-        policy: PreTrainedModel,
+        model: PreTrainedModel,
         reference: PreTrainedModel | None,
         settings: Grpo,
         *,
         dtype: str,
         seed: int,
-        pad_token_id: int,
     ):
-        self.policy, self.reference, self.settings = policy, reference, settings
-        self.dtype, self.seed, self.pad_token_id = dtype, seed, pad_token_id
+        self.model, self.settings = model, settings
+        self.policy = Policy(model)
+        self.reference = Policy(reference) if reference is not None else None
+        self.dtype, self.seed = dtype, seed
+        self.num_updates = settings.steps_per_generation * settings.num_iterations
+        self.truncation = Truncation(settings.top_p, settings.top_k)
         self.optimizer = torch.optim.AdamW(
-            policy.parameters(),
+            model.parameters(),
             lr=settings.learning_rate,
             betas=(0.9, settings.adam_beta2),
             weight_decay=settings.weight_decay,
@@ -152,121 +46,139 @@ class Updater:
         self.scheduler = get_scheduler(
             settings.lr_scheduler_type,
             self.optimizer,
-            num_warmup_steps=settings.warmup_steps * settings.steps_per_generation,
-            num_training_steps=settings.max_steps * settings.steps_per_generation,
+            num_warmup_steps=settings.warmup_steps * self.num_updates,
+            num_training_steps=settings.max_steps * self.num_updates,
         )
         # Without dropout on either side: the sampler has none.
-        policy.eval()
+        model.eval()
         if settings.gradient_checkpointing:
-            policy.train()
-            policy.gradient_checkpointing_enable()
+            model.train()
+            model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @contextlib.contextmanager
     def kernels(self) -> Iterator[None]:
-        device = self.policy.device
+        device = self.model.device
         autocast = torch.autocast(
             device.type, torch.bfloat16, enabled=self.dtype == "bfloat16", cache_enabled=False
         )
         with fast_training_kernels(device, self.dtype), autocast:
             yield
 
-    def batches(self, samples: list[Sample]) -> list[MicroBatch]:
-        return make_micro_batches(
-            samples, self.settings.micro_batch_tokens, self.pad_token_id, self.policy.device
-        )
+    def batches(self, samples: list[Sample]) -> Iterator[PackedBatch]:
+        for part in cut_batches(samples, self.settings.micro_batch_tokens):
+            yield pack(part, self.model.device)
 
-    @torch.no_grad()
-    def evaluate(self, samples: list[Sample]) -> dict[str, float]:
-        """Fill in `old_logprobs` (and `ref_logprobs`), and compare with the sampler's.
+    def informative(self, samples: list[Sample]) -> list[Sample]:
+        """Without those that move nothing: a sample of advantage 0, unless a KL term is asked."""
+        if self.settings.beta:
+            return samples
+        return [sample for sample in samples if sample.advantage != 0]
 
-        `sampler/logprob_diff_mean` and `_max` are of |sampler - trainer| over all completion
-        tokens; `entropy` is the policy's mean, in nats.
+    def step(self, samples: list[Sample], step: int, check: Check) -> dict[str, float]:
+        """`steps_per_generation` x `num_iterations` optimizer steps over the samples.
+
+        `check` is given `sampler/logprob_diff_mean` and `_max`, of |sampler - trainer| over
+        completion tokens, and the policy's `entropy` (mean, nats), before the first optimizer step.
+        Both are of the samples that take part: those of advantage 0 are not computed.
+
+        Returns these, and means over the step's tokens and optimizer steps.
         """
-        diffs, entropies = [], []
-        with self.kernels():
-            for batch in self.batches(samples):
-                logprobs_BT, entropy_BT = compute_logprobs(
-                    self.policy, batch, self.settings.temperature
-                )
-                for sample, old in zip(batch.samples, batch.gather(logprobs_BT), strict=True):
-                    sample.old_logprobs = old
-                    diffs.append((old - torch.tensor(sample.rollout.logprobs)).abs())
-                entropies.extend(batch.gather(entropy_BT))
-                if self.reference is not None:
-                    ref_BT, _ = compute_logprobs(self.reference, batch, self.settings.temperature)
-                    for sample, ref in zip(batch.samples, batch.gather(ref_BT), strict=True):
-                        sample.ref_logprobs = ref
-        all_diffs = torch.cat(diffs)
-        return {
-            "sampler/logprob_diff_mean": float(all_diffs.mean()),
-            "sampler/logprob_diff_max": float(all_diffs.max()),
-            "entropy": float(torch.cat(entropies).mean()),
-        }
-
-    def update(self, samples: list[Sample], step: int) -> dict[str, float]:
-        """`steps_per_generation` optimizer steps over the samples, `evaluate`d before.
-
-        Returns means over the step's tokens and optimizer steps.
-        """
-        settings = self.settings
-        if settings.mask_truncated_completions:
+        if self.settings.mask_truncated_completions:
             samples = [sample for sample in samples if not sample.rollout.truncated]
-        order = list(samples)
-        random.Random(f"{self.seed}/minibatches/{step}").shuffle(order)
-        sums: dict[str, float] = {}
-        num_tokens = num_steps = 0
-        for part in range(settings.steps_per_generation):
-            minibatch = order[part :: settings.steps_per_generation]
-            # A sample of advantage 0 moves nothing but the normaliser, unless a KL term is asked.
-            active = [s for s in minibatch if s.advantage != 0 or settings.beta]
+        if self.num_updates == 1 or not self.informative(samples):
+            # One optimizer step: the policy before it is the policy in it, and is computed once.
+            agreement = Agreement()
+        else:
+            agreement = self.evaluate(self.informative(samples))
+            check(agreement.metrics())
+        log = UpdateLog()
+        for minibatch in self.minibatches(samples, step):
+            active = self.informative(minibatch)
             if not active:
                 continue
             totals = Totals(
                 num_completions=len(minibatch),
                 num_tokens=sum(len(s.rollout.completion_ids) for s in minibatch),
-                max_completion_length=settings.max_completion_length,
+                max_completion_length=self.settings.max_completion_length,
             )
             for batch in self.batches(active):
                 with self.kernels():
-                    part_loss = self.backward(batch, totals)
-                for name, value in part_loss.items():
-                    sums[name] = sums.get(name, 0.0) + value
-            sums["grad_norm"] = sums.get("grad_norm", 0.0) + float(
-                clip_grad_norm_(self.policy.parameters(), settings.max_grad_norm)
-            )
+                    log.add_sums(self.backward(batch, totals, agreement))
+            if self.num_updates == 1:
+                check(agreement.metrics())
+            grad_norm = clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.scheduler.step()
-            num_tokens += sum(len(s.rollout.completion_ids) for s in active)
-            num_steps += 1
-        per_step = ("loss", "grad_norm")
-        metrics = {
-            name: value / max(1, num_steps if name in per_step else num_tokens)
-            for name, value in sums.items()
+            log.add_step(grad_norm, sum(len(s.rollout.completion_ids) for s in active))
+        return {
+            **agreement.metrics(),
+            **log.metrics(),
+            "learning_rate": self.scheduler.get_last_lr()[0],
         }
-        return {**metrics, "learning_rate": self.scheduler.get_last_lr()[0]}
 
-    def backward(self, batch: MicroBatch, totals: Totals) -> dict[str, float]:
-        logprobs_BT, _ = compute_logprobs(self.policy, batch, self.settings.temperature)
-        reference = None
-        if self.reference is not None:
-            reference = batch.spread([s.ref_logprobs for s in batch.samples])
+    def minibatches(self, samples: list[Sample], step: int) -> Iterator[list[Sample]]:
+        """Each pass over the samples in an order of its own, cut into `steps_per_generation`."""
+        for iteration in range(self.settings.num_iterations):
+            order = list(samples)
+            random.Random(f"{self.seed}/minibatches/{step}/{iteration}").shuffle(order)
+            for part in range(self.settings.steps_per_generation):
+                yield order[part :: self.settings.steps_per_generation]
+
+    @torch.no_grad()
+    def evaluate(self, samples: list[Sample]) -> "Agreement":
+        """Fill in what later optimizer steps need of the policy as it is now, and of the
+        reference; compare with the sampler."""
+        agreement = Agreement()
+        with self.kernels():
+            for batch in self.batches(samples):
+                now = self.measure(batch)
+                agreement.add(batch, now)
+                for sample, old in zip(batch.samples, batch.split(now.logprobs_C), strict=True):
+                    sample.old_logprobs = old
+                if now.support is not None:
+                    supports = now.support.cpu().split(batch.completion_lengths)
+                    for sample, support in zip(batch.samples, supports, strict=True):
+                        sample.support = support
+                if self.reference is not None:
+                    ref_C = self.measure_reference(batch, now.support)
+                    for sample, ref in zip(batch.samples, batch.split(ref_C), strict=True):
+                        sample.ref_logprobs = ref
+        return agreement
+
+    def measure(self, batch: PackedBatch) -> LogProbs:
+        """The policy's log-probabilities, its distribution cut as the sampler cuts its own."""
+        truncation = self.truncation if self.truncation.cuts else None
+        return self.policy(batch, self.settings.temperature, truncation=truncation)
+
+    @torch.no_grad()
+    def measure_reference(self, batch: PackedBatch, support: Support | None) -> Tensor:
+        return self.reference(batch, self.settings.temperature, support=support).logprobs_C
+
+    def backward(
+        self, batch: PackedBatch, totals: Totals, agreement: "Agreement"
+    ) -> dict[str, float]:
+        """Add the batch's share of the gradient; returns sums over its tokens."""
+        if batch.samples[0].old_logprobs is None:
+            now = self.measure(batch)
+            agreement.add(batch, now)
+            old_C, support = now.logprobs_C.detach(), now.support
+            ref_C = self.measure_reference(batch, support) if self.reference else None
+        else:
+            old_C, ref_C = batch.join("old_logprobs"), batch.join("ref_logprobs")
+            support = None
+            if self.truncation.cuts:
+                support = Support.join([s.support for s in batch.samples], old_C.device)
+            now = self.policy(batch, self.settings.temperature, support=support)
         inputs = LossInputs(
-            logprobs_BT=logprobs_BT,
-            old_logprobs_BT=batch.spread([s.old_logprobs for s in batch.samples]),
-            advantages_B=torch.tensor([s.advantage for s in batch.samples]).to(logprobs_BT),
-            mask_BT=batch.mask_BT,
-            ref_logprobs_BT=reference,
+            logprobs_C=now.logprobs_C,
+            old_logprobs_C=old_C,
+            sampler_logprobs_C=batch.sampler_logprobs_C,
+            advantages_B=batch.advantages_B,
+            sequence_C=batch.sequence_C,
+            ref_logprobs_C=ref_C,
         )
-        settings = self.settings
-        loss = compute_loss(
-            inputs,
-            totals,
-            loss_type=settings.loss_type,
-            epsilon=settings.epsilon,
-            epsilon_high=settings.epsilon_high,
-            beta=settings.beta,
-        )
+        loss = compute_loss(inputs, totals, self.settings)
         loss.loss.backward()
         return {"loss": float(loss.loss.detach()), **loss.sums}
 
@@ -274,3 +186,52 @@ class Updater:
         """Make the reference, if there is one, the current policy (R1: every 400 updates)."""
         if self.reference is not None:
             self.reference.load_state_dict(self.policy.state_dict())
+
+
+class Agreement:
+    """How far sampler and trainer are apart on the same tokens, and the policy's entropy."""
+
+    def __init__(self) -> None:
+        self._diff_sum = self._diff_max = self._entropy_sum = 0.0
+        self._num_tokens = 0
+
+    def add(self, batch: PackedBatch, now: LogProbs) -> None:
+        diff_C = (now.logprobs_C.detach() - batch.sampler_logprobs_C).abs()
+        self._diff_sum += float(diff_C.sum(dtype=torch.float64))
+        # Not max(): a NaN must stay one.
+        self._diff_max = float(torch.maximum(diff_C.max(), diff_C.new_tensor(self._diff_max)))
+        self._entropy_sum += float(now.entropy_C.sum(dtype=torch.float64))
+        self._num_tokens += len(diff_C)
+
+    def metrics(self) -> dict[str, float]:
+        count = max(1, self._num_tokens)
+        return {
+            "sampler/logprob_diff_mean": self._diff_sum / count,
+            "sampler/logprob_diff_max": self._diff_max,
+            "entropy": self._entropy_sum / count,
+        }
+
+
+class UpdateLog:
+    """Adds up what a step's optimizer steps report."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = {}
+        self._num_steps = self._num_tokens = 0
+
+    def add_sums(self, sums: dict[str, float]) -> None:
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+
+    def add_step(self, grad_norm: Tensor, num_tokens: int) -> None:
+        self.add_sums({"grad_norm": float(grad_norm)})
+        self._num_steps += 1
+        self._num_tokens += num_tokens
+
+    def metrics(self) -> dict[str, float]:
+        """Means: of the loss and the gradient's norm over optimizer steps, else over tokens."""
+        per_step = ("loss", "grad_norm")
+        return {
+            name: value / max(1, self._num_steps if name in per_step else self._num_tokens)
+            for name, value in self._sums.items()
+        }

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 
 from r1pipe.config import Engine, ProblemSet, Sampling
 from r1pipe.errors import UserError
-from r1pipe.grpo.update import Sample, compute_logprobs, make_micro_batches
+from r1pipe.grpo.logprobs import Policy, Truncation
+from r1pipe.grpo.packing import Sample, pack
 from r1pipe.models import (
     build_model,
     build_tokenizer,
@@ -96,14 +97,13 @@ def make_model(name: str, tokenizer: object, seed: int) -> PreTrainedModel:
     return model
 
 
-def logprob_diff(model: PreTrainedModel, rollouts: list[Rollout]) -> float:
-    diffs = []
-    for batch in make_micro_batches([Sample(r, 0.0) for r in rollouts], 4096, 0, CPU):
-        with torch.no_grad():
-            logprobs_BT, _ = compute_logprobs(model, batch, temperature=1.0)
-        for sample, own in zip(batch.samples, batch.gather(logprobs_BT)):
-            diffs.append((own - torch.tensor(sample.rollout.logprobs)).abs())
-    return float(torch.cat(diffs).mean())
+@torch.no_grad()
+def logprob_diff(
+    model: PreTrainedModel, rollouts: list[Rollout], truncation: Truncation | None = None
+) -> float:
+    batch = pack([Sample(rollout, 0.0) for rollout in rollouts], CPU)
+    logprobs_C = Policy(model)(batch, 1.0, truncation=truncation).logprobs_C
+    return float((logprobs_C - batch.sampler_logprobs_C).abs().mean())
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -177,16 +177,29 @@ def test_prompts_beyond_the_batch_budget(opened: tuple, problems: list[Problem])
     assert len(rollouts) == 24 * len(problems)
 
 
-def test_logprobs_are_at_the_sampling_temperature(opened: tuple, problems: list[Problem]) -> None:
+# (temperature, top_p, top_k)
+CUTS = [(0.5, 1.0, 0), (1.0, 0.8, 0), (1.0, 1.0, 5), (0.7, 0.9, 20)]
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), CUTS)
+def test_logprobs_are_of_the_distribution_that_was_sampled(
+    opened: tuple, problems: list[Problem], temperature: float, top_p: float, top_k: int
+) -> None:
+    """At the sampling temperature, and renormalised over what top_p and top_k leave: otherwise the
+    ratio of trainer and sampler is the mass that was left (trl#6789)."""
     _, model, sampler = opened
-    sampling = Sampling(temperature=0.5, max_completion_length=16)
-    rollouts = sampler.generate(problems, 1, sampling, (0,))
-    batch = make_micro_batches([Sample(r, 0.0) for r in rollouts], 10**6, 0, CPU)[0]
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_completion_length=16)
+    batch = pack([Sample(r, 0.0) for r in sampler.generate(problems, 1, sampling, (0,))], CPU)
+    policy, truncation = Policy(model), Truncation(top_p, top_k)
     with torch.no_grad():
-        logprobs_BT, entropy_BT = compute_logprobs(model, batch, temperature=0.5)
-    for sample, own in zip(batch.samples, batch.gather(logprobs_BT)):
-        assert own.tolist() == pytest.approx(sample.rollout.logprobs, abs=1e-4)
-    assert (entropy_BT >= 0).all()
+        now = policy(batch, temperature, truncation=truncation if truncation.cuts else None)
+        whole = policy(batch, temperature)
+        again = policy(batch, temperature, support=now.support)
+    assert (now.logprobs_C - batch.sampler_logprobs_C).abs().max() < 1e-4
+    assert torch.equal(again.logprobs_C, now.logprobs_C)
+    assert (now.entropy_C >= 0).all()
+    if truncation.cuts:
+        assert (now.logprobs_C - whole.logprobs_C).mean() > 0.05
 
 
 def test_all_cores_sample_and_train(opened: tuple) -> None:

@@ -1,4 +1,4 @@
-"""The trainer's half on tiny models: encoding, padding, micro-batches, tokenizers."""
+"""The trainer's half on tiny models: encoding, packing, micro-batches, tokenizers."""
 
 import copy
 import random
@@ -9,7 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1pipe.config import Grpo, ProblemSet
 from r1pipe.errors import UserError
-from r1pipe.grpo.update import Sample, Updater, compute_logprobs, make_micro_batches
+from r1pipe.grpo import logprobs as logprobs_module
+from r1pipe.grpo.logprobs import Policy, Support, Truncation
+from r1pipe.grpo.losses import LOSSES
+from r1pipe.grpo.packing import Sample, attend_packed, cut_batches, pack
+from r1pipe.grpo.update import Updater
 from r1pipe.models import build_model, build_tokenizer, encode_completion, encode_prompt
 from r1pipe.problems import load_problems
 from r1pipe.records import Rollout
@@ -26,6 +30,38 @@ TINY = {
     "head_dim": 16,
     "max_position_embeddings": 128,
     "initializer_range": 0.2,
+}
+MODELS = {
+    "qwen3": TINY,
+    "llama": {**TINY, "model_type": "llama", "num_key_value_heads": 1},
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    },
+    "qwen3_moe": {
+        **TINY,
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
 }
 PROBLEMS = load_problems(ProblemSet(recipe="arithmetic", options={"size": 50}))
 
@@ -103,28 +139,89 @@ def test_long_traces_are_dropped_and_counted(tokenizer: PreTrainedTokenizerBase)
         encode_traces(PROBLEMS, tokenizer, 3)
 
 
-@torch.no_grad()
-def test_padding_changes_no_logprob(model: PreTrainedModel, samples: list[Sample]) -> None:
-    batches = make_micro_batches(samples, 600, 0, CPU)
-    assert len(batches) > 1
-    assert sum(len(batch.samples) for batch in batches) == len(samples)
-    for batch in batches:
-        assert batch.ids_BL.numel() <= 600
-        logprobs_BT, _ = compute_logprobs(model, batch, temperature=0.7)
-        for sample, own in zip(batch.samples, batch.gather(logprobs_BT)):
-            prompt, completion = sample.rollout.prompt_ids, sample.rollout.completion_ids
-            logits = model(input_ids=torch.tensor([prompt + completion])).logits[0] / 0.7
-            alone = logits.log_softmax(-1)[len(prompt) - 1 : -1]
-            expected = alone.gather(1, torch.tensor(completion).unsqueeze(1)).squeeze(1)
-            torch.testing.assert_close(own, expected, atol=1e-5, rtol=0)
+def logprobs_alone(model: PreTrainedModel, sample: Sample, temperature: float) -> torch.Tensor:
+    """By the model's own forward, one sequence at a time."""
+    prompt, completion = sample.rollout.prompt_ids, sample.rollout.completion_ids
+    logits = model(input_ids=torch.tensor([prompt + completion])).logits[0] / temperature
+    alone = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+    return alone.gather(1, torch.tensor(completion).unsqueeze(1)).squeeze(1)
 
 
-def test_spread_is_the_inverse_of_gather(samples: list[Sample]) -> None:
-    batch = make_micro_batches(samples, 10**6, 0, CPU)[0]
-    rows = [torch.arange(len(s.rollout.completion_ids)).float() + 1 for s in batch.samples]
-    spread_BT = batch.spread(rows)
-    assert torch.equal(spread_BT != 0, batch.mask_BT != 0)
-    assert all(torch.equal(a, b) for a, b in zip(batch.gather(spread_BT), rows))
+def test_parts_hold_every_sample_within_the_budget(samples: list[Sample]) -> None:
+    parts = cut_batches(samples, 200)
+    assert sorted(id(s) for part in parts for s in part) == sorted(map(id, samples))
+    assert all(sum(s.num_tokens for s in part) <= 200 or len(part) == 1 for part in parts)
+    assert len(parts) > 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("max_logits", [2**25, 400 * 7])
+def test_packing_changes_no_logprob_and_no_gradient(
+    tokenizer: PreTrainedTokenizerBase,
+    samples: list[Sample],
+    name: str,
+    max_logits: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither does computing the logits in chunks of 7 tokens."""
+    monkeypatch.setattr(logprobs_module, "MAX_LOGITS", max_logits)
+    alone = build_model(MODELS[name], tokenizer, seed=0)
+    packed = copy.deepcopy(alone)
+    expected = [logprobs_alone(alone, sample, 0.7) for sample in samples]
+    torch.cat(expected).square().sum().backward()
+
+    batch = pack(samples, CPU)
+    result = Policy(packed)(batch, 0.7)
+    result.logprobs_C.square().sum().backward()
+    own = {id(s): row for s, row in zip(batch.samples, batch.split(result.logprobs_C))}
+    for sample, row in zip(samples, expected):
+        torch.testing.assert_close(own[id(sample)], row, atol=1e-5, rtol=0)
+    for (parameter_name, parameter), other in zip(alone.named_parameters(), packed.parameters()):
+        if parameter.grad is not None:
+            scale = float(parameter.grad.abs().max()) + 1e-3
+            difference = float((parameter.grad - other.grad).abs().max())
+            assert difference < 1e-4 * scale, parameter_name
+
+
+def test_sliding_window_and_grouped_heads() -> None:
+    torch.manual_seed(0)
+    lengths, window = [6, 6, 3], 4
+    query, key, value = (torch.randn(1, heads, 15, 8) for heads in (4, 2, 2))
+    out, _ = attend_packed(
+        None, query, key, value, None, sequence_lengths=lengths, scaling=0.3, sliding_window=window
+    )
+    row, column = torch.arange(15).unsqueeze(1), torch.arange(15).unsqueeze(0)
+    owner = torch.tensor([0] * 6 + [1] * 6 + [2] * 3)
+    seen = (owner.unsqueeze(1) == owner) & (column <= row) & (row - column < window)
+    scores = (query @ key.repeat_interleave(2, 1).transpose(-1, -2)) * 0.3
+    weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    expected = (weights @ value.repeat_interleave(2, 1)).transpose(1, 2)
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=0)
+
+
+# Probabilities 0.4, 0.3, 0.2, 0.1: (top_p, top_k, tokens that are left).
+TRUNCATIONS = [
+    (1.0, 0, [0, 1, 2, 3]),
+    (1.0, 2, [0, 1]),
+    (0.5, 0, [0, 1]),
+    (0.35, 0, [0]),
+    (0.95, 0, [0, 1, 2, 3]),
+    (0.6, 3, [0, 1]),  # of 4/9, 3/9, 2/9, what top_k leaves
+]
+
+
+@pytest.mark.parametrize(("top_p", "top_k", "left"), TRUNCATIONS)
+def test_truncation(top_p: float, top_k: int, left: list[int]) -> None:
+    logits = torch.tensor([[0.3, 0.1, 0.4, 0.2]]).log()
+    keep = Truncation(top_p, top_k).keep(logits)[0]
+    assert sorted((-logits[0]).argsort().tolist().index(i) for i in keep.nonzero()) == left
+
+
+def test_support_remembers_what_was_left() -> None:
+    keep = torch.rand(9, 30) > 0.7
+    parts = Support.of(keep).split([2, 3, 4])
+    assert torch.equal(Support.join(parts, CPU).mask(30), keep)
+    assert torch.equal(parts[1].mask(30), keep[2:5])
 
 
 def make_settings(**changes: object) -> Grpo:
@@ -143,65 +240,106 @@ def make_settings(**changes: object) -> Grpo:
     return Grpo.model_validate({**values, **changes})
 
 
-def update(model: PreTrainedModel, samples: list[Sample], **changes: object) -> tuple[dict, dict]:
-    """Metrics and weights after one step from the same start."""
-    policy = copy.deepcopy(model)
+def make_updater(model: PreTrainedModel, **changes: object) -> Updater:
     settings = make_settings(**changes)
     reference = copy.deepcopy(model) if settings.beta else None
-    updater = Updater(policy, reference, settings, dtype="float32", seed=0, pad_token_id=0)
-    samples = copy.deepcopy(samples)
-    updater.evaluate(samples)
-    return updater.update(samples, 1), dict(policy.named_parameters())
+    return Updater(copy.deepcopy(model), reference, settings, dtype="float32", seed=0)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
-@pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_micro_batches_change_nothing(
-    model: PreTrainedModel, samples: list[Sample], loss_type: str, beta: float
-) -> None:
-    whole, weights = update(
-        model, samples, loss_type=loss_type, beta=beta, micro_batch_tokens=10**6
-    )
-    parts, others = update(model, samples, loss_type=loss_type, beta=beta, micro_batch_tokens=200)
-    for name in ("loss", "grad_norm", "clip_ratio/low", "clip_ratio/high"):
-        assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6)
-    for name, weight in weights.items():
+def accept(metrics: dict[str, float]) -> None: ...
+
+
+def update(model: PreTrainedModel, samples: list[Sample], **changes: object) -> tuple[dict, dict]:
+    """Metrics and weights after one step from the same start."""
+    updater = make_updater(model, **changes)
+    metrics = updater.step(copy.deepcopy(samples), 1, accept)
+    return metrics, dict(updater.model.named_parameters())
+
+
+def assert_same_weights(some: dict, others: dict) -> None:
+    for name, weight in some.items():
         # Adam's first step has size lr whatever the gradient: compare where it is not noise.
         close = (weight - others[name]).abs() < 1e-5
         assert close.float().mean() > 0.99, name
 
 
+@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_micro_batches_change_nothing(
+    model: PreTrainedModel, samples: list[Sample], loss_type: str, beta: float
+) -> None:
+    changes = {"loss_type": loss_type, "beta": beta, "epsilon_high": 0.3}
+    whole, weights = update(model, samples, **changes, micro_batch_tokens=10**6)
+    parts, others = update(model, samples, **changes, micro_batch_tokens=200)
+    assert parts.keys() == whole.keys()
+    for name in whole:
+        assert parts[name] == pytest.approx(whole[name], rel=1e-4, abs=1e-6), name
+    assert_same_weights(weights, others)
+
+
+def test_one_update_needs_no_second_forward_pass(
+    model: PreTrainedModel, samples: list[Sample]
+) -> None:
+    """What a single optimizer step computes for itself is what `evaluate` would have."""
+    own, weights = update(model, samples, beta=0.1, top_p=0.9)
+    updater = make_updater(model, beta=0.1, top_p=0.9)
+    fresh = copy.deepcopy(samples)
+    before = updater.evaluate(fresh).metrics()
+    assert all(s.support is not None and s.ref_logprobs is not None for s in fresh)
+    updater.step(fresh, 1, accept)
+    for name, value in before.items():
+        assert own[name] == pytest.approx(value, rel=1e-5)
+    assert_same_weights(weights, dict(updater.model.named_parameters()))
+
+
+@pytest.mark.parametrize("steps_per_generation", [1, 2])
+def test_a_failed_check_leaves_the_policy_alone(
+    model: PreTrainedModel, samples: list[Sample], steps_per_generation: int
+) -> None:
+    def refuse(metrics: dict[str, float]) -> None:
+        assert metrics["sampler/logprob_diff_mean"] > 0
+        raise UserError("apart")
+
+    updater = make_updater(model, steps_per_generation=steps_per_generation)
+    with pytest.raises(UserError, match="apart"):
+        updater.step(copy.deepcopy(samples), 1, refuse)
+    for name, weight in updater.model.named_parameters():
+        assert torch.equal(weight, model.get_parameter(name))
+
+
 def test_update_raises_what_is_good_and_lowers_what_is_bad(
     model: PreTrainedModel, samples: list[Sample]
 ) -> None:
-    policy = copy.deepcopy(model)
-    updater = Updater(policy, None, make_settings(), dtype="float32", seed=0, pad_token_id=0)
+    updater = make_updater(model)
     samples = copy.deepcopy(samples)
     updater.evaluate(samples)
     before = [sample.old_logprobs.sum() for sample in samples]
-    updater.update(samples, 1)
+    updater.step(samples, 1, accept)
     updater.evaluate(samples)
     gains = [float(s.old_logprobs.sum() - old) * s.advantage for s, old in zip(samples, before)]
     assert sum(gains) > 0
     assert sum(g > 0 for g in gains) > sum(g < 0 for g in gains)
 
 
-def test_minibatches_cover_every_sample_once(model: PreTrainedModel, samples: list[Sample]) -> None:
-    metrics, _ = update(model, samples, steps_per_generation=4)
-    assert metrics["grad_norm"] > 0
-    updater = Updater(
-        copy.deepcopy(model),
-        None,
-        make_settings(steps_per_generation=4),
-        dtype="float32",
-        seed=0,
-        pad_token_id=0,
-    )
-    seen: list[int] = []
-    updater.batches = lambda minibatch: seen.extend(map(id, minibatch)) or []
-    fresh = copy.deepcopy(samples)
-    updater.update(fresh, 1)
-    assert sorted(seen) == sorted(id(s) for s in fresh if s.advantage != 0)
+def test_every_pass_covers_every_sample_once(model: PreTrainedModel, samples: list[Sample]) -> None:
+    updater = make_updater(model, steps_per_generation=4, num_iterations=2)
+    parts = list(updater.minibatches(samples, 1))
+    assert len(parts) == 8
+    for passed in (parts[:4], parts[4:]):
+        assert sorted(id(s) for part in passed for s in part) == sorted(map(id, samples))
+    assert [*map(id, parts[0])] != [*map(id, parts[4])]
+    assert updater.step(copy.deepcopy(samples), 1, accept)["grad_norm"] > 0
+    assert updater.scheduler.last_epoch == 8
+
+
+def test_samples_without_advantage_cost_nothing(
+    model: PreTrainedModel, samples: list[Sample]
+) -> None:
+    silent = [Sample(sample.rollout, 0.0) for sample in samples]
+    updater = make_updater(model)
+    metrics = updater.step(silent, 1, accept)
+    assert metrics["learning_rate"] > 0
+    assert "loss" not in metrics
 
 
 def test_unknown_model_settings_are_named(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,176 @@
+"""Log-probabilities of completions, without the logits of a whole batch at once."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from r1pipe.errors import UserError
+from r1pipe.grpo.packing import PackedBatch, attention_arguments, use_packed_attention
+
+MAX_LOGITS = 2**25
+"""Entries of the logits held at a time: 128 MiB in float32."""
+
+OWN_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Config keys of models that do more than one matrix product from hidden state to logits."""
+
+
+@dataclass(frozen=True)
+class Support:
+    """The tokens that sampling could choose from, for each of C positions: few of the vocabulary,
+    so kept as their ids, one position's after the other's."""
+
+    counts_C: Tensor
+    ids: Tensor
+
+    @classmethod
+    def of(cls, keep_CV: Tensor) -> "Support":
+        return cls(keep_CV.sum(-1), keep_CV.nonzero()[:, 1].int())
+
+    @classmethod
+    def join(cls, parts: list["Support"], device: torch.device) -> "Support":
+        counts_C = torch.cat([part.counts_C for part in parts]).to(device)
+        return cls(counts_C, torch.cat([part.ids for part in parts]).to(device))
+
+    def cpu(self) -> "Support":
+        return Support(self.counts_C.cpu(), self.ids.cpu())
+
+    def split(self, sizes: list[int]) -> list["Support"]:
+        """Parts of so many positions."""
+        counts = self.counts_C.split(sizes)
+        ids = self.ids.split([int(part.sum()) for part in counts])
+        return [Support(*part) for part in zip(counts, ids, strict=True)]
+
+    def mask(self, vocab_size: int) -> Tensor:
+        """True for the tokens that could be chosen: `[C, V]`."""
+        rows = torch.arange(len(self.counts_C), device=self.ids.device)
+        keep_CV = torch.zeros(len(rows), vocab_size, dtype=torch.bool, device=self.ids.device)
+        keep_CV[rows.repeat_interleave(self.counts_C), self.ids.long()] = True
+        return keep_CV
+
+
+class LogProbs(NamedTuple):
+    """Of a batch's C completion tokens: log-probability; entropy of the distribution in nats
+    (no gradient); and, if asked for, what sampling could choose from."""
+
+    logprobs_C: Tensor
+    entropy_C: Tensor
+    support: Support | None = None
+
+
+class Truncation(NamedTuple):
+    """How sampling cuts the distribution: vLLM's order, temperature, then top_k, then top_p."""
+
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @property
+    def cuts(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0
+
+    def keep(self, logits_CV: Tensor) -> Tensor:
+        """True for the tokens that can be sampled: `[C, V]`."""
+        if self.top_k:
+            kth_C1 = logits_CV.topk(min(self.top_k, logits_CV.shape[-1])).values[:, -1:]
+            logits_CV = logits_CV.masked_fill(logits_CV < kth_C1, -torch.inf)
+        if self.top_p < 1:
+            ordered_CV, order_CV = logits_CV.sort(dim=-1, descending=True)
+            probs_CV = ordered_CV.softmax(-1)
+            # A token stays if those before it do not reach top_p: the first always does.
+            kept_CV = probs_CV.cumsum(-1) - probs_CV < self.top_p
+            kept_CV = torch.zeros_like(kept_CV).scatter(-1, order_CV, kept_CV)
+            return kept_CV & (logits_CV > -torch.inf)
+        return logits_CV > -torch.inf
+
+
+class Policy(nn.Module):
+    """A causal language model as GRPO sees it: packed batches in, log-probabilities out.
+
+    One module with one forward, so that sharding it has one root.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        for key in OWN_SCALES:
+            if getattr(model.config, key, None) not in (None, 1, 1.0):
+                raise UserError(
+                    f"{model.config.model_type}: {key} is not supported by this trainer"
+                )
+        use_packed_attention(model)
+        self.model = model
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        temperature: float,
+        *,
+        support: Support | None = None,
+        truncation: Truncation | None = None,
+    ) -> LogProbs:
+        """Log-probabilities at the sampling temperature.
+
+        Of the full distribution; or, renormalised, of the tokens in `support`, or of those that
+        `truncation` leaves, which are then returned. The sampled token always counts as left:
+        rounding may put it on the other side of the border.
+        """
+        hidden_ND = self.model.base_model(
+            input_ids=batch.ids_N.unsqueeze(0),
+            position_ids=batch.position_N.unsqueeze(0),
+            use_cache=False,
+            **attention_arguments(self.model, batch.lengths),
+        ).last_hidden_state.squeeze(0)
+        hidden_CD = hidden_ND[batch.predictor_C]
+        sizes = chunk_sizes(len(hidden_CD), self.model.config.get_text_config().vocab_size)
+        # Recomputing a chunk's logits in backward costs one product more; keeping them all, memory.
+        recompute = torch.is_grad_enabled() and len(sizes) > 1
+        columns = (
+            hidden_CD.split(sizes),
+            batch.target_C.split(sizes),
+            support.split(sizes) if support else [None] * len(sizes),
+        )
+        parts = []
+        for hidden, target, kept in zip(*columns, strict=True):
+            arguments = (hidden, target, temperature, kept, truncation)
+            if recompute:
+                parts.append(checkpoint(self.score, *arguments, use_reentrant=False))
+            else:
+                parts.append(self.score(*arguments))
+        logprobs, entropies, supports = zip(*parts, strict=True)
+        return LogProbs(
+            torch.cat(logprobs),
+            torch.cat(entropies),
+            Support.join(supports, hidden_CD.device) if supports[0] else None,
+        )
+
+    def score(
+        self,
+        hidden_CD: Tensor,
+        target_C: Tensor,
+        temperature: float,
+        support: Support | None,
+        truncation: Truncation | None,
+    ) -> tuple[Tensor, Tensor, Support | None]:
+        """One chunk: log-probability, entropy, support if `truncation` is given."""
+        logits_CV = self.model.get_output_embeddings()(hidden_CD).float() / temperature
+        target_C1 = target_C.unsqueeze(-1)
+        kept = None
+        if support is not None:
+            logits_CV = logits_CV.masked_fill(~support.mask(logits_CV.shape[-1]), -torch.inf)
+        elif truncation is not None:
+            with torch.no_grad():
+                keep_CV = truncation.keep(logits_CV).scatter(-1, target_C1, True)
+            kept = Support.of(keep_CV)
+            logits_CV = logits_CV.masked_fill(~keep_CV, -torch.inf)
+        all_logprobs_CV = logits_CV.log_softmax(-1)
+        logprobs_C = all_logprobs_CV.gather(-1, target_C1).squeeze(-1)
+        with torch.no_grad():
+            entropy_C = torch.special.entr(all_logprobs_CV.exp()).sum(-1)
+        return logprobs_C, entropy_C, kept
+
+
+def chunk_sizes(num_tokens: int, vocab_size: int) -> list[int]:
+    size = max(1, MAX_LOGITS // vocab_size)
+    return [min(size, num_tokens - start) for start in range(0, num_tokens, size)]

@@ -1,0 +1,195 @@
+"""Micro-batches without padding: completions one after another in one row.
+
+Every matrix product of the model then sees tokens that count, and nothing else. Attention is cut at
+the sequences' borders: by flash-attention's variable-length kernels where the model runs them, by
+`attend_packed` everywhere else.
+"""
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
+
+from r1pipe.errors import UserError
+from r1pipe.records import Rollout
+
+if TYPE_CHECKING:
+    from r1pipe.grpo.logprobs import Support
+
+PACKED_SDPA = "r1pipe_packed_sdpa"
+
+
+@dataclass
+class Sample:
+    """A rollout on its way through the trainer. Log-probs are of its completion's tokens, `[T]`."""
+
+    rollout: Rollout
+    advantage: float
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    support: "Support | None" = None
+    """Where sampling is cut by top_p or top_k: the tokens that were left."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.rollout.prompt_ids) + len(self.rollout.completion_ids)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Samples in one row: N tokens of prompts and completions, C of them completions'."""
+
+    samples: list[Sample]
+    ids_N: Tensor
+    position_N: Tensor
+    """Counts from 0 in each sequence."""
+    predictor_C: Tensor
+    """Index into N of the token whose output predicts the completion's token."""
+    target_C: Tensor
+    sequence_C: Tensor
+    """Which of the samples a completion's token belongs to."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, prompt and completion."""
+        return [sample.num_tokens for sample in self.samples]
+
+    @property
+    def completion_lengths(self) -> list[int]:
+        return [len(sample.rollout.completion_ids) for sample in self.samples]
+
+    @property
+    def advantages_B(self) -> Tensor:
+        return torch.tensor([s.advantage for s in self.samples], device=self.ids_N.device)
+
+    @property
+    def sampler_logprobs_C(self) -> Tensor:
+        values = [value for sample in self.samples for value in sample.rollout.logprobs]
+        return torch.tensor(values, device=self.ids_N.device)
+
+    def split(self, values_C: Tensor) -> list[Tensor]:
+        """Each sample's own part, on the CPU."""
+        return list(values_C.cpu().split(self.completion_lengths))
+
+    def join(self, column: str) -> Tensor | None:
+        """The inverse of `split` for a field of the samples; None if they have none."""
+        rows = [getattr(sample, column) for sample in self.samples]
+        return None if rows[0] is None else torch.cat(rows).to(self.ids_N.device)
+
+
+def cut_batches(samples: list[Sample], token_budget: int) -> list[list[Sample]]:
+    """Samples in parts of at most `token_budget` tokens (or one sample), the longest first: the
+    largest part is the first, so if memory is short that shows at once."""
+    parts: list[list[Sample]] = []
+    room = 0
+    for sample in sorted(samples, key=lambda s: s.num_tokens, reverse=True):
+        if sample.num_tokens > room:
+            parts.append([])
+            room = token_budget
+        parts[-1].append(sample)
+        room -= sample.num_tokens
+    return parts
+
+
+def pack(samples: list[Sample], device: torch.device) -> PackedBatch:
+    """One row of the samples, those of one length next to each other."""
+    samples = sorted(samples, key=lambda s: s.num_tokens, reverse=True)
+    ids, positions, predictors, targets, sequences = [], [], [], [], []
+    for number, sample in enumerate(samples):
+        prompt, completion = sample.rollout.prompt_ids, sample.rollout.completion_ids
+        first = len(ids) + len(prompt) - 1
+        ids += prompt + completion
+        positions += range(len(prompt) + len(completion))
+        predictors += range(first, first + len(completion))
+        targets += completion
+        sequences += [number] * len(completion)
+    columns = (ids, positions, predictors, targets, sequences)
+    return PackedBatch(samples, *(torch.tensor(column, device=device) for column in columns))
+
+
+def use_packed_attention(model: PreTrainedModel) -> None:
+    """Make the model attend within sequences. Its configured implementation decides how.
+
+    Raises UserError for a model whose attention this cannot compute.
+    """
+    implementation = model.config._attn_implementation
+    if implementation.startswith("flash_attention"):
+        return
+    if hasattr(model.base_model.layers[0].self_attn, "sinks"):
+        raise UserError(
+            f"{model.config.model_type}: its attention has sinks: set attn_implementation "
+            "to flash_attention_2 or a later one"
+        )
+    model.set_attn_implementation(PACKED_SDPA)
+
+
+def attention_arguments(model: PreTrainedModel, lengths: list[int]) -> dict:
+    """Keyword arguments of the model's forward that tell its attention where sequences end."""
+    if model.config._attn_implementation == PACKED_SDPA:
+        return {"sequence_lengths": lengths}
+    ends = torch.tensor([0, *lengths], device=model.device).cumsum(0, dtype=torch.int32)
+    return {
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def attend_packed(
+    module: torch.nn.Module,
+    query_1HND: Tensor,
+    key_1KND: Tensor,
+    value_1KNE: Tensor,
+    attention_mask: None,
+    *,
+    sequence_lengths: list[int],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Causal attention within each of the row's sequences: `[1, N, H, E]`.
+
+    Sequences of one length, which lie next to each other, are computed together, as a batch without
+    a mask. A block-diagonal mask over the row would cost the square of the row's length.
+    """
+    grouped = key_1KND.shape[1] != query_1HND.shape[1]
+    parts, start = [], 0
+    for length, run in groupby(sequence_lengths):
+        count = len(list(run))
+        # [H, n L, D] -> [n, H, L, D]
+        query, key, value = (
+            states[0, :, start : start + count * length]
+            .unflatten(1, (count, length))
+            .transpose(0, 1)
+            for states in (query_1HND, key_1KND, value_1KNE)
+        )
+        windowed = sliding_window is not None and length > sliding_window
+        out = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=window_mask(length, sliding_window, query.device) if windowed else None,
+            is_causal=not windowed,
+            dropout_p=dropout,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+        start += count * length
+    return torch.cat(parts).unsqueeze(0), None
+
+
+def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """True where a token may look: at itself and the `window - 1` tokens before it."""
+    distance = torch.arange(length, device=device)
+    distance = distance.unsqueeze(1) - distance.unsqueeze(0)
+    return (distance >= 0) & (distance < window)
+
+
+AttentionInterface.register(PACKED_SDPA, attend_packed)
