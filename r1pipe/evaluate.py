@@ -23,7 +23,7 @@ from r1pipe.rollout import Sampler
 from r1pipe.scoring import Scorer, mean
 from r1pipe.stage import StageContext
 from r1pipe.statistics import clustered_interval, estimate_pass_at_k, vote
-from r1pipe.summary import format_table, plot_curves
+from r1pipe.summary import format_table, plot_curves, plot_expert_load
 from rewards import extract_answer
 
 
@@ -63,6 +63,7 @@ def run(stage: Eval, context: StageContext) -> dict[str, Any]:
     write_text(context.folder / "summary.json", text)
     write_text(context.run.path / "summary.json", text)
     plot_curves(context.run, summary, context.run.path / "curves.png")
+    plot_expert_load(context.run, context.run.path / "experts.png")
     print(format_table(summary))
     say(f"written: {context.run.path}/summary.json, {context.run.path}/curves.png")
     return {"checkpoints": len(summary), "problems": len(problems)}

@@ -1,9 +1,13 @@
 """What a run has to show for itself: the table of its summary, and the curves as a picture."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from r1pipe.config import Grpo
 from r1pipe.runs import RunFolder, read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLUMNS = {
     "checkpoint": ("stage", "{}"),
@@ -84,6 +88,49 @@ def plot_curves(run: RunFolder, summary: list[dict], path: Path) -> None:
         ylabel="%",
         ylim=(0, 112),
     )
+    save_figure(figure, path)
+
+
+def plot_expert_load(run: RunFolder, path: Path) -> None:
+    """How even the experts' load is over the steps of every stage that trains a mixture of experts:
+    each layer thin, the mean over layers thick. No picture if none does."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    logs = {stage.name: read_metrics(run.stage_dir(stage.name)) for stage in run.recipe.stages}
+    logs = {
+        name: rows
+        for name, log in logs.items()
+        if (rows := [row for row in log if "experts/entropy" in row])
+    }
+    if not logs:
+        return
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    titles = {
+        "max_violation": "expert load: max / mean - 1 (0: even)",
+        "entropy": "expert load: entropy / log of experts (1: even)",
+    }
+    for axis, (figure_name, title) in zip(axes, titles.items(), strict=True):
+        offset = 0
+        for name, rows in logs.items():
+            steps = [offset + row["step"] for row in rows]
+            for key in rows[0]:
+                if key.startswith("experts/layer_") and key.endswith(f"/{figure_name}"):
+                    axis.plot(steps, [row[key] for row in rows], lw=0.5, color="tab:gray")
+            means = [row[f"experts/{figure_name}"] for row in rows]
+            axis.plot(steps, means, lw=2, label=name)
+            offset = steps[-1]
+        axis.set(title=title, xlabel="optimizer steps of sft, steps of grpo")
+    axes[0].legend()
+    save_figure(figure, path)
+
+
+def save_figure(figure: "Figure", path: Path) -> None:
+    """As a PNG, whole or not at all."""
+    from matplotlib import pyplot
+
     partial = path.with_name(f".{path.name}")
     figure.savefig(partial, format="png", dpi=120)
     pyplot.close(figure)

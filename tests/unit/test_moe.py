@@ -1,6 +1,8 @@
 """Routing replay, expert load and balancing, on tiny models of every architecture in the table."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from r1pipe.config import ProblemSet, Supervised
 from r1pipe.errors import UserError
-from r1pipe.models import fast_training_kernels
+from r1pipe.models import build_tokenizer, fast_training_kernels
 from r1pipe.moe import (
     ROUTINGS,
     ExpertLoad,
@@ -23,6 +26,8 @@ from r1pipe.moe import (
     sequence_balance_loss,
     update_bias,
 )
+from r1pipe.problems import load_problems
+from r1pipe.records import read_jsonl
 
 CPU = torch.device("cpu")
 COMMON = {
@@ -74,9 +79,9 @@ def small_kernels() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def make_model(model_type: str, seed: int = 0) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    values = {**COMMON, **EXPERTS, **SPECIAL.get(model_type, {})}
+def make_model(model_type: str, **changes: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    values = {**COMMON, **EXPERTS, **SPECIAL.get(model_type, {}), **changes}
     config = AutoConfig.for_model(model_type, **values)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.set_experts_implementation("eager")
@@ -356,3 +361,52 @@ def test_auxiliary_loss_reaches_the_router(ids_BL: Tensor, checkpointing: bool) 
     load.balance()
     mean = float(sum(extra).detach()) / 3 / 2
     assert load.metrics()["experts/seq_aux_loss"] == pytest.approx(mean, rel=1e-5)
+
+
+class StageStub:
+    """What supervised training reads of a stage's context."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.recipe = SimpleNamespace(dtype="float32", seed=0)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_moe"])
+def test_supervised_training_balances(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through TRL: padding is not counted, the bias moves by one rate a step, the log has both."""
+    from r1pipe.supervised import train_on_traces
+
+    problems = load_problems(ProblemSet(recipe="arithmetic", options={"size": 30}))
+    tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in problems), 400)
+    changes = {"vocab_size": len(tokenizer), "max_position_embeddings": 128}
+    model = make_model(model_type, **changes)
+    routers = find_routers(model)
+    before = [router.bias.clone() for router in routers if router.bias is not None]
+    counts: list[int] = []
+    balance = ExpertLoad.balance
+
+    def count_and_balance(load: ExpertLoad) -> None:
+        counts.append(int(load._counts_LE.sum()))
+        balance(load)
+
+    monkeypatch.setattr(ExpertLoad, "balance", count_and_balance)
+    settings = Supervised(
+        max_steps=5,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=2,
+        bias_update_rate=0.01,
+        seq_aux_loss_coef=0.1,
+    )
+    train_on_traces(model, tokenizer, problems, settings, StageStub(tmp_path), "sft")
+
+    rows = [row for _, row in read_jsonl(tmp_path / "metrics.jsonl")]
+    assert len(counts) == 5
+    assert sum(counts) == rows[-1]["num_tokens"] * 2 * len(routers)
+    assert 0 < rows[-1]["experts/entropy"] < 1
+    assert rows[-1]["experts/seq_aux_loss"] > 0.9
+    for router, start in zip(routers, before):
+        moves = (router.bias - start) / 0.01
+        torch.testing.assert_close(moves, moves.round(), atol=1e-3, rtol=0)
+        assert 0 < moves.abs().max() < 5.01
