@@ -39,7 +39,7 @@ def derive_seed(*parts: object) -> int:
 class Sampler:
     """One vLLM engine with the weights of one checkpoint at a time.
 
-    `can_return_routes`: whether `generate` may be asked for the routes of a mixture of experts.
+    `with_routes`: `generate` may be asked for the routes of a mixture of experts.
     Raises UserError if vLLM cannot run the checkpoint.
     """
 
@@ -49,14 +49,17 @@ class Sampler:
         settings: Engine,
         dtype: str,
         device: torch.device,
-        can_return_routes: bool = False,
+        with_routes: bool = False,
     ):
-        self.device = device
-        self.can_return_routes = can_return_routes
+        self.settings, self.device = settings, device
+        # On CPU they are recorded from outside, in any engine.
+        self.can_return_routes = with_routes or device.type == "cpu"
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint)
-        config = read_config(checkpoint)
+        self.config = config = read_config(checkpoint)
         self.architecture = describe_architecture(config)
-        set_environment(config, device, can_return_routes)
+        if with_routes:
+            require_moe_layers(config)
+        set_environment(config, device, with_routes)
         # Imported late and here only: vLLM reads its environment at import.
         from vllm import LLM
         from vllm.model_executor.models import ModelRegistry
@@ -69,18 +72,26 @@ class Sampler:
         try:
             self.llm = LLM(
                 checkpoint,
-                **engine_arguments(config, settings, dtype, device, can_return_routes),
+                **engine_arguments(config, settings, dtype, device, with_routes),
             )
         except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
             raise UserError(f"{checkpoint}: vLLM cannot run it: {first_line(error)}") from error
         self.max_model_len = self.llm.llm_engine.model_config.max_model_len
         self._capture: RouteCapture | None = None
         self._moe_layers: list[int] = []
-        if can_return_routes and device.type == "cpu":
+        if with_routes:
+            self.prepare_routes()
+
+    def prepare_routes(self) -> None:
+        """Get ready to return routes. Raises UserError where there are none to return."""
+        if not self.can_return_routes:
+            raise RuntimeError("the sampler was opened without routes")
+        self._moe_layers = require_moe_layers(self.config)
+        if self.device.type == "cpu" and self._capture is None:
+            if self.settings.tensor_parallel_size > 1:
+                raise UserError("routing_replay on CPU needs engine.tensor_parallel_size 1")
             runner = self.llm.collective_rpc(lambda worker: worker.model_runner)[0]
             self._capture = RouteCapture(runner)
-        elif can_return_routes:
-            self._moe_layers = find_moe_layers(config)
 
     def encode(self, problems: Iterable[Problem], max_completion_length: int) -> list[list[int]]:
         """Prompt token ids. Raises UserError for a problem that does not fit the context."""
@@ -102,77 +113,104 @@ class Sampler:
         num_samples: int,
         sampling: Sampling,
         seed_parts: tuple[object, ...],
-        on_finished: Callable[[int], None] | None = None,
+        on_group: Callable[[int, list[Rollout]], None] | None = None,
         with_routes: bool = False,
     ) -> list[Rollout]:
         """`num_samples` rollouts per problem, those of one problem next to each other.
 
         Each sample has a seed of its own, from `seed_parts`, the problem's id and the sample's
         number, so it does not depend on what else is in the batch or came before.
-        `on_finished(n)` is called as samples finish, with how many have. `with_routes` needs a
-        sampler opened for it.
+        `on_group(i, rollouts)` is called as soon as the samples of `problems[i]` are finished, while
+        others are still being sampled; routes come at the end. `with_routes` needs a sampler that
+        was opened with them.
         """
+        plan = self._plan(problems, num_samples, sampling, seed_parts)
+        requests = [{"prompt_token_ids": ids} for _, ids, _, _ in plan]
+        parameters = [
+            self._parameters(sampling, seed, with_routes) for _, _, _, seed in plan
+        ]
+        finished: list[Rollout | None] = [None] * len(plan)
+        missing = [num_samples] * len(problems)
+        with self._capture.recording() if with_routes and self._capture else nullcontext():
+            for place, result in self._run(requests, parameters):
+                problem, ids, number, _ = plan[place]
+                finished[place] = self._read(result, problem, ids, number)
+                group = place // num_samples
+                missing[group] -= 1
+                if on_group and not missing[group]:
+                    start = group * num_samples
+                    on_group(group, finished[start : start + num_samples])
+        return finished
+
+    def _plan(
+        self,
+        problems: list[Problem],
+        num_samples: int,
+        sampling: Sampling,
+        seed_parts: tuple[object, ...],
+    ) -> list[tuple[Problem, list[int], int, int]]:
+        """Problem, prompt, number and seed of every sample."""
+        plan = []
+        times: dict[str, int] = {}
+        prompts = self.encode(problems, sampling.max_completion_length)
+        for problem, ids in zip(problems, prompts, strict=True):
+            # A problem that comes twice in a batch gets other samples the second time.
+            again = (times[problem.id],) if problem.id in times else ()
+            times[problem.id] = times.get(problem.id, 0) + 1
+            plan += [
+                (problem, ids, number, derive_seed(*seed_parts, *again, problem.id, number))
+                for number in range(num_samples)
+            ]
+        return plan
+
+    def _parameters(self, sampling: Sampling, seed: int, with_routes: bool) -> Any:
         from vllm import SamplingParams
 
-        prompts = self.encode(problems, sampling.max_completion_length)
-        plan = [(p, ids, i) for p, ids in zip(problems, prompts) for i in range(num_samples)]
-        requests = [{"prompt_token_ids": ids} for _, ids, _ in plan]
-        parameters = [
-            SamplingParams(
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=sampling.top_k or -1,
-                max_tokens=sampling.max_completion_length,
-                seed=derive_seed(*seed_parts, problem.id, i),
-                logprobs=0,
-                detokenize=False,
-                # A prompt read from the cache is not routed again, so its routes would be missing.
-                skip_reading_prefix_cache=with_routes and self._capture is not None,
-            )
-            for problem, _, i in plan
-        ]
-        with self._capture.recording() if with_routes and self._capture else nullcontext():
-            results = self._run(requests, parameters, on_finished)
-        routes = self._routes(results) if with_routes else [None] * len(results)
-        outputs = [result.outputs[0] for result in results]
-        texts = self.tokenizer.batch_decode(
-            [list(o.token_ids) for o in outputs], skip_special_tokens=True
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or -1,
+            max_tokens=sampling.max_completion_length,
+            seed=seed,
+            logprobs=0,
+            detokenize=False,
+            # A prompt read from the cache is not routed again, so its routes would be missing.
+            skip_reading_prefix_cache=with_routes and self._capture is not None,
         )
-        return [
-            Rollout(
-                problem_id=problem.id,
-                sample=i,
-                prompt_ids=ids,
-                completion_ids=list(output.token_ids),
-                logprobs=[
-                    entry[token].logprob
-                    for token, entry in zip(output.token_ids, output.logprobs, strict=True)
-                ],
-                completion=text,
-                finish_reason=output.finish_reason,
-                routes=route,
-            )
-            for (problem, ids, i), output, text, route in zip(
-                plan, outputs, texts, routes, strict=True
-            )
-        ]
 
-    def _run(self, requests: list, parameters: list, on_finished: Callable | None) -> list:
-        """vLLM's own generate, with its progress told to `on_finished`."""
-        progress: Any = False
-        if on_finished is not None:
+    def _run(self, requests: list, parameters: list) -> Iterator[tuple[int, Any]]:
+        """vLLM's results as they come, each with its request's place."""
+        engine = self.llm.llm_engine
+        ids = self.llm.enqueue(requests, parameters, use_tqdm=False)
+        places = {request_id: place for place, request_id in enumerate(ids)}
+        try:
+            while engine.has_unfinished_requests():
+                for result in engine.step():
+                    if result.finished:
+                        yield places.pop(result.request_id), result
+        finally:
+            if places:  # interrupted: the next call must not meet these requests
+                engine.abort_request(list(places))
 
-            class Progress(SilentBar):
-                def update(self, n: int = 1) -> None:
-                    on_finished(n)
-
-            progress = Progress
-        return self.llm.generate(requests, parameters, use_tqdm=progress)
+    def _read(self, result: Any, problem: Problem, prompt_ids: list[int], number: int) -> Rollout:
+        output = result.outputs[0]
+        tokens = list(output.token_ids)
+        return Rollout(
+            problem_id=problem.id,
+            sample=number,
+            prompt_ids=prompt_ids,
+            completion_ids=tokens,
+            logprobs=[
+                entry[token].logprob for token, entry in zip(tokens, output.logprobs, strict=True)
+            ],
+            completion=self.tokenizer.decode(tokens, skip_special_tokens=True),
+            finish_reason=output.finish_reason,
+        )
 
     def _routes(self, results: list) -> list[np.ndarray]:
         """Routes `[prompt + completion - 1, L, K]` of each result, L its mixture-of-experts layers.
 
-        Raises RuntimeError if the sampler was not opened for them.
+        Raises RuntimeError if the sampler was not opened with them.
         """
         lengths = {
             result.request_id: len(result.prompt_token_ids) + len(result.outputs[0].token_ids) - 1
@@ -181,8 +219,8 @@ class Sampler:
         if self._capture is not None:
             routes = self._capture.collect(lengths)
             return [routes[result.request_id] for result in results]
-        if not self.can_return_routes:
-            raise RuntimeError("the sampler was opened without can_return_routes")
+        if not self._moe_layers:
+            raise RuntimeError("the sampler was opened without routes")
         # vLLM's array has a row of layers for every decoder layer, the dense ones unused.
         return [
             result.outputs[0].routed_experts[: lengths[result.request_id], self._moe_layers]
@@ -244,6 +282,8 @@ class Engines:
             same = describe_architecture(read_config(checkpoint)) == self._sampler.architecture
             if same and self._sampler.can_return_routes >= with_routes:
                 self._sampler.load_checkpoint(checkpoint)
+                if with_routes:
+                    self._sampler.prepare_routes()
                 return self._sampler
         self.close()
         self._sampler = Sampler(checkpoint, self.settings, self.dtype, self.device, with_routes)
@@ -260,12 +300,9 @@ def engine_arguments(
     settings: Engine,
     dtype: str,
     device: torch.device,
-    can_return_routes: bool = False,
+    with_routes: bool = False,
 ) -> dict[str, Any]:
-    """Arguments of vLLM's LLM, the model's quirks included.
-
-    Raises UserError for routes on CPU with tensor parallelism: they are recorded in this process.
-    """
+    """Arguments of vLLM's LLM, the model's quirks included."""
     context = settings.max_model_len or config.max_position_embeddings
     arguments = {
         # "auto" would turn a float32 checkpoint into bf16 without a word.
@@ -289,14 +326,12 @@ def engine_arguments(
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(8192, context)
         arguments.update(find_quirks(config.model_type).cpu_engine)
-        if can_return_routes and settings.tensor_parallel_size > 1:
-            raise UserError("routing_replay on CPU needs engine.tensor_parallel_size 1")
-    elif can_return_routes:
+    elif with_routes:
         arguments["enable_return_routed_experts"] = True
     return arguments
 
 
-def set_environment(config: Any, device: torch.device, can_return_routes: bool = False) -> None:
+def set_environment(config: Any, device: torch.device, with_routes: bool = False) -> None:
     """What vLLM reads from the environment. A value that the user has set stays."""
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -309,7 +344,7 @@ def set_environment(config: Any, device: torch.device, can_return_routes: bool =
         wanted |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         wanted |= find_quirks(config.model_type).cpu_environment
         check_cpu_attention(config)
-    elif can_return_routes:
+    elif with_routes:
         wanted["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # the one that returns routes
     for name, value in wanted.items():
         os.environ.setdefault(name, value)
@@ -347,6 +382,14 @@ def read_config(checkpoint: str) -> Any:
         return AutoConfig.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint}: no model config: {first_line(error)}") from error
+
+
+def require_moe_layers(config: Any) -> list[int]:
+    """Which decoder layers have routes. Raises UserError if none has."""
+    layers = find_moe_layers(config)
+    if not layers:
+        raise UserError(f"routing_replay: {config.model_type} is no mixture of experts")
+    return layers
 
 
 def describe_architecture(config: Any) -> str:

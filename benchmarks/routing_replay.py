@@ -1,0 +1,164 @@
+"""What routing replay does: how far sampler and trainer are apart with it and without it.
+
+    .venv/bin/python benchmarks/routing_replay.py
+
+Tiny models with random weights sample; the trainer computes the log-probabilities of the same
+tokens as it does in training (float32 weights, and in bfloat16 an autocast forward), once with its
+own routes and once with the sampler's. Prints a Markdown table.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from r1pipe.config import Engine, ProblemSet, Sampling
+from r1pipe.grpo.logprobs import Policy
+from r1pipe.grpo.packing import Sample, pack
+from r1pipe.models import (
+    build_model,
+    build_tokenizer,
+    fast_training_kernels,
+    load_model,
+    pick_device,
+    save_checkpoint,
+)
+from r1pipe.moe import find_routers, pack_routes, replaying
+from r1pipe.pipeline import silence_libraries
+from r1pipe.problems import load_problems
+from r1pipe.records import Rollout
+from r1pipe.rollout import Engines
+
+COMMON = {
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "intermediate_size": 256,
+    "moe_intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts_per_tok": 4,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+}
+MODELS = {
+    "DeepSeek-V3": {
+        **COMMON,
+        "model_type": "deepseek_v3",
+        "n_routed_experts": 32,
+        "n_group": 4,
+        "topk_group": 2,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "num_mtp_layers": 0,
+    },
+    "Qwen3-MoE": {
+        **COMMON,
+        "model_type": "qwen3_moe",
+        "num_experts": 32,
+        "head_dim": 32,
+        "norm_topk_prob": True,
+    },
+}
+COLUMNS = (
+    "model",
+    "dtype",
+    "replay",
+    "differing routes",
+    "mean abs dlogp",
+    "max abs dlogp",
+    "KL (k3)",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    device = pick_device(parser.parse_args().device)
+    silence_libraries()
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        engines = Engines(Engine(max_model_len=128, kv_cache_gib=0.25), dtype, device)
+        try:
+            for name, settings in MODELS.items():
+                rows += compare(name, settings, engines)
+        finally:
+            engines.close()
+    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
+    for row in rows:
+        print("| " + " | ".join(row) + " |")
+
+
+def compare(name: str, settings: dict, engines: Engines) -> list[tuple[str, ...]]:
+    """Rows of the table for one model: replay off and on."""
+    problems = load_problems(ProblemSet(recipe="arithmetic", options={"size": 64}))
+    tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in problems), 400)
+    with tempfile.TemporaryDirectory() as folder:
+        model = build_model(settings, tokenizer, seed=0)
+        for router in find_routers(model):
+            if router.bias is not None:
+                router.bias.normal_(std=0.1)
+        save_checkpoint(model, tokenizer, Path(folder))
+        sampler = engines.open(folder, with_routes=True)
+        model = load_model(folder, engines.device)
+    rollouts = sampler.generate(
+        problems, 4, Sampling(max_completion_length=48), (0,), with_routes=True
+    )
+    model.eval()
+    policy, rows = Policy(model), []
+    for replay in (False, True):
+        figures = measure(policy, rollouts, engines.dtype, replay)
+        texts = [f"{figures[0]:.2%}", *(f"{value:.1e}" for value in figures[1:])]
+        rows.append((name, engines.dtype, "on" if replay else "off", *texts))
+    return rows
+
+
+@torch.no_grad()
+def measure(policy: Policy, rollouts: list[Rollout], dtype: str, replay: bool) -> tuple:
+    """Share of (token, layer) pairs with another set of experts; mean and max of |trainer -
+    sampler| log-probability; KL(sampler || trainer) by Schulman's k3 estimator."""
+    device = policy.model.device
+    batch = pack([Sample(rollout, 0.0) for rollout in rollouts], device)
+    routes_NLK = pack_routes([s.rollout.routes for s in batch.samples], device).long()
+    taken: list[torch.Tensor] = []
+    hooks = [
+        router.module.register_forward_hook(keep_experts(taken))
+        for router in find_routers(policy.model)
+    ]
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    with (
+        fast_training_kernels(device, dtype),
+        autocast,
+        replaying(policy.model, routes_NLK if replay else None),
+    ):
+        logprobs_C = policy(batch, 1.0).logprobs_C
+    for hook in hooks:
+        hook.remove()
+    read_N = routes_NLK[:, 0, 0] >= 0
+    taken_NLK = torch.stack(taken, dim=1)[read_N].sort(-1).values
+    differs_NL = (taken_NLK != routes_NLK[read_N].sort(-1).values).any(-1)
+    ratio_C = (logprobs_C - batch.sampler_logprobs_C).double()
+    k3_C = ratio_C.exp() - 1 - ratio_C
+    return (
+        float(differs_NL.double().mean()),
+        float(ratio_C.abs().mean()),
+        float(ratio_C.abs().max()),
+        float(k3_C.mean()),
+    )
+
+
+def keep_experts(taken: list[torch.Tensor]) -> Callable:
+    def hook(module: torch.nn.Module, args: tuple, output: tuple) -> None:
+        taken.append(output[2])
+
+    return hook
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Routes of real engines: float32 needs no replay, bfloat16 does; the sync carries the bias.
+
+Engines are real vLLM; each is started once for the module.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from r1pipe.config import Engine, ProblemSet, Sampling
+from r1pipe.errors import UserError
+from r1pipe.grpo.logprobs import Policy
+from r1pipe.grpo.packing import PackedBatch, Sample, pack
+from r1pipe.models import build_model, build_tokenizer, export_weights, load_model, save_checkpoint
+from r1pipe.moe import ExpertLoad, find_routers, number_packed, pack_routes, replaying
+from r1pipe.problems import load_problems
+from r1pipe.records import Problem, Rollout
+from r1pipe.rollout import Engines, Sampler
+
+CPU = torch.device("cpu")
+SETTINGS = Engine(max_model_len=128, kv_cache_gib=0.25)
+SAMPLING = Sampling(max_completion_length=16)
+COMMON = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 128,
+    "moe_intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+}
+DENSE = {key: value for key, value in COMMON.items() if "moe" not in key and "tok" not in key}
+MODELS = {
+    "deepseek_v3": {
+        **COMMON,
+        "model_type": "deepseek_v3",
+        "n_routed_experts": 16,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": None,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "num_mtp_layers": 0,
+    },
+    "qwen3_moe": {**COMMON, "model_type": "qwen3_moe", "num_experts": 16, "head_dim": 32},
+    "olmoe": {
+        **DENSE,
+        "model_type": "olmoe",
+        "num_experts_per_tok": 2,
+        "num_experts": 16,
+    },
+}
+CASES = [
+    ("deepseek_v3", "float32"),
+    ("qwen3_moe", "float32"),
+    ("olmoe", "float32"),
+    ("qwen3_moe", "bfloat16"),
+    ("deepseek_v3", "bfloat16"),
+]
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[Problem]:
+    return load_problems(ProblemSet(recipe="arithmetic", options={"size": 24}))
+
+
+@pytest.fixture(scope="module", params=CASES, ids=" ".join)
+def opened(
+    request: pytest.FixtureRequest,
+    problems: list[Problem],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[Policy, Sampler, str]]:
+    name, dtype = request.param
+    tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in problems), 400)
+    model = build_model(MODELS[name], tokenizer, seed=0)
+    for router in find_routers(model):
+        if router.bias is not None:
+            router.bias.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(model, tokenizer, folder)
+    engines = Engines(SETTINGS, dtype, CPU)
+    yield (
+        Policy(load_model(str(folder), CPU).eval()),
+        engines.open(str(folder), with_routes=True),
+        dtype,
+    )
+    engines.close()
+
+
+def pack_rollouts(rollouts: list[Rollout]) -> tuple[PackedBatch, Tensor]:
+    batch = pack([Sample(rollout, 0.0) for rollout in rollouts], CPU)
+    return batch, pack_routes([s.rollout.routes for s in batch.samples], CPU).long()
+
+
+@torch.no_grad()
+def compare(
+    policy: Policy, rollouts: list[Rollout], dtype: str, replay: bool = False
+) -> tuple[Tensor, Tensor]:
+    """|trainer - sampler| of each completion token, and whether a token's experts differ in a
+    layer."""
+    batch, routes_NLK = pack_rollouts(rollouts)
+    taken: list[Tensor] = []
+
+    def keep(module: torch.nn.Module, args: tuple, output: tuple) -> None:
+        taken.append(output[2])
+
+    hooks = [r.module.register_forward_hook(keep) for r in find_routers(policy.model)]
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"),
+        replaying(policy.model, routes_NLK if replay else None),
+    ):
+        logprobs_C = policy(batch, 1.0).logprobs_C
+    for hook in hooks:
+        hook.remove()
+    read_N = routes_NLK[:, 0, 0] >= 0
+    taken_NLK = torch.stack(taken, dim=1)[read_N].sort(-1).values
+    differs_NL = (taken_NLK != routes_NLK[read_N].sort(-1).values).any(-1)
+    return (logprobs_C - batch.sampler_logprobs_C).abs(), differs_NL
+
+
+def test_routes_of_every_token_that_was_read(opened: tuple, problems: list[Problem]) -> None:
+    policy, sampler, _ = opened
+    plain = sampler.generate(problems, 2, SAMPLING, (0,))
+    rollouts = sampler.generate(problems, 2, SAMPLING, (0,), with_routes=True)
+    assert [r.completion_ids for r in rollouts] == [r.completion_ids for r in plain]
+    num_layers = len(find_routers(policy.model))
+    for rollout in rollouts:
+        read = len(rollout.prompt_ids) + len(rollout.completion_ids) - 1
+        assert rollout.routes.shape == (read, num_layers, 2)
+        assert rollout.routes.dtype == np.uint8
+        assert rollout.routes.max() < 16
+    assert all(rollout.routes is None for rollout in plain)
+
+
+def test_replay_removes_the_difference(opened: tuple, problems: list[Problem]) -> None:
+    policy, sampler, dtype = opened
+    rollouts = sampler.generate(problems, 4, SAMPLING, (0,), with_routes=True)
+    own_diff, own_differs = compare(policy, rollouts, dtype)
+    diff, differs = compare(policy, rollouts, dtype, replay=True)
+    assert not differs.any()
+    if dtype == "float32":
+        assert not own_differs.any()
+        assert own_diff.max() < 1e-4
+        assert diff.max() < 1e-4
+    else:
+        assert own_differs.float().mean() > 0.01
+        # Few tokens are far apart, and replay is for them.
+        assert diff.square().mean() < 0.5 * own_diff.square().mean()
+        assert diff.max() < 0.5 * own_diff.max()
+
+
+def test_a_wrong_route_shows(opened: tuple, problems: list[Problem]) -> None:
+    policy, sampler, dtype = opened
+    rollouts = sampler.generate(problems, 1, SAMPLING, (0,), with_routes=True)
+    right, _ = compare(policy, rollouts, dtype, replay=True)
+    for rollout in rollouts:
+        rollout.routes = (rollout.routes + 5) % 16
+    wrong, _ = compare(policy, rollouts, dtype, replay=True)
+    assert wrong.mean() > 10 * right.mean()
+
+
+def test_the_sampler_gets_the_bias(opened: tuple, problems: list[Problem]) -> None:
+    """A bias that balancing has moved routes tokens elsewhere, on both sides alike; without one
+    nothing moves."""
+    policy, sampler, dtype = opened
+    before = sampler.generate(problems, 1, SAMPLING, (0,), with_routes=True)
+    batch, _ = pack_rollouts(before)
+    load = ExpertLoad(policy.model, bias_update_rate=0.2)
+    with load.counting(number_packed(batch.lengths, CPU), len(batch.samples)), torch.no_grad():
+        policy(batch, 1.0)
+    load.balance()
+    sampler.load_weights(export_weights(policy.model))
+    after = sampler.generate(problems, 1, SAMPLING, (0,), with_routes=True)
+    diff, differs = compare(policy, after, dtype)
+    if dtype == "float32":
+        assert not differs.any()
+        assert diff.max() < 1e-4
+    changed = [
+        (np.sort(old.routes[:n]) != np.sort(new.routes[:n])).any(-1).mean()
+        for old, new in zip(before, after)
+        for n in [len(old.prompt_ids)]
+    ]
+    if find_routers(policy.model)[0].bias is None:
+        assert np.mean(changed) == 0
+    else:
+        assert np.mean(changed) > 0.2
+
+
+def test_a_dense_model_has_no_routes(problems: list[Problem], tmp_path: Path) -> None:
+    """On CPU any engine can be asked: the one that is open stays."""
+    tokenizer = build_tokenizer((p.question for p in problems), 300)
+    for name in ("dense", "mixture"):
+        settings = {**DENSE, "model_type": "qwen3"} if name == "dense" else MODELS["qwen3_moe"]
+        save_checkpoint(build_model(settings, tokenizer, 0), tokenizer, tmp_path / name)
+    engines = Engines(SETTINGS, "float32", CPU)
+    try:
+        with pytest.raises(UserError, match="qwen3 is no mixture of experts"):
+            engines.open(str(tmp_path / "dense"), with_routes=True)
+        sampler = engines.open(str(tmp_path / "mixture"))
+        with pytest.raises(RuntimeError, match="opened without routes"):
+            sampler.generate(problems[:1], 1, SAMPLING, (0,), with_routes=True)
+        assert engines.open(str(tmp_path / "mixture"), with_routes=True) is sampler
+        assert sampler.generate(problems[:1], 1, SAMPLING, (0,), with_routes=True)[0].routes.any()
+    finally:
+        engines.close()
