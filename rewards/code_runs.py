@@ -180,3 +180,9 @@ def _name_status(ending: Ending, report: dict, candidate: Ending | None) -> str:
     if ending.timed_out or (candidate and candidate.timed_out):
         return TIMED_OUT
     return CRASHED if candidate or not report.get("started") else WRONG
+
+
+def close_servers() -> None:
+    """End this process's fork-servers; they start again when needed."""
+    while _servers:
+        _servers.popitem()[1].close()

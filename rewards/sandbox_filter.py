@@ -8,6 +8,7 @@ and changes of modes, owners, times and attributes (which Landlock does not cove
 """
 
 import errno
+import functools
 import struct
 from collections.abc import Sequence
 
@@ -63,6 +64,7 @@ _PRCTLS = (15, 16)  # a thread's name
 Instruction = tuple[int, int, int, int]
 
 
+@functools.cache  # in a process namespace the pid is always 1
 def build_filter(pid: int, may_fork: bool = False) -> bytes:
     """Return the filter for the process ``pid`` (as itself sees it), as ``struct sock_filter[]``.
 

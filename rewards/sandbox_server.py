@@ -80,6 +80,7 @@ class Confinement:
             raise OSError("the kernel has no Landlock, or it is switched off")
         if self.has_namespaces:
             _enter_namespaces(self.is_root)
+            build_filter(pid=1, may_fork=False)  # once, for all that are forked later
 
     def describe(self) -> str:
         """Name what is in force, for people."""
@@ -287,7 +288,7 @@ def _confine(request: dict, confinement: Confinement) -> None:
         sandbox_kernel.apply_landlock(rules)
         os.close(rules)
     sandbox_kernel.drop_capabilities()
-    sandbox_kernel.apply_seccomp(build_filter(os.getpid(), request["processes"] > 1))
+    sandbox_kernel.apply_seccomp(build_filter(pid=os.getpid(), may_fork=request["processes"] > 1))
 
 
 def _make_rules(confinement: Confinement) -> int:

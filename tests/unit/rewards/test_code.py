@@ -11,7 +11,7 @@ BAD = "```python\ndef add(a, b):\n    return a - b\n```"
 HUMANEVAL = {
     "entry_point": "add",
     "prompt": 'def add(a, b):\n    """Return the sum."""\n',
-    "code": "def check(candidate):\n    for n in range(9):\n        assert candidate(n, 1) == n + 1",
+    "code": "def check(candidate):\n    for n in 1, 2:\n        assert candidate(n, 1) == n + 1",
 }
 MBPP = {"test_list": ["assert add(1, 2) == 3", "assert add(0, 0) == 0", "assert add(5, 5) == 10"]}
 STDIN = {"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"]}
