@@ -239,6 +239,15 @@ class Grpo(TrainingStage):
     """Tokens in one forward and backward pass: bounds memory, changes nothing else."""
     gradient_checkpointing: bool = False
 
+    routing_replay: bool = False
+    """Of a mixture of experts: the trainer sends each token to the experts that the sampler chose
+    (R3). For a bf16 sampler; in float32 both choose the same."""
+    bias_update_rate: NonNegativeFloat = 0.0
+    """As in supervised training: how far a router's bias moves at each optimizer step towards an
+    even load of its experts."""
+    seq_aux_loss_coef: NonNegativeFloat = 0.0
+    """As in supervised training: weight of DeepSeek-V3's sequence-wise auxiliary loss."""
+
     max_logprob_diff: PositiveFloat = 1e-4
     """Mean |sampler - trainer| log-probability above which the run stops. float32: 1e-4; a bf16
     sampler differs by about 1e-2."""

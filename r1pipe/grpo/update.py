@@ -14,6 +14,7 @@ from r1pipe.grpo.logprobs import LogProbs, Policy, Support, Truncation
 from r1pipe.grpo.losses import LossInputs, Totals, compute_loss
 from r1pipe.grpo.packing import PackedBatch, Sample, cut_batches, pack
 from r1pipe.models import fast_training_kernels
+from r1pipe.moe import ExpertLoad, number_packed, pack_routes, replaying
 
 Check = Callable[[dict[str, float]], None]
 """Raises if the metrics say that the update must not happen."""
@@ -37,6 +38,11 @@ class Updater:
         self.dtype, self.seed = dtype, seed
         self.num_updates = settings.steps_per_generation * settings.num_iterations
         self.truncation = Truncation(settings.top_p, settings.top_k)
+        self.load = ExpertLoad(
+            model,
+            bias_update_rate=settings.bias_update_rate,
+            seq_aux_loss_coef=settings.seq_aux_loss_coef,
+        )
         self.optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=settings.learning_rate,
@@ -62,6 +68,17 @@ class Updater:
             device.type, torch.bfloat16, enabled=self.dtype == "bfloat16", cache_enabled=False
         )
         with fast_training_kernels(device, self.dtype), autocast:
+            yield
+
+    @contextlib.contextmanager
+    def replaying(self, batch: PackedBatch) -> Iterator[None]:
+        """The policy takes the sampler's routes, if the settings ask for that; to be left after
+        the backward pass. The reference has its own."""
+        routes_NLK = None
+        if self.settings.routing_replay:
+            routes = [sample.rollout.routes for sample in batch.samples]
+            routes_NLK = pack_routes(routes, self.model.device)
+        with replaying(self.model, routes_NLK):
             yield
 
     def batches(self, samples: list[Sample]) -> Iterator[PackedBatch]:
@@ -102,18 +119,22 @@ class Updater:
                 max_completion_length=self.settings.max_completion_length,
             )
             for batch in self.batches(active):
-                with self.kernels():
+                sequences_N = number_packed(batch.lengths, batch.ids_N.device)
+                counting = self.load.counting(sequences_N, num_sequences=len(active))
+                with self.kernels(), self.replaying(batch), counting:
                     log.add_sums(self.backward(batch, totals, agreement))
             if self.num_updates == 1:
                 check(agreement.metrics())
             grad_norm = clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
             self.optimizer.step()
+            self.load.balance()
             self.optimizer.zero_grad(set_to_none=True)
             self.scheduler.step()
             log.add_step(grad_norm, sum(len(s.rollout.completion_ids) for s in active))
         return {
             **agreement.metrics(),
             **log.metrics(),
+            **self.load.metrics(),
             "learning_rate": self.scheduler.get_last_lr()[0],
         }
 
@@ -132,7 +153,8 @@ class Updater:
         agreement = Agreement()
         with self.kernels():
             for batch in self.batches(samples):
-                now = self.measure(batch)
+                with self.replaying(batch):
+                    now = self.measure(batch)
                 agreement.add(batch, now)
                 for sample, old in zip(batch.samples, batch.split(now.logprobs_C), strict=True):
                     sample.old_logprobs = old
