@@ -4,8 +4,10 @@
 
 Rows are ``{"gold", "pred", "label", "kind"}``: ``label`` says whether ``pred`` is right, ``kind``
 whether it is a final ``answer`` (the default) or a ``completion`` that the answer is taken from.
-Rows are judged one after another in one worker process, which is started beforehand; times are
-wall-clock times of single judgements. ``--compare`` judges the same rows by math-verify too.
+Programs are rows ``{"completion", "tests", "label", "kind": "code"}``; their verdicts ``crashed``
+and ``timed_out`` are wrong ones. Rows are judged one after another in one worker process, which is
+started beforehand; times are wall-clock times of single judgements. ``--compare`` judges answers
+by math-verify, too.
 """
 
 import argparse
@@ -17,12 +19,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rewards import workers
+from rewards.code import judge_code, sandbox_in_use
 from rewards.extract import find_answer
 from rewards.mathematics import judge_math, judge_pairs
+from rewards.sandbox import SandboxError
 
 _SUMMARY = __doc__.split("\n")[0]
-NO_VERDICT = {"none", "bad_gold", "timed_out", "failed"}
-KINDS = ("answer", "completion")
+NO_VERDICT = {"none", "bad_gold", "bad_tests", "failed"}
+KINDS = ("answer", "completion", "code")
 PEER = "rewards.symbolic:judge_as_peer"
 IMPORT_LIMIT_S = 120.0
 
@@ -50,11 +54,14 @@ def _read_row(line: str, where: str) -> dict:
         raise RowError(f"{where}: not JSON: {error}") from error
     if not isinstance(row, dict):
         raise RowError(f"{where}: not an object")
-    kind = row.setdefault("kind", "completion" if "completion" in row else "answer")
+    guess = "code" if "tests" in row else "completion" if "completion" in row else "answer"
+    kind = row.setdefault("kind", guess)
     if kind not in KINDS:
         raise RowError(f"{where}: kind is {kind!r}, not one of {', '.join(KINDS)}")
     row.setdefault("pred", row.get("completion"))
-    for key in ("gold", "pred"):
+    if kind == "code" and "tests" not in row:
+        raise RowError(f"{where}: a row of kind 'code' needs 'tests'")
+    for key in ("pred",) if kind == "code" else ("gold", "pred"):
         if not isinstance(row.get(key), str):
             raise RowError(f"{where}: {key!r} must be a string")
     if not isinstance(row.get("label"), bool):
@@ -63,6 +70,8 @@ def _read_row(line: str, where: str) -> dict:
 
 
 def judge_ours(row: dict) -> str:
+    if row["kind"] == "code":
+        return judge_code([row["pred"]], [row["tests"]])[0].status
     if row["kind"] == "completion":
         return judge_math([row["pred"]], [row["gold"]])[0].status
     return judge_pairs([(row["pred"], row["gold"])])[0]
@@ -105,7 +114,7 @@ def summarize(judged: list[Judged]) -> dict[str, float]:
         "false_negatives": sum(j.row["label"] and j.verdict != "right" for j in judged),
         "false_positives": sum(not j.row["label"] and j.verdict == "right" for j in judged),
         "unparseable": verdicts.count("unparseable"),
-        "none": sum(verdict in NO_VERDICT for verdict in verdicts),
+        "none": sum(map(is_no_verdict, judged)),
         "timeouts": verdicts.count("timed_out"),
         "pairs_per_s": round(len(judged) / sum(seconds), 1),
         "p50_ms": round(1000 * _percentile(seconds, 0.50), 3),
@@ -123,12 +132,22 @@ def summarize_by(judged: list[Judged], field: str | None) -> dict[str, dict]:
     return figures
 
 
+def is_no_verdict(judged: Judged) -> bool:
+    """Say whether the reward would be None. A program that is out of time is wrong."""
+    is_late = judged.verdict == "timed_out" and judged.row["kind"] != "code"
+    return is_late or judged.verdict in NO_VERDICT
+
+
 def _percentile(ordered: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
 
 
-def warm_up() -> None:
-    """Start the worker and let it import what it may need, so that no row pays for that."""
+def warm_up(rows: list[dict]) -> None:
+    """Start the worker and what it may need, so that no row pays for that."""
+    if any(row["kind"] == "code" for row in rows):
+        sandbox_in_use()
+    if all(row["kind"] == "code" for row in rows):
+        return
     workers.run_task(PEER, [("x + 1", "1 + x", False)], limit_s=IMPORT_LIMIT_S)
 
 
@@ -149,6 +168,9 @@ def print_errors(judged: list[Judged], limit: int) -> None:
             found = find_answer(answer)
             answer = f"...{answer[-60:]} -> {found.answer if found else None}"
         label = "right" if row["label"] else "wrong"
+        if row["kind"] == "code":
+            print(f"{verdict}, labelled {label}: tests {str(row['tests'])[:80]!r}")
+            continue
         print(f"{verdict}, labelled {label}: gold {row['gold'][:80]!r}, pred {answer[:160]!r}")
 
 
@@ -166,8 +188,15 @@ def main(argv: list[str] | None = None) -> int:
     except (OSError, RowError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    if options.compare and any(row["kind"] == "code" for row in rows):
+        print("bench: math-verify judges no code; leave out --compare", file=sys.stderr)
+        return 2
     workers.configure_workers(num_workers=1, limit_s=options.limit)
-    warm_up()
+    try:
+        warm_up(rows)
+    except (SandboxError, ValueError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
     judges = {"rewards": judge_ours} | ({"math-verify": judge_peer} if options.compare else {})
     figures, ours = {}, []
     for name, judge in judges.items():

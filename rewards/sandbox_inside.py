@@ -120,7 +120,14 @@ class Candidate:
                 request = receive_frame(CHANNEL_FD)
             except EOFError:
                 return 0
-            send_frame(CHANNEL_FD, self.answer(request))
+            self.reply(request)
+
+    def reply(self, request: dict) -> None:
+        answer = self.answer(request)
+        try:
+            send_frame(CHANNEL_FD, answer)
+        except (PlainDataError, MemoryError) as error:  # too large; nothing has been sent yet
+            send_frame(CHANNEL_FD, _describe(error))
 
     def answer(self, request: dict) -> dict:
         try:
@@ -187,7 +194,7 @@ class CheckersFunction:
             reply = receive_frame(CHANNEL_FD)
             if "do" not in reply:
                 break
-            send_frame(CHANNEL_FD, self.candidate.answer(reply))  # the test's function calls back
+            self.candidate.reply(reply)  # the test's function calls back
         if "raised" in reply:
             raise _make_exception(*reply["raised"])
         return decode(reply["value"], self.candidate._resolve)

@@ -42,6 +42,25 @@ def test_table_and_the_wrong_verdicts(pairs, capsys):
     assert "labelled right: gold '4', pred 'five'" in out
 
 
+def test_programs(tmp_path, capsys):
+    tests = {"inputs": ["4\n"], "outputs": ["16\n"]}
+    programs = [("print(int(input()) ** 2)", True), ("print(16", False), ("print(4)", True)]
+    path = tmp_path / "programs.jsonl"
+    path.write_text(
+        "\n".join(
+            json.dumps({"completion": code, "tests": tests, "label": label, "kind": "code"})
+            for code, label in programs
+        )
+    )
+    assert bench.main([str(path), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert (figures["n"], figures["false_negatives"], figures["false_positives"]) == (3, 1, 0)
+    assert (figures["unparseable"], figures["none"]) == (1, 0)
+    assert bench.main([str(path), "--show", "3"]) == 0
+    assert "wrong, labelled right" in capsys.readouterr().out
+    assert bench.main([str(path), "--compare"]) == 2
+
+
 def test_math_verify_beside(pairs, capsys):
     assert bench.main([str(pairs), "--json", "--compare"]) == 0
     figures = json.loads(capsys.readouterr().out)
@@ -57,6 +76,7 @@ def test_math_verify_beside(pairs, capsys):
         ('{"gold": "1", "pred": 1, "label": true}', "line 2: 'pred' must be a string"),
         ('{"gold": "1", "pred": "1"}', "line 2: 'label' must be true or false"),
         ('{"gold": "1", "pred": "1", "label": true, "kind": "x"}', "line 2: kind is 'x'"),
+        ('{"completion": "1", "label": true, "kind": "code"}', "line 2: a row of kind 'code'"),
     ],
 )
 def test_errors_name_the_line(tmp_path, capsys, line, message):
