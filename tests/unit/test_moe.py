@@ -1,5 +1,6 @@
 """Routing replay, expert load and balancing, on tiny models of every architecture in the table."""
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from r1pipe.config import ProblemSet, Supervised
+from r1pipe.config import Grpo, ProblemSet, Supervised
 from r1pipe.errors import UserError
+from r1pipe.grpo.packing import Sample
+from r1pipe.grpo.update import Updater
 from r1pipe.models import build_tokenizer, fast_training_kernels
 from r1pipe.moe import (
     ROUTINGS,
@@ -27,7 +30,7 @@ from r1pipe.moe import (
     update_bias,
 )
 from r1pipe.problems import load_problems
-from r1pipe.records import read_jsonl
+from r1pipe.records import Rollout, read_jsonl
 
 CPU = torch.device("cpu")
 COMMON = {
@@ -361,6 +364,67 @@ def test_auxiliary_loss_reaches_the_router(ids_BL: Tensor, checkpointing: bool) 
     load.balance()
     mean = float(sum(extra).detach()) / 3 / 2
     assert load.metrics()["experts/seq_aux_loss"] == pytest.approx(mean, rel=1e-5)
+
+
+def make_samples(routes_NLK: Tensor | None = None) -> list[Sample]:
+    """Three rollouts of 7 tokens, prompts of 3, with advantages of both signs."""
+    samples = []
+    for row in range(3):
+        ids = [(7 * row + 5 * column) % 59 + 1 for column in range(7)]
+        routes = None if routes_NLK is None else routes_NLK[6 * row : 6 * row + 6].numpy()
+        rollout = Rollout("p", row, ids[:3], ids[3:], [-1.0] * 4, "", "stop", routes)
+        samples.append(Sample(rollout, row - 1.5))
+    return samples
+
+
+def make_updater(model: PreTrainedModel, **changes: object) -> Updater:
+    settings = {
+        "kind": "grpo",
+        "from": "x",
+        "data": {"recipe": "arithmetic"},
+        "rewards": [{"function": "rewards.math_correct"}],
+        "max_steps": 1,
+        "prompts_per_step": 1,
+        "num_generations": 3,
+        "max_completion_length": 8,
+        "learning_rate": 1e-3,
+        **changes,
+    }
+    return Updater(model, None, Grpo.model_validate(settings), dtype="float32", seed=0)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_the_update_replays(model: PreTrainedModel, steps: int) -> None:
+    """Old log-probs and update alike take the sampler's routes, and the routers learn."""
+    routers = find_routers(model)
+    before = [router.module.weight.detach().clone() for router in routers]
+    routes_NLK = torch.tensor([5, 6]).expand(18, len(routers), 2)
+    updater = make_updater(model, routing_replay=True, steps_per_generation=steps)
+    metrics = updater.step(make_samples(routes_NLK), 1, lambda metrics: None)
+    for router, weight in zip(routers, before):
+        changed_E = (router.module.weight - weight).abs().amax(1) > 0
+        assert changed_E[[5, 6]].all()
+    # 18 of 21 tokens went to experts 5 and 6: each had at least 18 of the mean's 21 / 4.
+    assert metrics["experts/max_violation"] >= 18 / (21 / 4) - 1
+
+
+def test_the_update_replays_nothing_unasked(model: PreTrainedModel) -> None:
+    routes_NLK = torch.tensor([5, 6]).expand(18, len(find_routers(model)), 2)
+    one, other = copy.deepcopy(model), copy.deepcopy(model)
+    with_routes = make_updater(one).step(make_samples(routes_NLK), 1, lambda metrics: None)
+    without = make_updater(other).step(make_samples(), 1, lambda metrics: None)
+    assert with_routes == without
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.01])
+def test_the_update_moves_the_bias(rate: float) -> None:
+    model = make_model("deepseek_v3")
+    routers = find_routers(model)
+    before = [router.bias.clone() for router in routers]
+    updater = make_updater(model, bias_update_rate=rate, steps_per_generation=3)
+    updater.step(make_samples(), 1, lambda metrics: None)
+    moved = [float((router.bias - start).abs().max()) for router, start in zip(routers, before)]
+    assert all(0 < m < 3.01 * rate for m in moved) if rate else moved == [0.0, 0.0]
 
 
 class StageStub:
