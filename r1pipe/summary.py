@@ -107,23 +107,21 @@ def plot_expert_load(run: RunFolder, path: Path) -> None:
     }
     if not logs:
         return
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    titles = {
+    figure, axes = pyplot.subplots(
+        len(logs), 2, figsize=(11, 3 * len(logs)), layout="constrained", squeeze=False
+    )
+    measures = {
         "max_violation": "expert load: max / mean - 1 (0: even)",
         "entropy": "expert load: entropy / log of experts (1: even)",
     }
-    for axis, (figure_name, title) in zip(axes, titles.items(), strict=True):
-        offset = 0
-        for name, rows in logs.items():
-            steps = [offset + row["step"] for row in rows]
+    for place, (name, rows) in enumerate(logs.items()):
+        steps = [row["step"] for row in rows]
+        for axis, (measure, title) in zip(axes[place], measures.items(), strict=True):
             for key in rows[0]:
-                if key.startswith("experts/layer_") and key.endswith(f"/{figure_name}"):
+                if key.startswith("experts/layer_") and key.endswith(f"/{measure}"):
                     axis.plot(steps, [row[key] for row in rows], lw=0.5, color="tab:gray")
-            means = [row[f"experts/{figure_name}"] for row in rows]
-            axis.plot(steps, means, lw=2, label=name)
-            offset = steps[-1]
-        axis.set(title=title, xlabel="optimizer steps of sft, steps of grpo")
-    axes[0].legend()
+            axis.plot(steps, [row[f"experts/{measure}"] for row in rows], lw=2)
+            axis.set(title=title if place == 0 else None, xlabel="step", ylabel=name)
     save_figure(figure, path)
 
 
