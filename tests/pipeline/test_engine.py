@@ -66,6 +66,7 @@ ARCHITECTURES = {
     "deepseek_v3": DEMO["random"]["model"],
     "qwen3, tied": DEMO["distill"]["student"],
     "qwen3_moe": QWEN3_MOE,
+    "olmoe": {**LLAMA, "model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2},
     "llama": LLAMA,
 }
 
