@@ -1,5 +1,7 @@
 """What only a GPU shows. Skipped, with the reason, where there is none."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 
-DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "configs" / "demo.yaml"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -30,3 +33,17 @@ def test_the_demo_runs_unchanged(dtype: str, tmp_path: Path) -> None:
     assert main(["init", str(DEMO), *options]) == 0
     assert main(["sft", str(DEMO), *options]) == 0
     assert main(["grpo", str(DEMO), *options]) == 0
+
+
+def test_replay_with_the_routes_that_vllm_returns() -> None:
+    """The benchmark's table: no route differs under replay, and bfloat16 comes closer."""
+    pytest.importorskip("vllm")
+    command = [sys.executable, "benchmarks/routing_replay.py", "--device", "cuda"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-2000:]
+    lines = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if "|" in line]
+    rows = {tuple(row[:3]): row[3:] for row in lines[2:]}
+    for model in ("DeepSeek-V3", "Qwen3-MoE"):
+        off, on = (rows[model, "bfloat16", replay] for replay in ("off", "on"))
+        assert on[0] == "0.00%"
+        assert float(on[-1]) < 0.5 * float(off[-1])
