@@ -105,11 +105,7 @@ def judge_code(
     limits = Limits(limit_s or workers.get_limit(), memory_mb)
     rows = [_read_row(c, t, row) for row, (c, t) in enumerate(zip(completions, tests))]
     # Samples of one problem repeat each other; each program is judged once.
-    jobs = list(
-        dict.fromkeys(
-            row for row in rows if isinstance(row, tuple) and not isinstance(row, CodeVerdict)
-        )
-    )
+    jobs = list(dict.fromkeys(row for row in rows if isinstance(row, _Job)))
     judged = dict(zip(jobs, _judge_jobs(jobs, limits, require == "all"), strict=True))
     return [row if isinstance(row, CodeVerdict) else judged[row] for row in rows]
 
@@ -134,7 +130,7 @@ def _read_row(completion: Completion, tests: object, row: int) -> "_Job | CodeVe
         found = _read_tests(tests) if isinstance(tests, str) else read_tests(tests)
     except BadTestsError as error:
         return CodeVerdict(BAD_TESTS, detail=str(error))
-    code = extract_code(text, found.entry_point, found.prompt)
+    code = extract_code(text, found.called, found.prompt)
     return CodeVerdict(UNPARSEABLE) if code is None else _Job(code, found)
 
 

@@ -123,7 +123,7 @@ def _is_same_line(words: list[str], wanted: list[str]) -> bool:
 def _is_same_word(word: str, wanted: str) -> bool:
     if word == wanted:
         return True
-    if "." not in wanted or len(word) > 400:
+    if "." not in wanted or "_" in word or len(word) > 400:
         return False
     try:
         number, goal = float(word), float(wanted)

@@ -1,6 +1,7 @@
 """The ``tests`` column of a code dataset: what is accepted, read into one of two records."""
 
 import ast
+import builtins
 import json
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -28,6 +29,17 @@ class FunctionTests(NamedTuple):
         """How many asserts are written down; a loop may execute one many times."""
         return sum(_count_asserts(ast.parse(unit)) for unit in self.units)
 
+    @property
+    def called(self) -> str | None:
+        """The name of the function under test: the entry point, or what the asserts call first."""
+        if self.entry_point:
+            return self.entry_point
+        nodes = (n for unit in self.units for n in ast.walk(ast.parse(unit)))
+        calls = (
+            n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
+        )
+        return next((name for name in calls if not hasattr(builtins, name)), None)
+
 
 class ProgramTests(NamedTuple):
     """Standard inputs, and the outputs that are expected for them."""
@@ -35,7 +47,7 @@ class ProgramTests(NamedTuple):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     prompt: str = ""
-    entry_point: str | None = None
+    called: str | None = None
 
 
 def read_tests(tests: object) -> FunctionTests | ProgramTests:

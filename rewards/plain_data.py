@@ -155,7 +155,7 @@ def decode(data: object, resolve: Callable[[str, object], object] | None = None)
         return _decode(data, resolve or _refuse_key)
     except PlainDataError:
         raise
-    except (ArithmeticError, AttributeError, TypeError, ValueError, RecursionError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise PlainDataError(f"a value cannot be read: {error}") from error
 
 

@@ -454,7 +454,7 @@ def run_programs(mechanism: str, context: dict, programs: dict[str, str]) -> dic
         expected = context["expected"] if "hidden" in attack else ESCAPED
         told = context | {"expected": ESCAPED}
         code = PRELUDE.format(context=told) + attack
-        limits = LIMITS._replace(seconds=0.5) if name in SLOW_PROGRAMS else LIMITS
+        limits = LIMITS._replace(seconds=0.4) if name in SLOW_PROGRAMS else LIMITS
         start = time.monotonic()
         outcome = code_runs.judge_program(
             mechanism, code, ["question\n"], [expected], limits, True, 10.0
@@ -468,7 +468,7 @@ def run_solutions(mechanism: str, solutions: dict[str, str]) -> dict[str, dict]:
     outcomes = {}
     tests = {"units": FUNCTION_TESTS, "entry_point": "f", "prompt": "", "in_place": False}
     for name, code in solutions.items():
-        limits = LIMITS._replace(seconds=0.5) if name in SLOW_SOLUTIONS else LIMITS
+        limits = LIMITS._replace(seconds=0.4) if name in SLOW_SOLUTIONS else LIMITS
         start = time.monotonic()
         outcome = code_runs.judge_function(
             mechanism, code, tests, len(FUNCTION_TESTS), limits, False
@@ -477,8 +477,16 @@ def run_solutions(mechanism: str, solutions: dict[str, str]) -> dict[str, dict]:
     return outcomes
 
 
-def count_descendants(pid: int) -> int:
-    """Count the processes below a process, as /proc has it, zombies left out."""
+def is_running(pid: int) -> bool:
+    """Say whether a process is there, and not a zombie that waits for somebody to ask."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def list_descendants(pid: int) -> list[int]:
+    """Return the processes below a process, as /proc has them, zombies left out."""
     parents = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -487,11 +495,15 @@ def count_descendants(pid: int) -> int:
             continue
         if fields[0] != "Z":
             parents[int(folder.name)] = int(fields[1])
-    found, level = 0, {pid}
+    found, level = [], [pid]
     while level:
-        level = {child for child, parent in parents.items() if parent in level}
-        found += len(level)
+        level = [child for child, parent in parents.items() if parent in level]
+        found += level
     return found
+
+
+def count_descendants(pid: int) -> int:
+    return len(list_descendants(pid))
 
 
 def run_all(mechanism: str, context: dict, with_slow: bool) -> dict:

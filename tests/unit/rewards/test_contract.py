@@ -11,6 +11,7 @@ import pytest
 import rewards
 
 REWARDS = [
+    rewards.code_passes,
     rewards.cosine_length,
     rewards.format,
     rewards.language_consistency,
@@ -28,6 +29,7 @@ def test_rewards_are_called_by_keyword_and_ignore_what_they_do_not_know(reward):
         completions=completions,
         completion_ids=[[1, 2], [3]],
         answer=["4", "4"],
+        tests=[{"inputs": [""], "outputs": ["4"]}, None],
         trainer_state=object(),
         unknown_column=[None, None],
     )

@@ -1,0 +1,205 @@
+"""Problems of the shapes that public data sets have, with solutions that are right and wrong."""
+
+# Name -> (tests, right solution, wrong ones). A solution that is indented continues the prompt.
+PROBLEMS = {
+    "humaneval": (
+        {
+            "entry_point": "running_max",
+            "prompt": 'from typing import List\n\n\ndef running_max(xs: List[int]) -> List[int]:\n'
+            '    """The largest so far.\n    >>> running_max([1, 3, 2])\n    [1, 3, 3]\n    """\n',
+            "code": "METADATA = {}\n\n\ndef check(candidate):\n"
+            "    assert candidate([]) == []\n    assert candidate([1, 3, 2]) == [1, 3, 3]\n"
+            "    for n in range(5):\n        assert candidate([n] * n) == [n] * n\n",
+        },
+        "    out = []\n    for x in xs:\n        out.append(max([*out[-1:], x]))\n    return out\n",
+        [
+            "    return xs\n",
+            "    return sorted(xs)\n",
+            "    return tuple(xs)\n",
+            "    return None\n",
+            "def running_max(xs):\n    return [max(xs)] * len(xs)\n",
+        ],
+    ),
+    "humaneval, with a helper and random inputs": (
+        {
+            "entry_point": "decode",
+            "prompt": 'def encode(s: str):\n    """Reverse s."""\n    return s[::-1]\n\n\n'
+            'def decode(s: str):\n    """Undo encode."""\n',
+            "code": "def check(candidate):\n    from random import choice\n    import string\n"
+            "    for _ in range(20):\n"
+            "        text = ''.join(choice(string.ascii_lowercase) for _ in range(9))\n"
+            "        assert candidate(encode(text)) == text\n",
+        },
+        "    return encode(s)\n",
+        ["    return s\n", "def encode(s): return s\n\n\ndef decode(s):\n    return s\n"],
+    ),
+    "floats": (
+        {
+            "entry_point": "mean",
+            "code": "def check(candidate):\n    assert abs(candidate([1.0, 2.0]) - 1.5) < 1e-6\n"
+            "    assert math.isclose(candidate([1, 1]), 1)\n",
+        },
+        "def mean(xs):\n    return sum(xs) / len(xs)\n",
+        ["import math\nmath.isclose = lambda *a: True\ndef mean(xs):\n    return xs[0] + 0.5\n"],
+    ),
+    "mbpp": (
+        {
+            "test_list": [
+                "assert similar((3, 4, 5), (5, 4, 1)) == (4, 5)",
+                "assert set(similar((1, 2), (2, 1))) == {1, 2}",
+                "assert similar((), ()) == ()",
+            ],
+        },
+        "def similar(a, b):\n    return tuple(sorted(set(a) & set(b)))\n",
+        [
+            "def similar(a, b):\n    return sorted(set(a) & set(b))\n",
+            "def similer(a, b):\n    return ()\n",
+        ],
+    ),
+    "mbpp, with a class of the solution's": (
+        {
+            "test_setup_code": "LIMIT = 4",
+            "test_list": ["assert longest([Pair(5, 24), Pair(15, 25), Pair(27, 40)], LIMIT) == 2"],
+        },
+        "class Pair:\n    def __init__(self, a, b):\n        self.a, self.b = a, b\n\n\n"
+        "def longest(pairs, n):\n    return sum(p.b - p.a > 10 for p in pairs)\n",
+        ["def longest(pairs, n):\n    return 2\n"],
+    ),
+    "plain asserts": (
+        {"entry_point": "is_even", "code": "assert is_even(2)\nassert not is_even(3)\n"},
+        "def is_even(n):\n    return n % 2 == 0\n",
+        ["def is_even(n):\n    return True\n", "is_even = 5\n"],
+    ),
+    "change in place": (
+        {
+            "entry_point": "rotate",
+            "code": "grid = [[1, 2], [3, 4]]\nrow = grid[0]\nassert candidate(grid) is None\n"
+            "assert grid == [[3, 4], [1, 2]] and row == [3, 4]\n",
+        },
+        "def rotate(grid):\n    grid.reverse()\n",
+        ["def rotate(grid):\n    grid = grid[::-1]\n"],
+    ),
+    "change in place and return": (
+        {
+            "entry_point": "compact",
+            "in_place": True,
+            "code": "xs = [1, 1, 2]\nn = compact(xs)\nassert xs[:n] == [1, 2]\n",
+        },
+        "def compact(xs):\n    xs[:] = sorted(set(xs))\n    return len(xs)\n",
+        ["def compact(xs):\n    return 2\n"],
+    ),
+    "objects with methods": (
+        {
+            "entry_point": "Stack",
+            "code": "s = Stack()\ns.push(1)\ns.push([2])\nassert s.pop() == [2]\n"
+            "assert s.items == [1]\ns.items = [7]\nassert s.pop() == 7\n",
+        },
+        "class Stack:\n    def __init__(self): self.items = []\n"
+        "    def push(self, x): self.items.append(x)\n    def pop(self): return self.items.pop()\n",
+        ["class Stack:\n    items = [1]\n    def push(s, x): pass\n    def pop(s): return [2]\n"],
+    ),
+    "generators": (
+        {"entry_point": "evens", "code": "assert list(evens(5)) == [0, 2, 4]\n"
+         "assert next(evens(1)) == 0\nassert [x for x in evens(3)] == [0, 2]\n"},
+        "def evens(n):\n    for x in range(0, n, 2):\n        yield x\n",
+        ["def evens(n):\n    yield 0\n"],
+    ),
+    "functions in and out": (
+        {"entry_point": "twice", "code": "assert twice(lambda n: n + 3)(1) == 7\n"
+         "def shout(text): return text.upper() + '!'\nassert twice(shout)('a') == 'A!!'\n"
+         "assert twice(abs)(-1) == 1\n"},
+        "def twice(f):\n    return lambda x: f(f(x))\n",
+        ["def twice(f):\n    return f\n"],
+    ),
+    "exceptions": (
+        {"entry_point": "root", "code": "assert root(4) == 2\ntry:\n    root(-1)\n"
+         "    assert False\nexcept ValueError as error:\n    assert 'negative' in str(error)\n"},
+        "def root(n):\n    if n < 0: raise ValueError('negative')\n    return n ** 0.5\n",
+        ["def root(n): return 2", "def root(n):\n    if n < 0: raise KeyError(n)\n    return 2\n"],
+    ),
+    "every plain type": (
+        {"entry_point": "same", "code": "from decimal import Decimal\n"
+         "from fractions import Fraction\n"
+         "values = [None, True, 0, -1, 10**30, 10**5000, 0.1, float('inf'), 1j,\n"
+         "          '', '\\ud800\\x00',\n"
+         "          b'\\xff', bytearray(b'1'), (), (1, (2,)), {}, {1: {(2, 3): 'x'}}, set(),\n"
+         "          {1, 'a'}, frozenset([1]), range(3), Decimal('0.10'), Fraction(1, 3), int,\n"
+         "          ValueError, ...]\n"
+         "for value in values:\n    assert same(value) == value\n"
+         "    assert type(same(value)) is type(value)\n    assert same([value]) == [value]\n"},
+        "def same(x):\n    return x\n",
+        ["def same(x):\n    return str(x)\n"],
+    ),
+    "subclasses are what they hold": (
+        {"entry_point": "count", "code": "assert count('aab') == {'a': 2, 'b': 1}\n"},
+        "from collections import Counter\ndef count(s):\n    return Counter(s)\n",
+        ["from collections import Counter\ndef count(s):\n    return Counter('x')\n"],
+    ),
+    "input and output": (
+        {"inputs": ["2\n1 2\n3 4\n", "0\n", "1\n-5 5"], "outputs": ["3\n7\n", "", "0 \n\n"]},
+        "for _ in range(int(input())):\n    print(sum(map(int, input().split())))\n",
+        ["print(3)\nprint(7)\n", "print(input())\n", "n = int(input())\nprint(3)\nprint(4)\n"],
+    ),
+    "all of the input at once": (
+        {"inputs": ["a b\nc\n" * 1000], "outputs": ["3000\n"]},
+        "import sys\nif __name__ == '__main__':\n    print(len(sys.stdin.read().split()))\n"
+        "    exit()\n",
+        ["print(3000)\nraise SystemExit(1)\n", "import os\nprint(3000)\nos._exit(0)\n"],
+    ),
+    "threads and a deep recursion": (
+        {"inputs": ["5000\n"], "outputs": ["5000\n"]},
+        "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(64 << 20)\n"
+        "def depth(n): return 0 if n == 0 else 1 + depth(n - 1)\n"
+        "def main(): print(depth(int(input())))\n"
+        "threading.Thread(target=main).start()\n",
+        ["print(int(input()) + 1)\n"],
+    ),
+}  # fmt: skip
+
+# (what was printed, what was expected, are they the same?)
+OUTPUTS = [
+    ("1\n", "1", True),
+    ("1 2 \r\n3\n\n", "1 2\n3", True),
+    ("1  2\n", "1 2\n", True),
+    ("1\n2\n", "1 2\n", False),
+    ("1 2\n", "12\n", False),
+    ("yes\n", "YES\n", False),
+    ("0.3333333\n", "0.333333333\n", True),
+    ("0.333\n", "0.333333333\n", False),
+    ("1e9\n", "1000000000.0\n", True),
+    ("5.0\n", "5\n", False),
+    ("nan\n", "1.5\n", False),
+    ("", "\n", True),
+    ("", "0\n", False),
+    ("1_0.5", "10.5", False),
+]
+
+CODE = "def f(x):\n    return x\n"
+PROMPT = 'import math\n\n\ndef f(x):\n    """Return x."""\n'
+# (completion, entry point, prompt, the program that it gives)
+EXTRACTIONS = [
+    (f"```python\n{CODE}```", "f", "", CODE),
+    (f"Text.\n```py\nwrong\n```\nmore\n```python\n{CODE}```\nend", "f", "", CODE),
+    (f"```python\n{CODE}```\nUse it:\n```python\nprint(f(1))\n```", "f", "", CODE),
+    (f"```python\n{CODE}```\nUse it:\n```python\nprint(f(1))\n```", None, "", "print(f(1))\n"),
+    (f"```python\n{CODE}```\nIt prints\n```\n5\n```", "f", "", CODE),
+    (f"```bash\npip install x\n```\n```\n{CODE}```", "f", "", CODE),
+    (f"```python\n{CODE}", "f", "", CODE),
+    (f"<think>```python\n{CODE}```</think>I cannot.", "f", "", None),
+    (f"<think>hm</think>\n```python\n{CODE}```", "f", "", CODE),
+    (f"```python\n{CODE}```</think>", "f", "", None),
+    (CODE, "f", "", CODE),
+    ("The answer is 42.", "f", "", None),
+    ("42", None, "", None),
+    ("Sorry", None, "", None),
+    ("```cpp\nint main() {}\n```", None, "", None),
+    ("1. First\n   ```python\n   x = 1\n   print(x)\n   ```", None, "", "x = 1\nprint(x)\n"),
+    ("~~~python\nprint('```')\n~~~", None, "", "print('```')\n"),
+    ("````python\ns = '''\n```\n'''\n````", None, "", "s = '''\n```\n'''\n"),
+    ("    return x\n", "f", PROMPT, PROMPT + "    return x\n"),
+    ("```python\n    return x\n```", "f", PROMPT, PROMPT + "    return x\n"),
+    ("```python\nreturn x\n```", "f", PROMPT, PROMPT + "    return x\n"),
+    (f"```python\n{CODE}```", "f", PROMPT, f"{PROMPT}\n\n{CODE}"),
+    ("I would return x.", "f", PROMPT, None),
+    ("", "f", PROMPT, None),
+]  # fmt: skip
