@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -319,6 +320,31 @@ def test_the_bias_evens_the_load_out(ids_BL: Tensor) -> None:
             violations.append(load.metrics()["experts/max_violation"])
     assert violations[0] > 2.9
     assert sum(violations[-10:]) / 10 < 0.5
+
+
+def balance_on_one_rank(rank: int, folder: str) -> None:
+    """One of two ranks: each sends its own 10 tokens to experts of its own."""
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    model = make_model("deepseek_v3")
+    before = find_routers(model)[0].bias.clone()
+    load = ExpertLoad(model, bias_update_rate=0.01)
+    ids_BL = torch.ones(1, 10, dtype=torch.long)
+    experts = torch.tensor([[0, 1], [2, 3]])[rank].expand(10, 2, 2)
+    with load.counting(torch.zeros(10, dtype=torch.long), 1), replaying(model, experts):
+        model(input_ids=ids_BL)
+    load.balance()
+    moved = (find_routers(model)[0].bias - before).tolist()
+    torch.save((moved, load.metrics()), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_loads_are_summed_over_ranks(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(balance_on_one_rank, (str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert first == second
+    moved, metrics = first
+    assert moved == pytest.approx([-0.01] * 4 + [0.01] * 4)
+    assert metrics["experts/max_violation"] == 1  # 10 tokens for 4 of 8 experts: mean 5
 
 
 def test_sequence_balance_loss_by_hand() -> None:
