@@ -80,7 +80,11 @@ def sample_checkpoint(
     that checkpoints are compared on common random numbers."""
     with StageProgress(label, len(problems) * stage.num_samples) as progress:
         rollouts = sampler.generate(
-            problems, stage.num_samples, stage.sampling, (seed, stage.name), progress.advance
+            problems,
+            stage.num_samples,
+            stage.sampling,
+            (seed, stage.name),
+            on_group=lambda _, group: progress.advance(len(group)),
         )
     return rollouts, scorer.score(repeat_each(problems, stage), rollouts)
 

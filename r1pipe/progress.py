@@ -30,6 +30,12 @@ class Interrupt:
         cls.asked = True
         raise KeyboardInterrupt
 
+    @classmethod
+    def check(cls) -> None:
+        """Raise it again, for work that has swallowed it or runs in another thread."""
+        if cls.asked:
+            raise KeyboardInterrupt
+
 
 class StageProgress:
     """Progress of one stage over `total` steps. Use as a context manager.
@@ -69,8 +75,7 @@ class StageProgress:
             self._bar.stop()
 
     def advance(self, steps: int = 1, **figures: float) -> None:
-        if Interrupt.asked:
-            raise KeyboardInterrupt
+        Interrupt.check()
         self.done += steps
         text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         if self._bar:

@@ -20,7 +20,11 @@ def collect_traces(
     scorer = Scorer(settings.rewards)
     with StageProgress(label, len(problems) * settings.num_generations) as progress:
         rollouts = sampler.generate(
-            problems, settings.num_generations, settings.sampling, seed_parts, progress.advance
+            problems,
+            settings.num_generations,
+            settings.sampling,
+            seed_parts,
+            on_group=lambda _, group: progress.advance(len(group)),
         )
     owners = [p for p in problems for _ in range(settings.num_generations)]
     scores = scorer.score(owners, rollouts)

@@ -120,26 +120,29 @@ class Sampler:
 
         Each sample has a seed of its own, from `seed_parts`, the problem's id and the sample's
         number, so it does not depend on what else is in the batch or came before.
-        `on_group(i, rollouts)` is called as soon as the samples of `problems[i]` are finished, while
-        others are still being sampled; routes come at the end. `with_routes` needs a sampler that
-        was opened with them.
+        `on_group(i, rollouts)` is called as soon as the samples of `problems[i]` are finished,
+        while others are still being sampled; routes come at the end. `with_routes` needs a sampler
+        that was opened with them.
         """
         plan = self._plan(problems, num_samples, sampling, seed_parts)
-        requests = [{"prompt_token_ids": ids} for _, ids, _, _ in plan]
-        parameters = [
-            self._parameters(sampling, seed, with_routes) for _, _, _, seed in plan
-        ]
+        prompts = [ids for _, ids, _, _ in plan]
+        parameters = [self._parameters(sampling, seed, with_routes) for _, _, _, seed in plan]
         finished: list[Rollout | None] = [None] * len(plan)
+        results: list[Any] = [None] * len(plan)
         missing = [num_samples] * len(problems)
         with self._capture.recording() if with_routes and self._capture else nullcontext():
-            for place, result in self._run(requests, parameters):
+            for place, result in self._run(prompts, parameters):
                 problem, ids, number, _ = plan[place]
+                results[place] = result
                 finished[place] = self._read(result, problem, ids, number)
                 group = place // num_samples
                 missing[group] -= 1
                 if on_group and not missing[group]:
                     start = group * num_samples
                     on_group(group, finished[start : start + num_samples])
+        if with_routes:
+            for rollout, routes in zip(finished, self._routes(results), strict=True):
+                rollout.routes = routes
         return finished
 
     def _plan(
@@ -165,8 +168,10 @@ class Sampler:
 
     def _parameters(self, sampling: Sampling, seed: int, with_routes: bool) -> Any:
         from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
         return SamplingParams(
+            output_kind=RequestOutputKind.FINAL_ONLY,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k or -1,
@@ -178,19 +183,24 @@ class Sampler:
             skip_reading_prefix_cache=with_routes and self._capture is not None,
         )
 
-    def _run(self, requests: list, parameters: list) -> Iterator[tuple[int, Any]]:
+    def _run(self, prompts: list[list[int]], parameters: list) -> Iterator[tuple[int, Any]]:
         """vLLM's results as they come, each with its request's place."""
+        from vllm.inputs import tokens_input
+
         engine = self.llm.llm_engine
-        ids = self.llm.enqueue(requests, parameters, use_tqdm=False)
-        places = {request_id: place for place, request_id in enumerate(ids)}
+        waiting = set()
         try:
+            for place, (ids, wanted) in enumerate(zip(prompts, parameters, strict=True)):
+                engine.add_request(str(place), tokens_input(ids), wanted)
+                waiting.add(str(place))
             while engine.has_unfinished_requests():
                 for result in engine.step():
                     if result.finished:
-                        yield places.pop(result.request_id), result
+                        waiting.remove(result.request_id)
+                        yield int(result.request_id), result
         finally:
-            if places:  # interrupted: the next call must not meet these requests
-                engine.abort_request(list(places))
+            if waiting:  # interrupted: the next call must not meet these requests
+                engine.abort_request(list(waiting))
 
     def _read(self, result: Any, problem: Problem, prompt_ids: list[int], number: int) -> Rollout:
         output = result.outputs[0]
@@ -248,25 +258,6 @@ class Sampler:
         self.llm.llm_engine.engine_core.shutdown()
         del self.llm
         gc.collect()
-
-
-class SilentBar:
-    """The part of tqdm's interface that vLLM uses, showing nothing."""
-
-    def __init__(self, iterable: Iterable = (), **kwargs: object):
-        self._iterable = iterable
-        self.format_dict = {"elapsed": 1.0}  # vLLM divides by it
-        self.n = 0
-        self.postfix = ""
-
-    def __iter__(self) -> Iterator:
-        return iter(self._iterable)
-
-    def update(self, n: int = 1) -> None: ...
-
-    def refresh(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Engines:

@@ -35,7 +35,6 @@ def nan_std(values: Tensor, dim: int) -> Tensor:
     return (squares / (count - 1).clamp(min=1)).sqrt()
 
 
-def share_of_silent_groups(rewards_NG: Tensor) -> float:
-    """Share of groups whose rewards are all equal, from which nothing can be learned."""
-    spread_N1 = nan_std(rewards_NG, dim=1)
-    return float((spread_N1 < 1e-8).float().mean())
+def find_silent_groups(rewards_NG: Tensor) -> Tensor:
+    """True for groups `[N]` whose rewards are all equal: nothing can be learned from them."""
+    return nan_std(rewards_NG, dim=1).squeeze(1) < 1e-8

@@ -4,25 +4,22 @@ Run it with `r1pipe grpo configs/demo.yaml`.
 """
 
 import copy
-import random
 import time
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import torch
-
-from r1pipe.config import Grpo, Sampling
+from r1pipe.config import Grpo
 from r1pipe.errors import UserError
-from r1pipe.grpo.advantage import compute_advantages, share_of_silent_groups
+from r1pipe.grpo.collect import Collector, Lookahead, sampling_of
 from r1pipe.grpo.packing import Sample
 from r1pipe.grpo.update import Updater
 from r1pipe.models import export_weights, load_model, save_checkpoint
 from r1pipe.progress import StageProgress, say
-from r1pipe.records import Problem, Rollout, Score, describe_rollout, dump_row
+from r1pipe.records import Problem, dump_row
 from r1pipe.rollout import Sampler
 from r1pipe.runs import MetricsLog
-from r1pipe.scoring import Scorer, mean, reward_metrics
+from r1pipe.scoring import Scorer
 from r1pipe.stage import StageContext
 
 
@@ -31,7 +28,7 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
     scorer = Scorer(stage.rewards)
     problems = context.training_problems(stage)
     checkpoint = context.checkpoint(stage.from_)
-    sampler = context.engines.open(checkpoint)
+    sampler = context.engines.open(checkpoint, with_routes=stage.routing_replay)
     sampler.encode(problems, stage.max_completion_length)
 
     model = load_model(checkpoint, context.device, context.recipe.attn_implementation)
@@ -42,20 +39,19 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
         dtype=context.recipe.dtype,
         seed=context.recipe.seed,
     )
+    collector = Collector(stage, sampler, scorer, problems, context.recipe.seed)
     log = MetricsLog(context.folder)
     with (
         (context.folder / "rollouts.jsonl").open("w", encoding="utf-8") as rollouts_file,
         StageProgress(stage.name, stage.max_steps) as progress,
     ):
-        for metrics, records in train(
-            stage, updater, sampler, scorer, problems, context.recipe.seed
-        ):
+        for metrics, records in train(stage, updater, sampler, collector):
             log.write(metrics)
             rollouts_file.writelines(f"{dump_row(record)}\n" for record in records)
             progress.advance(
                 reward=metrics["reward"],
                 length=metrics["completions/mean_length"],
-                dlogp=metrics["sampler/logprob_diff_mean"],
+                dlogp=metrics.get("sampler/logprob_diff_mean", float("nan")),
             )
     final = check_last_sync(stage, updater, sampler, problems, context.recipe.seed)
     save_checkpoint(model, sampler.tokenizer, context.folder)
@@ -63,73 +59,33 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
 
 
 def train(
-    stage: Grpo,
-    updater: Updater,
-    sampler: Sampler,
-    scorer: Scorer,
-    problems: list[Problem],
-    seed: int,
+    stage: Grpo, updater: Updater, sampler: Sampler, collector: Collector
 ) -> Iterator[tuple[dict[str, Any], list[dict]]]:
     """The algorithm. Yields each step's metrics and rollout records, its weights synced."""
-    prompts = draw_prompts(problems, seed)
-    for step in range(1, stage.max_steps + 1):
-        clock = Clock()
-        group = [next(prompts) for _ in range(stage.prompts_per_step)]
-        rollouts = sampler.generate(
-            group, stage.num_generations, stage_sampling(stage), (seed, stage.name, step)
-        )
-        clock.lap("sample")
+    with Lookahead(collector.collect, stage.max_steps, stage.async_steps) as batches:
+        for step in range(1, stage.max_steps + 1):
+            clock = Clock()
+            batch = batches.take(step)  # rolled out, scored, with advantages
+            clock.lap("wait")
 
-        owners = [problem for problem in group for _ in range(stage.num_generations)]
-        scores = scorer.score(owners, rollouts)
-        rewards_NG = rewards_by_group(scores, stage.num_generations)
-        advantages_NG = compute_advantages(rewards_NG, stage.scale_rewards)
-        clock.lap("score")
+            metrics = {"step": step, **batch.metrics()}
+            stop_if_unjudged(stage, metrics, step)
+            # A stale sampler differs from the trainer by a step of learning, not by an error.
+            check = partial(stop_if_apart, stage, step) if batch.made_at == step else pass_all
+            metrics |= updater.step(batch.samples, step, check)
+            if stage.reference_refresh_steps and step % stage.reference_refresh_steps == 0:
+                updater.refresh_reference()
+            clock.lap("update")
 
-        samples = [
-            Sample(rollout, advantage)
-            for rollout, advantage in zip(rollouts, advantages_NG.flatten().tolist(), strict=True)
-        ]
-        metrics = {"step": step, **reward_metrics(scores)}
-        stop_if_unjudged(stage, metrics, step)
-        metrics |= updater.step(samples, step, partial(stop_if_apart, stage, step))
-        if stage.reference_refresh_steps and step % stage.reference_refresh_steps == 0:
-            updater.refresh_reference()
-        clock.lap("update")
-
-        sampler.load_weights(export_weights(updater.model))
-        clock.lap("sync")
-        metrics |= {
-            "groups_without_spread": share_of_silent_groups(rewards_NG),
-            **measure_lengths(rollouts),
-            **clock.metrics(rollouts),
-        }
-        yield metrics, list_records(step, owners, rollouts, scores, samples)
+            batches.wait()
+            clock.lap("wait")
+            sampler.load_weights(export_weights(updater.model))
+            clock.lap("sync")
+            yield metrics | clock.metrics(metrics["tokens_trained"]), batch.records()
 
 
-def draw_prompts(problems: list[Problem], seed: int) -> Iterator[Problem]:
-    """Endless epochs, each in an order of its own that depends on the seed only."""
-    epoch = 0
-    while True:
-        order = list(problems)
-        random.Random(f"{seed}/prompts/{epoch}").shuffle(order)
-        yield from order
-        epoch += 1
-
-
-def rewards_by_group(scores: list[Score], num_generations: int) -> torch.Tensor:
-    """Totals as `[N, G]`, NaN where no reward could judge."""
-    totals = [float("nan") if score.total is None else score.total for score in scores]
-    return torch.tensor(totals).view(-1, num_generations)
-
-
-def stage_sampling(stage: Grpo) -> Sampling:
-    return Sampling(
-        temperature=stage.temperature,
-        top_p=stage.top_p,
-        top_k=stage.top_k,
-        max_completion_length=stage.max_completion_length,
-    )
+def pass_all(metrics: dict[str, float]) -> None:
+    """No check."""
 
 
 def stop_if_apart(stage: Grpo, step: int, metrics: dict[str, float]) -> None:
@@ -158,7 +114,13 @@ def check_last_sync(
 ) -> dict[str, float]:
     """Compare sampler and trainer once more, on the weights of the last sync."""
     group = problems[: stage.prompts_per_step]
-    rollouts = sampler.generate(group, 1, stage_sampling(stage), (seed, stage.name, "last"))
+    rollouts = sampler.generate(
+        group,
+        1,
+        sampling_of(stage),
+        (seed, stage.name, "last"),
+        with_routes=stage.routing_replay,
+    )
     metrics = updater.evaluate([Sample(rollout, 0.0) for rollout in rollouts]).metrics()
     stop_if_apart(stage, stage.max_steps, metrics)
     diff = metrics["sampler/logprob_diff_mean"]
@@ -166,31 +128,9 @@ def check_last_sync(
     return {"last_sync/logprob_diff_mean": diff}
 
 
-def measure_lengths(rollouts: list[Rollout]) -> dict[str, float]:
-    return {
-        "completions/mean_length": mean([len(r.completion_ids) for r in rollouts]),
-        "completions/truncated": mean([float(r.truncated) for r in rollouts]),
-    }
-
-
-def list_records(
-    step: int,
-    problems: list[Problem],
-    rollouts: list[Rollout],
-    scores: list[Score],
-    samples: list[Sample],
-) -> list[dict]:
-    """A step's lines of rollouts.jsonl."""
-    return [
-        {"step": step, **described, "advantage": round(sample.advantage, 4)}
-        for described, sample in zip(
-            map(describe_rollout, problems, rollouts, scores), samples, strict=True
-        )
-    ]
-
-
 class Clock:
-    """Wall time of a step's phases."""
+    """Wall time of a step's phases. What is sampled while another batch trains is no phase: the
+    step only waits for what is left of it."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
@@ -198,15 +138,13 @@ class Clock:
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
-        self.seconds[phase] = now - self._last
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
-    def metrics(self, rollouts: list[Rollout]) -> dict[str, float]:
-        """Seconds per phase; tokens per second: sampled ones, and prompt + completion trained."""
-        sampled = sum(len(r.completion_ids) for r in rollouts)
-        trained = sampled + sum(len(r.prompt_ids) for r in rollouts)
+    def metrics(self, tokens_trained: float) -> dict[str, float]:
+        """Seconds per phase and of the step; prompt and completion tokens trained a second."""
         return {
             **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
-            "tokens_per_s/sample": sampled / self.seconds["sample"],
-            "tokens_per_s/update": trained / self.seconds["update"],
+            "seconds/step": sum(self.seconds.values()),
+            "tokens_per_s/update": tokens_trained / self.seconds["update"],
         }

@@ -102,12 +102,13 @@ class Updater:
         """
         if self.settings.mask_truncated_completions:
             samples = [sample for sample in samples if not sample.rollout.truncated]
-        if self.num_updates == 1 or not self.informative(samples):
+        active = self.informative(samples)
+        if self.num_updates == 1 and active:
             # One optimizer step: the policy before it is the policy in it, and is computed once.
             agreement = Agreement()
         else:
-            agreement = self.evaluate(self.informative(samples))
-            check(agreement.metrics())
+            agreement = self.evaluate(active or samples)
+            agreement.submit(check)
         log = UpdateLog()
         for minibatch in self.minibatches(samples, step):
             active = self.informative(minibatch)
@@ -124,13 +125,13 @@ class Updater:
                 with self.kernels(), self.replaying(batch), counting:
                     log.add_sums(self.backward(batch, totals, agreement))
             if self.num_updates == 1:
-                check(agreement.metrics())
+                agreement.submit(check)
             grad_norm = clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
             self.optimizer.step()
             self.load.balance()
             self.optimizer.zero_grad(set_to_none=True)
             self.scheduler.step()
-            log.add_step(grad_norm, sum(len(s.rollout.completion_ids) for s in active))
+            log.add_step(grad_norm, active)
         return {
             **agreement.metrics(),
             **log.metrics(),
@@ -225,12 +226,19 @@ class Agreement:
         self._entropy_sum += float(now.entropy_C.sum(dtype=torch.float64))
         self._num_tokens += len(diff_C)
 
+    def submit(self, check: Check) -> None:
+        """To `check`, if there was anything to compare."""
+        if self._num_tokens:
+            check(self.metrics())
+
     def metrics(self) -> dict[str, float]:
-        count = max(1, self._num_tokens)
+        """Empty if there was nothing to compare."""
+        if not self._num_tokens:
+            return {}
         return {
-            "sampler/logprob_diff_mean": self._diff_sum / count,
+            "sampler/logprob_diff_mean": self._diff_sum / self._num_tokens,
             "sampler/logprob_diff_max": self._diff_max,
-            "entropy": self._entropy_sum / count,
+            "entropy": self._entropy_sum / self._num_tokens,
         }
 
 
@@ -239,21 +247,24 @@ class UpdateLog:
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
-        self._num_steps = self._num_tokens = 0
+        self._num_steps = self._num_tokens = self._num_model_tokens = 0
 
     def add_sums(self, sums: dict[str, float]) -> None:
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
-    def add_step(self, grad_norm: Tensor, num_tokens: int) -> None:
+    def add_step(self, grad_norm: Tensor, samples: list[Sample]) -> None:
         self.add_sums({"grad_norm": float(grad_norm)})
         self._num_steps += 1
-        self._num_tokens += num_tokens
+        self._num_tokens += sum(len(s.rollout.completion_ids) for s in samples)
+        self._num_model_tokens += sum(s.num_tokens for s in samples)
 
     def metrics(self) -> dict[str, float]:
-        """Means: of the loss and the gradient's norm over optimizer steps, else over tokens."""
+        """Means: of the loss and the gradient's norm over optimizer steps, else over completion
+        tokens; and the prompt and completion tokens that the optimizer steps took."""
         per_step = ("loss", "grad_norm")
-        return {
+        means = {
             name: value / max(1, self._num_steps if name in per_step else self._num_tokens)
             for name, value in self._sums.items()
         }
+        return {**means, "tokens_trained": self._num_model_tokens}

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
 from r1pipe.config import LOSS_TYPES, Grpo
-from r1pipe.grpo.advantage import EPSILON, compute_advantages, share_of_silent_groups
+from r1pipe.grpo.advantage import EPSILON, compute_advantages, find_silent_groups
 from r1pipe.grpo.logprobs import Policy
 from r1pipe.grpo.losses import (
     LOSSES,
@@ -425,7 +425,7 @@ def test_advantages_by_group() -> None:
     assert compute_advantages(rewards, "batch")[0, 0].item() == pytest.approx(
         0.5 / (batch_std + EPSILON)
     )
-    assert share_of_silent_groups(rewards) == 0.5
+    assert find_silent_groups(rewards).tolist() == [False, True]
 
 
 def test_unjudged_samples_teach_nothing() -> None:

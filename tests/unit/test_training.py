@@ -338,8 +338,10 @@ def test_samples_without_advantage_cost_nothing(
     silent = [Sample(sample.rollout, 0.0) for sample in samples]
     updater = make_updater(model)
     metrics = updater.step(silent, 1, accept)
-    assert metrics["learning_rate"] > 0
+    assert metrics["sampler/logprob_diff_mean"] > 0, "measured nevertheless"
+    assert metrics["tokens_trained"] == 0
     assert "loss" not in metrics
+    assert "sampler/logprob_diff_mean" not in updater.step([], 1, accept)
 
 
 def test_unknown_model_settings_are_named(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,218 @@
+"""One step's experience: rollouts of groups, judged while others are still being sampled."""
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from r1pipe.config import Grpo, Sampling
+from r1pipe.grpo.advantage import compute_advantages, find_silent_groups
+from r1pipe.grpo.packing import Sample
+from r1pipe.progress import Interrupt
+from r1pipe.records import Problem, Rollout, Score, describe_rollout
+from r1pipe.rollout import Sampler
+from r1pipe.scoring import Scorer, mean, reward_metrics
+
+
+@dataclass
+class Group:
+    """The samples of one prompt and their scores."""
+
+    problem: Problem
+    rollouts: list[Rollout]
+    scores: list[Score]
+    advantages: list[float] = field(default_factory=list)
+
+    @property
+    def rewards(self) -> list[float]:
+        """Totals, NaN where no reward could judge."""
+        return [float("nan") if s.total is None else s.total for s in self.scores]
+
+
+@dataclass
+class Batch:
+    """What one step trains on, and what it took to get."""
+
+    step: int
+    made_at: int
+    """The step before which the sampling policy was the current one: `step`, or one less."""
+    groups: list[Group]
+    """All that were sampled."""
+    samples: list[Sample]
+    """Of the groups that take part."""
+    rounds: int
+    seconds: dict[str, float]
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [rollout for group in self.groups for rollout in group.rollouts]
+
+    def metrics(self) -> dict[str, Any]:
+        """Rewards and lengths of everything that was sampled: dynamic sampling hides nothing."""
+        rewards_NG = torch.tensor([group.rewards for group in self.groups])
+        rollouts = self.rollouts
+        num_tokens = sum(len(r.completion_ids) for r in rollouts)
+        return {
+            **reward_metrics([score for group in self.groups for score in group.scores]),
+            "groups_without_spread": float(find_silent_groups(rewards_NG).float().mean()),
+            "groups_sampled": len(self.groups),
+            "sampling_rounds": self.rounds,
+            "staleness": self.step - self.made_at,
+            "completions/mean_length": num_tokens / len(rollouts),
+            "completions/truncated": mean([float(r.truncated) for r in rollouts]),
+            **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
+            "tokens_per_s/sample": num_tokens / self.seconds["sample"],
+        }
+
+    def records(self) -> list[dict]:
+        """The step's lines of rollouts.jsonl."""
+        return [
+            {
+                "step": self.step,
+                **describe_rollout(group.problem, rollout, score),
+                "advantage": round(advantage, 4),
+            }
+            for group in self.groups
+            for rollout, score, advantage in zip(
+                group.rollouts, group.scores, group.advantages, strict=True
+            )
+        ]
+
+
+class Collector:
+    """Draws prompts, samples and judges them, one batch after the other."""
+
+    def __init__(
+        self, stage: Grpo, sampler: Sampler, scorer: Scorer, problems: list[Problem], seed: int
+    ):
+        self.stage, self.sampler, self.scorer, self.seed = stage, sampler, scorer, seed
+        self.sampling = sampling_of(stage)
+        self._prompts = draw_prompts(problems, seed)
+
+    def collect(self, step: int, made_at: int) -> Batch:
+        """`prompts_per_step` groups; under dynamic sampling, of those whose rewards differ."""
+        stage = self.stage
+        groups, taking_part, rounds = [], [], 0
+        seconds = {"sample": 0.0, "score": 0.0}
+        while not rounds or (
+            stage.dynamic_sampling
+            and len(taking_part) < stage.prompts_per_step
+            and rounds < stage.max_sampling_rounds
+        ):
+            missing = stage.prompts_per_step - len(taking_part)
+            problems = [next(self._prompts) for _ in range(missing)]
+            seed_parts = (self.seed, stage.name, step) + ((f"round {rounds}",) if rounds else ())
+            new = self._sample(problems, seed_parts, seconds)
+            groups += new
+            taking_part += self._pick(new) if stage.dynamic_sampling else new
+            rounds += 1
+        give_advantages(taking_part, stage.scale_rewards)
+        for group in groups:
+            group.advantages = group.advantages or [0.0] * len(group.rollouts)
+        samples = [
+            Sample(rollout, advantage)
+            for group in taking_part
+            for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
+        ]
+        return Batch(step, made_at, groups, samples, rounds, seconds)
+
+    def _sample(
+        self, problems: list[Problem], seed_parts: tuple, seconds: dict[str, float]
+    ) -> list[Group]:
+        """Groups of these problems, each judged as soon as it is complete."""
+        started = time.perf_counter()
+        scores: dict[int, Future[list[Score]]] = {}
+        with ThreadPoolExecutor(1, "judge") as judge:
+
+            def on_group(index: int, rollouts: list[Rollout]) -> None:
+                Interrupt.check()
+                owners = [problems[index]] * len(rollouts)
+                scores[index] = judge.submit(self.scorer.score, owners, rollouts)
+
+            rollouts = self.sampler.generate(
+                problems,
+                self.stage.num_generations,
+                self.sampling,
+                seed_parts,
+                on_group,
+                with_routes=self.stage.routing_replay,
+            )
+            sampled = time.perf_counter()
+            size = self.stage.num_generations
+            groups = [
+                Group(problem, rollouts[i * size : (i + 1) * size], scores[i].result())
+                for i, problem in enumerate(problems)
+            ]
+        seconds["sample"] += sampled - started
+        seconds["score"] += time.perf_counter() - sampled  # what was left of it
+        return groups
+
+    @staticmethod
+    def _pick(groups: list[Group]) -> list[Group]:
+        """The groups that can teach something: DAPO's dynamic sampling (arXiv:2503.14476, eq. 11),
+        where rewards need not be 0 or 1."""
+        silent = find_silent_groups(torch.tensor([group.rewards for group in groups]))
+        return [group for group, is_silent in zip(groups, silent.tolist()) if not is_silent]
+
+
+class Lookahead:
+    """Batches in order. With `async_steps` 1 the next one is sampled while the caller trains.
+
+    Sampling then runs in a thread of its own, and float sums may come out in another order: such
+    runs are not bit-reproducible.
+    """
+
+    def __init__(self, collect: Callable[[int, int], Batch], num_steps: int, async_steps: int):
+        self._collect, self._num_steps, self._async_steps = collect, num_steps, async_steps
+        self._thread = ThreadPoolExecutor(1, "sampler")
+        self._next: Future[Batch] | None = None
+
+    def __enter__(self) -> "Lookahead":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def take(self, step: int) -> Batch:
+        """The batch of `step`; begins with the one after it, on the sampler's present weights."""
+        batch = self._next.result() if self._next else self._collect(step, step)
+        self._next = None
+        if self._async_steps and step < self._num_steps:
+            self._next = self._thread.submit(self._collect, step + 1, step)
+        return batch
+
+    def wait(self) -> None:
+        """Until nothing is being sampled: weights must not change meanwhile."""
+        if self._next:
+            self._next.exception()
+
+
+def give_advantages(groups: list[Group], scale_rewards: str) -> None:
+    if groups:
+        rewards_NG = torch.tensor([group.rewards for group in groups])
+        advantages_NG = compute_advantages(rewards_NG, scale_rewards)
+        for group, advantages in zip(groups, advantages_NG.tolist(), strict=True):
+            group.advantages = advantages
+
+
+def draw_prompts(problems: list[Problem], seed: int) -> Iterator[Problem]:
+    """Endless epochs, each in an order of its own that depends on the seed only."""
+    epoch = 0
+    while True:
+        order = list(problems)
+        random.Random(f"{seed}/prompts/{epoch}").shuffle(order)
+        yield from order
+        epoch += 1
+
+
+def sampling_of(stage: Grpo) -> Sampling:
+    return Sampling(
+        temperature=stage.temperature,
+        top_p=stage.top_p,
+        top_k=stage.top_k,
+        max_completion_length=stage.max_completion_length,
+    )

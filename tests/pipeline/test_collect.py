@@ -1,0 +1,117 @@
+"""Collecting a step's batch from a real engine: scores, dynamic sampling, sampling ahead."""
+
+from collections.abc import Iterator
+
+import pytest
+import reward_of_tests
+import torch
+from test_engine import ARCHITECTURES, CPU, SETTINGS
+
+from r1pipe.config import Grpo, ProblemSet, Reward
+from r1pipe.grpo.collect import Batch, Collector
+from r1pipe.models import build_model, build_tokenizer, save_checkpoint
+from r1pipe.problems import load_problems
+from r1pipe.records import Problem
+from r1pipe.rollout import Sampler
+from r1pipe.scoring import Scorer
+
+PROBLEMS = load_problems(ProblemSet(recipe="arithmetic", options={"size": 40}))
+
+
+@pytest.fixture(scope="module")
+def sampler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sampler]:
+    tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in PROBLEMS), 400)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    save_checkpoint(build_model(ARCHITECTURES["llama"], tokenizer, 0), tokenizer, folder)
+    sampler = Sampler(str(folder), SETTINGS, "float32", CPU)
+    yield sampler
+    sampler.close()
+
+
+def make_collector(
+    sampler: Sampler, reward: str, problems: list[Problem] = PROBLEMS, **changes: object
+) -> Collector:
+    values = {
+        "kind": "grpo",
+        "from": "x",
+        "data": {"recipe": "arithmetic"},
+        "rewards": [{"function": reward}],
+        "max_steps": 1,
+        "prompts_per_step": 8,
+        "num_generations": 4,
+        "max_completion_length": 8,
+    }
+    stage = Grpo.model_validate({**values, **changes})
+    return Collector(stage, sampler, Scorer([Reward(function=reward)]), problems, seed=0)
+
+
+def describe(batch: Batch) -> list[tuple[str, list[int]]]:
+    return [(rollout.problem_id, rollout.completion_ids) for rollout in batch.rollouts]
+
+
+def test_scores_and_advantages_belong_to_their_rollouts(sampler: Sampler) -> None:
+    """Groups are judged in the order in which they finish, in another thread."""
+    batch = make_collector(sampler, "reward_of_tests.own_tokens").collect(1, 1)
+    assert len(batch.rollouts) == len(batch.samples) == 32
+    for group in batch.groups:
+        assert {r.problem_id for r in group.rollouts} == {group.problem.id}
+        ids = [rollout.completion_ids for rollout in group.rollouts]
+        assert group.rewards == reward_of_tests.own_tokens(ids)
+        order = sorted(range(4), key=lambda i: group.rewards[i])
+        assert order == sorted(range(4), key=lambda i: group.advantages[i])
+    records = batch.records()
+    assert [r["reward"] for r in records] == [v for g in batch.groups for v in g.rewards]
+
+
+def test_dynamic_sampling_refills_the_batch(sampler: Sampler) -> None:
+    reward = "reward_of_tests.undecided_for_odd_answers"
+    plain = make_collector(sampler, reward).collect(1, 1)
+    assert plain.rounds == 1
+    silent = plain.metrics()["groups_without_spread"]
+    assert 0 < silent < 1
+    changes = {"dynamic_sampling": True, "max_sampling_rounds": 9}
+    batch = make_collector(sampler, reward, **changes).collect(1, 1)
+    assert 1 < batch.rounds <= 9
+    assert len(batch.samples) == 32
+    taking_part = [group for group in batch.groups if len(set(group.rewards)) > 1]
+    assert len(taking_part) == 8
+    assert batch.metrics()["groups_sampled"] == len(batch.groups) > 8
+    # The reward in the log is of all that was sampled, the advantage 0 of what was put aside.
+    put_aside = [group for group in batch.groups if len(set(group.rewards)) == 1]
+    assert all(group.advantages == [0.0] * 4 for group in put_aside)
+    assert batch.metrics()["reward"] == pytest.approx(
+        sum(sum(g.rewards) for g in batch.groups) / (4 * len(batch.groups))
+    )
+
+
+def test_dynamic_sampling_gives_up_in_the_end(sampler: Sampler) -> None:
+    changes = {"dynamic_sampling": True, "max_sampling_rounds": 3}
+    batch = make_collector(sampler, "reward_of_tests.always_one", **changes).collect(1, 1)
+    assert batch.rounds == 3
+    assert batch.samples == []
+    assert batch.metrics()["groups_without_spread"] == 1.0
+
+
+def test_a_problem_drawn_twice_gets_other_samples(sampler: Sampler) -> None:
+    problems = PROBLEMS[:3]
+    batch = make_collector(sampler, "reward_of_tests.own_tokens", problems).collect(1, 1)
+    groups = {}
+    for group in batch.groups:
+        groups.setdefault(group.problem.id, []).append([r.completion_ids for r in group.rollouts])
+    for first, *others in groups.values():
+        assert others
+        assert all(other != first for other in others)
+
+
+def test_an_interrupted_batch_leaves_no_requests_behind(sampler: Sampler) -> None:
+    collector = make_collector(sampler, "reward_of_tests.own_tokens")
+    expected = describe(collector.collect(1, 1))
+
+    def interrupt(index: int, rollouts: list) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sampler.generate(PROBLEMS, 4, collector.sampling, (7,), interrupt)
+    again = make_collector(sampler, "reward_of_tests.own_tokens")
+    torch.manual_seed(5)
+    assert describe(again.collect(1, 1)) == expected
