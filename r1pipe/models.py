@@ -6,6 +6,7 @@ checkpoint format that vLLM reads (one tensor per expert): `export_weights` tran
 
 import contextlib
 import difflib
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,7 +29,9 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+from r1pipe.distributed import is_first
 from r1pipe.errors import UserError
+from r1pipe.records import write_text
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
@@ -35,6 +40,9 @@ CHAT_TEMPLATE = (
 )
 PAD, END, ROLES = "<|pad|>", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>")
 THINK = ("<think>", "</think>")
+
+MAX_FILE_BYTES = 4 * 2**30
+"""Of a sharded model's safetensors files: what rank 0 holds of it while it is saved."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,7 @@ def load_model(
     """The trainer's copy of a checkpoint (folder or hub id).
 
     In float32 whatever the recipe's dtype is: these are the master weights, and an update at a
-    learning rate of 1e-6 is lost in bf16's eight bits. `training_context` computes in bf16.
+    learning rate of 1e-6 is lost in bf16's eight bits. The trainers compute in bf16.
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -193,12 +201,63 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
 def save_checkpoint(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """safetensors in the original architecture, the tokenizer, and a generation config."""
+    """safetensors in the original architecture, the tokenizer, and a generation config.
+
+    Of a sharded model rank 0 writes the files, and every rank must call this.
+    """
     model.generation_config = GenerationConfig(
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
-    model.save_pretrained(folder)
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        save_sharded(model, folder)
+    else:
+        model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_sharded(model: PreTrainedModel, folder: Path) -> None:
+    """What `save_pretrained` writes, file by file, with one file's tensors in memory at a time."""
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    files: list[tuple[Path, list[str]]] = []
+    total_bytes = 0
+    # The other ranks only help to put the layers together.
+    kept = torch.device("cpu" if is_first() else "meta")
+    weights = ((name, tensor.to(kept).contiguous()) for name, tensor in export_weights(model))
+    for tensors in cut_files(weights, MAX_FILE_BYTES):
+        path = folder / f".{len(files)}.safetensors"
+        if is_first():
+            save_file(tensors, path, metadata={"format": "pt"})
+        total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        files.append((path, list(tensors)))
+    if not is_first():
+        return
+    if len(files) == 1:
+        files[0][0].rename(folder / "model.safetensors")
+        return
+    places = {}
+    for number, (path, names) in enumerate(files, 1):
+        file = f"model-{number:05}-of-{len(files):05}.safetensors"
+        path.rename(folder / file)
+        places |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": places}
+    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def cut_files(
+    weights: Iterable[tuple[str, torch.Tensor]], max_bytes: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Tensors in parts of at most `max_bytes`, or of one tensor."""
+    part: dict[str, torch.Tensor] = {}
+    room = max_bytes
+    for name, tensor in weights:
+        if part and tensor.nbytes > room:
+            yield part
+            part, room = {}, max_bytes
+        part[name] = tensor
+        room -= tensor.nbytes
+    yield part
 
 
 def export_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -206,6 +265,9 @@ def export_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
 
     Walks `state_dict()`, not the parameters: a router's `e_score_correction_bias` is a buffer, and
     a sampler without it routes other tokens to other experts.
+
+    The layers of a sharded model are put together one by one, on every rank: all must walk to the
+    end.
     """
     tensors = model.state_dict()
     if getattr(model.config, "tie_word_embeddings", False):
@@ -217,8 +279,13 @@ def export_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
         return found.group(1) if found else ""
 
     for _, group in groupby(sorted(tensors, key=layer), key=layer):
-        part = {name: tensors[name].detach() for name in group}
+        part = {name: whole(tensors[name].detach()) for name in group}
         yield from revert_weight_conversion(model, part).items()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a sharded tensor, on every rank, which all must ask for it; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:

@@ -1,0 +1,154 @@
+"""The processes of one run, as torchrun starts them: who this one is, what the others say.
+
+Every function does nothing, or answers for one process, in a run of one. Imports no torch until a
+run has several: who prints what must be known before anything heavy is loaded.
+
+What the ranks decide, they decide together: a branch that holds collectives must be taken by all of
+them or by none, so anything that only one rank knows goes through `gather` or `on_first_rank`.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from r1pipe.errors import LostRank, UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(hours=1)
+"""How long a rank waits for a living but slower one, which may still be sampling. A dead one is
+noticed at once: its connections close, and torchrun ends the others."""
+
+
+def rank() -> int:
+    """This process's number in the run, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """This process's number on its machine: which of the machine's GPUs is its own."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes the run has."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def alone() -> bool:
+    return world_size() == 1
+
+
+def is_first() -> bool:
+    """Whether this process writes the run folder and talks to the person."""
+    return rank() == 0
+
+
+@contextmanager
+def joined(device_type: str) -> Iterator[None]:
+    """Within it, the ranks can talk to each other: gloo, and NCCL beside it for GPUs.
+
+    A collective that fails because another rank has gone raises LostRank.
+    """
+    if alone():
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    if device_type == "cuda":
+        torch.cuda.set_device(local_rank())
+    # Objects and numbers always go through gloo: they must not wait for a GPU's queue.
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=PATIENCE
+    )
+    try:
+        yield
+    except RuntimeError as error:
+        if is_lost_connection(error):
+            raise LostRank(f"rank {rank()}: the connection to another rank broke") from error
+        raise
+    else:
+        # Not after an error: with collectives still open it would wait for ranks that are gone.
+        dist.destroy_process_group()
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone: gloo and NCCL tell by text only."""
+    signs = ("onnection closed by peer", "onnection reset", "gloo/", "Broken pipe", "NCCL error")
+    return any(sign in str(error) for sign in signs)
+
+
+def gather(value: T) -> list[T]:
+    """What every rank gives, in the order of the ranks. Every rank must call it."""
+    if alone():
+        return [value]
+    import torch.distributed as dist
+
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_counts(counts: dict[str, float]) -> dict[str, float]:
+    """Sums over ranks, name by name; a rank may lack a name. Every rank gets the same bits."""
+    total: dict[str, float] = {}
+    for part in gather(counts):
+        for name, value in part.items():
+            total[name] = total.get(name, 0) + value
+    return total
+
+
+def barrier() -> None:
+    gather(None)
+
+
+def on_first_rank(function: Callable[[], T]) -> T:
+    """Call it on rank 0 only; every rank gets its result, or its UserError."""
+    if alone():
+        return function()
+    import torch.distributed as dist
+
+    answer: list[Any] = [None, None]
+    if is_first():
+        try:
+            answer[0] = function()
+        except UserError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise UserError(answer[1])
+    return answer[0]
+
+
+def speaks_first() -> bool:
+    """Whether this rank is the first with something to say about the end of the run: an error that
+    all ranks meet is told once, one that a single rank meets by that rank."""
+    if alone():
+        return True
+    import torch.distributed as dist
+
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return store.add("r1pipe/end", 1) == 1
+    except (RuntimeError, ValueError):
+        return is_first()
+
+
+def share(items: list[T]) -> list[T]:
+    """This rank's part of a list, in one piece; parts differ by at most one item."""
+    start, end = (len(items) * r // world_size() for r in (rank(), rank() + 1))
+    return items[start:end]
+
+
+def make_mesh(device: "torch.device") -> "DeviceMesh":
+    """All ranks in one row."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return init_device_mesh(device.type, (world_size(),))
