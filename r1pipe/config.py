@@ -101,9 +101,9 @@ class Supervised(Strict):
     max_length: PositiveInt | None = None
     """Rows of more tokens are dropped and counted, never cut."""
     gradient_checkpointing: bool = False
-    bias_update_rate: NonNegativeFloat = 0.0
-    """How far a router's bias moves at each step towards an even load of its experts; nothing for
-    models whose routers have none. DeepSeek-V3: 1e-3."""
+    bias_update_rate: NonNegativeFloat = 1e-3
+    """How far a router's bias moves at each step towards an even load of its experts (DeepSeek-V3);
+    nothing happens to models whose routers have none."""
     seq_aux_loss_coef: NonNegativeFloat = 0.0
     """Weight of DeepSeek-V3's auxiliary loss, which evens the load out within each sequence.
     DeepSeek-V3: 1e-4."""
@@ -251,8 +251,15 @@ class Grpo(TrainingStage):
     max_logprob_diff: PositiveFloat = 1e-4
     """Mean |sampler - trainer| log-probability above which the run stops. float32: 1e-4; a bf16
     sampler differs by about 1e-2."""
+    verify_sync: bool | None = None
+    """After each weight sync, sample a few tokens and hold them to max_logprob_diff at once.
+    Default: if async_steps; otherwise the next batch, all of it, is held to it anyway."""
     max_unjudged_share: Share = 0.5
     """Share of rollouts that no reward could judge above which the run stops."""
+
+    @property
+    def verifies_sync(self) -> bool:
+        return bool(self.async_steps) if self.verify_sync is None else self.verify_sync
 
     @model_validator(mode="after")
     def split_evenly(self) -> "Grpo":

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from r1pipe.config import Grpo
+from r1pipe.config import Grpo, Sampling
 from r1pipe.errors import UserError
-from r1pipe.grpo.collect import Collector, Lookahead, sampling_of
+from r1pipe.grpo.collect import Batch, Collector, Lookahead, sampling_of
 from r1pipe.grpo.packing import Sample
 from r1pipe.grpo.update import Updater
 from r1pipe.models import export_weights, load_model, save_checkpoint
@@ -21,6 +21,9 @@ from r1pipe.rollout import Sampler
 from r1pipe.runs import MetricsLog
 from r1pipe.scoring import Scorer
 from r1pipe.stage import StageContext
+
+PROBE_PROMPTS, PROBE_TOKENS = 4, 16
+"""Of a probe after a weight sync: every layer, both prefill and decoding, in a moment."""
 
 
 def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
@@ -80,6 +83,8 @@ def train(
             batches.wait()
             clock.lap("wait")
             sampler.load_weights(export_weights(updater.model))
+            if stage.verifies_sync:
+                metrics |= probe_sync(stage, updater, sampler, batch, collector.seed)
             clock.lap("sync")
             yield metrics | clock.metrics(metrics["tokens_trained"]), batch.records()
 
@@ -114,18 +119,42 @@ def check_last_sync(
 ) -> dict[str, float]:
     """Compare sampler and trainer once more, on the weights of the last sync."""
     group = problems[: stage.prompts_per_step]
-    rollouts = sampler.generate(
-        group,
-        1,
-        sampling_of(stage),
-        (seed, stage.name, "last"),
-        with_routes=stage.routing_replay,
-    )
-    metrics = updater.evaluate([Sample(rollout, 0.0) for rollout in rollouts]).metrics()
-    stop_if_apart(stage, stage.max_steps, metrics)
-    diff = metrics["sampler/logprob_diff_mean"]
+    seed_parts = (seed, stage.name, "last")
+    diff = compare(stage, updater, sampler, group, sampling_of(stage), seed_parts, stage.max_steps)
     say(f"{stage.name}: sampler = trainer after the last sync: mean |dlogp| {diff:.1e}")
     return {"last_sync/logprob_diff_mean": diff}
+
+
+def probe_sync(
+    stage: Grpo, updater: Updater, sampler: Sampler, batch: Batch, seed: int
+) -> dict[str, float]:
+    """Sample a few tokens with the weights just synced, and compare with the trainer's.
+
+    A checksum would not do: vLLM keeps the weights repacked, and what went wrong in syncs so far
+    (stale kernels, a tied head) went wrong after the tensors had arrived."""
+    group = [group.problem for group in batch.groups[:PROBE_PROMPTS]]
+    length = min(PROBE_TOKENS, stage.max_completion_length)
+    sampling = sampling_of(stage).model_copy(update={"max_completion_length": length})
+    seed_parts = (seed, stage.name, "probe", batch.step)
+    diff = compare(stage, updater, sampler, group, sampling, seed_parts, batch.step)
+    return {"sync/logprob_diff_mean": diff}
+
+
+def compare(
+    stage: Grpo,
+    updater: Updater,
+    sampler: Sampler,
+    problems: list[Problem],
+    sampling: Sampling,
+    seed_parts: tuple,
+    step: int,
+) -> float:
+    """Mean |sampler - trainer| log-probability of one fresh sample per problem. Raises UserError
+    above the stage's limit."""
+    rollouts = sampler.generate(problems, 1, sampling, seed_parts, with_routes=stage.routing_replay)
+    metrics = updater.evaluate([Sample(rollout, 0.0) for rollout in rollouts]).metrics()
+    stop_if_apart(stage, step, metrics)
+    return metrics["sampler/logprob_diff_mean"]
 
 
 class Clock:
