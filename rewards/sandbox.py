@@ -76,12 +76,10 @@ class Server:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control = ours
         with theirs:
-            # Equal hashes in every run: a program that is judged twice is judged alike. One arena:
-            # each further one would take 64 MiB of the address space from a program with threads.
             self.process = subprocess.Popen(
                 _make_command(mechanism, [str(theirs.fileno()), mechanism]),
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                env={"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"},
+                env=_make_environment(),
                 pass_fds=[theirs.fileno()], cwd="/",
             )  # fmt: skip
         self.null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
@@ -212,6 +210,16 @@ def make_memory_file(content: bytes) -> int:
 def _find_python() -> str:
     """Return the interpreter itself, not a virtual environment's link to it."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+
+
+def _make_environment() -> dict[str, str]:
+    """Return what the interpreter needs to start; the server forgets it before it runs anything."""
+    # Equal hashes in every run: a program that is judged twice is judged alike. One arena: each
+    # further one would take 64 MiB of the address space from a program with threads.
+    environment = {"PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
+    if path := os.environ.get("LD_LIBRARY_PATH"):  # some interpreters find libpython by it
+        environment["LD_LIBRARY_PATH"] = path
+    return environment
 
 
 def _make_command(mechanism: str, arguments: list[str]) -> list[str]:

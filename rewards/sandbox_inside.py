@@ -31,7 +31,7 @@ from rewards.plain_data import (
     send_frame,
 )
 
-PAYLOAD_FD, CHANNEL_FD, REPORT_FD = 3, 4, 5
+PAYLOAD_FD, CHANNEL_FD, REPORT_FD = FDS = (3, 4, 5)
 _ITERATORS = (
     types.GeneratorType, map, filter, zip, enumerate, reversed,
     type({}.keys()), type({}.values()), type({}.items()),

@@ -2,9 +2,9 @@
 
     python -S -s -P sandbox_server.py CONTROL_FD MECHANISM
 
-``rewards.sandbox`` starts it, with an empty environment and nothing open but the control socket.
-It is single-threaded and knows no secret: each request is a few limits and file descriptors, and
-what is to run is read from one of them by the confined process alone, after it was forked.
+``rewards.sandbox`` starts it, without the user's environment and with nothing open but the control
+socket. It is single-threaded and knows no secret: each request is a few limits and descriptors,
+and what is to run is read from one of them by the confined process alone, after it was forked.
 
 For each request it forks a *watcher*, which makes the namespaces, forks the process and kills it
 when its time is over or when nobody waits for it any more. In a process namespace the process is
@@ -36,17 +36,9 @@ from rewards.sandbox_filter import build_filter
 from rewards.sandbox_kernel import CLONE_NEWIPC, CLONE_NEWNS, CLONE_NEWPID
 
 # Passed in this order: stdin, stdout, payload, channel, report, status; and where they end up.
-FD_PLACES = (
-    0,
-    1,
-    sandbox_inside.PAYLOAD_FD,
-    sandbox_inside.CHANNEL_FD,
-    sandbox_inside.REPORT_FD,
-    6,
-)
+FD_PLACES = (0, 1, *sandbox_inside.FDS, 6)
 NUM_THREADS = 64
 INSIDE_ID = 1000  # uid and gid as an ordinary user's confined processes see them
-SCRATCH = "/tmp"
 
 # Imported once, here, instead of by every program. Also those that load shared libraries.
 PRELOADED = (
@@ -56,15 +48,13 @@ PRELOADED = (
     "typing", "unicodedata", "uuid", "zlib",
 )  # fmt: skip
 MODULES = os.path.dirname(os.path.realpath(os.__file__))
+SCRATCH = "/scratch" if MODULES.startswith("/tmp/") else "/tmp"  # it must not hide the modules
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
 class Confinement:
-    """How processes are confined, decided once.
-
-    uid: what root gives itself up for, None for anyone else.
-    """
+    """How processes are confined, decided once. ``uid`` is what root becomes, else None."""
 
     def __init__(self, mechanism: str):
         self.mechanism = mechanism
@@ -97,8 +87,8 @@ def _choose_uid() -> int:
     except FileNotFoundError:  # no /proc within bubblewrap: then the first will do or nothing
         lines = ["0 0 4294967295"]
     ranges = [tuple(map(int, line.split())) for line in lines]
-    pid = os.getpid()
-    for uid in (0x70000000 + pid, 50_000 + pid % 10_000, 65_534):
+    number = int.from_bytes(os.urandom(3), "big")
+    for uid in (0x70000000 + number, 50_000 + number % 10_000, 65_534):
         if any(first <= uid < first + size for first, _, size in ranges):
             return uid
     raise OSError("no uid to give up root for")
@@ -355,6 +345,7 @@ def main() -> None:
     """Confine as the command line asks, say how or why not on the control socket, and serve."""
     control = socket.socket(fileno=int(sys.argv[1]))
     sandbox_kernel.die_with_parent()
+    os.environ.clear()
     try:
         _preload()
         confinement = Confinement(sys.argv[2])

@@ -2,13 +2,14 @@
 
 Started by ``rewards.workers`` as its own program, never forked: it inherits no CUDA context, no
 locks and no ``__main__``. Frames are a length in four bytes and that much JSON. The parent keeps
-the clock and kills a worker that is late; what is here is the memory limit, and a timer that ends
-an orphan whose parent died while it was busy.
+the clock and kills a worker that is late; what is here is the memory limit, and two ends for an
+orphan whose parent died while it was busy: it notices, or, in one long call of C, a timer does.
 """
 
 import importlib
 import json
 import os
+import select
 import signal
 import struct
 import sys
@@ -53,9 +54,23 @@ def main(memory_mb: int) -> None:
     # Recursive descent over long sums needs a deeper stack than the main thread may have.
     threading.stack_size(STACK_BYTES)
     sys.setrecursionlimit(RECURSION_LIMIT)
-    server = threading.Thread(target=_serve, args=(replies,))
-    server.start()
-    server.join()
+    threading.Thread(target=_serve_to_the_end, args=(replies,)).start()
+    _wait_for_hang_up()
+    os._exit(0)
+
+
+def _wait_for_hang_up() -> None:
+    """Return when the parent has gone, also while an item is being judged."""
+    poll = select.poll()
+    poll.register(0, 0)  # that nobody can write any more is always told
+    poll.poll()
+
+
+def _serve_to_the_end(replies: BinaryIO) -> None:
+    try:
+        _serve(replies)
+    finally:
+        os._exit(1)
 
 
 def find_task(path: str) -> Callable:

@@ -396,9 +396,11 @@ def f(x):
     "change the argument": "def f(x):\n    x.clear()\n    return []",
     "change the argument to the answer": "def f(x):\n    x[:] = [730281945]\n    return x",
     "return a generator without end": "def f(x):\n    while True: yield 1",
-    "return a large value": "def f(x): return 'x' * 50_000_000",
+    "return a large value": """
+sizes = [40_000_000]
+def f(x): return 'x' * (sizes.pop() if sizes else 0)""",
     "return a list that holds itself": "def f(x):\n    x = []\n    x.append(x)\n    return x",
-    "return a deep list": "def f(x):\n    x = []\n    for _ in range(10**5): x = [x]\n    return x",
+    "return a deep list": "def f(x):\n    x = []\n    for _ in range(10**4): x = [x]\n    return x",
     "return what cannot be copied": "import threading\ndef f(x): return threading.Lock()",
     "return itself": "def f(x): return f",
     "return not a number": "def f(x): return float('nan')",
@@ -506,18 +508,19 @@ def count_descendants(pid: int) -> int:
     return len(list_descendants(pid))
 
 
-def run_all(mechanism: str, context: dict, with_slow: bool) -> dict:
+def run_all(mechanism: str, context: dict, programs: dict, solutions: dict) -> dict:
     """Run the attacks; return the outcomes, and how many processes were left running."""
     server = code_runs.get_server(mechanism)
     base = count_descendants(server.process.pid)  # bubblewrap has processes of its own
-    programs = run_programs(mechanism, context, PROGRAMS | (SLOW_PROGRAMS if with_slow else {}))
-    solutions = run_solutions(mechanism, SOLUTIONS | (SLOW_SOLUTIONS if with_slow else {}))
+    outcomes = {
+        "programs": run_programs(mechanism, context, programs),
+        "solutions": run_solutions(mechanism, solutions),
+    }
     deadline = time.monotonic() + 5
     while count_descendants(server.process.pid) > base and time.monotonic() < deadline:
         time.sleep(0.05)
-    left = count_descendants(server.process.pid) - base
-    return {"programs": programs, "solutions": solutions, "left": left}
+    return outcomes | {"left": count_descendants(server.process.pid) - base}
 
 
 if __name__ == "__main__":
-    print(json.dumps(run_all(sys.argv[1], json.loads(sys.argv[2]), with_slow=False)))
+    print(json.dumps(run_all(sys.argv[1], json.loads(sys.argv[2]), PROGRAMS, {})))

@@ -125,6 +125,7 @@ def attack_as_nobody(mechanism: str, context: dict) -> dict:
     program = find_public_python()
     if program is None:
         pytest.skip("an ordinary user cannot read this checkout or no Python of 3.11 or later")
+    # Programs only: what solutions try does not depend on whose processes they are.
     done = subprocess.run(
         [program, HERE / "code_attacks.py", mechanism, json.dumps(context)],
         user=NOBODY, group=NOBODY, extra_groups=[], capture_output=True, text=True, timeout=120,
@@ -138,7 +139,9 @@ def attack_as_nobody(mechanism: str, context: dict) -> dict:
 
 def attack_as_self(mechanism: str, context: dict) -> dict:
     try:
-        return run_all(mechanism, context, with_slow=mechanism == "namespaces")
+        if mechanism == "namespaces":  # the clock is the same in all of them
+            return run_all(mechanism, context, PROGRAMS | SLOW_PROGRAMS, SOLUTIONS | SLOW_SOLUTIONS)
+        return run_all(mechanism, context, PROGRAMS, SOLUTIONS)
     except SandboxError as error:
         pytest.skip(f"{mechanism}: {error}")
     finally:
@@ -172,8 +175,8 @@ def test_the_tables_are_as_long_as_promised():
 def test_no_attack_is_rewarded(outcomes):
     programs, solutions = outcomes["programs"], outcomes["solutions"]
     assert set(programs) >= set(PROGRAMS)
+    assert not solutions or set(solutions) >= set(SOLUTIONS)
     assert [name for name, o in programs.items() if o["status"] == "right"] == []
-    assert set(solutions) >= set(SOLUTIONS)
     assert [name for name, o in solutions.items() if o["passed"] or o["status"] == "right"] == []
 
 
