@@ -330,7 +330,8 @@ def import_gguf(file: Path, out: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    except (OSError, ValueError, ImportError, NotImplementedError, KeyError) as error:
+    # A file that ends early shows as an error of whatever read it.
+    except (OSError, ValueError, LookupError, struct.error, ImportError, NotImplementedError) as error:
         raise UserError(f"{file}: cannot be read as GGUF: {first_line(error)}") from error
     # A model that came from GGUF carries the conversion along and would save under other names:
     # the same weights under a fresh config save as a plain checkpoint.
