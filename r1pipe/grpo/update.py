@@ -1,4 +1,9 @@
-"""The trainer's half of a step: log-probabilities of rollouts, and the policy's update."""
+"""The trainer's half of a step: log-probabilities of rollouts, and the policy's update.
+
+In a run of several processes each rank has the rollouts that it sampled, and all of them take every
+step together: what a step divides by is summed over the ranks, and gradients are. So the ranks'
+losses add up to the loss of one process with all the rollouts.
+"""
 
 import contextlib
 import random
@@ -9,32 +14,36 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, get_scheduler
 
+from r1pipe import distributed
 from r1pipe.config import Grpo
 from r1pipe.grpo.logprobs import LogProbs, Policy, Support, Truncation
 from r1pipe.grpo.losses import LossInputs, Totals, compute_loss
 from r1pipe.grpo.packing import PackedBatch, Sample, cut_batches, pack
-from r1pipe.models import fast_training_kernels
+from r1pipe.models import fast_training_kernels, whole
 from r1pipe.moe import ExpertLoad, number_packed, pack_routes, replaying
+from r1pipe.records import Rollout
 
 Check = Callable[[dict[str, float]], None]
 """Raises if the metrics say that the update must not happen."""
 
 
 class Updater:
-    """Owns the policy's optimizer and, if `beta` asks for it, the reference policy."""
+    """Owns the policy's optimizer and, if `beta` asks for it, the reference policy; either of them
+    sharded or not."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        reference: PreTrainedModel | None,
+        policy: Policy | PreTrainedModel,
+        reference: Policy | PreTrainedModel | None,
         settings: Grpo,
         *,
         dtype: str,
         seed: int,
     ):
-        self.model, self.settings = model, settings
-        self.policy = Policy(model)
-        self.reference = Policy(reference) if reference is not None else None
+        self.settings = settings
+        self.policy = as_policy(policy)
+        self.reference = as_policy(reference) if reference is not None else None
+        self.model = model = self.policy.model
         self.dtype, self.seed = dtype, seed
         self.num_updates = settings.steps_per_generation * settings.num_iterations
         self.truncation = Truncation(settings.top_p, settings.top_k)
@@ -81,9 +90,24 @@ class Updater:
         with replaying(self.model, routes_NLK):
             yield
 
-    def batches(self, samples: list[Sample]) -> Iterator[PackedBatch]:
-        for part in cut_batches(samples, self.settings.micro_batch_tokens):
+    def batches(self, samples: list[Sample]) -> Iterator[PackedBatch | None]:
+        """As many on every rank, because each one's forward puts the sharded layers together: a
+        rank that has fewer gets None for the rest."""
+        parts = cut_batches(samples, self.settings.micro_batch_tokens)
+        for part in parts:
             yield pack(part, self.model.device)
+        yield from [None] * (max(distributed.gather(len(parts))) - len(parts))
+
+    def keep_company(self, *, measure_reference: bool) -> None:
+        """Takes part in the other ranks' forward and, with gradients, backward passes, adding
+        nothing: two tokens, times zero."""
+        rollout = Rollout("", 0, [0], [0], [0.0], "", "stop")
+        batch = pack([Sample(rollout, 0.0)], self.model.device)
+        nothing = self.policy(batch, self.settings.temperature).logprobs_C.sum() * 0
+        if measure_reference and self.reference is not None:
+            self.measure_reference(batch, None)
+        if torch.is_grad_enabled():
+            nothing.backward()
 
     def informative(self, samples: list[Sample]) -> list[Sample]:
         """Without those that move nothing: a sample of advantage 0, unless a KL term is asked."""
@@ -103,35 +127,37 @@ class Updater:
         if self.settings.mask_truncated_completions:
             samples = [sample for sample in samples if not sample.rollout.truncated]
         active = self.informative(samples)
-        if self.num_updates == 1 and active:
-            # One optimizer step: the policy before it is the policy in it, and is computed once.
+        any_active = any(distributed.gather(bool(active)))
+        # One optimizer step: the policy before it is the policy in it, and is computed once.
+        at_once = self.num_updates == 1 and any_active
+        if at_once:
             agreement = Agreement()
         else:
-            agreement = self.evaluate(active or samples)
+            agreement = self.evaluate(active if any_active else samples)
             agreement.submit(check)
         log = UpdateLog()
         for minibatch in self.minibatches(samples, step):
             active = self.informative(minibatch)
-            if not active:
+            totals, num_active = self.measure_size(minibatch, active)
+            if not num_active:
                 continue
-            totals = Totals(
-                num_completions=len(minibatch),
-                num_tokens=sum(len(s.rollout.completion_ids) for s in minibatch),
-                max_completion_length=self.settings.max_completion_length,
-            )
             for batch in self.batches(active):
+                if batch is None:
+                    with self.kernels():
+                        self.keep_company(measure_reference=at_once)
+                    continue
                 sequences_N = number_packed(batch.lengths, batch.ids_N.device)
-                counting = self.load.counting(sequences_N, num_sequences=len(active))
+                counting = self.load.counting(sequences_N, num_sequences=num_active)
                 with self.kernels(), self.replaying(batch), counting:
                     log.add_sums(self.backward(batch, totals, agreement))
-            if self.num_updates == 1:
+            if at_once:
                 agreement.submit(check)
             grad_norm = clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
             self.optimizer.step()
             self.load.balance()
             self.optimizer.zero_grad(set_to_none=True)
             self.scheduler.step()
-            log.add_step(grad_norm, active)
+            log.add_step(float(whole(grad_norm)), active)
         return {
             **agreement.metrics(),
             **log.metrics(),
@@ -139,13 +165,37 @@ class Updater:
             "learning_rate": self.scheduler.get_last_lr()[0],
         }
 
+    def measure_size(self, minibatch: list[Sample], active: list[Sample]) -> tuple[Totals, int]:
+        """The whole minibatch's sizes, and how many samples of it take part: over all ranks."""
+        sizes = distributed.sum_counts(
+            {
+                "completions": len(minibatch),
+                "tokens": sum(len(s.rollout.completion_ids) for s in minibatch),
+                "active": len(active),
+            }
+        )
+        totals = Totals(
+            num_completions=sizes["completions"],
+            num_tokens=sizes["tokens"],
+            max_completion_length=self.settings.max_completion_length,
+        )
+        return totals, sizes["active"]
+
     def minibatches(self, samples: list[Sample], step: int) -> Iterator[list[Sample]]:
-        """Each pass over the samples in an order of its own, cut into `steps_per_generation`."""
+        """Each pass over the samples in an order of its own, cut into `steps_per_generation`.
+
+        The order is that of all ranks' samples, one rank's after the other's; a rank gets its own
+        of each minibatch. So a minibatch is the same however many ranks share it.
+        """
+        counts = distributed.gather(len(samples))
+        first = sum(counts[: distributed.rank()])
+        own = {first + index: sample for index, sample in enumerate(samples)}
         for iteration in range(self.settings.num_iterations):
-            order = list(samples)
+            order = list(range(sum(counts)))
             random.Random(f"{self.seed}/minibatches/{step}/{iteration}").shuffle(order)
             for part in range(self.settings.steps_per_generation):
-                yield order[part :: self.settings.steps_per_generation]
+                numbers = order[part :: self.settings.steps_per_generation]
+                yield [own[number] for number in numbers if number in own]
 
     @torch.no_grad()
     def evaluate(self, samples: list[Sample]) -> "Agreement":
@@ -154,6 +204,9 @@ class Updater:
         agreement = Agreement()
         with self.kernels():
             for batch in self.batches(samples):
+                if batch is None:
+                    self.keep_company(measure_reference=True)
+                    continue
                 with self.replaying(batch):
                     now = self.measure(batch)
                 agreement.add(batch, now)
@@ -211,6 +264,10 @@ class Updater:
             self.reference.load_state_dict(self.policy.state_dict())
 
 
+def as_policy(model: Policy | PreTrainedModel) -> Policy:
+    return model if isinstance(model, Policy) else Policy(model)
+
+
 class Agreement:
     """How far sampler and trainer are apart on the same tokens, and the policy's entropy."""
 
@@ -228,17 +285,20 @@ class Agreement:
 
     def submit(self, check: Check) -> None:
         """To `check`, if there was anything to compare."""
-        if self._num_tokens:
-            check(self.metrics())
+        if metrics := self.metrics():
+            check(metrics)
 
     def metrics(self) -> dict[str, float]:
-        """Empty if there was nothing to compare."""
-        if not self._num_tokens:
+        """Over all ranks, which must all ask; empty if there was nothing to compare."""
+        own = (self._diff_sum, self._diff_max, self._entropy_sum, self._num_tokens)
+        diff_sums, diff_maxima, entropy_sums, counts = zip(*distributed.gather(own))
+        num_tokens = sum(counts)
+        if not num_tokens:
             return {}
         return {
-            "sampler/logprob_diff_mean": self._diff_sum / self._num_tokens,
-            "sampler/logprob_diff_max": self._diff_max,
-            "entropy": self._entropy_sum / self._num_tokens,
+            "sampler/logprob_diff_mean": sum(diff_sums) / num_tokens,
+            "sampler/logprob_diff_max": float(torch.tensor(diff_maxima).amax()),
+            "entropy": sum(entropy_sums) / num_tokens,
         }
 
 
@@ -247,24 +307,30 @@ class UpdateLog:
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
+        self._grad_norm_sum = 0.0
         self._num_steps = self._num_tokens = self._num_model_tokens = 0
 
     def add_sums(self, sums: dict[str, float]) -> None:
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
-    def add_step(self, grad_norm: Tensor, samples: list[Sample]) -> None:
-        self.add_sums({"grad_norm": float(grad_norm)})
+    def add_step(self, grad_norm: float, samples: list[Sample]) -> None:
+        self._grad_norm_sum += grad_norm
         self._num_steps += 1
         self._num_tokens += sum(len(s.rollout.completion_ids) for s in samples)
         self._num_model_tokens += sum(s.num_tokens for s in samples)
 
     def metrics(self) -> dict[str, float]:
         """Means: of the loss and the gradient's norm over optimizer steps, else over completion
-        tokens; and the prompt and completion tokens that the optimizer steps took."""
-        per_step = ("loss", "grad_norm")
-        means = {
-            name: value / max(1, self._num_steps if name in per_step else self._num_tokens)
-            for name, value in self._sums.items()
+        tokens; and the prompt and completion tokens that the optimizer steps took. Over all ranks,
+        which must all ask."""
+        num_tokens, num_model_tokens = map(
+            sum, zip(*distributed.gather((self._num_tokens, self._num_model_tokens)))
+        )
+        metrics = {
+            name: value / max(1, self._num_steps if name == "loss" else num_tokens)
+            for name, value in distributed.sum_counts(self._sums).items()
         }
-        return {**means, "tokens_trained": self._num_model_tokens}
+        if self._num_steps:
+            metrics["grad_norm"] = self._grad_norm_sum / self._num_steps
+        return {**metrics, "tokens_trained": num_model_tokens}
