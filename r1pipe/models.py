@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import json
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -317,6 +318,10 @@ def fast_training_kernels(device: torch.device, dtype: str) -> Iterator[None]:
         torch.backends.mkldnn.enabled = enabled
 
 
+UNREADABLE = (OSError, ValueError, LookupError, ImportError, NotImplementedError, struct.error)
+"""A file that ends early or holds nonsense shows as the error of whatever came to read it."""
+
+
 def import_gguf(file: Path, out: Path) -> None:
     """Turn a GGUF file into a checkpoint: dequantised float32 weights and the tokenizer.
 
@@ -330,8 +335,7 @@ def import_gguf(file: Path, out: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-    # A file that ends early shows as an error of whatever read it.
-    except (OSError, ValueError, LookupError, struct.error, ImportError, NotImplementedError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{file}: cannot be read as GGUF: {first_line(error)}") from error
     # A model that came from GGUF carries the conversion along and would save under other names:
     # the same weights under a fresh config save as a plain checkpoint.
