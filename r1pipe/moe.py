@@ -208,7 +208,9 @@ class ExpertLoad:
         device = self.routers[0].module.weight.device if self.routers else None
         self._counts_LE = torch.zeros(shape, dtype=torch.long, device=device)
         self._total_LE = torch.zeros_like(self._counts_LE)
-        self._loss_sum, self._num_losses = 0.0, 0
+        # Of the auxiliary loss: its sum, and over how many sequences and layers.
+        self._loss_and_count = torch.zeros(2, device=device)
+        self._total_loss_and_count = torch.zeros_like(self._loss_and_count)
 
     @contextlib.contextmanager
     def counting(self, sequences_N: Tensor, num_sequences: int) -> Iterator[None]:
@@ -235,8 +237,8 @@ class ExpertLoad:
                     experts_NK[valid_N].flatten(), minlength=self._counts_LE.shape[1]
                 )
             if self._losses:
-                self._loss_sum += float(sum(self._losses.values()))
-                self._num_losses += (int(self._sequences_N.max()) + 1) * len(self._losses)
+                self._loss_and_count[0] += sum(self._losses.values())
+                self._loss_and_count[1] += (self._sequences_N.max() + 1) * len(self._losses)
         self._experts, self._losses, self._sequences_N = {}, {}, None
 
     def _observe(self, index: int, router: Router) -> Callable:
@@ -259,17 +261,21 @@ class ExpertLoad:
         """After an optimizer step: sum the counts over all ranks, and move the routers' biases."""
         if self.routers and dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._counts_LE)
+            dist.all_reduce(self._loss_and_count)
         if self.bias_update_rate:
             for router, counts_E in zip(self.routers, self._counts_LE):
                 update_bias(router, counts_E, self.bias_update_rate)
         self._total_LE += self._counts_LE
+        self._total_loss_and_count += self._loss_and_count
         self._counts_LE.zero_()
+        self._loss_and_count.zero_()
 
     def metrics(self) -> dict[str, float]:
         """The load since the last call: means over the layers, then each layer's own."""
         metrics = describe_load(self._total_LE, [router.layer for router in self.routers])
-        if self._num_losses:
-            metrics["experts/seq_aux_loss"] = self._loss_sum / self._num_losses
+        loss, count = self._total_loss_and_count.tolist()
+        if count:
+            metrics["experts/seq_aux_loss"] = loss / count
         self._reset()
         return metrics
 

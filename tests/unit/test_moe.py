@@ -327,7 +327,7 @@ def balance_on_one_rank(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     model = make_model("deepseek_v3")
     before = find_routers(model)[0].bias.clone()
-    load = ExpertLoad(model, bias_update_rate=0.01)
+    load = ExpertLoad(model, bias_update_rate=0.01, seq_aux_loss_coef=0.1)
     ids_BL = torch.ones(1, 10, dtype=torch.long)
     experts = torch.tensor([[0, 1], [2, 3]])[rank].expand(10, 2, 2)
     with load.counting(torch.zeros(10, dtype=torch.long), 1), replaying(model, experts):
