@@ -231,11 +231,15 @@ class Sampler:
             return [routes[result.request_id] for result in results]
         if not self._moe_layers:
             raise RuntimeError("the sampler was opened without routes")
-        # vLLM's array has a row of layers for every decoder layer, the dense ones unused.
-        return [
-            result.outputs[0].routed_experts[: lengths[result.request_id], self._moe_layers]
-            for result in results
-        ]
+        routes = []
+        for result in results:
+            rows, length = result.outputs[0].routed_experts, lengths[result.request_id]
+            if rows is None or len(rows) < length:
+                found = 0 if rows is None else len(rows)
+                raise RuntimeError(f"vLLM returned the routes of {found} of {length} tokens")
+            # It has a column for every decoder layer, those of the dense ones unused.
+            routes.append(rows[:length, self._moe_layers])
+        return routes
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take over weights under a checkpoint's names (`models.export_weights`)."""
