@@ -8,7 +8,6 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from rewards import workers
-from rewards.code_extract import extract_code
 from rewards.code_tests import BadTestsError, FunctionTests, ProgramTests, read_tests
 from rewards.completions import Completion, completion_text
 from rewards.sandbox import CHOICES, MECHANISMS, Limits, SandboxError
@@ -104,10 +103,13 @@ def judge_code(
         raise ValueError(f"{len(completions)} completions but {len(tests)} tests")
     limits = Limits(limit_s or workers.get_limit(), memory_mb)
     rows = [_read_row(c, t, row) for row, (c, t) in enumerate(zip(completions, tests))]
-    # Samples of one problem repeat each other; each program is judged once.
-    jobs = list(dict.fromkeys(row for row in rows if isinstance(row, _Job)))
-    judged = dict(zip(jobs, _judge_jobs(jobs, limits, require == "all"), strict=True))
-    return [row if isinstance(row, CodeVerdict) else judged[row] for row in rows]
+    # Samples of one problem repeat each other; each is judged once.
+    texts = list(dict.fromkeys(row for row in rows if isinstance(row, _Text)))
+    programs = dict(zip(texts, _find_programs(texts), strict=True))
+    jobs = list(dict.fromkeys(p for p in programs.values() if isinstance(p, _Program)))
+    judged = dict(zip(jobs, _judge_programs(jobs, limits, require == "all"), strict=True))
+    found = [programs.get(row, row) for row in rows]
+    return [judged.get(program, program) for program in found]
 
 
 def count_code_verdicts(verdicts: Iterable[CodeVerdict]) -> dict[str, int]:
@@ -116,22 +118,40 @@ def count_code_verdicts(verdicts: Iterable[CodeVerdict]) -> dict[str, int]:
     return {status: counts[status] for status in CODE_STATUSES}
 
 
-class _Job(NamedTuple):
+class _Text(NamedTuple):
+    text: str
+    tests: FunctionTests | ProgramTests
+
+
+class _Program(NamedTuple):
     code: str
     tests: FunctionTests | ProgramTests
 
 
-def _read_row(completion: Completion, tests: object, row: int) -> "_Job | CodeVerdict":
+def _read_row(completion: Completion, tests: object, row: int) -> _Text | CodeVerdict:
     try:
         text = completion_text(completion)
     except TypeError as error:
         raise TypeError(f"row {row}: {error}") from error
     try:
-        found = _read_tests(tests) if isinstance(tests, str) else read_tests(tests)
+        return _Text(text, _read_tests(tests) if isinstance(tests, str) else read_tests(tests))
     except BadTestsError as error:
         return CodeVerdict(BAD_TESTS, detail=str(error))
-    code = extract_code(text, found.called, found.prompt)
-    return CodeVerdict(UNPARSEABLE) if code is None else _Job(code, found)
+
+
+def _find_programs(texts: list[_Text]) -> list[_Program | CodeVerdict]:
+    """Extract the programs, in the workers: nobody knows what a hostile text does to a parser."""
+    items = [(text, tests.called, tests.prompt) for text, tests in texts]
+    results = workers.run_task("rewards.code_extract:extract_code", items)
+    programs = []
+    for (_, tests), result in zip(texts, results, strict=True):
+        if result.status == workers.FAILED:
+            programs.append(_read_result(result))
+        elif result.value is None:  # also where a worker died of the text
+            programs.append(CodeVerdict(UNPARSEABLE))
+        else:
+            programs.append(_Program(result.value, tests))
+    return programs
 
 
 @functools.lru_cache(maxsize=64)  # a group's completions have the same tests
@@ -139,7 +159,7 @@ def _read_tests(tests: str) -> FunctionTests | ProgramTests:
     return read_tests(tests)
 
 
-def _judge_jobs(jobs: list[_Job], limits: Limits, stop: bool) -> list[CodeVerdict]:
+def _judge_programs(jobs: list[_Program], limits: Limits, stop: bool) -> list[CodeVerdict]:
     if not jobs:
         return []
     mechanism = _find_mechanism()
@@ -155,11 +175,11 @@ def _judge_jobs(jobs: list[_Job], limits: Limits, stop: bool) -> list[CodeVerdic
     return [verdicts[index] for index in range(len(jobs))]
 
 
-def _make_function_item(job: _Job, limits: Limits, stop: bool) -> tuple:
+def _make_function_item(job: _Program, limits: Limits, stop: bool) -> tuple:
     return job.code, job.tests._asdict(), job.tests.num_asserts, limits, stop
 
 
-def _make_program_item(job: _Job, limits: Limits, stop: bool) -> tuple:
+def _make_program_item(job: _Program, limits: Limits, stop: bool) -> tuple:
     tests = job.tests
     budget_s = limits.seconds * min(MAX_BUDGET, len(tests.inputs))
     return job.code, tests.inputs, tests.outputs, limits, stop, budget_s

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import functools
 import json
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -27,18 +28,16 @@ class FunctionTests(NamedTuple):
     @property
     def num_asserts(self) -> int:
         """How many asserts are written down; a loop may execute one many times."""
-        return sum(_count_asserts(ast.parse(unit)) for unit in self.units)
+        return sum(isinstance(node, ast.Assert) for node in _list_nodes(self.units))
 
     @property
     def called(self) -> str | None:
-        """The name of the function under test: the entry point, or what the asserts call first."""
+        """The name of the function under test: the entry point, or what is called first."""
         if self.entry_point:
             return self.entry_point
-        nodes = (n for unit in self.units for n in ast.walk(ast.parse(unit)))
-        calls = (
-            n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-        )
-        return next((name for name in calls if not hasattr(builtins, name)), None)
+        calls = (node.func for node in _list_nodes(self.units) if isinstance(node, ast.Call))
+        names = (call.id for call in calls if isinstance(call, ast.Name))
+        return next((name for name in names if not hasattr(builtins, name)), None)
 
 
 class ProgramTests(NamedTuple):
@@ -93,7 +92,7 @@ def _read_function_tests(tests: Mapping) -> FunctionTests:
         trees = [ast.parse(unit) for unit in units]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise BadTestsError(f"the tests are not Python: {error}") from error
-    if not any(isinstance(n, ast.Assert | ast.Raise) for t in trees for n in ast.walk(t)):
+    if not any(isinstance(node, ast.Assert | ast.Raise) for node in _list_nodes(units)):
         raise BadTestsError("the tests assert nothing")
     has_check = any(
         isinstance(n, ast.FunctionDef) and n.name == "check" for t in trees for n in t.body
@@ -115,5 +114,6 @@ def _read_units(tests: Mapping) -> tuple[str, ...]:
     return tuple(unit for unit in units if unit.strip())
 
 
-def _count_asserts(tree: ast.AST) -> int:
-    return sum(isinstance(node, ast.Assert) for node in ast.walk(tree))
+@functools.lru_cache(maxsize=64)  # asked for each completion of a group
+def _list_nodes(units: tuple[str, ...]) -> tuple[ast.AST, ...]:
+    return tuple(node for unit in units for node in ast.walk(ast.parse(unit)))

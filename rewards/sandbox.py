@@ -28,6 +28,7 @@ from typing import NamedTuple
 MECHANISMS = ("namespaces", "bubblewrap", "landlock")
 CHOICES = ("auto", *MECHANISMS, "none")
 START_LIMIT_S = 60.0
+GRACE_S = 10.0  # for forking and reporting, on a machine that is busy with other things
 _FOLDER = Path(__file__).resolve().parent
 _SERVER = "sandbox_server.py"
 _INSIDE = (
@@ -167,7 +168,7 @@ class Run:
         left = self.limits.output_bytes
         overflowed = False
         open_fds = set(texts)
-        deadline = self.started + self.limits.seconds + 2.0  # the watcher's clock comes first
+        deadline = self.started + self.limits.seconds + GRACE_S  # the watcher's clock comes first
         while open_fds and not overflowed:
             events = poll.poll(max(0.0, 1000 * (deadline - time.monotonic())))
             if not events:
@@ -192,8 +193,10 @@ class Run:
         ended = [m for m in messages if "code" in m]
         if overflowed:
             return Ending(None, False, True, output)
-        if not ended or not messages[0].get("started"):
-            raise SandboxError("a program was lost")
+        if not messages[:1] or not messages[0].get("started"):  # not its fault, so no ending of its
+            raise SandboxError(f"a program did not start within {self.limits.seconds} s")
+        if not ended:
+            raise SandboxError("a program was lost: something has killed its watcher")
         return Ending(ended[0]["code"], ended[0]["timed_out"], False, output)
 
 

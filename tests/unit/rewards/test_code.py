@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from code_attacks import PROGRAMS, count_descendants, is_running, list_descendants
 from code_tables import EXTRACTIONS, OUTPUTS, PROBLEMS
+from hostile import HOSTILE_ANSWERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,7 +79,7 @@ def test_the_program_is_found_in_the_completion(text, entry_point, prompt, progr
     ],
 )
 def test_statuses(program, tests, status, passed):
-    verdict = judge(program, tests, limit_s=0.7)
+    verdict = judge(program, tests, limit_s=0.7 if status == "timed_out" else 5)
     assert (verdict.status, verdict.passed, verdict.total) == (status, passed, 4)
     assert bool(verdict.detail) == (status != "right")
 
@@ -163,6 +164,21 @@ def test_many_tests_share_a_budget(monkeypatch):
     assert time.monotonic() - start < 2
 
 
+def test_hostile_texts_are_no_programs_that_pass():
+    texts = list(HOSTILE_ANSWERS.values())
+    start = time.monotonic()
+    verdicts = rewards.judge_code(texts, [TESTS] * len(texts), limit_s=1.0)
+    assert {v.status for v in verdicts} <= {"unparseable", "crashed", "wrong", "timed_out"}
+    assert time.monotonic() - start < 30
+
+
+def test_fences_are_searched_in_linear_time():
+    for text in ("`" * 190_000, "```\n" * 40_000, "```python\n" * 19_000, "~~~ " * 40_000):
+        start = time.monotonic()
+        rewards.extract_code(text, "f", "def f():\n")
+        assert time.monotonic() - start < 5
+
+
 # Plain data
 
 plain = st.recursive(
@@ -222,7 +238,9 @@ def test_the_sandbox_in_use_is_known_and_logged(caplog, monkeypatch):
 
 
 def test_without_a_sandbox_nothing_is_run(monkeypatch, tmp_path):
-    def find_none(path, items, limit_s):
+    def find_none(path, items, limit_s=None):
+        if path == "rewards.code_extract:extract_code":
+            return [workers.Result("ok", "print(1)", 0.0)]
         assert path == "rewards.code_runs:probe"
         return [workers.Result("ok", {"error": "not allowed"}, 0.0)]
 
