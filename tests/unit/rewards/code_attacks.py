@@ -456,7 +456,7 @@ def run_programs(mechanism: str, context: dict, programs: dict[str, str]) -> dic
         expected = context["expected"] if "hidden" in attack else ESCAPED
         told = context | {"expected": ESCAPED}
         code = PRELUDE.format(context=told) + attack
-        limits = LIMITS._replace(seconds=0.4) if name in SLOW_PROGRAMS else LIMITS
+        limits = LIMITS._replace(seconds=0.8) if name in SLOW_PROGRAMS else LIMITS
         start = time.monotonic()
         outcome = code_runs.judge_program(
             mechanism, code, ["question\n"], [expected], limits, True, 10.0
@@ -470,7 +470,7 @@ def run_solutions(mechanism: str, solutions: dict[str, str]) -> dict[str, dict]:
     outcomes = {}
     tests = {"units": FUNCTION_TESTS, "entry_point": "f", "prompt": "", "in_place": False}
     for name, code in solutions.items():
-        limits = LIMITS._replace(seconds=0.4) if name in SLOW_SOLUTIONS else LIMITS
+        limits = LIMITS._replace(seconds=0.8) if name in SLOW_SOLUTIONS else LIMITS
         start = time.monotonic()
         outcome = code_runs.judge_function(
             mechanism, code, tests, len(FUNCTION_TESTS), limits, False
