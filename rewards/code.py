@@ -101,7 +101,9 @@ def judge_code(
     """
     if len(completions) != len(tests):
         raise ValueError(f"{len(completions)} completions but {len(tests)} tests")
-    limits = Limits(limit_s or workers.get_limit(), memory_mb)
+    limits = Limits(workers.get_limit() if limit_s is None else limit_s, memory_mb)
+    if min(limits.seconds, limits.memory_mb) <= 0:
+        raise ValueError(f"limit_s and memory_mb must be positive, not {limit_s} and {memory_mb}")
     rows = [_read_row(c, t, row) for row, (c, t) in enumerate(zip(completions, tests))]
     # Samples of one problem repeat each other; each is judged once.
     texts = list(dict.fromkeys(row for row in rows if isinstance(row, _Text)))

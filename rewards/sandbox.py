@@ -107,7 +107,7 @@ class Server:
             raise SandboxError("only namespaces can end a program together with its children")
         reader, writer = os.pipe()
         payload_fd = make_memory_file(json.dumps(payload).encode())
-        request = {"kind": kind, "limit_s": limits.seconds, **limits._asdict()}
+        request = {"kind": kind, **limits._asdict()}
         stdin, stdout, channel, report = (
             fds.get(name, self.null) for name in ("stdin", "stdout", "channel", "report")
         )
@@ -150,7 +150,6 @@ class Run:
         Raises ``SandboxError`` if the process could not be confined or its watcher died.
         """
         texts = {self.status: b""} | ({} if listen_to is None else {listen_to: b""})
-        overflowed = False
         try:
             overflowed = self._collect(texts)
             return self._conclude(texts[self.status], texts.get(listen_to, b""), overflowed)
@@ -165,25 +164,27 @@ class Run:
         for fd in texts:
             poll.register(fd, select.POLLIN)
         parts = {fd: [] for fd in texts}
-        left = self.limits.output_bytes
-        overflowed = False
         open_fds = set(texts)
+        left = self.limits.output_bytes
         deadline = self.started + self.limits.seconds + GRACE_S  # the watcher's clock comes first
-        while open_fds and not overflowed:
+        while open_fds and left >= 0:
             events = poll.poll(max(0.0, 1000 * (deadline - time.monotonic())))
-            if not events:
+            if not events and self.status in open_fds:
                 raise SandboxError("a program was not stopped in time")
+            if not events:  # unconfined, it left somebody behind who holds its output
+                break
             for fd, _ in events:
                 part = os.read(fd, 1 << 16)
                 parts[fd].append(part)
                 if not part:
                     poll.unregister(fd)
                     open_fds.discard(fd)
-                elif fd != self.status:
+                if fd == self.status and not part:
+                    deadline = min(deadline, time.monotonic() + 1.0)
+                if fd != self.status:
                     left -= len(part)
-                    overflowed = left < 0
         texts |= {fd: b"".join(part) for fd, part in parts.items()}
-        return overflowed
+        return left < 0
 
     def _conclude(self, status: bytes, output: bytes, overflowed: bool) -> Ending:
         messages = [json.loads(line) for line in status.splitlines()]

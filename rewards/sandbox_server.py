@@ -206,7 +206,7 @@ def watch(request: dict, fds: list[int], confinement: Confinement) -> None:
         _run_confined(request, fds, confinement)
     for fd in fds[:-1]:
         os.close(fd)
-    timed_out = not _wait(pid, status, request["limit_s"])
+    timed_out = not _wait(pid, status, request["seconds"])
     if timed_out:
         os.kill(pid, signal.SIGKILL)
     _, code = os.waitpid(pid, 0)
@@ -309,7 +309,7 @@ def _list_limits(request: dict, confinement: Confinement) -> dict[str, int]:
     megabyte = 1 << 20
     return {
         "RLIMIT_AS": request["memory_mb"] * megabyte,
-        "RLIMIT_CPU": int(request["limit_s"]) + 1,
+        "RLIMIT_CPU": int(request["seconds"]) + 1,
         "RLIMIT_FSIZE": request["disk_mb"] * megabyte,
         "RLIMIT_NOFILE": 64,
         "RLIMIT_CORE": 0,

@@ -147,6 +147,8 @@ def test_errors_name_the_row():
         rewards.code_passes([ADD, 5], [TESTS, TESTS])
     with pytest.raises(ValueError, match="require is 'most', not one of all, fraction"):
         rewards.code_passes([ADD], [TESTS], require="most")
+    with pytest.raises(ValueError, match="must be positive, not 0 and 512"):
+        rewards.code_passes([ADD], [TESTS], limit_s=0)
 
 
 def test_any_thread_may_judge():
@@ -261,6 +263,8 @@ def test_no_sandbox_is_a_choice_that_is_warned_of(caplog, monkeypatch):
     monkeypatch.setenv("REWARDS_SANDBOX", "none")
     assert rewards.sandbox_in_use() == "none"
     assert rewards.code_passes([ADD], [TESTS]) == [1.0]
+    daemon = "import os, time\nif os.fork() == 0:\n    time.sleep(20)\nelse:\n    print(1)"
+    assert judge(daemon, {"inputs": [""], "outputs": ["1"]}).score == 1.0
     assert [r.levelname for r in caplog.records if "confined" in r.getMessage()] == ["WARNING"]
     rewards.configure_sandbox("landlock")  # the program's word comes before the environment's
     assert rewards.sandbox_in_use() == "landlock+seccomp"

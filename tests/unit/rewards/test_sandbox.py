@@ -141,7 +141,8 @@ def attack_as_self(mechanism: str, context: dict) -> dict:
     try:
         if mechanism == "namespaces":  # the clock is the same in all of them
             return run_all(mechanism, context, PROGRAMS | SLOW_PROGRAMS, SOLUTIONS | SLOW_SOLUTIONS)
-        return run_all(mechanism, context, PROGRAMS, SOLUTIONS)
+        # Within bubblewrap the two processes of a function test are confined as by Landlock alone.
+        return run_all(mechanism, context, PROGRAMS, SOLUTIONS if mechanism == "landlock" else {})
     except SandboxError as error:
         pytest.skip(f"{mechanism}: {error}")
     finally:
