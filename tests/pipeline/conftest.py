@@ -21,7 +21,7 @@ def shrink(values: dict) -> dict:
         by_name[name]["data"]["options"]["size"] = size
     by_name["sft"]["train"]["max_steps"] = 40
     by_name["grpo"] |= {"max_steps": 2, "prompts_per_step": 8, "num_generations": 4}
-    by_name["grpo"]["steps_per_generation"] = 2
+    by_name["grpo"] |= {"steps_per_generation": 2, "routing_replay": True, "verify_sync": True}
     # An untrained policy is never right: the student learns from whatever is well formed.
     by_name["distill"]["traces"]["rewards"] = [{"function": "reward_of_tests.always_one"}]
     by_name["distill"]["train"]["max_steps"] = 5

@@ -70,9 +70,19 @@ def test_summary(finished: tuple) -> None:
     assert rate == pytest.approx(summary[0]["pass_at_1"], abs=1e-4)
 
 
-def test_curves_are_a_picture(finished: tuple) -> None:
+def test_curves_are_pictures(finished: tuple) -> None:
     folder, _ = finished
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("curves.png", "experts.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_expert_load_is_logged_where_experts_are_trained(finished: tuple) -> None:
+    folder, _ = finished
+    for stage in ("sft", "grpo"):
+        for row in read_lines(folder / stage / "metrics.jsonl"):
+            assert 0 < row["experts/entropy"] <= 1
+            assert row["experts/layer_1/max_violation"] >= 0
+    assert "experts/entropy" not in read_lines(folder / "distill" / "metrics.jsonl")[0]
 
 
 def test_sampler_and_trainer_agree_at_each_step_and_after_the_last_sync(finished: tuple) -> None:
@@ -80,6 +90,7 @@ def test_sampler_and_trainer_agree_at_each_step_and_after_the_last_sync(finished
     metrics = read_lines(folder / "grpo" / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2]
     assert all(row["sampler/logprob_diff_mean"] <= 1e-4 for row in metrics)
+    assert all(row["sync/logprob_diff_mean"] <= 1e-4 for row in metrics)
     record = json.loads((folder / "grpo" / "stage.json").read_text())
     assert record["last_sync/logprob_diff_mean"] <= 1e-4
     # The optimizer moved: otherwise the sync would have nothing to show.
