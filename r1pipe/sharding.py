@@ -38,6 +38,9 @@ def load_sharded(
     roots: list[Root] = []
 
     def distribute(model: PreTrainedModel) -> None:
+        # transformers ties after it has loaded. Two parameters that become one only then keep a
+        # padded copy each where ranks' parts differ in size, and one of them is never updated.
+        model.tie_weights()
         roots.append(shard(wrap(model), model, device))
 
     with distributing(distribute):

@@ -94,9 +94,10 @@ class Updater:
         """As many on every rank, because each one's forward puts the sharded layers together: a
         rank that has fewer gets None for the rest."""
         parts = cut_batches(samples, self.settings.micro_batch_tokens)
+        num_batches = max(distributed.gather(len(parts)))
         for part in parts:
             yield pack(part, self.model.device)
-        yield from [None] * (max(distributed.gather(len(parts))) - len(parts))
+        yield from [None] * (num_batches - len(parts))
 
     def keep_company(self, *, measure_reference: bool) -> None:
         """Takes part in the other ranks' forward and, with gradients, backward passes, adding

@@ -1,0 +1,141 @@
+"""Two gloo processes on CPU against one: the same losses, shards only, nothing that hangs."""
+
+import copy
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import MODELS, PROBLEMS, make_settings
+from transformers import AutoModelForCausalLM
+
+from r1pipe.grpo.packing import Sample
+from r1pipe.grpo.update import Updater
+from r1pipe.models import (
+    build_model,
+    build_tokenizer,
+    encode_completion,
+    encode_prompt,
+    load_model,
+    save_checkpoint,
+)
+from r1pipe.records import Rollout
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+VOCABULARY = 401
+"""Odd, so that the ranks' parts of the embedding and the head differ."""
+
+# (model, changes of its config, settings, samples of rank 0 and of rank 1)
+CASES = {
+    "moe": (
+        "deepseek_v3",
+        {"n_routed_experts": 5},
+        {"steps_per_generation": 2, "loss_type": "dapo", "bias_update_rate": 0.01},
+        (12, 8),
+    ),
+    "tied": ("qwen3", {"tie_word_embeddings": True}, {"beta": 0.1, "num_iterations": 2}, (7, 13)),
+    # The second rank has nothing to train on, the first four micro-batches.
+    "one_idle": ("qwen3_moe", {}, {"beta": 0.1, "gradient_checkpointing": True}, (20, 0)),
+}
+
+
+def make_samples(tokenizer: object) -> list[Sample]:
+    rng = random.Random(0)
+    samples = []
+    for problem in PROBLEMS[:20]:
+        completion = encode_completion(tokenizer, problem.solution)[: rng.randint(3, 40)]
+        rollout = Rollout(
+            problem_id=problem.id,
+            sample=0,
+            prompt_ids=encode_prompt(tokenizer, problem.prompt),
+            completion_ids=completion,
+            logprobs=[-5.0] * len(completion),
+            completion="",
+            finish_reason=rng.choice(["stop", "stop", "length"]),
+        )
+        samples.append(Sample(rollout, rng.choice([-1.0, 0.0, 0.5, 2.0])))
+    return samples
+
+
+def run_ranks(script: str, *arguments: object, ranks: int = 2) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [sys.executable, *command, str(Path(__file__).with_name(script)), *map(str, arguments)],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """The folder with what two ranks have made of every case, and the cases."""
+    folder = tmp_path_factory.mktemp("ranks")
+    texts = (f"{p.question}\n{p.solution}" for p in PROBLEMS)
+    tokenizer = build_tokenizer(texts, VOCABULARY)
+    assert len(tokenizer) == VOCABULARY
+    samples = make_samples(tokenizer)
+    cases = {}
+    for name, (model, changes, settings, (first, second)) in CASES.items():
+        checkpoint = folder / f"{name}-start"
+        start = build_model({**MODELS[model], **changes}, tokenizer, 0)
+        save_checkpoint(start, tokenizer, checkpoint)
+        cases[name] = {
+            "settings": make_settings(
+                micro_batch_tokens=200,
+                max_grad_norm=0.1,
+                mask_truncated_completions=True,
+                vllm_importance_sampling_correction=False,
+                **settings,
+            ),
+            "samples": (samples[:first], samples[first : first + second]),
+        }
+    (folder / "cases.pickle").write_bytes(pickle.dumps(cases))
+    result = run_ranks("sharded_update.py", folder)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return folder, cases
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_losses_are_those_of_one_process(name: str, cases: tuple[Path, dict]) -> None:
+    folder, by_name = cases
+    case, results = by_name[name], json.loads((folder / f"{name}.json").read_text())
+    assert results[0]["metrics"] == results[1]["metrics"]
+    model = load_model(str(folder / f"{name}-start"), CPU)
+    settings = case["settings"]
+    updater = Updater(
+        model, copy.deepcopy(model) if settings.beta else None, settings, dtype="float32", seed=0
+    )
+    for step in range(1, 4):
+        samples = copy.deepcopy([sample for part in case["samples"] for sample in part])
+        expected = updater.step(samples, step, lambda metrics: None)
+        assert results[0]["metrics"][step - 1] == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        assert expected["grad_norm"] > settings.max_grad_norm
+    for n, bias in results[0]["biases"].items():
+        torch.testing.assert_close(torch.tensor(bias), model.get_buffer(n))
+        assert bias == results[1]["biases"][n]
+        assert any(bias)
+    saved = AutoModelForCausalLM.from_pretrained(folder / f"{name}-saved", dtype=torch.float32)
+    for n, weight in saved.state_dict().items():
+        close = (weight - model.state_dict()[n]).abs() < 1e-5
+        assert close.float().mean() > 0.99, n
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_rank_holds_everything(name: str, cases: tuple[Path, dict]) -> None:
+    folder, _ = cases
+    results = json.loads((folder / f"{name}.json").read_text())
+    model = load_model(str(folder / f"{name}-start"), CPU)
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    assert all(result["all_sharded"] for result in results)
+    assert sum(result["bytes"] for result in results) == whole
+    # Five experts are three and two.
+    assert max(result["bytes"] for result in results) < 0.62 * whole
