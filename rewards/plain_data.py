@@ -15,6 +15,7 @@ import os
 import struct
 from collections import deque
 from collections.abc import Callable
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
 
@@ -141,6 +142,13 @@ _ENCODERS = (
         Fraction,
         lambda value, refer: {"Fraction": [value.numerator, value.denominator]},
     ),
+    (datetime, lambda value, refer: {"datetime": datetime.isoformat(value)}),
+    (date, lambda value, refer: {"date": date.isoformat(value)}),
+    (time, lambda value, refer: {"time": time.isoformat(value)}),
+    (
+        timedelta,
+        lambda value, refer: {"timedelta": [value.days, value.seconds, value.microseconds]},
+    ),
     (type(Ellipsis), lambda value, refer: {"builtin": "Ellipsis"}),
 )
 
@@ -189,6 +197,10 @@ _READERS = {
     "bytearray": bytearray.fromhex,
     "range": lambda parts: range(*map(int, parts)),
     "Decimal": Decimal,
+    "datetime": datetime.fromisoformat,
+    "date": date.fromisoformat,
+    "time": time.fromisoformat,
+    "timedelta": lambda parts: timedelta(*map(int, parts)),
     "Fraction": lambda parts: Fraction(int(parts[0]), int(parts[1])),
     "builtin": lambda name: ... if name == "Ellipsis" else _BUILTINS[str(name)],
 }

@@ -120,11 +120,13 @@ PROBLEMS = {
     "every plain type": (
         {"entry_point": "same", "code": "from decimal import Decimal\n"
          "from fractions import Fraction\n"
+         "from datetime import datetime, date, timedelta, timezone\n"
          "values = [None, True, 0, -1, 10**30, 10**5000, 0.1, float('inf'), 1j,\n"
          "          '', '\\ud800\\x00',\n"
          "          b'\\xff', bytearray(b'1'), (), (1, (2,)), {}, {1: {(2, 3): 'x'}}, set(),\n"
          "          {1, 'a'}, frozenset([1]), range(3), Decimal('0.10'), Fraction(1, 3), int,\n"
-         "          ValueError, ...]\n"
+         "          ValueError, date(2020, 2, 29), datetime(2020, 1, 1, 2, tzinfo=timezone.utc),\n"
+         "          timedelta(-1, 5), ...]\n"
          "for value in values:\n    assert same(value) == value\n"
          "    assert type(same(value)) is type(value)\n    assert same([value]) == [value]\n"},
         "def same(x):\n    return x\n",

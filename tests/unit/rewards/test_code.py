@@ -191,7 +191,8 @@ def test_fences_are_searched_in_linear_time():
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
-    | st.binary() | st.complex_numbers(allow_nan=False) | st.fractions() | st.just(...),
+    | st.binary() | st.dates() | st.timedeltas() | st.complex_numbers(allow_nan=False)
+    | st.fractions() | st.just(...),
     lambda inner: st.lists(inner) | st.lists(inner).map(tuple)
     | st.dictionaries(st.text() | st.integers() | st.booleans(), inner)
     | st.sets(st.integers()) | st.frozensets(st.text()),
@@ -213,7 +214,7 @@ json_data = st.recursive(
         st.lists(inner)
         | st.dictionaries(
             st.sampled_from(
-                ["tuple", "dict", "int", "set", "builtin", "range", "bytes", "object", "x"]
+                ["tuple", "dict", "int", "set", "builtin", "range", "bytes", "date", "object", "x"]
             ),
             inner,
         )
@@ -229,7 +230,7 @@ def test_whatever_is_sent_gives_builtin_types_or_a_clear_error(data):
         value = decode(data)
     except PlainDataError:
         return
-    assert type(value).__module__ in ("builtins", "collections")
+    assert type(value).__module__ in ("builtins", "collections", "datetime")
 
 
 # The choice of a sandbox
