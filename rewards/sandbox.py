@@ -32,7 +32,8 @@ GRACE_S = 10.0  # for forking and reporting, on a machine that is busy with othe
 _FOLDER = Path(__file__).resolve().parent
 _SERVER = "sandbox_server.py"
 _INSIDE = (
-    _SERVER, "sandbox_kernel.py", "sandbox_filter.py", "sandbox_inside.py", "plain_data.py",
+    _SERVER, "sandbox_kernel.py", "sandbox_filter.py", "sandbox_inside.py", "code_candidate.py",
+    "code_checker.py", "code_protocol.py", "plain_data.py",
 )  # fmt: skip
 
 

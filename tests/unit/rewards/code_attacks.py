@@ -321,11 +321,11 @@ def check(candidate): pass
 def candidate(x): return 0
 def f(x): return 0
 import sys, types
-for name in ('tests', '__main__', 'rewards.sandbox_inside'):
+for name in ('tests', '__main__', 'rewards.code_checker'):
     sys.modules[name] = types.ModuleType(name)""",
     "replace the modules of the judge": """
 import json, struct, os, sys
-import rewards.plain_data as p, rewards.sandbox_inside as i
+import rewards.plain_data as p, rewards.code_candidate as i
 p.encode = i.encode = lambda *a: 730281945
 i.receive_frame = p.receive_frame = lambda fd: {'do': 'call'}
 json.dumps = lambda *a, **k: '{"value": true}'

@@ -1,0 +1,40 @@
+"""What the two processes of a function test have in common: descriptors, modules, exceptions."""
+
+import builtins
+import contextlib
+import sys
+import types
+
+PAYLOAD_FD, CHANNEL_FD, REPORT_FD = FDS = (3, 4, 5)
+
+
+def make_module(name: str) -> dict:
+    """Register a module, which dataclasses and pickles of its classes look up; its namespace."""
+    module = sys.modules[name] = types.ModuleType(name)
+    return vars(module)
+
+
+def describe(error: BaseException) -> dict:
+    """Return the message that tells of an exception: its type's name and its text."""
+    try:
+        text = str(error)[:500]
+    except BaseException:
+        text = ""
+    return {"raised": [type(error).__name__[:100], text]}
+
+
+class CandidateError(Exception):
+    """What the candidate raised, if that is not of a builtin type or must not pass as such."""
+
+
+# Raised in a test's ``all(map(...))`` this would end the loop early, as if all had passed.
+_NOT_TO_BE_RAISED = ("StopIteration", "StopAsyncIteration", "GeneratorExit")
+
+
+def make_exception(name: object, text: object) -> BaseException:
+    """Return the builtin exception of that name, ``CandidateError`` for all others."""
+    kind = getattr(builtins, str(name), None)
+    if isinstance(kind, type) and issubclass(kind, BaseException) and name not in _NOT_TO_BE_RAISED:
+        with contextlib.suppress(TypeError):  # UnicodeDecodeError takes five arguments
+            return kind(str(text))
+    return CandidateError(f"{name}: {text}")
