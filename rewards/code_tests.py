@@ -67,9 +67,10 @@ def read_tests(tests: object) -> FunctionTests | ProgramTests:
             raise BadTestsError(f"not JSON: {error}") from error
     if not isinstance(tests, Mapping):
         raise BadTestsError(f"neither an object nor JSON of one, but {type(tests).__name__}")
-    if tests.get("inputs") is not None or tests.get("outputs") is not None:
-        return _read_program_tests(tests)
-    return _read_function_tests(tests)
+    # A table's other forms may be there, too, empty or None.
+    has_code = tests.get("code") or tests.get("test_list")
+    has_texts = tests.get("inputs") is not None or tests.get("outputs") is not None
+    return _read_program_tests(tests) if has_texts and not has_code else _read_function_tests(tests)
 
 
 def _read_program_tests(tests: Mapping) -> ProgramTests:
@@ -105,12 +106,13 @@ def _read_function_tests(tests: Mapping) -> FunctionTests:
 def _read_units(tests: Mapping) -> tuple[str, ...]:
     """Return the pieces of test code; the set-up, if any, is the first."""
     imports, setup = tests.get("test_imports") or [], tests.get("test_setup_code") or ""
-    asserts = tests.get("test_list")
-    if asserts is None:
-        asserts = [tests.get("code")]
-    units = [*(imports if isinstance(imports, list) else [imports]), setup, *asserts]
-    if not isinstance(asserts, list | tuple) or not all(isinstance(unit, str) for unit in units):
+    asserts = tests.get("test_list") or [tests.get("code")]
+    parts = [imports if isinstance(imports, list) else [imports], [setup], asserts]
+    if not isinstance(asserts, list | tuple) or not all(
+        isinstance(u, str) for p in parts for u in p
+    ):
         raise BadTestsError("neither 'inputs' nor 'code' nor a 'test_list' of strings")
+    units = [unit for part in parts for unit in part]
     return tuple(unit for unit in units if unit.strip())
 
 

@@ -115,7 +115,8 @@ def test_the_share_of_tests_passed():
         ({"code": 5}, "neither 'inputs' nor 'code'"),
         ({"code": "def check(f): assert f()"}, "check() without an 'entry_point'"),
         ({"entry_point": 5, "code": "assert f()"}, "'entry_point' is not a string"),
-        ({"test_list": []}, "the tests assert nothing"),
+        ({"test_list": []}, "neither 'inputs' nor 'code'"),
+        ({"test_list": "assert f()"}, "neither 'inputs' nor 'code'"),
         ({"inputs": ["1"], "outputs": []}, "1 inputs and 0 outputs"),
         ({"inputs": [], "outputs": []}, "0 inputs"),
         ({"inputs": [1], "outputs": ["1"]}, "'inputs' is not a list of strings"),
@@ -128,6 +129,12 @@ def test_unusable_tests_give_none_and_say_why(tests, reason):
     assert (verdict.status, verdict.score, verdict.fraction) == ("bad_tests", None, None)
     assert reason in verdict.detail
     assert "\n" not in verdict.detail
+
+
+def test_forms_that_a_table_leaves_empty_do_not_count():
+    empty = {"inputs": [], "outputs": [], "prompt": None, "code": None, "test_setup_code": ""}
+    assert judge("def add(a, b): return a + b", empty | TESTS).score == 1.0
+    assert judge("print(int(input()) ** 2)", {"test_list": [], "code": ""} | SQUARES).score == 1.0
 
 
 def test_messages_columns_and_counts():
