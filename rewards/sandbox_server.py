@@ -35,8 +35,10 @@ from rewards import sandbox_inside, sandbox_kernel
 from rewards.sandbox_filter import build_filter
 from rewards.sandbox_kernel import CLONE_NEWIPC, CLONE_NEWNS, CLONE_NEWPID
 
-# Passed in this order: stdin, stdout, payload, channel, report, status; and where they end up.
-FD_PLACES = (0, 1, *sandbox_inside.FDS, 6)
+# Where descriptors end up: stdin, stdout, payload, channel, report and status are passed in this
+# order; the last tells the watcher that the process has started.
+FD_PLACES = (0, 1, *sandbox_inside.FDS, 6, 7)
+START_LIMIT_S = 10.0  # for a process to be confined, on a machine that is busy with other things
 NUM_THREADS = 64
 INSIDE_ID = 1000  # uid and gid as an ordinary user's confined processes see them
 
@@ -173,7 +175,7 @@ def serve(control: socket.socket, confinement: Confinement) -> None:
     gc.collect()
     gc.freeze()
     while True:
-        message, fds, _, _ = socket.recv_fds(control, 65_536, len(FD_PLACES))
+        message, fds, _, _ = socket.recv_fds(control, 65_536, len(FD_PLACES) - 1)
         if not message:
             return
         if os.fork() == 0:
@@ -198,15 +200,16 @@ def watch(request: dict, fds: list[int], confinement: Confinement) -> None:
             flags = sandbox_kernel.MS_NOSUID | sandbox_kernel.MS_NODEV
             sandbox_kernel.mount("tmpfs", SCRATCH, "tmpfs", flags, options)
             os.chdir(SCRATCH)
+        started, starting = os.pipe()
         pid = os.fork()
     except OSError as error:
         os.write(status, _line({"failed": str(error)}))
         os._exit(1)
     if pid == 0:
-        _run_confined(request, fds, confinement)
-    for fd in fds[:-1]:
+        _run_confined(request, [*fds, starting], confinement)
+    for fd in (*fds[:-1], starting):
         os.close(fd)
-    timed_out = not _wait(pid, status, request["seconds"])
+    timed_out = not _wait(pid, status, started, request["seconds"])
     if timed_out:
         os.kill(pid, signal.SIGKILL)
     _, code = os.waitpid(pid, 0)
@@ -220,16 +223,23 @@ def _line(message: dict) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
-def _wait(pid: int, status: int, limit_s: float) -> bool:
-    """Wait until the process ends; False if its time is over, or the status pipe has no reader."""
+def _wait(pid: int, status: int, started: int, limit_s: float) -> bool:
+    """Wait until the process ends; False if its time is over, or the status pipe has no reader.
+
+    Its time begins when the other end of ``started`` is closed: it is confined, and its own.
+    """
     process = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(process, select.POLLIN)
     poll.register(status, 0)  # errors are always told
-    deadline = time.monotonic() + limit_s
+    poll.register(started, 0)
+    deadline = time.monotonic() + START_LIMIT_S
     while (left_s := deadline - time.monotonic()) > 0:
         for fd, _ in poll.poll(1000 * left_s + 1):
-            return fd == process
+            if fd != started:
+                return fd == process
+            poll.unregister(started)
+            deadline = time.monotonic() + limit_s
     return False
 
 
@@ -237,7 +247,7 @@ def _run_confined(request: dict, fds: list[int], confinement: Confinement) -> No
     """In the new process: confine it, say so, and run what was asked for. Does not return."""
     code = 1
     try:
-        status = _arrange_fds(fds)
+        status, starting = _arrange_fds(fds)
         try:
             _confine(request, confinement)
         except BaseException as error:
@@ -245,21 +255,22 @@ def _run_confined(request: dict, fds: list[int], confinement: Confinement) -> No
             os._exit(1)
         os.write(status, _line({"started": True}))
         os.close(status)
+        os.close(starting)
         gc.enable()
         code = sandbox_inside.run(request["kind"])
     finally:
         os._exit(code)
 
 
-def _arrange_fds(fds: list[int]) -> int:
-    """Move the descriptors to their places, close all others; return the status pipe's."""
+def _arrange_fds(fds: list[int]) -> tuple[int, int]:
+    """Move the descriptors to their places and close all others; return the last two's."""
     high = [os.dup2(fd, 100 + index) for index, fd in enumerate(fds)]
     os.closerange(0, 100)
     for fd, place in zip(high, FD_PLACES):
         os.dup2(fd, place)
     os.open("/dev/null", os.O_WRONLY)  # the lowest that is free: standard error
     os.closerange(FD_PLACES[-1] + 1, 1024)
-    return FD_PLACES[-1]
+    return FD_PLACES[-2:]
 
 
 def _confine(request: dict, confinement: Confinement) -> None:
