@@ -2,14 +2,20 @@
 #
 #   make demo                         the whole recipe on this machine, in minutes
 #   make grpo CONFIG=configs/r1.yaml  one stage of a recipe, after the one before
+#   make grpo NPROC=8                 in several processes, one for each GPU
 #   make test                         the tests, real vLLM included
 
 CONFIG ?= configs/demo.yaml
 ARGS ?=
+NPROC ?= 1
 PYTHON ?= python3
+ifeq ($(NPROC),1)
 R1PIPE = .venv/bin/r1pipe
+else
+R1PIPE = .venv/bin/python -m r1pipe.launch --nproc-per-node $(NPROC)
+endif
 
-.PHONY: help setup doctor demo run init sft grpo reject distill eval test test-unit lint format bench clean
+.PHONY: help setup doctor demo run init sft grpo reject distill eval test test-unit test-gpu lint format bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -31,6 +37,10 @@ test: setup
 
 test-unit: setup
 	@.venv/bin/python -m pytest tests/unit $(ARGS)
+
+# Skips, saying why, what the machine has no GPU for.
+test-gpu: setup
+	@.venv/bin/python -m pytest tests/gpu -rs $(ARGS)
 
 lint: setup
 	@.venv/bin/ruff check .

@@ -7,10 +7,13 @@ from pathlib import Path
 
 from r1pipe import __version__
 from r1pipe.config import STAGE_TYPES, load_recipe
-from r1pipe.errors import UserError
+from r1pipe.distributed import alone, speaks_first
+from r1pipe.errors import LostRank, UserError
 from r1pipe.progress import Interrupt
 
 DEFAULT_CONFIG = "configs/demo.yaml"
+LOST = 3
+"""Exit code of a process of several that ends because another one is gone."""
 STAGE_HELP = {
     "init": "make a policy from random weights",
     "sft": "cold start: supervised training on written-out reasoning",
@@ -67,15 +70,23 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run_command(options)
     except UserError as error:
-        print(f"r1pipe: {error}", file=sys.stderr)
+        complain(str(error))
         return 2
+    except LostRank as error:
+        complain(f"{error}; the same command goes on after the last finished stage")
+        return LOST
     except KeyboardInterrupt:
-        print(
-            "r1pipe: interrupted; the same command goes on after the last finished stage",
-            file=sys.stderr,
-        )
+        if Interrupt.signal_number == signal.SIGINT or alone():
+            complain("interrupted; the same command goes on after the last finished stage")
+        # Otherwise torchrun ends this process because another one has failed, and has told.
         return 130
     return 0
+
+
+def complain(line: str) -> None:
+    """On stderr, once for all the processes of a run."""
+    if speaks_first():
+        print(f"r1pipe: {line}", file=sys.stderr)
 
 
 def run_command(options: argparse.Namespace) -> None:

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+LANES = ("main", "sampling")
+"""Sampling may run in a thread beside the training. Collectives of two threads in one group of
+processes would meet in another order on every rank."""
+_lanes: dict[str, Any] = {}
+
 PATIENCE = timedelta(hours=1)
 """How long a rank waits for a living but slower one, which may still be sampling. A dead one is
 noticed at once: its connections close, and torchrun ends the others."""
@@ -51,8 +56,9 @@ def is_first() -> bool:
 
 
 @contextmanager
-def joined(device_type: str) -> Iterator[None]:
-    """Within it, the ranks can talk to each other: gloo, and NCCL beside it for GPUs.
+def joined(device: str) -> Iterator[None]:
+    """Within it, the ranks can talk to each other: gloo, and NCCL beside it for GPUs. `device` is
+    the recipe's: "auto", "cpu" or "cuda".
 
     A collective that fails because another rank has gone raises LostRank.
     """
@@ -62,12 +68,17 @@ def joined(device_type: str) -> Iterator[None]:
     import torch
     import torch.distributed as dist
 
-    if device_type == "cuda":
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu:
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"{local_rank() + 1} processes on a machine of {torch.cuda.device_count()} GPUs: "
+                "each needs one of its own"
+            )
         torch.cuda.set_device(local_rank())
     # Objects and numbers always go through gloo: they must not wait for a GPU's queue.
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device_type == "cuda" else "gloo", timeout=PATIENCE
-    )
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
+    _lanes.update({lane: dist.new_group(backend="gloo", timeout=PATIENCE) for lane in LANES})
     try:
         yield
     except RuntimeError as error:
@@ -85,14 +96,17 @@ def is_lost_connection(error: BaseException) -> bool:
     return any(sign in str(error) for sign in signs)
 
 
-def gather(value: T) -> list[T]:
-    """What every rank gives, in the order of the ranks. Every rank must call it."""
+def gather(value: T, lane: str = "main") -> list[T]:
+    """What every rank gives, in the order of the ranks. Every rank must call it.
+
+    Two threads may do so at once if they have a lane of their own, one of LANES.
+    """
     if alone():
         return [value]
     import torch.distributed as dist
 
     values: list = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_lanes[lane])
     return values
 
 
@@ -141,10 +155,10 @@ def speaks_first() -> bool:
         return is_first()
 
 
-def share(items: list[T]) -> list[T]:
-    """This rank's part of a list, in one piece; parts differ by at most one item."""
-    start, end = (len(items) * r // world_size() for r in (rank(), rank() + 1))
-    return items[start:end]
+def cut(count: int, part: int, parts: int) -> slice:
+    """Where part number `part` of so many things lies, if they are cut into `parts` pieces that
+    differ by at most one."""
+    return slice(count * part // parts, count * (part + 1) // parts)
 
 
 def make_mesh(device: "torch.device") -> "DeviceMesh":

@@ -8,8 +8,9 @@ import time
 from typing import Any
 
 from r1pipe.config import Eval, Reward
+from r1pipe.distributed import is_first
 from r1pipe.problems import OverlapIndex
-from r1pipe.progress import StageProgress, say
+from r1pipe.progress import say
 from r1pipe.records import (
     Problem,
     Rollout,
@@ -20,6 +21,7 @@ from r1pipe.records import (
     write_text,
 )
 from r1pipe.rollout import Sampler
+from r1pipe.sampling import sample_and_score
 from r1pipe.scoring import Scorer, mean
 from r1pipe.stage import StageContext
 from r1pipe.statistics import clustered_interval, estimate_pass_at_k, vote
@@ -61,10 +63,11 @@ def run(stage: Eval, context: StageContext) -> dict[str, Any]:
         )
     text = json.dumps(summary, indent=2) + "\n"
     write_text(context.folder / "summary.json", text)
-    write_text(context.run.path / "summary.json", text)
-    plot_curves(context.run, summary, context.run.path / "curves.png")
-    plot_expert_load(context.run, context.run.path / "experts.png")
-    print(format_table(summary))
+    if is_first():
+        write_text(context.run.path / "summary.json", text)
+        plot_curves(context.run, summary, context.run.path / "curves.png")
+        plot_expert_load(context.run, context.run.path / "experts.png")
+        print(format_table(summary))
     say(f"written: {context.run.path}/summary.json, {context.run.path}/curves.png")
     return {"checkpoints": len(summary), "problems": len(problems)}
 
@@ -78,15 +81,9 @@ def sample_checkpoint(
 ) -> tuple[list[Rollout], list[Score]]:
     """`num_samples` scored rollouts per problem. The seeds do not depend on the checkpoint, so
     that checkpoints are compared on common random numbers."""
-    with StageProgress(label, len(problems) * stage.num_samples) as progress:
-        rollouts = sampler.generate(
-            problems,
-            stage.num_samples,
-            stage.sampling,
-            (seed, stage.name),
-            on_group=lambda _, group: progress.advance(len(group)),
-        )
-    return rollouts, scorer.score(repeat_each(problems, stage), rollouts)
+    return sample_and_score(
+        sampler, scorer, problems, stage.num_samples, stage.sampling, (seed, stage.name), label
+    )
 
 
 def measure(

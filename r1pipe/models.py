@@ -30,7 +30,7 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
-from r1pipe.distributed import is_first
+from r1pipe.distributed import is_first, local_rank
 from r1pipe.errors import UserError
 from r1pipe.records import write_text
 
@@ -294,11 +294,12 @@ def tied_names(model: PreTrainedModel) -> set[str]:
 
 
 def pick_device(name: str) -> torch.device:
+    """The recipe's device; of several GPUs each process has its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda is asked for, and torch sees no GPU")
-    return torch.device(name)
+    return torch.device(name, local_rank()) if name == "cuda" else torch.device(name)
 
 
 @contextlib.contextmanager

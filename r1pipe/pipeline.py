@@ -5,8 +5,10 @@ import os
 import resource
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
+from r1pipe import distributed
 from r1pipe.check import check_stage
 from r1pipe.config import Recipe, Stage
 from r1pipe.errors import UserError
@@ -29,16 +31,18 @@ def run_recipe(recipe: Recipe, redo: str | None = None) -> None:
     if redo is not None and recipe.stage(redo) is None:
         names = ", ".join(stage.name for stage in recipe.stages)
         raise UserError(f"--redo {redo}: no such stage; there are {names}")
-    with RunFolder(recipe) as run:
+    with open_run(recipe) as run:
         names = [stage.name for stage in recipe.stages]
         redone = set(names[names.index(redo) :]) if redo else set()
-        unfinished = []
-        for stage in recipe.stages:
-            if stage.name not in redone and run.is_finished(stage):
-                say(f"{stage.name}: finished before")
-            else:
-                unfinished.append(stage)
-        run_stages(run, unfinished)
+
+        def find_finished() -> set[str]:
+            return {s.name for s in recipe.stages if s.name not in redone and run.is_finished(s)}
+
+        finished = distributed.on_first_rank(find_finished)
+        for name in names:
+            if name in finished:
+                say(f"{name}: finished before")
+        run_stages(run, [stage for stage in recipe.stages if stage.name not in finished])
 
 
 def run_one(recipe: Recipe, kind: str, redo: bool) -> None:
@@ -50,15 +54,28 @@ def run_one(recipe: Recipe, kind: str, redo: bool) -> None:
     if not stages:
         kinds = ", ".join(dict.fromkeys(stage.kind for stage in recipe.stages))
         raise UserError(f'recipe "{recipe.name}" has no {kind} stage; it has {kinds}')
-    with RunFolder(recipe) as run:
+    with open_run(recipe) as run:
         if redo:
             run_stages(run, stages[-1:])
             return
-        stage = next((s for s in stages if not run.is_finished(s)), None)
-        if stage is None:
+
+        def find_unfinished() -> int | None:
+            return next((i for i, s in enumerate(stages) if not run.is_finished(s)), None)
+
+        number = distributed.on_first_rank(find_unfinished)
+        if number is None:
             say(f"{kind}: finished before; add --redo to make it again")
             return
-        run_stages(run, [stage])
+        run_stages(run, [stages[number]])
+
+
+@contextmanager
+def open_run(recipe: Recipe) -> Iterator[RunFolder]:
+    """The run's folder, and in a run of several processes the connection between them."""
+    if not distributed.alone():
+        silence_libraries()
+    with distributed.joined(recipe.device), RunFolder(recipe) as run:
+        yield run
 
 
 def run_stages(run: RunFolder, stages: list[Stage]) -> None:

@@ -14,6 +14,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from r1pipe.distributed import is_first
+
 console = Console(stderr=True, highlight=False)
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -24,10 +26,11 @@ class Interrupt:
     step if a library's callback has swallowed the first."""
 
     asked = False
+    signal_number: int | None = None
 
     @classmethod
     def handle(cls, signal_number: int, frame: FrameType | None) -> None:
-        cls.asked = True
+        cls.asked, cls.signal_number = True, signal_number
         raise KeyboardInterrupt
 
     @classmethod
@@ -47,7 +50,7 @@ class StageProgress:
         self.label, self.total, self.done = label, total, 0
         self._started = self._last_line = time.monotonic()
         self._bar = None
-        if console.is_terminal:
+        if console.is_terminal and is_first():
             self._bar = Progress(
                 TextColumn("[bold]{task.description:<18}"),
                 BarColumn(bar_width=24),
@@ -89,6 +92,8 @@ class StageProgress:
 
 
 def say(text: str) -> None:
-    """A line for the person, on stderr: stdout is for results."""
+    """A line for the person, on stderr: stdout is for results. Only rank 0 speaks."""
+    if not is_first():
+        return
     console.print(text, markup=False, soft_wrap=True)
     sys.stderr.flush()

@@ -3,9 +3,9 @@
 from dataclasses import replace
 
 from r1pipe.config import Traces
-from r1pipe.progress import StageProgress
 from r1pipe.records import Problem, Rollout, Score
 from r1pipe.rollout import Sampler
+from r1pipe.sampling import sample_and_score
 from r1pipe.scoring import Scorer
 
 
@@ -18,16 +18,9 @@ def collect_traces(
 ) -> tuple[list[Problem], dict[str, float]]:
     """Problems whose `solution` is a sample that every reward accepts, and how many there were."""
     scorer = Scorer(settings.rewards)
-    with StageProgress(label, len(problems) * settings.num_generations) as progress:
-        rollouts = sampler.generate(
-            problems,
-            settings.num_generations,
-            settings.sampling,
-            seed_parts,
-            on_group=lambda _, group: progress.advance(len(group)),
-        )
-    owners = [p for p in problems for _ in range(settings.num_generations)]
-    scores = scorer.score(owners, rollouts)
+    rollouts, scores = sample_and_score(
+        sampler, scorer, problems, settings.num_generations, settings.sampling, seed_parts, label
+    )
     accepted = [is_accepted(r, s) for r, s in zip(rollouts, scores, strict=True)]
     traces = []
     for i, problem in enumerate(problems):

@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from r1pipe import distributed
 from r1pipe.config import Engine, Sampling
 from r1pipe.errors import UserError
 from r1pipe.models import encode_prompt, find_quirks, first_line, load_tokenizer
@@ -115,6 +117,7 @@ class Sampler:
         seed_parts: tuple[object, ...],
         on_group: Callable[[int, list[Rollout]], None] | None = None,
         with_routes: bool = False,
+        part: slice = slice(None),
     ) -> list[Rollout]:
         """`num_samples` rollouts per problem, those of one problem next to each other.
 
@@ -122,14 +125,17 @@ class Sampler:
         number, so it does not depend on what else is in the batch or came before.
         `on_group(i, rollouts)` is called as soon as the samples of `problems[i]` are finished,
         while others are still being sampled; routes come at the end. `with_routes` needs a sampler
-        that was opened with them.
+        that was opened with them. With a `part` only those of the problems are sampled, and
+        counted: the samples are the same as among all the others.
         """
+        problems_here = range(len(problems))[part]
         plan = self._plan(problems, num_samples, sampling, seed_parts)
+        plan = plan[problems_here.start * num_samples : problems_here.stop * num_samples]
         prompts = [ids for _, ids, _, _ in plan]
         parameters = [self._parameters(sampling, seed, with_routes) for _, _, _, seed in plan]
         finished: list[Rollout | None] = [None] * len(plan)
         results: list[Any] = [None] * len(plan)
-        missing = [num_samples] * len(problems)
+        missing = [num_samples] * len(problems_here)
         with self._capture.recording() if with_routes and self._capture else nullcontext():
             for place, result in self._run(prompts, parameters):
                 problem, ids, number, _ = plan[place]
@@ -241,6 +247,19 @@ class Sampler:
             routes.append(rows[:length, self._moe_layers])
         return routes
 
+    def own_part(self, num_problems: int) -> slice:
+        """Which of so many problems this rank's engine samples. The ranks of a tensor-parallel
+        group are one engine, and all sample the same."""
+        size = 1 if distributed.alone() else self.settings.tensor_parallel_size
+        return distributed.cut(
+            num_problems, distributed.rank() // size, distributed.world_size() // size
+        )
+
+    def kept_part(self, num_problems: int) -> slice:
+        """Which of the problems that its engine samples this rank then judges and trains on."""
+        size = 1 if distributed.alone() else self.settings.tensor_parallel_size
+        return distributed.cut(num_problems, distributed.rank() % size, size)
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take over weights under a checkpoint's names (`models.export_weights`)."""
         if self.device.type == "cpu":
@@ -259,7 +278,16 @@ class Sampler:
 
     def close(self) -> None:
         """Free the engine, so that another can take its memory."""
-        self.llm.llm_engine.engine_core.shutdown()
+        core = self.llm.llm_engine.engine_core
+        if distributed.alone():
+            core.shutdown()
+        else:
+            # vLLM would tear down the default process group, which is the trainer's.
+            from vllm.distributed import destroy_model_parallel
+
+            with mock.patch("vllm.v1.engine.core.cleanup_dist_env_and_memory"):
+                core.shutdown()
+            destroy_model_parallel()
         del self.llm
         gc.collect()
 
@@ -313,6 +341,15 @@ def engine_arguments(
         "use_tqdm_on_load": False,
         "seed": 0,
     }
+    if not distributed.alone():
+        # An engine per rank, or per `tensor_parallel_size` neighbouring ranks, on the trainer's
+        # process group: with any other backend every engine would take the machine's first GPU.
+        arguments["distributed_executor_backend"] = "external_launcher"
+        if distributed.world_size() % settings.tensor_parallel_size:
+            raise UserError(
+                f"engine.tensor_parallel_size: {distributed.world_size()} processes cannot be "
+                f"grouped by {settings.tensor_parallel_size}"
+            )
     if settings.kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
     if device.type == "cpu":

@@ -13,10 +13,12 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
+from r1pipe import distributed
 from r1pipe.config import Recipe, Stage
 from r1pipe.errors import UserError
 from r1pipe.records import dump_row, read_jsonl, write_text
@@ -28,41 +30,52 @@ SHARED_KEYS = ("seed", "dtype", "attn_implementation", "ngram")
 class RunFolder:
     """The folder of one run, held by one process at a time. Use as a context manager.
 
+    In a run of several processes rank 0 holds it and writes; what the stages of the others write
+    goes into folders that are thrown away. All must see the folder, to read from it.
+
     Raises UserError if another process holds it or it cannot be written.
     """
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.path = recipe.run_dir
+        self._held: TextIO | None = None
 
     def __enter__(self) -> "RunFolder":
+        distributed.on_first_rank(self._lock)
+        return self
+
+    def _lock(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = (self.path / ".lock").open("a+")
+            lock = (self.path / ".lock").open("a+")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from error
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._lock.seek(0)
-            holder = self._lock.read().strip() or "unknown"
-            self._lock.close()
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            lock.close()
             raise UserError(
                 f"{self.path}: busy, process {holder} is writing it; wait for it or change name"
             ) from error
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-        return self
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        self._held = lock
 
     def __exit__(self, *exc: object) -> None:
-        self._lock.close()
+        if self._held:
+            self._held.close()
 
     def stage_dir(self, name: str) -> Path:
         return self.path / name
 
     def begin(self, stage: Stage) -> Path:
         """An empty folder to write the stage into."""
+        if not distributed.is_first():
+            return Path(tempfile.mkdtemp(prefix="r1pipe-"))
         partial = self.path / f".{stage.name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -74,6 +87,11 @@ class RunFolder:
 
     def finish(self, stage: Stage, partial: Path, facts: dict[str, Any], wall_s: float) -> None:
         """Put a stage's folder in its place, replacing an older one."""
+        distributed.on_first_rank(lambda: self._place(stage, partial, facts, wall_s))
+        if not distributed.is_first():
+            shutil.rmtree(partial, ignore_errors=True)
+
+    def _place(self, stage: Stage, partial: Path, facts: dict[str, Any], wall_s: float) -> None:
         record = {
             "stage": stage.name,
             "kind": stage.kind,

@@ -4,11 +4,12 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from r1pipe import distributed
 from r1pipe.config import Grpo, Sampling
 from r1pipe.grpo.advantage import compute_advantages, find_silent_groups
 from r1pipe.grpo.packing import Sample
@@ -41,9 +42,9 @@ class Batch:
     made_at: int
     """The step before which the sampling policy was the current one: `step`, or one less."""
     groups: list[Group]
-    """All that were sampled."""
+    """All that were sampled, by every rank; what others sampled lacks prompts and log-probs."""
     samples: list[Sample]
-    """Of the groups that take part."""
+    """Of this rank's groups that take part."""
     rounds: int
     seconds: dict[str, float]
 
@@ -84,7 +85,11 @@ class Batch:
 
 
 class Collector:
-    """Draws prompts, samples and judges them, one batch after the other."""
+    """Draws prompts, samples and judges them, one batch after the other.
+
+    Every rank draws the same prompts, and samples and judges its share of them; whole groups, so
+    that an advantage needs nobody else's rewards.
+    """
 
     def __init__(
         self, stage: Grpo, sampler: Sampler, scorer: Scorer, problems: list[Problem], seed: int
@@ -97,18 +102,17 @@ class Collector:
         """`prompts_per_step` groups; under dynamic sampling, of those whose rewards differ."""
         stage = self.stage
         groups, taking_part, rounds = [], [], 0
+        missing = stage.prompts_per_step
         seconds = {"sample": 0.0, "score": 0.0}
         while not rounds or (
-            stage.dynamic_sampling
-            and len(taking_part) < stage.prompts_per_step
-            and rounds < stage.max_sampling_rounds
+            stage.dynamic_sampling and missing > 0 and rounds < stage.max_sampling_rounds
         ):
-            missing = stage.prompts_per_step - len(taking_part)
             problems = [next(self._prompts) for _ in range(missing)]
             seed_parts = (self.seed, stage.name, step) + ((f"round {rounds}",) if rounds else ())
             new = self._sample(problems, seed_parts, seconds)
             groups += new
             taking_part += self._pick(new) if stage.dynamic_sampling else new
+            missing = stage.prompts_per_step - sum(distributed.gather(len(taking_part), "sampling"))
             rounds += 1
         give_advantages(taking_part, stage.scale_rewards)
         for group in groups:
@@ -118,20 +122,24 @@ class Collector:
             for group in taking_part
             for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
         ]
-        return Batch(step, made_at, groups, samples, rounds, seconds)
+        return Batch(step, made_at, gather_groups(groups), samples, rounds, seconds)
 
     def _sample(
         self, problems: list[Problem], seed_parts: tuple, seconds: dict[str, float]
     ) -> list[Group]:
-        """Groups of these problems, each judged as soon as it is complete."""
+        """Groups of this rank's share of these problems, each judged as soon as it is complete."""
+        part = self.sampler.own_part(len(problems))
+        problems_here = problems[part]
+        kept = range(len(problems_here))[self.sampler.kept_part(len(problems_here))]
         started = time.perf_counter()
         scores: dict[int, Future[list[Score]]] = {}
         with ThreadPoolExecutor(1, "judge") as judge:
 
             def on_group(index: int, rollouts: list[Rollout]) -> None:
                 Interrupt.check()
-                owners = [problems[index]] * len(rollouts)
-                scores[index] = judge.submit(self.scorer.score, owners, rollouts)
+                if index in kept:
+                    owners = [problems_here[index]] * len(rollouts)
+                    scores[index] = judge.submit(self.scorer.score, owners, rollouts)
 
             rollouts = self.sampler.generate(
                 problems,
@@ -140,12 +148,13 @@ class Collector:
                 seed_parts,
                 on_group,
                 with_routes=self.stage.routing_replay,
+                part=part,
             )
             sampled = time.perf_counter()
             size = self.stage.num_generations
             groups = [
-                Group(problem, rollouts[i * size : (i + 1) * size], scores[i].result())
-                for i, problem in enumerate(problems)
+                Group(problems_here[i], rollouts[i * size : (i + 1) * size], scores[i].result())
+                for i in kept
             ]
         seconds["sample"] += sampled - started
         seconds["score"] += time.perf_counter() - sampled  # what was left of it
@@ -155,6 +164,8 @@ class Collector:
     def _pick(groups: list[Group]) -> list[Group]:
         """The groups that can teach something: DAPO's dynamic sampling (arXiv:2503.14476, eq. 11),
         where rewards need not be 0 or 1."""
+        if not groups:
+            return []
         silent = find_silent_groups(torch.tensor([group.rewards for group in groups]))
         return [group for group, is_silent in zip(groups, silent.tolist()) if not is_silent]
 
@@ -192,11 +203,29 @@ class Lookahead:
 
 
 def give_advantages(groups: list[Group], scale_rewards: str) -> None:
+    """Over all ranks' groups: `scale_rewards` may ask for the whole batch's spread."""
+    by_rank = distributed.gather([group.rewards for group in groups], "sampling")
+    first = sum(map(len, by_rank[: distributed.rank()]))
     if groups:
-        rewards_NG = torch.tensor([group.rewards for group in groups])
-        advantages_NG = compute_advantages(rewards_NG, scale_rewards)
-        for group, advantages in zip(groups, advantages_NG.tolist(), strict=True):
+        rewards_NG = torch.tensor([rewards for part in by_rank for rewards in part])
+        advantages_NG = compute_advantages(rewards_NG, scale_rewards)[first:]
+        for group, advantages in zip(groups, advantages_NG.tolist()):
             group.advantages = advantages
+
+
+def gather_groups(groups: list[Group]) -> list[Group]:
+    """All ranks' groups, for the log: without what only the update of the rank that has sampled
+    them needs, which is most of their size."""
+    if distributed.alone():
+        return groups
+    light = [
+        replace(
+            group,
+            rollouts=[replace(r, prompt_ids=[], logprobs=[], routes=None) for r in group.rollouts],
+        )
+        for group in groups
+    ]
+    return [group for part in distributed.gather(light, "sampling") for group in part]
 
 
 def draw_prompts(problems: list[Problem], seed: int) -> Iterator[Problem]:

@@ -3,7 +3,6 @@
 Run it with `r1pipe grpo configs/demo.yaml`.
 """
 
-import copy
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -12,14 +11,16 @@ from typing import Any
 from r1pipe.config import Grpo, Sampling
 from r1pipe.errors import UserError
 from r1pipe.grpo.collect import Batch, Collector, Lookahead, sampling_of
+from r1pipe.grpo.logprobs import Policy
 from r1pipe.grpo.packing import Sample
 from r1pipe.grpo.update import Updater
-from r1pipe.models import export_weights, load_model, save_checkpoint
+from r1pipe.models import export_weights, save_checkpoint
 from r1pipe.progress import StageProgress, say
 from r1pipe.records import Problem, dump_row
 from r1pipe.rollout import Sampler
 from r1pipe.runs import MetricsLog
 from r1pipe.scoring import Scorer
+from r1pipe.sharding import load_sharded
 from r1pipe.stage import StageContext
 
 PROBE_PROMPTS, PROBE_TOKENS = 4, 16
@@ -34,10 +35,10 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
     sampler = context.engines.open(checkpoint, with_routes=stage.routing_replay)
     sampler.encode(problems, stage.max_completion_length)
 
-    model = load_model(checkpoint, context.device, context.recipe.attn_implementation)
+    source = (checkpoint, context.device, context.recipe.attn_implementation, Policy)
     updater = Updater(
-        model,
-        copy.deepcopy(model).requires_grad_(False) if stage.beta else None,
+        load_sharded(*source),
+        load_sharded(*source).requires_grad_(False) if stage.beta else None,
         stage,
         dtype=context.recipe.dtype,
         seed=context.recipe.seed,
@@ -57,7 +58,7 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
                 dlogp=metrics.get("sampler/logprob_diff_mean", float("nan")),
             )
     final = check_last_sync(stage, updater, sampler, problems, context.recipe.seed)
-    save_checkpoint(model, sampler.tokenizer, context.folder)
+    save_checkpoint(updater.model, sampler.tokenizer, context.folder)
     return {"train_rows": len(problems), "optimizer_steps": stage.max_steps, **final}
 
 
@@ -151,7 +152,11 @@ def compare(
 ) -> float:
     """Mean |sampler - trainer| log-probability of one fresh sample per problem. Raises UserError
     above the stage's limit."""
-    rollouts = sampler.generate(problems, 1, sampling, seed_parts, with_routes=stage.routing_replay)
+    part = sampler.own_part(len(problems))
+    rollouts = sampler.generate(
+        problems, 1, sampling, seed_parts, with_routes=stage.routing_replay, part=part
+    )
+    rollouts = rollouts[sampler.kept_part(len(rollouts))]
     metrics = updater.evaluate([Sample(rollout, 0.0) for rollout in rollouts]).metrics()
     stop_if_apart(stage, step, metrics)
     return metrics["sampler/logprob_diff_mean"]

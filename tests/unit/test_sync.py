@@ -52,6 +52,7 @@ class WrongBy:
         sampling: Sampling,
         seed_parts: tuple,
         with_routes: bool,
+        part: slice,
     ) -> list[Rollout]:
         assert (len(problems), num_samples) == (PROBE_PROMPTS, 1)
         assert sampling.max_completion_length == PROBE_TOKENS
@@ -59,7 +60,12 @@ class WrongBy:
         ids = [1, 2, 3, 4, 5]
         logits = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         logprobs = [float(logits[t - 1, ids[t]]) + self.error for t in (3, 4)]
-        return [Rollout(p.id, 0, ids[:3], ids[3:], logprobs, "", "stop") for p in problems]
+        return [Rollout(p.id, 0, ids[:3], ids[3:], logprobs, "", "stop") for p in problems[part]]
+
+    def own_part(self, num_problems: int) -> slice:
+        return slice(num_problems)
+
+    kept_part = own_part
 
 
 @pytest.mark.parametrize("error", [0.0, 0.01])
