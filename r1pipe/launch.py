@@ -43,19 +43,21 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(parsed)
     except ChildFailedError as error:
-        return explain(list(error.failures.values()))
+        return explain(error.failures)
     except SignalException:
         return 130
     return 0
 
 
-def explain(failures: list[ProcessFailure]) -> int:
-    """Say which process brought the others down, unless it has said so; the exit code to use."""
-    cause = min(failures, key=lambda failure: (rank_cause(failure.exitcode), failure.timestamp))
+def explain(failures: dict[int, ProcessFailure]) -> int:
+    """Say which rank brought the others down, unless it has said so; the exit code to use."""
+    rank, cause = min(
+        failures.items(), key=lambda item: (rank_cause(item[1].exitcode), item[1].timestamp)
+    )
     if cause.exitcode < 0:
         name = signal.Signals(-cause.exitcode).name
         print(
-            f"r1pipe: rank {cause.global_rank} was killed ({name}"
+            f"r1pipe: rank {rank} was killed ({name}"
             f"{'; out of memory?' if name == 'SIGKILL' else ''}) and the others were ended; "
             "the same command goes on after the last finished stage",
             file=sys.stderr,
