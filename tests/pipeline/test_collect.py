@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import pytest
 import reward_of_tests
 import torch
-from test_engine import ARCHITECTURES, CPU, SETTINGS
+from test_engine import ARCHITECTURES, CPU, SETTINGS, lengthen
 
-from r1pipe.config import Grpo, ProblemSet, Reward
+from r1pipe.config import Grpo, ProblemSet, Reward, Sampling
 from r1pipe.grpo.collect import Batch, Collector
 from r1pipe.models import build_model, build_tokenizer, save_checkpoint
 from r1pipe.problems import load_problems
@@ -115,3 +115,18 @@ def test_an_interrupted_batch_leaves_no_requests_behind(sampler: Sampler) -> Non
     again = make_collector(sampler, "reward_of_tests.own_tokens")
     torch.manual_seed(5)
     assert describe(again.collect(1, 1)) == expected
+
+
+def test_a_group_s_prompt_is_read_once(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its other samples find it in the prefix cache, in whole blocks of 128 tokens on CPU."""
+    problems = [lengthen(problem, 6) for problem in PROBLEMS[:4]]
+    cached = []
+    read = sampler._read
+
+    def read_and_note(result, *arguments):
+        cached.append(result.num_cached_tokens)
+        return read(result, *arguments)
+
+    monkeypatch.setattr(sampler, "_read", read_and_note)
+    sampler.generate(problems, 8, Sampling(max_completion_length=2), (0,))
+    assert sum(tokens >= 128 for tokens in cached) >= 4 * 7

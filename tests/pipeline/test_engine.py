@@ -7,6 +7,7 @@ vLLM; each is started once for the module.
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ DEMO = {
     for stage in yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["stages"]
 }
 CPU = torch.device("cpu")
-SETTINGS = Engine(max_model_len=128, max_num_seqs=256, kv_cache_gib=0.25)
+SETTINGS = Engine(max_model_len=256, max_num_seqs=256, kv_cache_gib=0.25)
 SAMPLING = Sampling(max_completion_length=24)
 LIMIT = 1e-5
 """Mean |sampler - trainer| log-probability in float32; the wrong ones were 0.2 to 5.6."""
@@ -98,6 +99,12 @@ def make_model(name: str, tokenizer: object, seed: int) -> PreTrainedModel:
     return model
 
 
+def lengthen(problem: Problem, times: int) -> Problem:
+    """The question so many times over: about 26 tokens each."""
+    content = " ".join([problem.question] * times)
+    return replace(problem, prompt=[{"role": "user", "content": content}])
+
+
 @torch.no_grad()
 def logprob_diff(
     model: PreTrainedModel, rollouts: list[Rollout], truncation: Truncation | None = None
@@ -131,9 +138,12 @@ def test_reloaded_engine_agrees(opened: tuple, tokenizer: object, problems: list
     """Expert kernels, the tied head, the bias buffer, the experts' names, the prefix cache.
 
     The same prompts before and after: a prefix cache that is kept would serve old keys and values.
+    It caches whole blocks of 128 tokens, so the prompts are longer than that.
     """
+    problems = [lengthen(problem, 7) for problem in problems[:8]]
     name, model, sampler = opened
     before = sampler.generate(problems, 1, SAMPLING, (0,))
+    assert min(len(rollout.prompt_ids) for rollout in before) > 128
     other = make_model(name, tokenizer, seed=1)
     for weights in (other, model, other):
         sampler.load_weights(export_weights(weights))
@@ -169,13 +179,13 @@ def test_samples_do_not_depend_on_the_batch(opened: tuple, problems: list[Proble
 
 
 def test_prompts_beyond_the_batch_budget(opened: tuple, problems: list[Problem]) -> None:
-    """More prompt tokens than one engine step takes: chunked prefill needs a generator that can
-    rewind, which torch's CPU generator cannot."""
+    """More prompt tokens than one engine step takes, of few enough prompts to run together: chunked
+    prefill needs a generator that can rewind, which torch's CPU generator cannot."""
     _, _, sampler = opened
-    sampling = Sampling(max_completion_length=1)
-    rollouts = sampler.generate(problems, 24, sampling, (0,))
+    problems = [lengthen(problem, 2) for problem in problems[:8]]
+    rollouts = sampler.generate(problems, 32, Sampling(max_completion_length=1), (0,))
+    assert len(rollouts) == 256
     assert sum(len(r.prompt_ids) for r in rollouts) > 8192
-    assert len(rollouts) == 24 * len(problems)
 
 
 # (temperature, top_p, top_k)
@@ -204,16 +214,17 @@ def test_logprobs_are_of_the_distribution_that_was_sampled(
 
 
 def test_all_cores_sample_and_train(opened: tuple) -> None:
-    """vLLM would keep a core for itself and bind this process's threads to the others."""
+    """vLLM's workers keep a core for themselves and bind threads to the others. In one process
+    with the trainer that must not happen to the trainer's."""
     assert len(os.sched_getaffinity(0)) == torch.get_num_threads() == os.cpu_count()
 
 
 def test_prompt_that_does_not_fit_is_named(opened: tuple, problems: list[Problem]) -> None:
     _, _, sampler = opened
     long = Problem(
-        id="long-1", kind="math", prompt=[{"role": "user", "content": "7 " * 200}], answer="1"
+        id="long-1", kind="math", prompt=[{"role": "user", "content": "7 " * 300}], answer="1"
     )
-    with pytest.raises(UserError, match=r'"long-1".*do not fit the context of 128'):
+    with pytest.raises(UserError, match=r'"long-1".*do not fit the context of 256'):
         sampler.encode([*problems, long], 24)
 
 
