@@ -10,10 +10,11 @@ from typing import Any
 
 from r1pipe.config import Distill
 from r1pipe.errors import UserError
-from r1pipe.models import build_model, load_model, load_tokenizer, save_checkpoint
+from r1pipe.models import build_model, load_tokenizer, save_checkpoint
 from r1pipe.progress import say
 from r1pipe.records import write_jsonl
 from r1pipe.rejection import collect_traces
+from r1pipe.sharding import load_sharded, shard
 from r1pipe.stage import StageContext
 from r1pipe.supervised import train_on_traces
 
@@ -36,10 +37,13 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
     if isinstance(stage.student, str):
         base = context.checkpoint(stage.student)
         tokenizer = load_tokenizer(base)
-        student = load_model(base, context.device, context.recipe.attn_implementation)
+        student = load_sharded(
+            base, context.device, context.recipe.attn_implementation, sums_gradients=False
+        )
     else:
         tokenizer = load_tokenizer(teacher)
         student = build_model(stage.student, tokenizer, context.recipe.seed).to(context.device)
+        shard(student, student, context.device, sums_gradients=False)
     num_parameters = sum(p.numel() for p in student.parameters())
     say(f"{stage.name}: {len(traces)} traces for a {type(student).__name__} of {num_parameters:,}")
     facts |= train_on_traces(

@@ -6,7 +6,8 @@ Run it with `r1pipe sft configs/demo.yaml`.
 from typing import Any
 
 from r1pipe.config import Sft
-from r1pipe.models import load_model, load_tokenizer, save_checkpoint
+from r1pipe.models import load_tokenizer, save_checkpoint
+from r1pipe.sharding import load_sharded
 from r1pipe.stage import StageContext
 from r1pipe.supervised import train_on_traces
 
@@ -16,7 +17,9 @@ def run(stage: Sft, context: StageContext) -> dict[str, Any]:
     problems = context.training_problems(stage)
     checkpoint = context.checkpoint(stage.from_)
     tokenizer = load_tokenizer(checkpoint)
-    model = load_model(checkpoint, context.device, context.recipe.attn_implementation)
+    model = load_sharded(
+        checkpoint, context.device, context.recipe.attn_implementation, sums_gradients=False
+    )
     facts = train_on_traces(model, tokenizer, problems, stage.train, context, stage.name)
     save_checkpoint(model, tokenizer, context.folder)
     return facts

@@ -25,7 +25,9 @@ def load_sharded(
     checkpoint: str,
     device: torch.device,
     attn_implementation: str,
-    wrap: Callable[[PreTrainedModel], Root],
+    wrap: Callable[[PreTrainedModel], Root] = lambda model: model,
+    *,
+    sums_gradients: bool = True,
 ) -> Root:
     """`wrap(model)` of a checkpoint, float32, every rank reading its own part of it.
 
@@ -41,24 +43,29 @@ def load_sharded(
         # transformers ties after it has loaded. Two parameters that become one only then keep a
         # padded copy each where ranks' parts differ in size, and one of them is never updated.
         model.tie_weights()
-        roots.append(shard(wrap(model), model, device))
+        roots.append(shard(wrap(model), model, device, sums_gradients=sums_gradients))
 
     with distributing(distribute):
         load_model(checkpoint, device, attn_implementation)
     return roots[0].to(device)
 
 
-def shard(root: Root, model: PreTrainedModel, device: torch.device) -> Root:
+def shard(
+    root: Root, model: PreTrainedModel, device: torch.device, *, sums_gradients: bool
+) -> Root:
     """Shard each decoder layer of `model`, then `root`, whose forward leads to all of them, with
-    what is left: embedding, last norm, head.
+    what is left: embedding, last norm, head. Alone: as it is.
 
-    Gradients become sums over ranks, not means: a loss divides by the size of the whole batch.
+    Gradients become sums over ranks, for a loss that divides by the size of the whole batch, or
+    means, as with DDP.
     """
+    if distributed.alone():
+        return root
     mesh = distributed.make_mesh(device)
     for module in (*model.base_model.layers, root):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
         # gloo can add up, and neither average nor scale.
-        module.set_gradient_divide_factor(1.0)
+        module.set_gradient_divide_factor(1.0 if sums_gradients else mesh.size())
         module.set_force_sum_reduction_for_comms(True)
     return root
 

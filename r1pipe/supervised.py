@@ -1,9 +1,15 @@
 """Supervised training on traces with TRL's SFTTrainer: the cold start and the students."""
 
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
+from accelerate import Accelerator
 from datasets import Dataset
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.utils import clip_grad_norm_
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -15,9 +21,10 @@ from transformers import (
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
+from r1pipe import distributed
 from r1pipe.config import Supervised
 from r1pipe.errors import UserError
-from r1pipe.models import encode_completion, encode_prompt, fast_training_kernels
+from r1pipe.models import encode_completion, encode_prompt, fast_training_kernels, whole
 from r1pipe.moe import ExpertLoad, number_padded
 from r1pipe.progress import StageProgress
 from r1pipe.records import Problem
@@ -118,6 +125,42 @@ class BalanceExperts(TrainerCallback):
         self.load.balance()
 
 
+def share_batch(settings: Supervised, num_ranks: int) -> tuple[int, int]:
+    """`per_device_train_batch_size` and `gradient_accumulation_steps` of each rank, so that all of
+    them take as many rows per optimizer step as the recipe gives one process: how many processes
+    run it changes nothing (but at the end of an epoch that is no whole number of batches, where
+    accelerate repeats rows so that every process has as many).
+
+    Raises UserError if the rows cannot be shared out evenly.
+    """
+    batch_size, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    if steps % num_ranks == 0:
+        return batch_size, steps // num_ranks
+    if batch_size % num_ranks == 0:
+        return batch_size // num_ranks, steps
+    raise UserError(
+        f"per_device_train_batch_size {batch_size} x gradient_accumulation_steps {steps}: "
+        f"neither is a multiple of the {num_ranks} processes that are to share them"
+    )
+
+
+def keep_shards(accelerator: Accelerator) -> None:
+    """Let accelerate train a model that is sharded already.
+
+    Its own FSDP2 is no choice: on CPU it falls back to DDP without a word, so that nothing of it
+    could be tested there, it shards a model that every rank has loaded whole, and its way around
+    that stops at the routers' bias buffers. What evaluation needs of `prepare_model` is what
+    sharded models need: no DDP around them.
+    """
+    accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
+
+    def clip(parameters: Iterable[Parameter], max_norm: float, norm_type: float = 2) -> Tensor:
+        accelerator.unscale_gradients()
+        return whole(clip_grad_norm_(parameters, max_norm, norm_type=norm_type))
+
+    accelerator.clip_grad_norm_ = clip
+
+
 def train_on_traces(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -128,12 +171,13 @@ def train_on_traces(
 ) -> dict[str, float]:
     """Train `model` in place on the problems' solutions. Returns facts for the stage's record."""
     traces = encode_traces(problems, tokenizer, settings.max_length)
+    batch_size, accumulation_steps = share_batch(settings, distributed.world_size())
     arguments = SFTConfig(
         output_dir=str(context.folder / "trainer"),
         max_steps=settings.max_steps or -1,
         num_train_epochs=settings.num_train_epochs or 1.0,
-        per_device_train_batch_size=settings.per_device_train_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation_steps,
         learning_rate=settings.learning_rate,
         lr_scheduler_type=(
             "cosine_with_min_lr"
@@ -168,7 +212,6 @@ def train_on_traces(
         bias_update_rate=settings.bias_update_rate,
         seq_aux_loss_coef=settings.seq_aux_loss_coef,
     )
-    sequences_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     with (
         fast_training_kernels(model.device, context.recipe.dtype),
         StageProgress(label, settings.max_steps or 1) as progress,
@@ -179,11 +222,14 @@ def train_on_traces(
             train_dataset=Dataset.from_list(traces.rows),
             processing_class=tokenizer,
             callbacks=[
-                BalanceExperts(model, load, sequences_per_step),
+                # Of this rank: gradients are means over the ranks.
+                BalanceExperts(model, load, batch_size * accumulation_steps),
                 ReportProgress(progress, log, load),
             ],
         )
         trainer.remove_callback(PrinterCallback)
+        if not distributed.alone():
+            keep_shards(trainer.accelerator)
         result = trainer.train()
     model.eval()
     # TRL makes its output folder although nothing is saved there.
