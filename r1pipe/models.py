@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
@@ -218,7 +219,9 @@ def save_checkpoint(
 
 def save_sharded(model: PreTrainedModel, folder: Path) -> None:
     """What `save_pretrained` writes, file by file, with one file's tensors in memory at a time."""
-    model.config.architectures = [type(model).__name__]
+    # fully_shard has made the model's class one of its own.
+    plain = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
+    model.config.architectures = [plain.__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     files: list[tuple[Path, list[str]]] = []

@@ -87,6 +87,7 @@ class RunFolder:
 
     def finish(self, stage: Stage, partial: Path, facts: dict[str, Any], wall_s: float) -> None:
         """Put a stage's folder in its place, replacing an older one."""
+        distributed.barrier()  # a stage that a rank has not finished is not finished
         distributed.on_first_rank(lambda: self._place(stage, partial, facts, wall_s))
         if not distributed.is_first():
             shutil.rmtree(partial, ignore_errors=True)

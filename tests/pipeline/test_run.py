@@ -22,10 +22,10 @@ SUMMARY_KEYS = {
 }  # fmt: skip
 
 
-def start(*arguments: object) -> subprocess.Popen:
+def start(*arguments: object, module: tuple[str, ...] = ("r1pipe",)) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
     return subprocess.Popen(
-        [sys.executable, "-m", "r1pipe", *map(str, arguments)],
+        [sys.executable, "-m", *module, *map(str, arguments)],
         cwd=ROOT,
         env=environment,
         text=True,

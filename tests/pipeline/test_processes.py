@@ -1,0 +1,140 @@
+"""The recipe in two processes, as `make run NPROC=2` starts them, against one; and their deaths."""
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from test_run import read_lines, run, start
+
+TIMES = ("seconds/", "tokens_per_s", "train_", "wall_s", "eval_s", "checkpoint")
+
+
+def start_two(*arguments: object) -> subprocess.Popen:
+    return start(*arguments, module=("r1pipe.launch", "--nproc-per-node", "2"))
+
+
+def run_two(*arguments: object) -> subprocess.CompletedProcess:
+    process = start_two(*arguments)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def recipe(tiny_recipe: Path) -> Path:
+    """A policy from random weights, of an odd vocabulary; three steps of GRPO; a few of SFT."""
+    values = yaml.safe_load(tiny_recipe.read_text())
+    stages = {s.get("name", s["kind"]): s for s in values["stages"]}
+    stages["random"]["tokenizer"]["vocab_size"] = 401
+    stages["random"]["model"]["n_routed_experts"] = 5
+    stages["grpo"] |= {
+        "from": "random",
+        "max_steps": 3,
+        "prompts_per_step": 5,
+        "max_completion_length": 16,
+        "learning_rate": 1e-4,
+        "rewards": [{"function": "reward_of_tests.own_tokens"}],
+        "micro_batch_tokens": 256,
+        "routing_replay": True,
+    }
+    stages["sft"]["train"] |= {"max_steps": 10, "per_device_train_batch_size": 8}
+    stages["eval"] |= {"checkpoints": ["grpo", "sft"]}
+    stages["eval"]["sampling"]["max_completion_length"] = 16
+    values["stages"] = [stages[name] for name in ("random", "grpo", "sft", "eval")]
+    values["name"] = "one"
+    path = tiny_recipe.with_name("processes.yaml")
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+@pytest.fixture(scope="module")
+def both(recipe: Path) -> tuple[Path, Path, subprocess.CompletedProcess]:
+    """The folders of the run in one process and in two, and what the latter said."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # as many as each of the two has
+        alone = run("run", recipe)
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    result = run_two("run", recipe, "--set", "name=two")
+    assert result.returncode == 0, result.stderr[-3000:]
+    runs = recipe.parent / "runs"
+    return runs / "one", runs / "two", result
+
+
+def without_times(row: dict) -> dict:
+    return {k: v for k, v in row.items() if not k.startswith(TIMES) and not isinstance(v, str)}
+
+
+@pytest.mark.parametrize("stage", ["grpo", "sft"])
+def test_metrics_are_those_of_one_process(stage: str, both: tuple) -> None:
+    one, two = (read_lines(folder / stage / "metrics.jsonl") for folder in both[:2])
+    assert len(one) == len(two) >= 2
+    for expected, row in zip(one, two):
+        assert row.keys() == expected.keys()
+        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+        assert without_times(row) == pytest.approx(without_times(expected), rel=1e-4, abs=1e-5)
+
+
+def test_rollouts_are_those_of_one_process(both: tuple) -> None:
+    one, two = (read_lines(folder / "grpo" / "rollouts.jsonl") for folder in both[:2])
+    assert len(one) == 3 * 5 * 4
+    assert [r["completion"] for r in one] == [r["completion"] for r in two]
+    assert [r["advantage"] for r in one] == pytest.approx([r["advantage"] for r in two], abs=1e-3)
+
+
+def test_a_sharded_checkpoint_is_evaluated_like_any_other(both: tuple) -> None:
+    """vLLM reads what two ranks have saved. Tokens may differ where rounding does."""
+    one, two = (json.loads((folder / "summary.json").read_text()) for folder in both[:2])
+    for expected, entry in zip(one, two, strict=True):
+        assert entry.keys() == expected.keys()
+        assert entry["mean_tokens"] == pytest.approx(expected["mean_tokens"], rel=0.1)
+
+
+def test_one_rank_writes_and_speaks(both: tuple) -> None:
+    one, two, result = both
+    assert sorted(p.relative_to(one) for p in one.rglob("*")) == sorted(
+        p.relative_to(two) for p in two.rglob("*")
+    )
+    assert result.stdout.count("| grpo") == 1
+    assert result.stderr.count("random: done in") == 1
+    assert "Traceback" not in result.stderr
+
+
+def data_file(folder: Path, on_second_rank: str) -> Path:
+    """A data recipe that does something else on rank 1."""
+    path = folder / "data.py"
+    path.write_text(
+        "import os, signal\n"
+        "def load(split, **options):\n"
+        f"    if os.environ.get('RANK') == '1': {on_second_rank}\n"
+        "    yield {'id': '1', 'kind': 'math', 'answer': '2', 'solution': '2', 'source': 's',\n"
+        "           'prompt': [{'role': 'user', 'content': '1+1?'}]}\n"
+    )
+    return path
+
+
+# (what rank 1 does, exit code, words of the line)
+ENDS = {
+    "killed": ("os.kill(os.getpid(), 9)", 1, "rank 1 was killed (SIGKILL"),
+    "user error": ("yield {'id': '1'}", 2, "data.py"),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_rank_that_ends_brings_the_other_down(case: str, recipe: Path, tmp_path: Path) -> None:
+    action, code, words = ENDS[case]
+    started = time.monotonic()
+    result = run_two(
+        "init",
+        recipe,
+        *("--set", f"runs_dir={tmp_path}"),
+        *("--set", f"stages.random.tokenizer.data={{recipe: {data_file(tmp_path, action)}}}"),
+    )
+    assert time.monotonic() - started < 60
+    assert result.returncode == code, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("r1pipe: ")]
+    assert len(lines) == 1, result.stderr
+    assert words in lines[0]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "one" / "random").exists()
