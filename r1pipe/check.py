@@ -8,9 +8,16 @@ from r1pipe.problems import load_problems
 from r1pipe.scoring import Scorer
 
 
-def check_recipe(recipe: Recipe) -> Iterator[str]:
-    """One line per stage. Raises UserError at the first thing that is wrong."""
+def check_recipe(recipe: Recipe, devices: str | None = None) -> Iterator[str]:
+    """One line per stage, and one about the memory of each that trains, on such devices ("8x80GB")
+    or this machine. Raises UserError at the first thing that is wrong."""
+    from r1pipe.memory import Devices, estimate_stage
+
+    given = Devices.parse(devices) if devices else Devices.here(recipe.device)
     yield f"{recipe.name}: {len(recipe.stages)} stages, run folder {recipe.run_dir}"
+    for stage in recipe.stages:
+        if line := estimate_stage(stage, recipe, given):
+            yield line
     for stage in recipe.stages:
         yield check_stage(stage)
 

@@ -7,13 +7,14 @@ from pathlib import Path
 
 from r1pipe import __version__
 from r1pipe.config import STAGE_TYPES, load_recipe
-from r1pipe.distributed import alone, speaks_first
+from r1pipe.distributed import alone, has_launcher, speaks_first
 from r1pipe.errors import LostRank, UserError
 from r1pipe.progress import Interrupt
 
 DEFAULT_CONFIG = "configs/demo.yaml"
 LOST = 3
 """Exit code of a process of several that ends because another one is gone."""
+GOES_ON = "the same command goes on after the last finished stage"
 STAGE_HELP = {
     "init": "make a policy from random weights",
     "sft": "cold start: supervised training on written-out reasoning",
@@ -51,7 +52,10 @@ def build_parser() -> argparse.ArgumentParser:
     for kind in STAGE_TYPES:
         command = add(kind, STAGE_HELP[kind])
         command.add_argument("--redo", action="store_true", help="make it again if it is finished")
-    add("check", "read a recipe and its data, and run nothing")
+    check = add("check", "read a recipe and its data, say whether it fits, and run nothing")
+    check.add_argument(
+        "--devices", metavar="8x80GB", help="that the recipe is to fit on; default: this machine's"
+    )
 
     gguf = commands.add_parser("import-gguf", help="turn a GGUF file into a checkpoint folder")
     gguf.add_argument("file", type=Path, metavar="FILE")
@@ -73,11 +77,12 @@ def main(arguments: list[str] | None = None) -> int:
         complain(str(error))
         return 2
     except LostRank as error:
-        complain(f"{error}; the same command goes on after the last finished stage")
+        if not has_launcher():  # which knows more of what happened, and tells
+            complain(f"{error}; {GOES_ON}")
         return LOST
     except KeyboardInterrupt:
         if Interrupt.signal_number == signal.SIGINT or alone():
-            complain("interrupted; the same command goes on after the last finished stage")
+            complain(f"interrupted; {GOES_ON}")
         # Otherwise torchrun ends this process because another one has failed, and has told.
         return 130
     return 0
@@ -100,7 +105,7 @@ def run_command(options: argparse.Namespace) -> None:
     if options.command == "check":
         from r1pipe.check import check_recipe
 
-        for line in check_recipe(recipe):
+        for line in check_recipe(recipe, options.devices):
             print(line)
         return
     from r1pipe.pipeline import run_one, run_recipe

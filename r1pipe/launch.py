@@ -19,8 +19,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import get_args_parser, run
 
-from r1pipe.cli import LOST
+from r1pipe.cli import GOES_ON, LOST
 from r1pipe.config import STAGE_TYPES
+from r1pipe.distributed import LAUNCHER
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -39,6 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     if parsed.nproc_per_node.isdigit():
         threads = max(1, len(os.sched_getaffinity(0)) // int(parsed.nproc_per_node))
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ[LAUNCHER] = "1"
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     try:
         run(parsed)
@@ -56,14 +58,16 @@ def explain(failures: dict[int, ProcessFailure]) -> int:
     )
     if cause.exitcode < 0:
         name = signal.Signals(-cause.exitcode).name
+        why = f"{name}; out of memory?" if name == "SIGKILL" else name
         print(
-            f"r1pipe: rank {rank} was killed ({name}"
-            f"{'; out of memory?' if name == 'SIGKILL' else ''}) and the others were ended; "
-            "the same command goes on after the last finished stage",
+            f"r1pipe: rank {rank} was killed ({why}) and the others were ended; {GOES_ON}",
             file=sys.stderr,
         )
         return 1
-    return 1 if cause.exitcode == LOST else cause.exitcode
+    if cause.exitcode == LOST:
+        print(f"r1pipe: rank {rank} lost a rank of another machine; {GOES_ON}", file=sys.stderr)
+        return 1
+    return cause.exitcode
 
 
 def rank_cause(code: int) -> int:

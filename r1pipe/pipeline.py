@@ -85,17 +85,21 @@ def run_stages(run: RunFolder, stages: list[Stage]) -> None:
     for stage in stages:
         check_stage(stage)
     silence_libraries()
+    from r1pipe.memory import Devices, estimate_stage
     from r1pipe.models import pick_device
     from r1pipe.rollout import Engines
     from r1pipe.stage import StageContext
 
     recipe = run.recipe
     device = pick_device(recipe.device)
+    devices = Devices.here(recipe.device)
     engines = Engines(recipe.engine, recipe.dtype, device)
     started = time.monotonic()
     try:
         for stage in stages:
             stage_started = time.monotonic()
+            if distributed.is_first() and (line := estimate_stage(stage, recipe, devices)):
+                say(line)
             context = StageContext(
                 recipe=recipe,
                 run=run,

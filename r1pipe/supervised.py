@@ -125,25 +125,6 @@ class BalanceExperts(TrainerCallback):
         self.load.balance()
 
 
-def share_batch(settings: Supervised, num_ranks: int) -> tuple[int, int]:
-    """`per_device_train_batch_size` and `gradient_accumulation_steps` of each rank, so that all of
-    them take as many rows per optimizer step as the recipe gives one process: how many processes
-    run it changes nothing (but at the end of an epoch that is no whole number of batches, where
-    accelerate repeats rows so that every process has as many).
-
-    Raises UserError if the rows cannot be shared out evenly.
-    """
-    batch_size, steps = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    if steps % num_ranks == 0:
-        return batch_size, steps // num_ranks
-    if batch_size % num_ranks == 0:
-        return batch_size // num_ranks, steps
-    raise UserError(
-        f"per_device_train_batch_size {batch_size} x gradient_accumulation_steps {steps}: "
-        f"neither is a multiple of the {num_ranks} processes that are to share them"
-    )
-
-
 def keep_shards(accelerator: Accelerator) -> None:
     """Let accelerate train a model that is sharded already.
 
@@ -171,7 +152,11 @@ def train_on_traces(
 ) -> dict[str, float]:
     """Train `model` in place on the problems' solutions. Returns facts for the stage's record."""
     traces = encode_traces(problems, tokenizer, settings.max_length)
-    batch_size, accumulation_steps = share_batch(settings, distributed.world_size())
+    batch_size, accumulation_steps = distributed.share_batch(
+        settings.per_device_train_batch_size,
+        settings.gradient_accumulation_steps,
+        distributed.world_size(),
+    )
     arguments = SFTConfig(
         output_dir=str(context.folder / "trainer"),
         max_steps=settings.max_steps or -1,

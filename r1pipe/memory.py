@@ -1,0 +1,313 @@
+"""How much memory a training stage needs on each device, from the model's config alone.
+
+Weights, gradients, optimizer and KV cache are counted; activations are estimated from the
+architecture: within a third of what autograd keeps of the models in tests/unit/test_memory.py.
+Everything is in bytes; P parameters, N tokens of a micro-batch.
+"""
+
+import contextlib
+import os
+import re
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from huggingface_hub import constants
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from r1pipe import distributed
+from r1pipe.config import Distill, Grpo, Init, Recipe, Sft, Stage, Supervised
+from r1pipe.errors import UserError
+
+GIB = 2**30
+MASTER = 4
+"""Bytes of a parameter, of its gradient, and of each of AdamW's two moments: float32."""
+CPU_PROCESS, GPU_PROCESS = 1.0 * GIB, 2.0 * GIB
+"""Python with torch, transformers and vLLM; CUDA's context, NCCL's buffers, fragmentation."""
+LOGIT_COPIES = 3
+"""Of a chunk of logits: themselves, their log-softmax, the gradient."""
+NORM_COPIES = 3
+"""What autograd keeps of a norm in transformers: its input in float32, that squared, and scaled."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """So many devices, of so many bytes each."""
+
+    count: int
+    size: float
+    is_gpu: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> "Devices":
+        """From "8x80GB". A card's GB are GiB: an 80 GB one has 79.6."""
+        found = re.fullmatch(r"(\d+) *x *(\d+(?:\.\d+)?) *G(?:i?B)?", text.strip(), re.IGNORECASE)
+        if not found or not int(found[1]):
+            raise UserError(f'--devices "{text}": write it like 8x80GB')
+        return cls(int(found[1]), float(found[2]) * GIB)
+
+    @classmethod
+    def here(cls, device: str) -> "Devices":
+        """Those of this run: one for each process, GPUs or equal parts of the machine's memory."""
+        count = distributed.world_size()
+        if device != "cpu" and torch.cuda.is_available():
+            return cls(count, torch.cuda.get_device_properties(0).total_memory)
+        local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return cls(count, memory / local_count, is_gpu=False)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Numbers of parameters, and what the formulas need of the architecture."""
+
+    parameters: int
+    largest_layer: int
+    outside_layers: int
+    """Of embedding, last norm and head."""
+    config: PretrainedConfig
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "Shape":
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(config)
+        layers = [
+            sum(parameter.numel() for parameter in layer.parameters())
+            for layer in model.base_model.layers
+        ]
+        total = sum(parameter.numel() for parameter in model.parameters())
+        return cls(total, max(layers), total - sum(layers), config.get_text_config())
+
+    def get(self, *names: str, default: Any = 0) -> Any:
+        """The first of the config's keys that is set."""
+        values = (getattr(self.config, name, None) for name in names)
+        return next((value for value in values if value is not None), default)
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    def head_sizes(self) -> tuple[int, int, int]:
+        """Of a token's queries, keys and values, all heads together."""
+        heads = self.config.num_attention_heads
+        if self.get("kv_lora_rank"):  # MLA: every head has its own keys and values
+            key = self.get("qk_nope_head_dim") + self.get("qk_rope_head_dim")
+            return heads * key, heads * key, heads * self.get("v_head_dim")
+        size = self.get("head_dim") or self.config.hidden_size // heads
+        groups = self.get("num_key_value_heads", default=heads)
+        return heads * size, groups * size, groups * size
+
+    def kv_bytes_per_token(self, element: int) -> float:
+        _, keys, values = self.head_sizes()
+        if self.get("kv_lora_rank"):  # MLA keeps what keys and values are made of
+            keys, values = self.config.kv_lora_rank, self.get("qk_rope_head_dim")
+        return self.num_layers * (keys + values) * element
+
+    def layer_activations(self, element: int, is_moe: bool) -> float:
+        """What autograd keeps of one layer's forward, bytes per token; matrix products have inputs
+        of `element` bytes, norms and the residual stream are in float32."""
+        hidden = self.config.hidden_size
+        queries, keys, values = self.head_sizes()
+        norms = 2 * NORM_COPIES * hidden
+        attention = 2 * hidden + 2 * (queries + keys) + values + self.config.num_attention_heads
+        if self.get("kv_lora_rank"):
+            norms += NORM_COPIES * (self.config.kv_lora_rank + (self.get("q_lora_rank") or 0))
+        elif "qwen3" in self.config.model_type:
+            norms += NORM_COPIES * (queries + keys)
+        attention += self.config.num_attention_heads * (values // max(1, self.groups()))
+        if not is_moe:
+            return 4 * norms + element * (attention + 4 * self.config.intermediate_size)
+        width = self.get("moe_intermediate_size", "intermediate_size")
+        chosen = self.get("num_experts_per_tok", "top_k", default=1)
+        shared = self.get("n_shared_experts") * width + self.get("shared_expert_intermediate_size")
+        experts = chosen * (2 * hidden + 5 * width) + 4 * shared + self.num_experts()
+        return 4 * norms + element * (attention + experts)
+
+    def groups(self) -> int:
+        heads = self.config.num_attention_heads
+        return heads if self.get("kv_lora_rank") else self.get("num_key_value_heads", default=heads)
+
+    def num_experts(self) -> int:
+        return self.get("n_routed_experts", "num_local_experts", "num_experts")
+
+    def activations(self, num_tokens: int, element: int, checkpointing: bool) -> float:
+        num_dense = self.get("first_k_dense_replace") if self.num_experts() else self.num_layers
+        dense = self.layer_activations(element, is_moe=False)
+        moe = self.layer_activations(element, is_moe=True) if self.num_experts() else 0
+        if checkpointing:
+            # Each layer's input, and all of the one layer that is computed again.
+            return num_tokens * (4 * self.config.hidden_size * self.num_layers + max(dense, moe))
+        return num_tokens * (num_dense * dense + (self.num_layers - num_dense) * moe)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on each device, by what they are for; and what cannot work whatever the total is."""
+
+    stage: str
+    shape: Shape
+    devices: Devices
+    parts: dict[str, float]
+    problems: list[str]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.devices.size and not self.problems
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.parts.items())
+        parameters = self.shape.parameters
+        size = f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+        verdict = "; ".join(["fits" if self.fits else "DOES NOT FIT", *self.problems])
+        return (
+            f"{self.stage}: {size} parameters on {self.devices.count} x "
+            f"{self.devices.size / GIB:.1f} GiB: about {self.total / GIB:.1f} GiB each ({parts}): "
+            f"{verdict}"
+        )
+
+
+def estimate_grpo(stage: Grpo, recipe: Recipe, shape: Shape, devices: Devices) -> Estimate:
+    """The trainer and the sampler share every device."""
+    from r1pipe.grpo.logprobs import MAX_LOGITS
+
+    element = 2 if recipe.dtype == "bfloat16" else 4
+    engine = recipe.engine
+    context = engine.max_model_len or shape.config.max_position_embeddings
+    # A sequence above the budget is a micro-batch of its own.
+    num_tokens = max(stage.micro_batch_tokens, min(context, stage.max_completion_length + 1))
+    share = shape.parameters / devices.count
+    parts = trainer_parts(shape, devices, num_tokens, element, stage.gradient_checkpointing)
+    if stage.beta:
+        parts["reference"] = MASTER * share
+    logits = min(MAX_LOGITS, num_tokens * shape.config.vocab_size)
+    parts["logits"] = 4 * LOGIT_COPIES * logits
+    weights = element * shape.parameters / engine.tensor_parallel_size
+    one_sequence = context * shape.kv_bytes_per_token(element) / engine.tensor_parallel_size
+    problems = []
+    if engine.kv_cache_gib is not None:
+        parts["vLLM's weights"], parts["KV cache"] = weights, engine.kv_cache_gib * GIB
+        room = engine.kv_cache_gib * GIB
+    elif devices.is_gpu:
+        claimed = engine.gpu_memory_utilization * devices.size
+        room = claimed - weights
+        parts["vLLM's weights"], parts["KV cache"] = weights, max(0.0, room)
+    else:
+        room = parts["KV cache"] = engine.gpu_memory_utilization * devices.size
+        parts["vLLM's weights"] = weights
+    if room < one_sequence:
+        problems.append(
+            f"vLLM has {max(0.0, room) / GIB:.1f} GiB for its KV cache and needs "
+            f"{one_sequence / GIB:.1f} for one sequence of {context} tokens: raise "
+            "engine.tensor_parallel_size or gpu_memory_utilization"
+        )
+    return Estimate(stage.name, shape, devices, parts, problems)
+
+
+def estimate_supervised(
+    name: str, train: Supervised, recipe: Recipe, shape: Shape, devices: Devices
+) -> Estimate:
+    """TRL computes the logits of a whole batch at once."""
+    element = 2 if recipe.dtype == "bfloat16" else 4
+    batch_size, _ = distributed.share_batch(
+        train.per_device_train_batch_size, train.gradient_accumulation_steps, devices.count
+    )
+    length = train.max_length or shape.config.max_position_embeddings
+    num_tokens = batch_size * length
+    parts = trainer_parts(shape, devices, num_tokens, element, train.gradient_checkpointing)
+    parts["logits"] = 4 * LOGIT_COPIES * num_tokens * shape.config.vocab_size
+    return Estimate(name, shape, devices, parts, [])
+
+
+def trainer_parts(
+    shape: Shape, devices: Devices, num_tokens: int, element: int, checkpointing: bool
+) -> dict[str, float]:
+    share = MASTER * shape.parameters / devices.count
+    parts = {"weights": share, "gradients": share, "optimizer": 2 * share}
+    if devices.count > 1:
+        # The layer that is computed and the next one, whole; one layer's gradient before it is
+        # shared out; what lies outside the layers, and its gradient.
+        parts["whole layers"] = MASTER * (3 * shape.largest_layer + 2 * shape.outside_layers)
+    parts["activations"] = shape.activations(num_tokens, element, checkpointing)
+    if element == 2:
+        # Autocast keeps a bf16 copy of each matrix for the backward pass.
+        copied = shape.largest_layer if checkpointing else shape.parameters
+        parts["activations"] += element * copied
+    parts["process"] = GPU_PROCESS if devices.is_gpu else CPU_PROCESS
+    return parts
+
+
+def estimate_stage(stage: Stage, recipe: Recipe, devices: Devices) -> str | None:
+    """One line about a training stage; None for others. Never raises for a model that cannot be
+    read: a hub may be out of reach now."""
+    if not isinstance(stage, Sft | Grpo | Distill):
+        return None
+    try:
+        shape = Shape.of(find_stage_config(stage, recipe))
+        estimate = estimate_shape(stage, recipe, shape, devices)
+    except (OSError, ValueError, UserError) as error:
+        return f"{stage.name}: no memory estimate: {error}"
+    if estimate.fits:
+        return str(estimate)
+    for factor in (2, 4, 8, 16, 32):
+        more = replace(devices, count=devices.count * factor)
+        with contextlib.suppress(UserError):
+            if estimate_shape(stage, recipe, shape, more).fits:
+                return f"{estimate}; {more.count} such devices would do"
+    return str(estimate)
+
+
+def estimate_shape(
+    stage: Sft | Grpo | Distill, recipe: Recipe, shape: Shape, devices: Devices
+) -> Estimate:
+    if isinstance(stage, Grpo):
+        return estimate_grpo(stage, recipe, shape, devices)
+    return estimate_supervised(stage.name, stage.train, recipe, shape, devices)
+
+
+def find_stage_config(stage: Stage, recipe: Recipe) -> PretrainedConfig:
+    """Of the model that the stage makes."""
+    if isinstance(stage, Init):
+        return make_config({"vocab_size": stage.tokenizer.vocab_size, **stage.model})
+    if isinstance(stage, Distill) and not isinstance(stage.student, str):
+        teacher = find_config(stage.from_, recipe)
+        return make_config({"vocab_size": teacher.get_text_config().vocab_size, **stage.student})
+    return find_config(stage.student if isinstance(stage, Distill) else stage.from_, recipe)
+
+
+def find_config(source: str, recipe: Recipe) -> PretrainedConfig:
+    """Of a stage's name, a folder or a hub id. Raises ValueError if it cannot be read."""
+    stage = recipe.stage(source)
+    if stage is not None:
+        return find_stage_config(stage, recipe)
+    folder = Path(source).expanduser()
+    try:
+        # A folder, or what the hub's cache has; only then the hub, which retries for a minute.
+        here = folder.is_dir() or not reaches_hub()
+        where = folder if folder.is_dir() else source
+        return AutoConfig.from_pretrained(where, local_files_only=here)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f'no config of "{source}" to be had (a folder with its config.json is enough)'
+        ) from error
+
+
+def make_config(settings: dict[str, Any]) -> PretrainedConfig:
+    settings = dict(settings)
+    return AutoConfig.for_model(settings.pop("model_type", ""), **settings)
+
+
+def reaches_hub() -> bool:
+    address = urlsplit(constants.ENDPOINT)
+    port = address.port or (80 if address.scheme == "http" else 443)
+    try:
+        socket.create_connection((address.hostname, port), timeout=3).close()
+    except OSError:
+        return False
+    return not constants.HF_HUB_OFFLINE

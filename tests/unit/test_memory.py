@@ -1,0 +1,129 @@
+"""The memory estimate against what is allocated, and what it says of a recipe."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import MODELS, PROBLEMS, make_settings
+from transformers import AutoConfig, PreTrainedModel
+
+from r1pipe.config import load_recipe
+from r1pipe.errors import UserError
+from r1pipe.grpo.logprobs import Policy
+from r1pipe.grpo.packing import Sample, pack
+from r1pipe.grpo.update import Updater
+from r1pipe.memory import GIB, Devices, Shape, estimate_grpo, estimate_stage
+from r1pipe.models import build_model, build_tokenizer
+from r1pipe.records import Rollout
+
+ROOT = Path(__file__).parents[2]
+TOLERANCE = 1 / 3
+QWEN3_30B = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+}
+
+
+def make_model(name: str) -> PreTrainedModel:
+    tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in PROBLEMS), 400)
+    wide = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4}
+    model = build_model({**MODELS[name], **wide}, tokenizer, 0)
+    model.set_experts_implementation("eager")
+    return model
+
+
+def make_samples(num_tokens: int) -> list[Sample]:
+    rollout = Rollout("", 0, [1] * 56, [2] * 8, [-1.0] * 8, "", "stop")
+    return [Sample(rollout, 1.0) for _ in range(num_tokens // 64)]
+
+
+def measure_activations(policy: Policy, num_tokens: int) -> int:
+    """Bytes that autograd keeps of one forward to the last hidden state, the weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    batch = pack(make_samples(num_tokens), torch.device("cpu"))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy.model.base_model(
+            input_ids=batch.ids_N.unsqueeze(0),
+            position_ids=batch.position_N.unsqueeze(0),
+            use_cache=False,
+            sequence_lengths=batch.lengths,
+        )
+    return sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in weights)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_activations(name: str) -> None:
+    model = make_model(name)
+    shape, policy = Shape.of(model.config), Policy(model)
+    whole = measure_activations(policy, 512)
+    assert shape.activations(512, 4, checkpointing=False) == pytest.approx(whole, rel=TOLERANCE)
+
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # In the backward pass one layer more is there.
+    kept = measure_activations(policy, 512) + whole / 4
+    assert shape.activations(512, 4, checkpointing=True) == pytest.approx(kept, rel=TOLERANCE)
+
+
+def test_weights_gradients_and_optimizer() -> None:
+    recipe = load_recipe(ROOT / "configs" / "demo.yaml")
+    model, settings = make_model("deepseek_v3"), make_settings(beta=0.1)
+    parts = estimate_grpo(settings, recipe, Shape.of(model.config), Devices(1, GIB)).parts
+    updater = Updater(model, make_model("deepseek_v3"), settings, dtype="float32", seed=0)
+    kept: dict[str, int] = {}
+    updater.optimizer.register_step_pre_hook(
+        lambda optimizer, args, kwargs: kept.update(
+            gradients=sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        )
+    )
+    updater.step(make_samples(256), 1, lambda metrics: None)
+    kept["weights"] = sum(p.nbytes for p in model.parameters())
+    kept["reference"] = sum(p.nbytes for p in updater.reference.parameters())
+    moments = [state[key] for state in updater.optimizer.state.values() for key in state]
+    kept["optimizer"] = sum(m.nbytes for m in moments if m.ndim)
+    for name, size in kept.items():
+        assert parts[name] == size, name
+
+
+def test_the_large_recipe(tmp_path: Path) -> None:
+    """Adam's state alone does not fit beside vLLM's weights, which are whole on each device."""
+    AutoConfig.for_model(**QWEN3_30B).save_pretrained(tmp_path)
+    recipe = load_recipe(ROOT / "configs" / "qwen3_30b_a3b.yaml", [f"stages.grpo.from={tmp_path}"])
+    line = estimate_stage(recipe.stage("grpo"), recipe, Devices.parse("8x80GB"))
+    assert "30.5 B parameters on 8 x 80.0 GiB" in line
+    # 30.5e9 x 4 bytes / 8 devices, twice that, and vLLM's own in bf16.
+    assert "weights 14.2, gradients 14.2, optimizer 28.4" in line
+    assert "vLLM's weights 56.9" in line
+
+
+def test_what_fits_and_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(ROOT / "configs" / "demo.yaml")
+    stage = recipe.stage("grpo")
+    assert estimate_stage(stage, recipe, Devices.parse("1x8GB")).endswith("fits")
+    assert "DOES NOT FIT" in estimate_stage(stage, recipe, Devices.parse("1 x 1 GiB"))
+    assert estimate_stage(recipe.stage("eval"), recipe, Devices.parse("1x8GB")) is None
+    with pytest.raises(UserError, match="8x80GB"):
+        Devices.parse("eight")
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("r1pipe.memory.reaches_hub", lambda: False)
+    recipe = load_recipe(ROOT / "configs" / "r1_zero.yaml")
+    line = estimate_stage(recipe.stage("grpo"), recipe, Devices.parse("1x80GB"))
+    assert line.startswith("grpo: no memory estimate: no config of")
