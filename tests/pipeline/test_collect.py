@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import pytest
 import reward_of_tests
 import torch
+from grpo_settings import make_grpo
 from test_engine import ARCHITECTURES, CPU, SETTINGS, lengthen
 
-from r1pipe.config import Grpo, ProblemSet, Reward, Sampling
+from r1pipe.config import ProblemSet, Reward, Sampling
 from r1pipe.grpo.collect import Batch, Collector
 from r1pipe.models import build_model, build_tokenizer, save_checkpoint
 from r1pipe.problems import load_problems
@@ -31,17 +32,9 @@ def sampler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sampler]:
 def make_collector(
     sampler: Sampler, reward: str, problems: list[Problem] = PROBLEMS, **changes: object
 ) -> Collector:
-    values = {
-        "kind": "grpo",
-        "from": "x",
-        "data": {"recipe": "arithmetic"},
-        "rewards": [{"function": reward}],
-        "max_steps": 1,
-        "prompts_per_step": 8,
-        "num_generations": 4,
-        "max_completion_length": 8,
-    }
-    stage = Grpo.model_validate({**values, **changes})
+    rewards = [{"function": reward}]
+    sizes = {"prompts_per_step": 8, "num_generations": 4, "max_completion_length": 8}
+    stage = make_grpo(rewards=rewards, **{**sizes, **changes})
     return Collector(stage, sampler, Scorer([Reward(function=reward)]), problems, seed=0)
 
 

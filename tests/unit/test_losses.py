@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from datasets import Dataset
+from grpo_settings import make_grpo
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
@@ -33,19 +35,7 @@ NAN = float("nan")
 ONE = Totals(num_completions=1, num_tokens=1, max_completion_length=1)
 
 
-def make_settings(**changes: object) -> Grpo:
-    values = {
-        "kind": "grpo",
-        "from": "x",
-        "data": {"recipe": "arithmetic"},
-        "rewards": [{"function": "rewards.math_correct"}],
-        "max_steps": 1,
-        "prompts_per_step": 2,
-        "num_generations": 2,
-        "max_completion_length": 4,
-        "loss_type": "dapo",
-    }
-    return Grpo.model_validate({**values, **changes})
+make_settings = partial(make_grpo, max_completion_length=4, loss_type="dapo")
 
 
 def make_inputs(

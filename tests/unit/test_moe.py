@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from grpo_settings import make_grpo
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from r1pipe.config import Grpo, ProblemSet, Supervised
+from r1pipe.config import ProblemSet, Supervised
 from r1pipe.errors import UserError
 from r1pipe.grpo.packing import Sample
 from r1pipe.grpo.update import Updater
@@ -404,19 +405,8 @@ def make_samples(routes_NLK: Tensor | None = None) -> list[Sample]:
 
 
 def make_updater(model: PreTrainedModel, **changes: object) -> Updater:
-    settings = {
-        "kind": "grpo",
-        "from": "x",
-        "data": {"recipe": "arithmetic"},
-        "rewards": [{"function": "rewards.math_correct"}],
-        "max_steps": 1,
-        "prompts_per_step": 1,
-        "num_generations": 3,
-        "max_completion_length": 8,
-        "learning_rate": 1e-3,
-        **changes,
-    }
-    return Updater(model, None, Grpo.model_validate(settings), dtype="float32", seed=0)
+    changes = {"learning_rate": 1e-3, "prompts_per_step": 1, "num_generations": 3, **changes}
+    return Updater(model, None, make_grpo(**changes), dtype="float32", seed=0)
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -1,12 +1,14 @@
 """A weight sync that went wrong is noticed at once, if the recipe asks for that."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from grpo_settings import make_grpo
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from r1pipe.config import Grpo, Sampling
+from r1pipe.config import Sampling
 from r1pipe.errors import UserError
 from r1pipe.grpo.collect import Batch, Group
 from r1pipe.grpo.loop import PROBE_PROMPTS, PROBE_TOKENS, probe_sync
@@ -24,18 +26,7 @@ TINY = {
 }
 
 
-def make_settings(**changes: object) -> Grpo:
-    values = {
-        "kind": "grpo",
-        "from": "x",
-        "data": {"recipe": "arithmetic"},
-        "rewards": [{"function": "rewards.math_correct"}],
-        "max_steps": 2,
-        "prompts_per_step": 6,
-        "num_generations": 2,
-        "max_completion_length": 40,
-    }
-    return Grpo.model_validate({**values, **changes})
+make_settings = partial(make_grpo, prompts_per_step=6, num_generations=2)
 
 
 class WrongBy:

@@ -2,12 +2,14 @@
 
 import copy
 import random
+from functools import partial
 
 import pytest
 import torch
+from grpo_settings import make_grpo
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from r1pipe.config import Grpo, ProblemSet
+from r1pipe.config import ProblemSet
 from r1pipe.errors import UserError
 from r1pipe.grpo import logprobs as logprobs_module
 from r1pipe.grpo.logprobs import Policy, Support, Truncation
@@ -224,20 +226,7 @@ def test_support_remembers_what_was_left() -> None:
     assert torch.equal(parts[1].mask(30), keep[2:5])
 
 
-def make_settings(**changes: object) -> Grpo:
-    values = {
-        "kind": "grpo",
-        "from": "x",
-        "data": {"recipe": "arithmetic"},
-        "rewards": [{"function": "rewards.math_correct"}],
-        "max_steps": 2,
-        "prompts_per_step": 5,
-        "num_generations": 4,
-        "max_completion_length": 40,
-        "learning_rate": 1e-3,
-        "max_grad_norm": 1e9,
-    }
-    return Grpo.model_validate({**values, **changes})
+make_settings = partial(make_grpo, learning_rate=1e-3, max_grad_norm=1e9)
 
 
 def make_updater(model: PreTrainedModel, **changes: object) -> Updater:
