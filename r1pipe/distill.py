@@ -45,7 +45,8 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
         student = build_model(stage.student, tokenizer, context.recipe.seed).to(context.device)
         shard(student, student, context.device, sums_gradients=False)
     num_parameters = sum(p.numel() for p in student.parameters())
-    say(f"{stage.name}: {len(traces)} traces for a {type(student).__name__} of {num_parameters:,}")
+    architecture = student.config.model_type
+    say(f"{stage.name}: {len(traces)} traces for a {architecture} student of {num_parameters:,}")
     facts |= train_on_traces(
         student, tokenizer, traces, stage.train, context, f"{stage.name}: student"
     )
