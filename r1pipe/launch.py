@@ -74,6 +74,9 @@ def rank_cause(code: int) -> int:
     """How likely a process with this exit code failed by itself, and not because another did: the
     smaller the likelier."""
     if code in (-signal.SIGTERM, 130, LOST):
+        return 3
+    if code == -signal.SIGABRT:
+        # Also how a process ends whose communication threads were running when it gave up.
         return 2
     return 0 if code < 0 else 1
 

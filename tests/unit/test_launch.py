@@ -1,0 +1,32 @@
+"""Which of several failed processes is told of."""
+
+import signal
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from r1pipe.cli import LOST
+from r1pipe.launch import explain
+
+# (exit codes of ranks 0 and 1, in the order of their ends; exit code of the command; words)
+FAILURES = [
+    ((LOST, -signal.SIGKILL), 1, "rank 1 was killed (SIGKILL"),
+    ((-signal.SIGABRT, 2), 2, ""),  # rank 1 has told of the user's error
+    ((-signal.SIGABRT, LOST), 1, "rank 0 was killed (SIGABRT)"),
+    ((-signal.SIGTERM, -signal.SIGSEGV), 1, "rank 1 was killed (SIGSEGV)"),
+    ((LOST, LOST), 1, "rank 0 lost a rank of another machine"),
+]
+
+
+@pytest.mark.parametrize(("codes", "status", "words"), FAILURES)
+def test_the_rank_that_failed_first_is_named(
+    codes: tuple[int, int], status: int, words: str, capsys: pytest.CaptureFixture
+) -> None:
+    failures = {}
+    for rank, code in enumerate(codes):
+        failures[rank] = ProcessFailure(rank, pid=1, exitcode=code, error_file="none")
+        failures[rank].timestamp = rank
+    assert explain(failures) == status
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(words)
+    assert words in "".join(lines)
