@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import MODELS, PROBLEMS, make_settings
+from test_training import MODELS, PROBLEMS, make_rollout, make_settings
 from transformers import AutoModelForCausalLM
 
 from r1pipe.grpo.packing import Sample
@@ -19,12 +19,9 @@ from r1pipe.grpo.update import Updater
 from r1pipe.models import (
     build_model,
     build_tokenizer,
-    encode_completion,
-    encode_prompt,
     load_model,
     save_checkpoint,
 )
-from r1pipe.records import Rollout
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -49,16 +46,8 @@ def make_samples(tokenizer: object) -> list[Sample]:
     rng = random.Random(0)
     samples = []
     for problem in PROBLEMS[:20]:
-        completion = encode_completion(tokenizer, problem.solution)[: rng.randint(3, 40)]
-        rollout = Rollout(
-            problem_id=problem.id,
-            sample=0,
-            prompt_ids=encode_prompt(tokenizer, problem.prompt),
-            completion_ids=completion,
-            logprobs=[-5.0] * len(completion),
-            completion="",
-            finish_reason=rng.choice(["stop", "stop", "length"]),
-        )
+        length, finish_reason = rng.randint(3, 40), rng.choice(["stop", "stop", "length"])
+        rollout = make_rollout(tokenizer, problem, length, -5.0, finish_reason)
         samples.append(Sample(rollout, rng.choice([-1.0, 0.0, 0.5, 2.0])))
     return samples
 

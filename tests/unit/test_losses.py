@@ -8,6 +8,7 @@ import pytest
 import torch
 from datasets import Dataset
 from grpo_settings import make_grpo
+from test_training import TINY
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 
@@ -226,17 +227,7 @@ def test_a_loss_of_one_s_own_by_dotted_path() -> None:
 
 # --- The same as TRL ----------------------------------------------------------------------------
 
-TINY = {
-    "model_type": "qwen3",
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "intermediate_size": 64,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-}
+MODEL = {**TINY, "initializer_range": 0.3}
 MAX_COMPLETION_LENGTH = 12
 
 
@@ -275,7 +266,7 @@ def trl_loss(
     tokenizer = build_tokenizer(["a b c 1 2 3"], 300)
 
     def compute(samples: list[Sample], settings: dict) -> tuple:
-        model = build_model(TINY, tokenizer, seed=0)
+        model = build_model(MODEL, tokenizer, seed=0)
         config = GRPOConfig(
             output_dir=str(tmp_path_factory.mktemp("trl")),
             use_cpu=True,

@@ -18,7 +18,7 @@ from r1pipe.grpo.packing import Sample, attend_packed, cut_batches, pack
 from r1pipe.grpo.update import Updater
 from r1pipe.models import build_model, build_tokenizer, encode_completion, encode_prompt
 from r1pipe.problems import load_problems
-from r1pipe.records import Rollout
+from r1pipe.records import Problem, Rollout
 from r1pipe.supervised import encode_traces
 
 CPU = torch.device("cpu")
@@ -78,22 +78,33 @@ def model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     return build_model(TINY, tokenizer, seed=0)
 
 
+def make_rollout(
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    max_length: int,
+    logprob: float = -1.0,
+    finish_reason: str = "stop",
+) -> Rollout:
+    """The beginning of the problem's solution, as if it had been sampled."""
+    completion = encode_completion(tokenizer, problem.solution)[:max_length]
+    return Rollout(
+        problem_id=problem.id,
+        sample=0,
+        prompt_ids=encode_prompt(tokenizer, problem.prompt),
+        completion_ids=completion,
+        logprobs=[logprob] * len(completion),
+        completion="",
+        finish_reason=finish_reason,
+    )
+
+
 @pytest.fixture(scope="module")
 def samples(tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
     """Rollouts of many lengths, with advantages of both signs and some of zero."""
     rng = random.Random(0)
     rows = []
     for problem in PROBLEMS[:20]:
-        completion = encode_completion(tokenizer, problem.solution)[: rng.randint(3, 40)]
-        rollout = Rollout(
-            problem_id=problem.id,
-            sample=0,
-            prompt_ids=encode_prompt(tokenizer, problem.prompt),
-            completion_ids=completion,
-            logprobs=[-1.0] * len(completion),
-            completion="",
-            finish_reason="stop",
-        )
+        rollout = make_rollout(tokenizer, problem, rng.randint(3, 40))
         rows.append(Sample(rollout, rng.choice([-1.0, 0.0, 0.5, 2.0])))
     return rows
 
