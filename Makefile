@@ -15,7 +15,7 @@ else
 R1PIPE = .venv/bin/python -m r1pipe.launch --nproc-per-node $(NPROC)
 endif
 
-.PHONY: help setup doctor demo run init sft grpo reject distill eval test test-unit test-gpu lint format bench clean
+.PHONY: help setup doctor demo run init sft grpo reject distill eval test test-slow test-unit test-gpu lint format bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -34,6 +34,10 @@ run init sft grpo reject distill eval: setup
 
 test: setup
 	@.venv/bin/python -m pytest $(ARGS)
+
+# What takes minutes: runs that are killed again and again, for instance.
+test-slow: setup
+	@.venv/bin/python -m pytest -m slow $(ARGS)
 
 test-unit: setup
 	@.venv/bin/python -m pytest tests/unit $(ARGS)
