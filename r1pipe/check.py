@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from r1pipe.config import Distill, Eval, Grpo, Recipe, Reject, Reward, Stage
+from r1pipe.config import Grpo, Recipe, Stage
 from r1pipe.errors import UserError
 from r1pipe.problems import load_problems
-from r1pipe.scoring import Scorer
+from r1pipe.scoring import Scorer, list_rewards
 
 
 def check_recipe(recipe: Recipe, devices: str | None = None) -> Iterator[str]:
@@ -40,13 +40,3 @@ def check_loss(stage: Grpo) -> None:
         find_loss(stage.loss_type)
     except ValueError as error:
         raise UserError(f"stages.{stage.name}.loss_type: {error}") from error
-
-
-def list_rewards(stage: Stage) -> list[Reward]:
-    if isinstance(stage, Grpo):
-        return stage.rewards
-    if isinstance(stage, Reject | Distill):
-        return stage.traces.rewards
-    if isinstance(stage, Eval):
-        return [Reward(function=stage.reward), Reward(function=stage.format_reward)]
-    return []

@@ -57,6 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--devices", metavar="8x80GB", help="that the recipe is to fit on; default: this machine's"
     )
 
+    verify = commands.add_parser(
+        "verify", help="compute the hashes of a run's lineage again: is everything as it was?"
+    )
+    verify.add_argument("run", metavar="RUN", help="its folder, or its name in runs/")
+
     gguf = commands.add_parser("import-gguf", help="turn a GGUF file into a checkpoint folder")
     gguf.add_argument("file", type=Path, metavar="FILE")
     gguf.add_argument("out", type=Path, metavar="OUT")
@@ -72,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, Interrupt.handle)
     try:
-        run_command(options)
+        return run_command(options)
     except UserError as error:
         complain(str(error))
         return 2
@@ -85,7 +90,6 @@ def main(arguments: list[str] | None = None) -> int:
             complain(f"interrupted; {GOES_ON}")
         # Otherwise torchrun ends this process because another one has failed, and has told.
         return 130
-    return 0
 
 
 def complain(line: str) -> None:
@@ -94,26 +98,45 @@ def complain(line: str) -> None:
         print(f"r1pipe: {line}", file=sys.stderr)
 
 
-def run_command(options: argparse.Namespace) -> None:
+def run_command(options: argparse.Namespace) -> int:
+    """Returns the exit code."""
     if options.command == "import-gguf":
         from r1pipe.models import import_gguf
 
         import_gguf(options.file, options.out)
         print(f"written: {options.out}")
-        return
+        return 0
+    if options.command == "verify":
+        return verify(options.run)
     recipe = load_recipe(options.config, options.overrides)
     if options.command == "check":
         from r1pipe.check import check_recipe
 
         for line in check_recipe(recipe, options.devices):
             print(line)
-        return
+        return 0
     from r1pipe.pipeline import run_one, run_recipe
 
     if options.command == "run":
         run_recipe(recipe, options.redo)
     else:
         run_one(recipe, options.command, options.redo)
+    return 0
+
+
+def verify(name: str) -> int:
+    """One line per stage that is as it was, or per thing that is not."""
+    from r1pipe.lineage import find_run, verify_run
+
+    code = 0
+    for stage, findings in verify_run(find_run(name)):
+        for finding in findings:
+            print(f"{'FAIL' if finding.is_problem else 'skipped'}  {stage}: {finding.what}")
+        if any(finding.is_problem for finding in findings):
+            code = 1
+        else:
+            print(f"ok  {stage}")
+    return code
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """The run folder: who may write it, which stages are finished, how a stage appears in it.
 
     runs/<name>/
-      <stage>/            a finished stage: checkpoint, metrics.jsonl, problems.jsonl, stage.json
+      <stage>/            a finished stage: checkpoint, metrics.jsonl, problems.jsonl, stage.json,
+                          lineage.json
       .<stage>.partial/   a stage that is being made; whatever an interrupted run left is redone
       summary.json        one object per evaluated checkpoint
 
@@ -21,6 +22,7 @@ from typing import Any, TextIO
 from r1pipe import distributed
 from r1pipe.config import Recipe, Stage
 from r1pipe.errors import UserError
+from r1pipe.lineage import Lineage
 from r1pipe.records import dump_row, read_jsonl, write_text
 
 SHARED_KEYS = ("seed", "dtype", "attn_implementation", "ngram")
@@ -39,6 +41,8 @@ class RunFolder:
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
         self.path = recipe.run_dir
+        self.lineages: dict[str, Lineage] = {}
+        """Of the stages that have begun, by name."""
         self._held: TextIO | None = None
 
     def __enter__(self) -> "RunFolder":
@@ -74,6 +78,7 @@ class RunFolder:
 
     def begin(self, stage: Stage) -> Path:
         """An empty folder to write the stage into."""
+        self.lineages[stage.name] = Lineage(self.recipe, stage)
         if not distributed.is_first():
             return Path(tempfile.mkdtemp(prefix="r1pipe-"))
         partial = self.path / f".{stage.name}.partial"
@@ -103,6 +108,7 @@ class RunFolder:
             **facts,
         }
         write_text(partial / "stage.json", json.dumps(record, indent=2) + "\n")
+        self.lineages[stage.name].write(partial, self.path)
         target = self.stage_dir(stage.name)
         if target.exists():
             # A folder cannot be replaced in one step: the old one steps aside first.

@@ -4,7 +4,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 
-from r1pipe.config import Reward
+from r1pipe.config import Distill, Eval, Grpo, Reject, Reward, Stage
 from r1pipe.errors import UserError
 from r1pipe.records import Problem, Rollout, Score
 
@@ -25,6 +25,17 @@ def find_reward(name: str) -> RewardFunction:
     if not callable(function):
         raise UserError(f'reward "{name}": {module_name} has no function "{attribute}"')
     return function
+
+
+def list_rewards(stage: Stage) -> list[Reward]:
+    """The rewards that a stage calls."""
+    if isinstance(stage, Grpo):
+        return stage.rewards
+    if isinstance(stage, Reject | Distill):
+        return stage.traces.rewards
+    if isinstance(stage, Eval):
+        return [Reward(function=stage.reward), Reward(function=stage.format_reward)]
+    return []
 
 
 class Scorer:

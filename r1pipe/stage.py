@@ -61,6 +61,10 @@ class StageContext:
 
     def load(self, source: ProblemSet) -> list[Problem]:
         if source.recipe is not None:
-            return load_problems(source)
-        path = self.run.stage_dir(source.stage) / "traces.jsonl"
-        return [check_row(row, f"{path}: row {number}") for number, row in read_jsonl(path)]
+            problems = load_problems(source)
+        else:
+            path = self.run.stage_dir(source.stage) / "traces.jsonl"
+            rows = read_jsonl(path)
+            problems = [check_row(row, f"{path}: row {number}") for number, row in rows]
+        self.run.lineages[self.stage_name].add_data(source, problems)
+        return problems

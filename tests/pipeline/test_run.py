@@ -124,6 +124,17 @@ def test_every_stage_leaves_a_whole_folder(finished: tuple) -> None:
         assert json.loads((folder / stage / "stage.json").read_text())["peak_memory_gib"] < 8
 
 
+def test_lineage_of_every_stage_verifies(finished: tuple) -> None:
+    folder, _ = finished
+    result = run("verify", folder)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.splitlines() == [
+        f"ok  {s}" for s in ("random", "sft", "grpo", "distill", "eval")
+    ]
+    heldout = json.loads((folder / "grpo" / "lineage.json").read_text())["inputs"]["data"][1]
+    assert heldout["source"]["split"] == "test"
+
+
 def test_finished_stages_are_not_run_again(finished: tuple, tiny_recipe: Path) -> None:
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
