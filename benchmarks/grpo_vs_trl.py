@@ -98,7 +98,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--trl-batch", type=int, default=16, help="completions in a TRL micro-batch"
     )
-    parser.add_argument("--micro-batch-tokens", type=int, default=4096, help="of r1pipe")
+    parser.add_argument("--micro-batch-tokens", type=int, help="of r1pipe; default: as in a recipe")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args()

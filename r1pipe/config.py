@@ -235,8 +235,9 @@ class Grpo(TrainingStage):
     weight_decay: NonNegativeFloat = 0.0
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
     max_grad_norm: PositiveFloat = 1.0
-    micro_batch_tokens: PositiveInt = 16384
-    """Tokens in one forward and backward pass: bounds memory, changes nothing else."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens in one forward and backward pass: bounds memory, changes nothing else. Default: 16384
+    on GPU; 1024 on CPU, where activations that stay in the cache make an update a tenth faster."""
     gradient_checkpointing: bool = False
 
     routing_replay: bool = False
@@ -256,6 +257,9 @@ class Grpo(TrainingStage):
     Default: if async_steps; otherwise the next batch, all of it, is held to it anyway."""
     max_unjudged_share: Share = 0.5
     """Share of rollouts that no reward could judge above which the run stops."""
+
+    def tokens_per_micro_batch(self, *, on_gpu: bool) -> int:
+        return self.micro_batch_tokens or (16384 if on_gpu else 1024)
 
     @property
     def verifies_sync(self) -> bool:

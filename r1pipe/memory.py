@@ -184,7 +184,8 @@ def estimate_grpo(stage: Grpo, recipe: Recipe, shape: Shape, devices: Devices) -
     engine = recipe.engine
     context = engine.max_model_len or shape.config.max_position_embeddings
     # A sequence above the budget is a micro-batch of its own.
-    num_tokens = max(stage.micro_batch_tokens, min(context, stage.max_completion_length + 1))
+    budget = stage.tokens_per_micro_batch(on_gpu=devices.is_gpu)
+    num_tokens = max(budget, min(context, stage.max_completion_length + 1))
     share = shape.parameters / devices.count
     parts = trainer_parts(shape, devices, num_tokens, element, stage.gradient_checkpointing)
     if stage.beta:

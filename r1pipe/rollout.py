@@ -183,7 +183,9 @@ class Sampler:
             top_k=sampling.top_k or -1,
             max_tokens=sampling.max_completion_length,
             seed=seed,
+            # Of the sampled token alone, without an object for each: a tenth of the engine's own time.
             logprobs=0,
+            flat_logprobs=True,
             detokenize=False,
             # A prompt read from the cache is not routed again, so its routes would be missing.
             skip_reading_prefix_cache=with_routes and self._capture is not None,
@@ -216,9 +218,7 @@ class Sampler:
             sample=number,
             prompt_ids=prompt_ids,
             completion_ids=tokens,
-            logprobs=[
-                entry[token].logprob for token, entry in zip(tokens, output.logprobs, strict=True)
-            ],
+            logprobs=list(output.logprobs.logprobs),
             completion=self.tokenizer.decode(tokens, skip_special_tokens=True),
             finish_reason=output.finish_reason,
         )

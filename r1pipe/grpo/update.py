@@ -93,7 +93,8 @@ class Updater:
     def batches(self, samples: list[Sample]) -> Iterator[PackedBatch | None]:
         """As many on every rank, because each one's forward puts the sharded layers together: a
         rank that has fewer gets None for the rest."""
-        parts = cut_batches(samples, self.settings.micro_batch_tokens)
+        on_gpu = self.model.device.type == "cuda"
+        parts = cut_batches(samples, self.settings.tokens_per_micro_batch(on_gpu=on_gpu))
         num_batches = max(distributed.gather(len(parts)))
         for part in parts:
             yield pack(part, self.model.device)
