@@ -95,9 +95,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--max-completion-length", type=int, default=256)
-    parser.add_argument(
-        "--trl-batch", type=int, default=16, help="completions in a TRL micro-batch"
-    )
+    parser.add_argument("--trl-batch", type=int, default=8, help="completions in a TRL micro-batch")
     parser.add_argument("--micro-batch-tokens", type=int, help="of r1pipe; default: as in a recipe")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
