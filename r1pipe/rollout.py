@@ -183,7 +183,7 @@ class Sampler:
             top_k=sampling.top_k or -1,
             max_tokens=sampling.max_completion_length,
             seed=seed,
-            # Of the sampled token alone, without an object for each: a tenth of the engine's own time.
+            # Of the sampled tokens, in one list: no object for each of them.
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
