@@ -74,6 +74,7 @@ def load(
             "answer": str(start + sum(changes)),
             "solution": write_trace(start, changes, events, worked),
             "source": "arithmetic",
+            "category": f"{len(changes)} steps",
         }
 
 

@@ -26,11 +26,12 @@ def check_stage(stage: Stage) -> str:
     Scorer(list_rewards(stage))
     if isinstance(stage, Grpo):
         check_loss(stage)
-    source = getattr(stage, "data", None)
-    if source is None or source.recipe is None:
-        return f"{stage.name}: ok"
-    problems = load_problems(source)
-    return f"{stage.name}: {source.recipe}/{source.split}: {len(problems)} problems"
+    counts = [
+        f"{source.recipe}/{source.split}: {len(load_problems(source))} problems"
+        for source in stage.problem_sets()
+        if source.recipe is not None
+    ]
+    return f"{stage.name}: {', '.join(counts) or 'ok'}"
 
 
 def check_loss(stage: Grpo) -> None:

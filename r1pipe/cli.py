@@ -52,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
     for kind in STAGE_TYPES:
         command = add(kind, STAGE_HELP[kind])
         command.add_argument("--redo", action="store_true", help="make it again if it is finished")
+        if kind == "eval":
+            add_eval_options(command)
     check = add("check", "read a recipe and its data, say whether it fits, and run nothing")
     check.add_argument(
         "--devices", metavar="8x80GB", help="that the recipe is to fit on; default: this machine's"
@@ -66,6 +68,25 @@ def build_parser() -> argparse.ArgumentParser:
     gguf.add_argument("file", type=Path, metavar="FILE")
     gguf.add_argument("out", type=Path, metavar="OUT")
     return parser
+
+
+def add_eval_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="STAGE|FOLDER|ID",
+        dest="checkpoints",
+        help="evaluate this instead of the recipe's checkpoints; may be given again",
+    )
+    command.add_argument(
+        "--compare",
+        nargs=2,
+        action="extend",
+        metavar=("A", "B"),
+        dest="checkpoints",
+        help="evaluate these two, if that is not done, and give their difference",
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,10 +136,12 @@ def run_command(options: argparse.Namespace) -> int:
         for line in check_recipe(recipe, options.devices):
             print(line)
         return 0
-    from r1pipe.pipeline import run_one, run_recipe
+    from r1pipe.pipeline import evaluate_checkpoints, run_one, run_recipe
 
     if options.command == "run":
         run_recipe(recipe, options.redo)
+    elif options.command == "eval" and options.checkpoints:
+        evaluate_checkpoints(recipe, options.checkpoints, options.redo)
     else:
         run_one(recipe, options.command, options.redo)
     return 0

@@ -6,18 +6,22 @@ own where those have one. Imports no torch.
 """
 
 import difflib
+import hashlib
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    field_serializer,
     field_validator,
     model_validator,
 )
@@ -148,6 +152,10 @@ class Stage(Strict):
         """What the stage starts from: names of earlier stages, folders or hub ids."""
         return []
 
+    def problem_sets(self) -> list[ProblemSet]:
+        """Every set of problems that the stage reads."""
+        return []
+
 
 class Init(Stage):
     """A policy from random weights, with a tokenizer built for the data."""
@@ -156,6 +164,9 @@ class Init(Stage):
     model: dict[str, Any]
     """`model_type` and the keyword arguments of that transformers config."""
     tokenizer: TokenizerTraining
+
+    def problem_sets(self) -> list[ProblemSet]:
+        return [self.tokenizer.data]
 
 
 class TrainingStage(Stage):
@@ -167,6 +178,9 @@ class TrainingStage(Stage):
 
     def parents(self) -> list[str]:
         return [self.from_, *([self.data.stage] if self.data.stage else [])]
+
+    def problem_sets(self) -> list[ProblemSet]:
+        return [self.data]
 
 
 class Sft(TrainingStage):
@@ -330,24 +344,80 @@ class Distill(TrainingStage):
     train: Supervised
 
 
+class EvalSet(ProblemSet):
+    """A set of held-out problems, and what it needs that the stage's other sets do not."""
+
+    name: str = ""
+    """In tables and summary.json; default: recipe/split."""
+    num_samples: PositiveInt | None = None
+    """Default: the stage's."""
+    reward: str | None = None
+    """Default: the stage's."""
+
+    @property
+    def label(self) -> str:
+        return self.name or f"{self.recipe or self.stage}/{self.split}"
+
+
+class EvalSampling(Sampling):
+    """R1's protocol, unless the recipe has another (arXiv:2501.12948, section D.1)."""
+
+    temperature: NonNegativeFloat = 0.6
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    max_completion_length: PositiveInt = 32_768
+
+
+def as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
 class Eval(Stage):
     """The same held-out problems for every checkpoint."""
 
     kind: Literal["eval"]
     checkpoints: Annotated[list[str], Field(min_length=1)]
     """Earlier stages, folders or hub ids."""
-    data: ProblemSet
-    num_samples: PositiveInt
+    data: Annotated[list[EvalSet], Field(min_length=1), BeforeValidator(as_list)]
+    """One set of problems, or a list of them."""
+    num_samples: PositiveInt | None = None
+    """Samples per problem. Default: R1's for a set of that size (measures.R1_NUM_SAMPLES)."""
     k: PositiveInt | None = None
-    """For pass@k and maj@k; default: num_samples."""
-    sampling: Sampling
+    """For pass@k and maj@k of the table; default: num_samples. summary.md has pass@2, 4, 8, ..."""
+    sampling: EvalSampling = EvalSampling()
     reward: str = "rewards.math_correct"
     format_reward: str = "rewards.format"
+    summarizes: bool = True
+    """Whether the run's own summary.json, summary.md and curves.png are of this stage."""
 
     makes_checkpoint: ClassVar[bool] = False
 
     def parents(self) -> list[str]:
         return self.checkpoints
+
+    def problem_sets(self) -> list[ProblemSet]:
+        return list(self.data)
+
+    def for_one(self, checkpoint: str) -> "Eval":
+        """The same for another checkpoint alone: a stage of its own, beside the recipe's."""
+        digest = hashlib.sha256(checkpoint.encode()).hexdigest()[:6]
+        words = re.sub(r"[^A-Za-z0-9]+", "-", Path(checkpoint).name).strip("-")
+        own = {"name": f"{self.name}-{words}-{digest}", "checkpoints": [checkpoint]}
+        return self.model_copy(update={**own, "summarizes": False})
+
+    @field_serializer("data")
+    def write_as_given(self, data: list[EvalSet]) -> Any:
+        """One set without a list around it."""
+        rows = [problems.model_dump(mode="json") for problems in data]
+        return rows if len(rows) > 1 else rows[0]
+
+    @field_validator("data")
+    @classmethod
+    def tell_sets_apart(cls, data: list[EvalSet]) -> list[EvalSet]:
+        labels = [problems.label for problems in data]
+        for label in labels:
+            if labels.count(label) > 1:
+                raise ValueError(f'two sets are called "{label}"; give one a name')
+        return data
 
 
 AnyStage = Annotated[Init | Sft | Grpo | Reject | Distill | Eval, Field(discriminator="kind")]
@@ -379,9 +449,9 @@ class Recipe(Strict):
                 later = [s.name for s in self.stages if s.name == parent and parent not in earlier]
                 if later:
                     raise ValueError(f'stages: "{stage.name}" starts from "{parent}", a later one')
-            source = getattr(stage, "data", None)
-            if source is not None and source.stage and source.stage not in earlier:
-                raise ValueError(f'stages: "{stage.name}": no earlier stage "{source.stage}"')
+            for source in stage.problem_sets():
+                if source.stage and source.stage not in earlier:
+                    raise ValueError(f'stages: "{stage.name}": no earlier stage "{source.stage}"')
             earlier.add(stage.name)
         return self
 

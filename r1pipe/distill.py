@@ -24,11 +24,7 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
     problems = context.training_problems(stage)
     teacher = context.checkpoint(stage.from_)
     traces, facts = collect_traces(
-        context.engines.open(teacher),
-        problems,
-        stage.traces,
-        (context.recipe.seed, stage.name),
-        f"{stage.name}: samples",
+        context, teacher, problems, stage.traces, f"{stage.name}: samples"
     )
     if not traces:
         raise UserError(f'stage "{stage.name}": no sample of {teacher} was accepted')

@@ -3,128 +3,165 @@
 Run it with `r1pipe eval configs/demo.yaml`.
 """
 
+import functools
 import json
 import time
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from r1pipe.config import Eval, Reward
+from r1pipe.config import Eval, EvalSet, Reward
 from r1pipe.distributed import is_first
+from r1pipe.measures import (
+    ProblemResult,
+    compare,
+    default_num_samples,
+    find_right,
+    measure,
+    sum_up_problems,
+)
 from r1pipe.problems import OverlapIndex
 from r1pipe.progress import say
-from r1pipe.records import (
-    Problem,
-    Rollout,
-    Score,
-    describe_rollout,
-    read_jsonl,
-    write_jsonl,
-    write_text,
-)
-from r1pipe.rollout import Sampler
-from r1pipe.sampling import sample_and_score
-from r1pipe.scoring import Scorer, mean
+from r1pipe.records import Problem, describe_rollout, read_jsonl, write_jsonl, write_text
+from r1pipe.runs import JOURNAL
+from r1pipe.sampling import SamplingJob, identify_weights, sample_and_score
 from r1pipe.stage import StageContext
-from r1pipe.statistics import clustered_interval, estimate_pass_at_k, vote
-from r1pipe.summary import format_table, plot_curves, plot_expert_load
-from rewards import extract_answer
+from r1pipe.summary import format_report, format_table, plot_curves, plot_expert_load
 
 
 def run(stage: Eval, context: StageContext) -> dict[str, Any]:
-    """Write summary.json (one object per checkpoint), samples, and the curves; print the table."""
-    problems = context.load(stage.data)
-    scorer = Scorer([Reward(function=stage.reward), Reward(function=stage.format_reward)])
-    overlap = TrainingOverlap(context, problems)
+    """Write summary.json (one object per set and checkpoint), summary.md, results.jsonl (one per
+    problem of these), samples, and the curves; print the table."""
+    sets = [HeldOut(source, context) for source in stage.data]
+    results: dict[tuple[str, str], list[ProblemResult]] = {}
     summary = []
     # One engine after another: checkpoints of one architecture next to each other share one.
     for name in stage.checkpoints:
-        started = time.monotonic()
-        checkpoint = context.checkpoint(name)
-        sampler = context.engines.open(checkpoint)
-        label = f"{stage.name}: {name}"
-        rollouts, scores = sample_checkpoint(
-            stage, sampler, scorer, problems, context.recipe.seed, label
-        )
-        record = context.run.read_record(name) if context.recipe.stage(name) else None
-        summary.append(
-            {
-                "stage": name,
-                "checkpoint": checkpoint,
-                "dataset": f"{stage.data.recipe}/{stage.data.split}",
-                **measure(stage, problems, rollouts, scores),
-                "overlap": overlap.share(name),
-                # Of the stage that made the checkpoint; its evaluation took eval_s.
-                "wall_s": record["wall_s"] if record else 0.0,
-                "eval_s": round(time.monotonic() - started, 1),
-            }
-        )
-        write_jsonl(
-            context.folder / f"samples_{len(summary)}.jsonl",
-            map(describe_rollout, repeat_each(problems, stage), rollouts, scores),
-        )
-    text = json.dumps(summary, indent=2) + "\n"
-    write_text(context.folder / "summary.json", text)
-    if is_first():
-        write_text(context.run.path / "summary.json", text)
+        for heldout in sets:
+            number = len(results) + 1
+            entry, found = evaluate(stage, heldout, name, context, number)
+            summary.append(entry)
+            results[heldout.label, name] = found
+    summary = order_by_set(summary)
+    compare_in_order(summary, results)
+    write_results(stage, context, summary, results)
+    return {"checkpoints": len(stage.checkpoints), "problems": sum(len(s.problems) for s in sets)}
+
+
+class HeldOut:
+    """One set of problems of the stage, and who has seen what of it."""
+
+    def __init__(self, source: EvalSet, context: StageContext):
+        self.source, self.label = source, source.label
+        self.problems = context.load(source)
+        self.overlap = TrainingOverlap(context, self.problems)
+
+
+def evaluate(
+    stage: Eval, heldout: HeldOut, name: str, context: StageContext, number: int
+) -> tuple[dict[str, Any], list[ProblemResult]]:
+    """One checkpoint on one set: its entry of the summary, and its results problem by problem."""
+    started = time.monotonic()
+    problems = heldout.problems
+    checkpoint = context.checkpoint(name)
+    reward = heldout.source.reward or stage.reward
+    num_samples = (
+        heldout.source.num_samples or stage.num_samples or default_num_samples(len(problems))
+    )
+    job = SamplingJob(
+        problems=problems,
+        num_samples=num_samples,
+        sampling=stage.sampling,
+        # The seeds depend on neither checkpoint nor stage: checkpoints are compared on common
+        # random numbers.
+        seed_parts=(context.recipe.seed, stage.kind),
+        rewards=[Reward(function=reward), Reward(function=stage.format_reward)],
+        origin=identify_weights(checkpoint),
+        folder=context.folder / JOURNAL / str(number),
+        label=f"{stage.name}: {name}" + (f" on {heldout.label}" if len(stage.data) > 1 else ""),
+    )
+    rollouts, scores = sample_and_score(job, functools.partial(context.engines.open, checkpoint))
+    k = min(stage.k or num_samples, num_samples)
+    results = sum_up_problems(problems, rollouts, find_right(scores, reward), k)
+    owners = [problem for problem in problems for _ in range(num_samples)]
+    samples = f"samples_{number}.jsonl"
+    write_jsonl(context.folder / samples, map(describe_rollout, owners, rollouts, scores))
+    record = context.run.read_record(name) if context.recipe.stage(name) else None
+    entry = {
+        "stage": name,
+        "checkpoint": checkpoint,
+        "dataset": heldout.label,
+        **measure(results, rollouts, scores, stage.sampling, k, reward, stage.format_reward),
+        "overlap": heldout.overlap.share(name),
+        # Of the stage that made the checkpoint; its evaluation took eval_s.
+        "wall_s": record["wall_s"] if record else 0.0,
+        "eval_s": round(time.monotonic() - started, 1),
+        "samples": samples,
+    }
+    return entry, results
+
+
+def order_by_set(summary: list[dict]) -> list[dict]:
+    labels = list(dict.fromkeys(entry["dataset"] for entry in summary))
+    return sorted(summary, key=lambda entry: labels.index(entry["dataset"]))
+
+
+def compare_in_order(
+    summary: list[dict], results: dict[tuple[str, str], list[ProblemResult]]
+) -> None:
+    """Give every entry its difference to the one before it on the same set."""
+    for before, entry in zip([None, *summary], summary):
+        entry["compared_with"] = None
+        if before is not None and before["dataset"] == entry["dataset"]:
+            pair = (results[entry["dataset"], e["stage"]] for e in (before, entry))
+            entry["compared_with"] = {"stage": before["stage"], **compare(*pair)}
+
+
+def join_evaluations(folders: dict[str, Path]) -> str:
+    """One table of checkpoints that finished eval stages, in these folders, have evaluated by the
+    same protocol."""
+    summary, results = [], {}
+    for name, folder in folders.items():
+        text = (folder / "summary.json").read_text(encoding="utf-8")
+        summary += [entry for entry in json.loads(text) if entry["stage"] == name]
+        for _, row in read_jsonl(folder / "results.jsonl"):
+            key = row.pop("dataset"), row.pop("stage")
+            if key[1] == name:
+                results.setdefault(key, []).append(ProblemResult(**row))
+    summary = order_by_set(summary)
+    compare_in_order(summary, results)
+    return format_table(summary)
+
+
+def write_results(
+    stage: Eval,
+    context: StageContext,
+    summary: list[dict],
+    results: dict[tuple[str, str], list[ProblemResult]],
+) -> None:
+    texts = {
+        "summary.json": json.dumps(summary, indent=2) + "\n",
+        "summary.md": format_report(summary),
+    }
+    write_jsonl(
+        context.folder / "results.jsonl",
+        (
+            {"stage": name, "dataset": label, **asdict(result)}
+            for (label, name), found in results.items()
+            for result in found
+        ),
+    )
+    for file, text in texts.items():
+        write_text(context.folder / file, text)
+    if not is_first():
+        return
+    if stage.summarizes:
+        print(format_table(summary))
+        for file, text in texts.items():
+            write_text(context.run.path / file, text)
         plot_curves(context.run, summary, context.run.path / "curves.png")
         plot_expert_load(context.run, context.run.path / "experts.png")
-        print(format_table(summary))
-    say(f"written: {context.run.path}/summary.json, {context.run.path}/curves.png")
-    return {"checkpoints": len(summary), "problems": len(problems)}
-
-
-def repeat_each(problems: list[Problem], stage: Eval) -> list[Problem]:
-    return [problem for problem in problems for _ in range(stage.num_samples)]
-
-
-def sample_checkpoint(
-    stage: Eval, sampler: Sampler, scorer: Scorer, problems: list[Problem], seed: int, label: str
-) -> tuple[list[Rollout], list[Score]]:
-    """`num_samples` scored rollouts per problem. The seeds do not depend on the checkpoint, so
-    that checkpoints are compared on common random numbers."""
-    return sample_and_score(
-        sampler, scorer, problems, stage.num_samples, stage.sampling, (seed, stage.name), label
-    )
-
-
-def measure(
-    stage: Eval, problems: list[Problem], rollouts: list[Rollout], scores: list[Score]
-) -> dict[str, Any]:
-    """The figures of one checkpoint, with their protocol. What cannot be judged counts as wrong,
-    and is counted."""
-    k = min(stage.k or stage.num_samples, stage.num_samples)
-    right = [(score.rewards[stage.reward] or 0.0) >= 1.0 for score in scores]
-    pass_rates, pass_at_k, majority = [], [], []
-    for i in range(len(problems)):
-        samples = slice(i * stage.num_samples, (i + 1) * stage.num_samples)
-        num_right = sum(right[samples])
-        pass_rates.append(num_right / stage.num_samples)
-        pass_at_k.append(estimate_pass_at_k(stage.num_samples, num_right, k))
-        majority.append(is_majority_right(rollouts[samples][:k], right[samples][:k]))
-    ci_low, ci_high = clustered_interval(pass_rates)
-    judged_format = [(score.rewards[stage.format_reward] or 0.0) >= 1.0 for score in scores]
-    return {
-        "num_problems": len(problems),
-        "num_samples": stage.num_samples,
-        "temperature": stage.sampling.temperature,
-        "top_p": stage.sampling.top_p,
-        "max_completion_length": stage.sampling.max_completion_length,
-        "pass_at_1": round(mean(pass_rates), 4),
-        "ci_low": round(ci_low, 4),
-        "ci_high": round(ci_high, 4),
-        "k": k,
-        "pass_at_k": round(mean(pass_at_k), 4),
-        "maj_at_k": round(mean(majority), 4),
-        "format_rate": round(mean(judged_format), 4),
-        "mean_tokens": round(mean([len(r.completion_ids) for r in rollouts]), 1),
-        "truncated": round(mean([r.truncated for r in rollouts]), 4),
-        "unjudged": round(mean([s.rewards[stage.reward] is None for s in scores]), 4),
-    }
-
-
-def is_majority_right(rollouts: list[Rollout], right: list[bool]) -> bool:
-    answers = [extract_answer(rollout.completion) for rollout in rollouts]
-    winner = vote(answers)
-    return winner is not None and right[answers.index(winner)]
+        say(f"written: {context.run.path}/summary.json, summary.md, curves.png")
 
 
 class TrainingOverlap:

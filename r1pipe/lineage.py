@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from r1pipe import __version__
-from r1pipe.config import Grpo, ProblemSet, Recipe, Stage
+from r1pipe.config import EvalSet, Grpo, ProblemSet, Recipe, Stage
 from r1pipe.environment import PACKAGE, describe_machine, list_versions, read_commit
 from r1pipe.errors import UserError
 from r1pipe.problems import COLUMNS, find_recipe, load_problems
@@ -76,8 +76,8 @@ class Lineage:
         shared = self.recipe.model_dump(mode="json", exclude={"stages", "runs_dir"}, by_alias=True)
         settings = self.stage.model_dump(mode="json", by_alias=True)
         checkpoints = list_checkpoints(settings)
-        traces = (settings.get("data") or {}).get("stage")
-        parents = {name: run / name / FILE for name in (*checkpoints, traces) if name}
+        traces = [source.stage for source in self.stage.problem_sets() if source.stage]
+        parents = {name: run / name / FILE for name in (*checkpoints, *traces)}
         record = {
             "stage": self.stage.name,
             "kind": self.stage.kind,
@@ -185,11 +185,15 @@ def verify_parents(folder: Path, record: dict, settings: dict) -> Iterator[Findi
 def verify_data(name: str, entries: list[dict], settings: dict) -> Iterator[Finding]:
     """Load the stage's own rows again, if their recipe is still the same. Held-out rows are the
     own ones of an eval stage."""
-    own = settings.get("data") or settings.get("tokenizer", {}).get("data")
-    source = ProblemSet.model_validate(own) if own else None
-    entry = next((e for e in entries if source and e["source"] == describe_source(source)), None)
-    if entry is None or source.recipe is None:
-        return
+    own = settings.get("data") or settings.get("tokenizer", {}).get("data") or []
+    for values in own if isinstance(own, list) else [own]:
+        source = EvalSet.model_validate(values)
+        entry = next((e for e in entries if e["source"] == describe_source(source)), None)
+        if entry is not None and source.recipe is not None:
+            yield from verify_rows(name, entry, source)
+
+
+def verify_rows(name: str, entry: dict, source: ProblemSet) -> Iterator[Finding]:
     try:
         if hash_file(find_recipe(source.recipe)) != entry["recipe_sha256"]:
             yield Finding(name, f"data recipe {source.recipe}: changed since it was used")
@@ -374,7 +378,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def describe_source(source: ProblemSet) -> dict[str, Any]:
-    return hide_places(source.model_dump(mode="json"))
+    # Not what an eval stage adds to it, which is no matter of the rows.
+    return hide_places(source.model_dump(mode="json", include=set(ProblemSet.model_fields)))
 
 
 def hide_places(value: Any) -> Any:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from r1pipe import distributed
 from r1pipe.check import check_stage
-from r1pipe.config import Recipe, Stage
+from r1pipe.config import Eval, Recipe, Stage
 from r1pipe.errors import UserError
 from r1pipe.progress import say
 from r1pipe.runs import RunFolder
@@ -67,6 +67,30 @@ def run_one(recipe: Recipe, kind: str, redo: bool) -> None:
             say(f"{kind}: finished before; add --redo to make it again")
             return
         run_stages(run, [stages[number]])
+
+
+def evaluate_checkpoints(recipe: Recipe, names: list[str], redo: bool) -> None:
+    """Print how these checkpoints (stages of the recipe, folders or hub ids) do by the protocol of
+    the recipe's last eval stage, and how they differ. What has been evaluated is not again."""
+    stages = [stage for stage in recipe.stages if isinstance(stage, Eval)]
+    if not stages:
+        raise UserError(f'recipe "{recipe.name}" has no eval stage to say how')
+    asked = stages[-1]
+    singles = {name: asked.for_one(name) for name in names}
+    with open_run(recipe) as run:
+
+        def find_finished() -> set[str]:
+            return {s.name for s in (asked, *singles.values()) if run.is_finished(s)}
+
+        finished = set() if redo else distributed.on_first_rank(find_finished)
+        if asked.name in finished:
+            singles |= dict.fromkeys(set(names) & set(asked.checkpoints), asked)
+        run_stages(run, [stage for stage in singles.values() if stage.name not in finished])
+        folders = {name: run.stage_dir(stage.name) for name, stage in singles.items()}
+        if distributed.is_first():
+            from r1pipe.evaluate import join_evaluations
+
+            print(join_evaluations(folders))
 
 
 @contextmanager

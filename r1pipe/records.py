@@ -24,6 +24,7 @@ class Problem:
     tests: Any = None
     solution: str | None = None
     source: str = ""
+    category: str = ""
 
     @property
     def question(self) -> str:

@@ -15,10 +15,8 @@ from r1pipe.stage import StageContext
 def run(stage: Reject, context: StageContext) -> dict[str, Any]:
     """Write traces.jsonl: problems with an accepted sample as their solution."""
     problems = context.training_problems(stage)
-    sampler = context.engines.open(context.checkpoint(stage.from_))
-    traces, facts = collect_traces(
-        sampler, problems, stage.traces, (context.recipe.seed, stage.name), stage.name
-    )
+    checkpoint = context.checkpoint(stage.from_)
+    traces, facts = collect_traces(context, checkpoint, problems, stage.traces, stage.name)
     if not traces:
         raise UserError(f'stage "{stage.name}": no sample was accepted; look at the rewards')
     write_jsonl(context.folder / "traces.jsonl", traces)

@@ -1,26 +1,30 @@
 """Rejection sampling: a policy's own right answers become traces. Shared by reject and distill."""
 
 from dataclasses import replace
+from functools import partial
 
 from r1pipe.config import Traces
 from r1pipe.records import Problem, Rollout, Score
-from r1pipe.rollout import Sampler
-from r1pipe.sampling import sample_and_score
-from r1pipe.scoring import Scorer
+from r1pipe.runs import JOURNAL
+from r1pipe.sampling import SamplingJob, identify_weights, sample_and_score
+from r1pipe.stage import StageContext
 
 
 def collect_traces(
-    sampler: Sampler,
-    problems: list[Problem],
-    settings: Traces,
-    seed_parts: tuple[object, ...],
-    label: str,
+    context: StageContext, checkpoint: str, problems: list[Problem], settings: Traces, label: str
 ) -> tuple[list[Problem], dict[str, float]]:
     """Problems whose `solution` is a sample that every reward accepts, and how many there were."""
-    scorer = Scorer(settings.rewards)
-    rollouts, scores = sample_and_score(
-        sampler, scorer, problems, settings.num_generations, settings.sampling, seed_parts, label
+    job = SamplingJob(
+        problems=problems,
+        num_samples=settings.num_generations,
+        sampling=settings.sampling,
+        seed_parts=(context.recipe.seed, context.stage_name),
+        rewards=settings.rewards,
+        origin=identify_weights(checkpoint),
+        folder=context.folder / JOURNAL,
+        label=label,
     )
+    rollouts, scores = sample_and_score(job, partial(context.engines.open, checkpoint))
     accepted = [is_accepted(r, s) for r, s in zip(rollouts, scores, strict=True)]
     traces = []
     for i, problem in enumerate(problems):

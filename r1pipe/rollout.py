@@ -8,7 +8,7 @@ import gc
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -118,6 +118,8 @@ class Sampler:
         on_group: Callable[[int, list[Rollout]], None] | None = None,
         with_routes: bool = False,
         part: slice = slice(None),
+        on_sample: Callable[[Rollout], None] | None = None,
+        have: Mapping[tuple[str, int], Rollout] | None = None,
     ) -> list[Rollout]:
         """`num_samples` rollouts per problem, those of one problem next to each other.
 
@@ -126,26 +128,39 @@ class Sampler:
         `on_group(i, rollouts)` is called as soon as the samples of `problems[i]` are finished,
         while others are still being sampled; routes come at the end. `with_routes` needs a sampler
         that was opened with them. With a `part` only those of the problems are sampled, and
-        counted: the samples are the same as among all the others.
+        counted: the samples are the same as among all the others. `on_sample` is called for each
+        new sample; what is in `have`, by the problem's id and the sample's number, is taken from
+        there, without routes.
         """
         problems_here = range(len(problems))[part]
         plan = self._plan(problems, num_samples, sampling, seed_parts)
         plan = plan[problems_here.start * num_samples : problems_here.stop * num_samples]
-        prompts = [ids for _, ids, _, _ in plan]
-        parameters = [self._parameters(sampling, seed, with_routes) for _, _, _, seed in plan]
-        finished: list[Rollout | None] = [None] * len(plan)
+        finished = [(have or {}).get((problem.id, number)) for problem, _, number, _ in plan]
         results: list[Any] = [None] * len(plan)
-        missing = [num_samples] * len(problems_here)
+        requests = {
+            place: (ids, self._parameters(sampling, seed, with_routes))
+            for place, (_, ids, _, seed) in enumerate(plan)
+            if finished[place] is None
+        }
+        missing = [0] * len(problems_here)
+        for place in requests:
+            missing[place // num_samples] += 1
+
+        def tell(group: int) -> None:
+            if on_group and not missing[group]:
+                on_group(group, finished[group * num_samples : (group + 1) * num_samples])
+
+        for group in range(len(missing)):
+            tell(group)
         with self._capture.recording() if with_routes and self._capture else nullcontext():
-            for place, result in self._run(prompts, parameters):
+            for place, result in self._run(requests):
                 problem, ids, number, _ = plan[place]
                 results[place] = result
                 finished[place] = self._read(result, problem, ids, number)
-                group = place // num_samples
-                missing[group] -= 1
-                if on_group and not missing[group]:
-                    start = group * num_samples
-                    on_group(group, finished[start : start + num_samples])
+                if on_sample:
+                    on_sample(finished[place])
+                missing[place // num_samples] -= 1
+                tell(place // num_samples)
         if with_routes:
             for rollout, routes in zip(finished, self._routes(results), strict=True):
                 rollout.routes = routes
@@ -191,14 +206,14 @@ class Sampler:
             skip_reading_prefix_cache=with_routes and self._capture is not None,
         )
 
-    def _run(self, prompts: list[list[int]], parameters: list) -> Iterator[tuple[int, Any]]:
-        """vLLM's results as they come, each with its request's place."""
+    def _run(self, requests: dict[int, tuple[list[int], Any]]) -> Iterator[tuple[int, Any]]:
+        """vLLM's results of prompts and parameters as they come, each with its request's place."""
         from vllm.inputs import tokens_input
 
         engine = self.llm.llm_engine
         waiting = set()
         try:
-            for place, (ids, wanted) in enumerate(zip(prompts, parameters, strict=True)):
+            for place, (ids, wanted) in requests.items():
                 engine.add_request(str(place), tokens_input(ids), wanted)
                 waiting.add(str(place))
             while engine.has_unfinished_requests():

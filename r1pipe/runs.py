@@ -28,6 +28,9 @@ from r1pipe.records import dump_row, read_jsonl, write_text
 SHARED_KEYS = ("seed", "dtype", "attn_implementation", "ngram")
 """Settings of the recipe that change what a stage makes. The engine's bound only what fits."""
 
+JOURNAL = "journal"
+"""Where a stage keeps what it has sampled (sampling.py) until it is finished."""
+
 
 class RunFolder:
     """The folder of one run, held by one process at a time. Use as a context manager.
@@ -108,6 +111,7 @@ class RunFolder:
             **facts,
         }
         write_text(partial / "stage.json", json.dumps(record, indent=2) + "\n")
+        shutil.rmtree(partial / JOURNAL, ignore_errors=True)
         self.lineages[stage.name].write(partial, self.path)
         target = self.stage_dir(stage.name)
         if target.exists():

@@ -34,7 +34,8 @@ def list_rewards(stage: Stage) -> list[Reward]:
     if isinstance(stage, Reject | Distill):
         return stage.traces.rewards
     if isinstance(stage, Eval):
-        return [Reward(function=stage.reward), Reward(function=stage.format_reward)]
+        own = [problems.reward for problems in stage.data if problems.reward]
+        return [Reward(function=name) for name in (stage.reward, stage.format_reward, *own)]
     return []
 
 

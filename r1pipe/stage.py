@@ -43,7 +43,8 @@ class StageContext:
             problem
             for other in self.recipe.stages
             if isinstance(other, Eval)
-            for problem in self.load(other.data)
+            for source in other.data
+            for problem in self.load(source)
         ]
         if heldout:
             result = decontaminate(problems, heldout, self.recipe.ngram)

@@ -1,5 +1,6 @@
 """What a run has to show for itself: the table of its summary, and the curves as a picture."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,44 +10,118 @@ from r1pipe.runs import RunFolder, read_metrics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-COLUMNS = {
-    "checkpoint": ("stage", "{}"),
-    "pass@1": ("pass_at_1", "{:.1%}"),
-    "95% interval": (("ci_low", "ci_high"), "{:.1%} - {:.1%}"),
-    "pass@k": ("pass_at_k", "{:.1%}"),
-    "maj@k": ("maj_at_k", "{:.1%}"),
-    "format": ("format_rate", "{:.1%}"),
-    "tokens": ("mean_tokens", "{:.1f}"),
-    "truncated": ("truncated", "{:.1%}"),
-    "wall": ("wall_s", "{:.0f} s"),
+COLUMNS: dict[str, Callable[[dict], str]] = {
+    "checkpoint": lambda entry: entry["stage"],
+    "pass@1": lambda entry: percent(entry["pass_at_1"]),
+    "95% interval": lambda entry: f"{percent(entry['ci_low'])} - {percent(entry['ci_high'])}",
+    "to the one above": lambda entry: describe_difference(entry.get("compared_with")),
+    "pass@k": lambda entry: percent(entry["pass_at_k"]),
+    "maj@k": lambda entry: percent(entry["maj_at_k"]),
+    "format": lambda entry: percent(entry["format_rate"]),
+    "tokens": lambda entry: f"{entry['mean_tokens']:.1f}",
+    "truncated": lambda entry: percent(entry["truncated"]),
+    "unjudged": lambda entry: percent(entry["unjudged"]),
+    "wall": lambda entry: f"{entry['wall_s']:.0f} s",
 }
 
 
 def format_table(summary: list[dict]) -> str:
-    """The summary as a Markdown table with its protocol in the line below."""
-    rows = [list(COLUMNS)]
-    for entry in summary:
-        cells = []
-        for keys, template in COLUMNS.values():
-            keys = (keys,) if isinstance(keys, str) else keys
-            cells.append(template.format(*(entry[key] for key in keys)))
-        rows.append(cells)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(COLUMNS))]
+    """The summary as Markdown: for each set of problems a table, its protocol in the line below."""
+    return "\n\n".join(
+        draw_table([list(COLUMNS), *([cell(e) for cell in COLUMNS.values()] for e in entries)])
+        + "\n\n"
+        + describe_protocol(entries)
+        for entries in group_by_set(summary)
+    )
+
+
+def format_report(summary: list[dict]) -> str:
+    """All that is in the summary as Markdown: the tables of `format_table`, and for each set
+    pass@k, pass@1 by category, and samples by length, with a column per checkpoint."""
+    parts = []
+    for entries in group_by_set(summary):
+        parts += [f"# {entries[0]['dataset']}", format_table(entries)]
+        parts += ["## pass@k", draw_pivot("k", entries, list_pass_at)]
+        if len({row["category"] for entry in entries for row in entry["by_category"]}) > 1:
+            parts += ["## pass@1 by category", draw_pivot("category", entries, list_categories)]
+        parts += [
+            "## Samples by length: share right, and how many they are",
+            draw_pivot("tokens", entries, list_lengths),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def group_by_set(summary: list[dict]) -> list[list[dict]]:
+    labels = dict.fromkeys(entry["dataset"] for entry in summary)
+    return [[entry for entry in summary if entry["dataset"] == label] for label in labels]
+
+
+def describe_protocol(entries: list[dict]) -> str:
+    first = entries[0]
+    overlaps = [entry["overlap"] for entry in entries if entry["overlap"] is not None]
+    overlap = f"{max(overlaps):.1%}" if overlaps else "unknown"
+    return (
+        f"{first['dataset']}: {first['num_problems']} problems x {first['num_samples']} samples, "
+        f"T = {first['temperature']:g}, top-p = {first['top_p']:g}, k = {first['k']}; intervals "
+        f"clustered by problem, differences paired by problem; overlap with training {overlap}"
+    )
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def describe_difference(comparison: dict | None) -> str:
+    if comparison is None:
+        return "-"
+    difference, low, high = (
+        f"{100 * comparison[key]:+.1f}" for key in ("difference", "ci_low", "ci_high")
+    )
+    return f"{difference} ({low} to {high})"
+
+
+def list_pass_at(entry: dict) -> dict[str, str]:
+    return {k: percent(value) for k, value in entry["pass_at"].items()}
+
+
+def list_categories(entry: dict) -> dict[str, str]:
+    return {
+        f"{row['category']} ({row['num_problems']})": f"{percent(row['pass_at_1'])} "
+        f"({percent(row['ci_low'])} - {percent(row['ci_high'])})"
+        for row in entry["by_category"]
+    }
+
+
+def list_lengths(entry: dict) -> dict[str, str]:
+    return {
+        f"{row['tokens_from']} - {row['tokens_to'] - 1}": f"{percent(row['right'])} "
+        f"of {row['samples']}"
+        for row in entry["by_length"]
+    }
+
+
+def draw_pivot(
+    title: str, entries: list[dict], list_cells: Callable[[dict], dict[str, str]]
+) -> str:
+    """A row for everything that some entry has a cell for, a column per entry."""
+    columns = [list_cells(entry) for entry in entries]
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    if title == "tokens":
+        names.sort(key=lambda name: int(name.split()[0]))
+    header = [title, *(entry["stage"] for entry in entries)]
+    return draw_table([header, *([n, *(c.get(n, "-") for c in columns)] for n in names)])
+
+
+def draw_table(rows: list[list[str]]) -> str:
+    """Markdown whose columns line up; the first row is the header."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, widths)) + " |" for r in rows]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    first = summary[0]
-    overlaps = [entry["overlap"] for entry in summary if entry["overlap"] is not None]
-    overlap = f"{max(overlaps):.1%}" if overlaps else "unknown"
-    lines.append(
-        f"\n{first['dataset']}: {first['num_problems']} problems x {first['num_samples']} samples, "
-        f"T = {first['temperature']:g}, top-p = {first['top_p']:g}, k = {first['k']}; interval "
-        f"clustered by problem; overlap with training {overlap}"
-    )
     return "\n".join(lines)
 
 
 def plot_curves(run: RunFolder, summary: list[dict], path: Path) -> None:
-    """Reward, accuracy and length over the steps of each grpo stage, and pass@1 per checkpoint."""
+    """Reward and length over the steps of each grpo stage; pass@1 on the first set of problems."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -74,6 +149,7 @@ def plot_curves(run: RunFolder, summary: list[dict], path: Path) -> None:
     left.legend(loc="lower right")
     length_axis.set_ylabel("mean completion length (tokens)", color="tab:gray")
 
+    summary = group_by_set(summary)[0]
     names = [entry["stage"] for entry in summary]
     values = [100 * entry["pass_at_1"] for entry in summary]
     low = [max(0.0, 100 * (entry["pass_at_1"] - entry["ci_low"])) for entry in summary]

@@ -22,3 +22,7 @@ def undecided_for_odd_answers(
 def own_tokens(completion_ids: list[list[int]], **columns: object) -> list[float]:
     """A value that no other completion has: says whose score a score is."""
     return [float(hash(tuple(ids)) % 10**6) for ids in completion_ids]
+
+
+def raises(completions: list, **columns: object) -> list[float]:
+    raise ValueError("broken reward")

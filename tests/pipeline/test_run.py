@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,8 @@ from r1pipe.records import read_jsonl
 ROOT = Path(__file__).parents[2]
 SUMMARY_KEYS = {
     "stage", "checkpoint", "dataset", "num_problems", "num_samples", "temperature", "pass_at_1",
-    "ci_low", "ci_high", "pass_at_k", "maj_at_k", "format_rate", "mean_tokens", "truncated",
-    "wall_s",
+    "ci_low", "ci_high", "pass_at_k", "pass_at", "maj_at_k", "format_rate", "mean_tokens",
+    "truncated", "unjudged", "by_category", "by_length", "compared_with", "wall_s",
 }  # fmt: skip
 
 
@@ -64,10 +65,46 @@ def test_summary(finished: tuple) -> None:
         assert entry["wall_s"] > 0
         assert Path(entry["checkpoint"]).is_dir()
         assert f"| {entry['stage']}" in result.stdout
+        assert sum(row["num_problems"] for row in entry["by_category"]) == 10
+        assert sum(row["samples"] for row in entry["by_length"]) == 20
     assert "10 problems x 2 samples, T = 0.6" in result.stdout
+    pairs = [entry["compared_with"] for entry in summary]
+    assert [pair and pair["stage"] for pair in pairs] == [None, "random", "sft", "grpo"]
+    assert pairs[1]["difference"] == pytest.approx(
+        summary[1]["pass_at_1"] - summary[0]["pass_at_1"], abs=2e-4
+    )
+    report = (folder / "summary.md").read_text()
+    assert "## pass@1 by category" in report
+    assert result.stdout.strip() in report
+    assert len(read_lines(folder / "eval" / "results.jsonl")) == 4 * 10
+    assert not (folder / "eval" / "journal").exists()
     samples = read_lines(folder / "eval" / "samples_1.jsonl")
     rate = sum(s["rewards"]["rewards.math_correct"] for s in samples) / len(samples)
     assert rate == pytest.approx(summary[0]["pass_at_1"], abs=1e-4)
+
+
+def test_any_checkpoint_is_evaluated_as_the_recipe_says(
+    finished: tuple, tiny_recipe: Path, tmp_path: Path
+) -> None:
+    """A copy of a stage's checkpoint, elsewhere: the same samples, so no difference at all."""
+    folder, _ = finished
+    summary = (folder / "summary.json").read_bytes()
+    copy = shutil.copytree(folder / "sft", tmp_path / "a model")
+    for again in (False, True):
+        started = time.monotonic()
+        result = run("eval", tiny_recipe, "--compare", "sft", copy)
+        assert result.returncode == 0, result.stderr[-3000:]
+        rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")]
+        assert [row[0].strip("| ") for row in rows] == ["checkpoint", "sft", str(copy)]
+        assert rows[1][1:3] == rows[2][1:3]
+        assert rows[2][3].startswith("+0.0 (")
+        assert ("20/20" in result.stderr) is not again
+        assert not again or time.monotonic() - started < 30
+    (single,) = folder.glob("eval-a-model-*")
+    samples = read_lines(single / "samples_1.jsonl")
+    assert samples == read_lines(folder / "eval" / "samples_2.jsonl")
+    assert (folder / "summary.json").read_bytes() == summary
+    shutil.rmtree(single)
 
 
 def test_curves_are_pictures(finished: tuple) -> None:

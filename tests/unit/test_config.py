@@ -71,7 +71,15 @@ MISTAKES = [
     ({"stages": stages_with(3, name="sft")}, ["sft", "two"]),
     ({"stages": stages_with(3, name="a/b")}, ["name", "letters"]),
     ({"engine": {"max_num_seq": 3}}, ["engine.max_num_seq", "max_num_seqs"]),
-    ({"stages": stages_with(4, sampling={"temperature": 1})}, ["max_completion_length", "missing"]),
+    (
+        {"stages": stages_with(3, traces={"num_generations": 1, "sampling": {}})},
+        ["max_completion_length", "missing"],
+    ),
+    (
+        {"stages": stages_with(4, data=[{"recipe": "arithmetic", "spilt": "test"}])},
+        ["stages.eval.data.0.spilt", "split"],
+    ),
+    ({"stages": stages_with(4, data=[{"recipe": "arithmetic"}] * 2)}, ["arithmetic/train", "name"]),
     (
         {"stages": stages_with(2, rewards=[{"function": "a.b", "wieght": 1}])},
         ["stages.grpo.rewards.0.wieght", "weight"],

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from r1pipe.statistics import clustered_interval, estimate_pass_at_k, vote
+from r1pipe.statistics import clustered_interval, estimate_pass_at_k, paired_interval, vote
 
 # (n, right, k)
 PASS_AT_K = [(4, 0, 2), (4, 1, 2), (4, 2, 3), (5, 5, 1), (6, 3, 1), (3, 1, 3)]
@@ -62,3 +62,45 @@ def test_interval_at_the_edges() -> None:
     assert high == pytest.approx(1)
     with pytest.raises(ValueError, match="no problems"):
         clustered_interval([])
+
+
+def draw_pair(rng: random.Random, mean: float, gain: float, num_problems: int) -> tuple:
+    """Pass rates of two checkpoints, of 8 samples: the second closes a share `gain` of the gap."""
+    before, after = [], []
+    for _ in range(num_problems):
+        chance = rng.betavariate(mean, 1 - mean)
+        for rates, p in ((before, chance), (after, chance + gain * (1 - chance))):
+            rates.append(sum(rng.random() < p for _ in range(8)) / 8)
+    return before, after
+
+
+@pytest.mark.parametrize(("mean", "gain"), [(0.5, 0.3), (0.5, 0.0), (0.98, 0.3)])
+def test_paired_interval_covers_the_true_difference(mean: float, gain: float) -> None:
+    """Near 100% as well, where the usual paired interval covers 86%."""
+    rng = random.Random(0)
+    trials, covered = 400, 0
+    for _ in range(trials):
+        _, low, high = paired_interval(*draw_pair(rng, mean, gain, 50))
+        covered += low <= gain * (1 - mean) <= high
+    assert covered / trials >= 0.92
+
+
+def test_pairing_makes_the_interval_shorter() -> None:
+    rng = random.Random(0)
+    before, after = draw_pair(rng, 0.5, 0.2, 100)
+    difference, low, high = paired_interval(before, after)
+    assert difference == pytest.approx(sum(after) / 100 - sum(before) / 100)
+    assert low < difference < high
+    shuffled = rng.sample(after, len(after))
+    _, low_unpaired, high_unpaired = paired_interval(before, shuffled)
+    assert high - low < 0.6 * (high_unpaired - low_unpaired)
+
+
+def test_paired_interval_at_the_edges() -> None:
+    difference, low, high = paired_interval([1.0] * 50, [1.0] * 50)
+    assert difference == 0
+    assert low < -0.01
+    assert high > 0.01
+    assert paired_interval([0.0] * 50, [1.0] * 50)[2] == 1.0
+    with pytest.raises(ValueError, match="no problems"):
+        paired_interval([], [])
