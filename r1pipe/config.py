@@ -105,6 +105,8 @@ class Supervised(Strict):
     max_length: PositiveInt | None = None
     """Rows of more tokens are dropped and counted, never cut."""
     gradient_checkpointing: bool = False
+    offload_optimizer: bool = False
+    """AdamW's moments stay in the CPU's memory (8 bytes a parameter, over all processes)."""
     bias_update_rate: NonNegativeFloat = 1e-3
     """How far a router's bias moves at each step towards an even load of its experts (DeepSeek-V3);
     nothing happens to models whose routers have none."""
@@ -253,6 +255,8 @@ class Grpo(TrainingStage):
     """Tokens in one forward and backward pass: bounds memory, changes nothing else. Default: 16384
     on GPU; 1024 on CPU, where activations that stay in the cache make an update a tenth faster."""
     gradient_checkpointing: bool = False
+    offload_optimizer: bool = False
+    """AdamW's moments stay in the CPU's memory (8 bytes a parameter, over all processes)."""
 
     routing_replay: bool = False
     """Of a mixture of experts: the trainer sends each token to the experts that the sampler chose

@@ -30,16 +30,15 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
         raise UserError(f'stage "{stage.name}": no sample of {teacher} was accepted')
     write_jsonl(context.folder / "traces.jsonl", traces)
 
+    training = {"dtype": context.recipe.dtype, "sums_gradients": False}
     if isinstance(stage.student, str):
         base = context.checkpoint(stage.student)
         tokenizer = load_tokenizer(base)
-        student = load_sharded(
-            base, context.device, context.recipe.attn_implementation, sums_gradients=False
-        )
+        student = load_sharded(base, context.device, context.recipe.attn_implementation, **training)
     else:
         tokenizer = load_tokenizer(teacher)
         student = build_model(stage.student, tokenizer, context.recipe.seed).to(context.device)
-        shard(student, student, context.device, sums_gradients=False)
+        shard(student, student, context.device, **training)
     num_parameters = sum(p.numel() for p in student.parameters())
     architecture = student.config.model_type
     say(f"{stage.name}: {len(traces)} traces for a {architecture} student of {num_parameters:,}")

@@ -28,12 +28,20 @@ from r1pipe.errors import UserError
 GIB = 2**30
 MASTER = 4
 """Bytes of a parameter, of its gradient, and of each of AdamW's two moments: float32."""
+LAYER_COPIES = 3
+"""Of a sharded layer in its backward pass, in the dtype that it computes in: itself, its gradient,
+the next layer on its way. Its gradient is then copied once more, in float32, to be summed."""
+ENGINE_WORKSPACE = 1.5 * GIB
+"""Of what vLLM may claim of a GPU: its own activations, its graphs."""
+TRL_TILE = (4096, 32768)
+"""Tokens and vocabulary of the piece of logits that TRL's SFT computes at a time."""
 CPU_PROCESS, GPU_PROCESS = 1.0 * GIB, 2.0 * GIB
 """Python with torch, transformers and vLLM; CUDA's context, NCCL's buffers, fragmentation."""
 LOGIT_COPIES = 3
 """Of a chunk of logits: themselves, their log-softmax, the gradient."""
-NORM_COPIES = 3
-"""What autograd keeps of a norm in transformers: its input in float32, that squared, and scaled."""
+NORM_BYTES = {4: 12, 2: 8}
+"""Of each entry that goes through a norm in transformers, by the size of the residual stream's: its
+input in float32, that squared, and scaled, the last in the stream's dtype."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,8 @@ class Shape:
     """Numbers of parameters, and what the formulas need of the architecture."""
 
     parameters: int
+    largest: int
+    """Of one tensor."""
     largest_layer: int
     outside_layers: int
     """Of embedding, last norm and head."""
@@ -81,8 +91,9 @@ class Shape:
             sum(parameter.numel() for parameter in layer.parameters())
             for layer in model.base_model.layers
         ]
-        total = sum(parameter.numel() for parameter in model.parameters())
-        return cls(total, max(layers), total - sum(layers), config.get_text_config())
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        outside = sum(sizes) - sum(layers)
+        return cls(sum(sizes), max(sizes), max(layers), outside, config.get_text_config())
 
     def get(self, *names: str, default: Any = 0) -> Any:
         """The first of the config's keys that is set."""
@@ -103,31 +114,34 @@ class Shape:
         groups = self.get("num_key_value_heads", default=heads)
         return heads * size, groups * size, groups * size
 
-    def kv_bytes_per_token(self, element: int) -> float:
+    def kv_bytes_per_token(self, element: int, tensor_parallel_size: int) -> float:
+        """On each of the engine's devices, which share the heads, but no head."""
         _, keys, values = self.head_sizes()
-        if self.get("kv_lora_rank"):  # MLA keeps what keys and values are made of
-            keys, values = self.config.kv_lora_rank, self.get("qk_rope_head_dim")
-        return self.num_layers * (keys + values) * element
+        parts = min(tensor_parallel_size, self.groups())
+        if self.get("kv_lora_rank"):  # MLA keeps what keys and values are made of, for all heads
+            keys, values, parts = self.config.kv_lora_rank, self.get("qk_rope_head_dim"), 1
+        return self.num_layers * (keys + values) * element / parts
 
-    def layer_activations(self, element: int, is_moe: bool) -> float:
+    def layer_activations(self, element: int, stream: int, is_moe: bool) -> float:
         """What autograd keeps of one layer's forward, bytes per token; matrix products have inputs
-        of `element` bytes, norms and the residual stream are in float32."""
+        of `element` bytes, the residual stream is of `stream` bytes, norms compute in float32."""
         hidden = self.config.hidden_size
         queries, keys, values = self.head_sizes()
-        norms = 2 * NORM_COPIES * hidden
+        normed = 2 * hidden
         attention = 2 * hidden + 2 * (queries + keys) + values + self.config.num_attention_heads
         if self.get("kv_lora_rank"):
-            norms += NORM_COPIES * (self.config.kv_lora_rank + (self.get("q_lora_rank") or 0))
+            normed += self.config.kv_lora_rank + (self.get("q_lora_rank") or 0)
         elif "qwen3" in self.config.model_type:
-            norms += NORM_COPIES * (queries + keys)
+            normed += queries + keys
         attention += self.config.num_attention_heads * (values // max(1, self.groups()))
         if not is_moe:
-            return 4 * norms + element * (attention + 4 * self.config.intermediate_size)
+            dense = 4 * self.config.intermediate_size
+            return NORM_BYTES[stream] * normed + element * (attention + dense)
         width = self.get("moe_intermediate_size", "intermediate_size")
         chosen = self.get("num_experts_per_tok", "top_k", default=1)
         shared = self.get("n_shared_experts") * width + self.get("shared_expert_intermediate_size")
         experts = chosen * (2 * hidden + 5 * width) + 4 * shared + self.num_experts()
-        return 4 * norms + element * (attention + experts)
+        return NORM_BYTES[stream] * normed + element * (attention + experts)
 
     def groups(self) -> int:
         heads = self.config.num_attention_heads
@@ -136,13 +150,17 @@ class Shape:
     def num_experts(self) -> int:
         return self.get("n_routed_experts", "num_local_experts", "num_experts")
 
-    def activations(self, num_tokens: int, element: int, checkpointing: bool) -> float:
+    def activations(
+        self, num_tokens: int, element: int, checkpointing: bool, stream: int = MASTER
+    ) -> float:
+        """What autograd keeps of a forward pass; `stream`: bytes of the residual stream's dtype."""
         num_dense = self.get("first_k_dense_replace") if self.num_experts() else self.num_layers
-        dense = self.layer_activations(element, is_moe=False)
-        moe = self.layer_activations(element, is_moe=True) if self.num_experts() else 0
+        dense = self.layer_activations(element, stream, is_moe=False)
+        moe = self.layer_activations(element, stream, is_moe=True) if self.num_experts() else 0
         if checkpointing:
             # Each layer's input, and all of the one layer that is computed again.
-            return num_tokens * (4 * self.config.hidden_size * self.num_layers + max(dense, moe))
+            inputs = stream * self.config.hidden_size * self.num_layers
+            return num_tokens * (inputs + max(dense, moe))
         return num_tokens * (num_dense * dense + (self.num_layers - num_dense) * moe)
 
 
@@ -187,24 +205,24 @@ def estimate_grpo(stage: Grpo, recipe: Recipe, shape: Shape, devices: Devices) -
     budget = stage.tokens_per_micro_batch(on_gpu=devices.is_gpu)
     num_tokens = max(budget, min(context, stage.max_completion_length + 1))
     share = shape.parameters / devices.count
-    parts = trainer_parts(shape, devices, num_tokens, element, stage.gradient_checkpointing)
+    parts = trainer_parts(shape, devices, num_tokens, element, stage)
     if stage.beta:
-        parts["reference"] = MASTER * share
+        # Sharded, it is held in the dtype that it computes in.
+        parts["reference"] = (element if devices.count > 1 else MASTER) * share
     logits = min(MAX_LOGITS, num_tokens * shape.config.vocab_size)
     parts["logits"] = 4 * LOGIT_COPIES * logits
     weights = element * shape.parameters / engine.tensor_parallel_size
-    one_sequence = context * shape.kv_bytes_per_token(element) / engine.tensor_parallel_size
+    one_sequence = context * shape.kv_bytes_per_token(element, engine.tensor_parallel_size)
     problems = []
     if engine.kv_cache_gib is not None:
-        parts["vLLM's weights"], parts["KV cache"] = weights, engine.kv_cache_gib * GIB
-        room = engine.kv_cache_gib * GIB
+        room = parts["KV cache"] = engine.kv_cache_gib * GIB
+        parts["vLLM"] = weights + (ENGINE_WORKSPACE if devices.is_gpu else 0)
     elif devices.is_gpu:
-        claimed = engine.gpu_memory_utilization * devices.size
-        room = claimed - weights
-        parts["vLLM's weights"], parts["KV cache"] = weights, max(0.0, room)
+        room = engine.gpu_memory_utilization * devices.size - weights - ENGINE_WORKSPACE
+        parts["vLLM"], parts["KV cache"] = weights + ENGINE_WORKSPACE, max(0.0, room)
     else:
         room = parts["KV cache"] = engine.gpu_memory_utilization * devices.size
-        parts["vLLM's weights"] = weights
+        parts["vLLM"] = weights
     if room < one_sequence:
         problems.append(
             f"vLLM has {max(0.0, room) / GIB:.1f} GiB for its KV cache and needs "
@@ -217,29 +235,38 @@ def estimate_grpo(stage: Grpo, recipe: Recipe, shape: Shape, devices: Devices) -
 def estimate_supervised(
     name: str, train: Supervised, recipe: Recipe, shape: Shape, devices: Devices
 ) -> Estimate:
-    """TRL computes the logits of a whole batch at once."""
+    """TRL computes the logits in pieces, and the head's gradient of a batch in float32."""
     element = 2 if recipe.dtype == "bfloat16" else 4
     batch_size, _ = distributed.share_batch(
         train.per_device_train_batch_size, train.gradient_accumulation_steps, devices.count
     )
     length = train.max_length or shape.config.max_position_embeddings
     num_tokens = batch_size * length
-    parts = trainer_parts(shape, devices, num_tokens, element, train.gradient_checkpointing)
-    parts["logits"] = 4 * LOGIT_COPIES * num_tokens * shape.config.vocab_size
+    parts = trainer_parts(shape, devices, num_tokens, element, train)
+    tokens, vocabulary = TRL_TILE
+    tile = min(tokens, num_tokens) * min(vocabulary, shape.config.vocab_size)
+    # On GPUs one kernel turns the piece into its gradient in place.
+    parts["logits"] = element * tile if devices.is_gpu else 4 * (LOGIT_COPIES + 1) * tile
+    parts["logits"] += MASTER * shape.config.hidden_size * (num_tokens + shape.config.vocab_size)
     return Estimate(name, shape, devices, parts, [])
 
 
 def trainer_parts(
-    shape: Shape, devices: Devices, num_tokens: int, element: int, checkpointing: bool
+    shape: Shape, devices: Devices, num_tokens: int, element: int, settings: Grpo | Supervised
 ) -> dict[str, float]:
+    sharded, checkpointing = devices.count > 1, settings.gradient_checkpointing
     share = MASTER * shape.parameters / devices.count
     parts = {"weights": share, "gradients": share, "optimizer": 2 * share}
-    if devices.count > 1:
-        # The layer that is computed and the next one, whole; one layer's gradient before it is
-        # shared out; what lies outside the layers, and its gradient.
-        parts["whole layers"] = MASTER * (3 * shape.largest_layer + 2 * shape.outside_layers)
-    parts["activations"] = shape.activations(num_tokens, element, checkpointing)
-    if element == 2:
+    if settings.offload_optimizer and devices.is_gpu:
+        parts["optimizer"] = 2 * MASTER * shape.largest / devices.count
+    if sharded:
+        # What lies outside the layers is whole from the first to the last layer's pass, and so is
+        # its gradient from where it begins.
+        layer = (LAYER_COPIES * element + MASTER) * shape.largest_layer
+        parts["whole layers"] = layer + 2 * element * shape.outside_layers
+    stream = element if sharded else MASTER
+    parts["activations"] = shape.activations(num_tokens, element, checkpointing, stream)
+    if element == 2 and not sharded:
         # Autocast keeps a bf16 copy of each matrix for the backward pass.
         copied = shape.largest_layer if checkpointing else shape.parameters
         parts["activations"] += element * copied

@@ -147,7 +147,10 @@ def build_model(
 
 
 def load_model(
-    checkpoint: str, device: torch.device, attn_implementation: str = "sdpa"
+    checkpoint: str,
+    device: torch.device,
+    attn_implementation: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """The trainer's copy of a checkpoint (folder or hub id).
 
@@ -156,7 +159,7 @@ def load_model(
     """
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation=attn_implementation
+            checkpoint, dtype=dtype, attn_implementation=attn_implementation
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"{checkpoint}: cannot be loaded: {first_line(error)}") from error

@@ -1,5 +1,7 @@
 """Mixtures of experts in the trainer: routing replay, expert load, balancing.
 
+- Routers in float32, whatever the rest computes in (Switch Transformer, arXiv:2101.03961, section
+  2.4): in bf16 experts whose scores differ by less than its eight bits would be drawn by lot.
 - Routing replay (R3: Ma et al. 2025, arXiv:2510.11370): the trainer's forward sends each token to
   the experts that the sampler chose for it. The gate weights are the trainer's own scores at these
   experts, so the router learns as before.
@@ -17,11 +19,13 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import MethodType
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from r1pipe.errors import UserError
@@ -112,6 +116,34 @@ def find_moe_layers(config: PretrainedConfig) -> list[int]:
     """Which decoder layers of a model with this config are mixtures of experts."""
     with torch.device("meta"):
         return [router.layer for router in find_routers(AutoModelForCausalLM.from_config(config))]
+
+
+def route_in_float32(model: PreTrainedModel) -> None:
+    """Make the model's routers compute logits, scores and gate weights in float32, from hidden
+    states and weights of any dtype, under autocast too. Does nothing for a dense model, or one
+    whose routing is unknown.
+    """
+    if is_moe(model) and model.config.model_type in ROUTINGS:
+        for router in find_routers(model):
+            # A bound method, so that a copy of the model has the copy's.
+            router.module.forward = MethodType(run_in_float32, router.module)
+
+
+def run_in_float32(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.autocast(hidden_states.device.type, enabled=False), Float32Products():
+        return type(self).forward(self, hidden_states)
+
+
+class Float32Products(TorchFunctionMode):
+    """Within it, `linear` computes in float32. Only DeepSeek's and GLM's routers ask for that
+    themselves."""
+
+    def __torch_function__(
+        self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        if function is nn.functional.linear:
+            args = tuple(a.float() if isinstance(a, Tensor) else a for a in args)
+        return function(*args, **(kwargs or {}))
 
 
 def pack_routes(routes: Sequence[np.ndarray], device: torch.device) -> Tensor:

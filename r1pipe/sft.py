@@ -18,7 +18,11 @@ def run(stage: Sft, context: StageContext) -> dict[str, Any]:
     checkpoint = context.checkpoint(stage.from_)
     tokenizer = load_tokenizer(checkpoint)
     model = load_sharded(
-        checkpoint, context.device, context.recipe.attn_implementation, sums_gradients=False
+        checkpoint,
+        context.device,
+        context.recipe.attn_implementation,
+        dtype=context.recipe.dtype,
+        sums_gradients=False,
     )
     facts = train_on_traces(model, tokenizer, problems, stage.train, context, stage.name)
     save_checkpoint(model, tokenizer, context.folder)

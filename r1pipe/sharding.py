@@ -1,8 +1,18 @@
 """FSDP2: every rank holds a part of each parameter, and a whole layer only while it computes it.
 
-torch's `fully_shard` and not accelerate's: accelerate falls back to DDP on CPU without a word, so
-nothing that runs here would show what runs on GPUs. Zhao et al. 2023, arXiv:2304.11277, for the
-scheme; parameters, gradients and the optimizer's state are all sharded (ZeRO stage 3).
+torch's `fully_shard` and not accelerate's `fsdp2_prepare_model` (1.15), which calls the same
+function but
+
+- is reached with `DistributedType.FSDP` only, and accelerate makes that `MULTI_CPU`, which is DDP,
+  on CPU without a word: nothing that runs here would show what runs on GPUs;
+- takes a model that every rank has loaded whole. Its way around that, `cpu_ram_efficient_loading`,
+  has rank 0 load everything, broadcasts it tensor by tensor (`fsdp2_load_full_state_dict`), and
+  asks every entry of `state_dict()` for its `device_mesh`: a router's `e_score_correction_bias` is
+  a buffer, in the state dict and no DTensor, and it stops there;
+- shards the model, and GRPO's root is the module around it that computes the log-probabilities.
+
+Zhao et al. 2023, arXiv:2304.11277, for the scheme; parameters, gradients and the optimizer's state
+are all sharded (ZeRO stage 3).
 """
 
 from collections.abc import Callable, Iterator
@@ -12,11 +22,12 @@ from unittest.mock import patch
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from r1pipe import distributed
 from r1pipe.models import load_model
+from r1pipe.moe import route_in_float32
 
 Root = TypeVar("Root", bound=nn.Module)
 
@@ -27,6 +38,8 @@ def load_sharded(
     attn_implementation: str,
     wrap: Callable[[PreTrainedModel], Root] = lambda model: model,
     *,
+    dtype: str,
+    trained: bool = True,
     sums_gradients: bool = True,
 ) -> Root:
     """`wrap(model)` of a checkpoint, float32, every rank reading its own part of it.
@@ -34,40 +47,60 @@ def load_sharded(
     The model is built without memory, sharded, and only then loaded: transformers reads each
     rank's slices of the safetensors files, so no rank ever holds more than its share and the
     layer-sized pieces on their way. Alone: the whole model.
+
+    `dtype`, the recipe's, is what the layers compute in. A sharded model that is not `trained` is
+    held in it, too: without updates there is nothing that float32 would keep.
     """
-    if distributed.alone():
-        return wrap(load_model(checkpoint, device, attn_implementation))
     roots: list[Root] = []
 
-    def distribute(model: PreTrainedModel) -> None:
+    def prepare(model: PreTrainedModel) -> None:
         # transformers ties after it has loaded. Two parameters that become one only then keep a
         # padded copy each where ranks' parts differ in size, and one of them is never updated.
         model.tie_weights()
-        roots.append(shard(wrap(model), model, device, sums_gradients=sums_gradients))
+        root = wrap(model)
+        roots.append(shard(root, model, device, dtype=dtype, sums_gradients=sums_gradients))
 
-    with distributing(distribute):
-        load_model(checkpoint, device, attn_implementation)
-    return roots[0].to(device)
+    if distributed.alone():
+        prepare(load_model(checkpoint, device, attn_implementation))
+    else:
+        held = torch.float32 if trained else getattr(torch, dtype)
+        with distributing(prepare):
+            load_model(checkpoint, device, attn_implementation, held)
+    return roots[0].to(device).requires_grad_(trained)
 
 
 def shard(
-    root: Root, model: PreTrainedModel, device: torch.device, *, sums_gradients: bool
+    root: Root, model: PreTrainedModel, device: torch.device, *, dtype: str, sums_gradients: bool
 ) -> Root:
     """Shard each decoder layer of `model`, then `root`, whose forward leads to all of them, with
-    what is left: embedding, last norm, head. Alone: as it is.
+    what is left: embedding, last norm, head. Alone: all of it stays whole.
+
+    In bfloat16 layers are put together and computed in bf16, as the sampler's are, and not by
+    autocast, which would put them together in float32 and keep the residual stream in it: twice
+    the memory, and further from the sampler (benchmarks/README.md). The parts that the ranks hold,
+    and the sums of gradients, stay float32.
 
     Gradients become sums over ranks, for a loss that divides by the size of the whole batch, or
     means, as with DDP.
     """
+    precision = MixedPrecisionPolicy()
+    if dtype == "bfloat16":
+        route_in_float32(model)
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if distributed.alone():
         return root
     mesh = distributed.make_mesh(device)
     for module in (*model.base_model.layers, root):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
         # gloo can add up, and neither average nor scale.
         module.set_gradient_divide_factor(1.0 if sums_gradients else mesh.size())
         module.set_force_sum_reduction_for_comms(True)
     return root
+
+
+def computes_by_autocast(dtype: str) -> bool:
+    """Whether a trainer has to make the layers compute in bf16; sharded ones do by themselves."""
+    return dtype == "bfloat16" and distributed.alone()
 
 
 @contextmanager

@@ -26,9 +26,11 @@ from r1pipe.config import Supervised
 from r1pipe.errors import UserError
 from r1pipe.models import encode_completion, encode_prompt, fast_training_kernels, whole
 from r1pipe.moe import ExpertLoad, number_padded
+from r1pipe.optimizer import OffloadedAdamW
 from r1pipe.progress import StageProgress
 from r1pipe.records import Problem
 from r1pipe.runs import MetricsLog
+from r1pipe.sharding import computes_by_autocast
 from r1pipe.stage import StageContext
 
 PAD_TO_MULTIPLE_OF = 8
@@ -142,6 +144,14 @@ def keep_shards(accelerator: Accelerator) -> None:
     accelerator.clip_grad_norm_ = clip
 
 
+def offloaded_optimizer(settings: Supervised) -> tuple[type, dict] | None:
+    """For TRL, in place of its AdamW, if the settings ask for that."""
+    if not settings.offload_optimizer:
+        return None
+    betas = (0.9, settings.adam_beta2)
+    return OffloadedAdamW, {"lr": settings.learning_rate, "betas": betas}
+
+
 def train_on_traces(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -185,7 +195,7 @@ def train_on_traces(
         report_to=[],
         disable_tqdm=True,
         use_cpu=model.device.type == "cpu",
-        bf16=context.recipe.dtype == "bfloat16",
+        bf16=computes_by_autocast(context.recipe.dtype),
         fp16=False,
         seed=context.recipe.seed,
         data_seed=context.recipe.seed,
@@ -206,6 +216,7 @@ def train_on_traces(
             args=arguments,
             train_dataset=Dataset.from_list(traces.rows),
             processing_class=tokenizer,
+            optimizer_cls_and_kwargs=offloaded_optimizer(settings),
             callbacks=[
                 # Of this rank: gradients are means over the ranks.
                 BalanceExperts(model, load, batch_size * accumulation_steps),

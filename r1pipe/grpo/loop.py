@@ -36,11 +36,12 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
     sampler.encode(problems, stage.max_completion_length)
 
     source = (checkpoint, context.device, context.recipe.attn_implementation, Policy)
+    dtype = context.recipe.dtype
     updater = Updater(
-        load_sharded(*source),
-        load_sharded(*source).requires_grad_(False) if stage.beta else None,
+        load_sharded(*source, dtype=dtype),
+        load_sharded(*source, dtype=dtype, trained=False) if stage.beta else None,
         stage,
-        dtype=context.recipe.dtype,
+        dtype=dtype,
         seed=context.recipe.seed,
     )
     collector = Collector(stage, sampler, scorer, problems, context.recipe.seed)

@@ -21,7 +21,9 @@ from r1pipe.grpo.losses import LossInputs, Totals, compute_loss
 from r1pipe.grpo.packing import PackedBatch, Sample, cut_batches, pack
 from r1pipe.models import fast_training_kernels, whole
 from r1pipe.moe import ExpertLoad, number_packed, pack_routes, replaying
+from r1pipe.optimizer import OffloadedAdamW
 from r1pipe.records import Rollout
+from r1pipe.sharding import computes_by_autocast
 
 Check = Callable[[dict[str, float]], None]
 """Raises if the metrics say that the update must not happen."""
@@ -52,7 +54,8 @@ class Updater:
             bias_update_rate=settings.bias_update_rate,
             seq_aux_loss_coef=settings.seq_aux_loss_coef,
         )
-        self.optimizer = torch.optim.AdamW(
+        make_optimizer = OffloadedAdamW if settings.offload_optimizer else torch.optim.AdamW
+        self.optimizer = make_optimizer(
             model.parameters(),
             lr=settings.learning_rate,
             betas=(0.9, settings.adam_beta2),
@@ -74,7 +77,10 @@ class Updater:
     def kernels(self) -> Iterator[None]:
         device = self.model.device
         autocast = torch.autocast(
-            device.type, torch.bfloat16, enabled=self.dtype == "bfloat16", cache_enabled=False
+            device.type,
+            torch.bfloat16,
+            enabled=computes_by_autocast(self.dtype),
+            cache_enabled=False,
         )
         with fast_training_kernels(device, self.dtype), autocast:
             yield

@@ -18,7 +18,7 @@ from r1pipe.records import Rollout, read_jsonl
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "unit"))
 
-from test_distributed import CASES, compare_with_one_process, run_cases  # noqa: E402
+from test_distributed import FLOAT32, compare_with_one_process, run_cases  # noqa: E402
 
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
 pytestmark = pytest.mark.gpu
@@ -39,7 +39,7 @@ QWEN3 = {
 def test_fsdp2_on_cuda_gives_the_losses_of_one_process(tmp_path: Path) -> None:
     """Against one process on CPU: the kernels differ, so the tolerance is wider than there."""
     folder, cases = run_cases(tmp_path, "cuda")
-    for name in CASES:
+    for name in FLOAT32:
         results = json.loads((folder / f"{name}.json").read_text())
         assert all(result["all_sharded"] for result in results)
         compare_with_one_process(folder, name, cases[name], tolerance=1e-3)

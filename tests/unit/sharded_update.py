@@ -10,13 +10,13 @@ import copy
 import json
 import pickle
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from r1pipe import distributed
-from r1pipe.config import Grpo
 from r1pipe.grpo.logprobs import Policy
 from r1pipe.grpo.update import Updater
 from r1pipe.models import load_tokenizer, pick_device, save_checkpoint
@@ -25,33 +25,49 @@ from r1pipe.sharding import load_sharded
 
 def run(folder: Path, name: str, case: dict, device: torch.device) -> dict:
     start = str(folder / f"{name}-start")
-    policy, reference = (load_sharded(start, device, "sdpa", Policy) for _ in range(2))
-    reference.requires_grad_(False)
-    settings: Grpo = case["settings"]
-    updater = Updater(
-        policy, reference if settings.beta else None, settings, dtype="float32", seed=0
+    dtype, settings = case["dtype"], case["settings"]
+    policy, reference = (
+        load_sharded(start, device, "sdpa", Policy, dtype=dtype, trained=trained)
+        for trained in (True, False)
     )
+    updater = Updater(policy, reference if settings.beta else None, settings, dtype=dtype, seed=0)
+    computed_in = watch_dtype(policy)
     metrics = []
     for step in range(1, 4):
         samples = case["samples"][distributed.rank()]
         metrics.append(updater.step(copy.deepcopy(samples), step, lambda metrics: None))
-    assert any(
-        not torch.equal(one.to_local(), other.to_local())
-        for one, other in zip(policy.parameters(), reference.parameters())
-    )
+    assert not all(same_weights(policy, reference))
     if settings.beta:
         updater.refresh_reference()
-        for one, other in zip(policy.parameters(), reference.parameters()):
-            assert torch.equal(one.to_local(), other.to_local())
+        assert all(same_weights(policy, reference))
     save_checkpoint(policy.model, load_tokenizer(start), made(folder, f"{name}-saved"))
     parameters = list(policy.parameters()) + list(reference.parameters())
     moments = [m for state in updater.optimizer.state.values() for m in (state["exp_avg"],)]
     return {
         "metrics": metrics,
         "all_sharded": all(isinstance(tensor, DTensor) for tensor in parameters + moments),
+        "computed_in": computed_in[0],
+        "masters": sorted({str(tensor.dtype) for tensor in [*policy.parameters(), *moments]}),
+        "reference": sorted({str(tensor.dtype) for tensor in reference.parameters()}),
         "bytes": sum(p.to_local().nbytes for p in policy.parameters()),
         "biases": {n: b.tolist() for n, b in policy.model.named_buffers() if "correction" in n},
     }
+
+
+def watch_dtype(policy: Policy) -> list[str]:
+    """Gets the dtype that a layer's weights have in each forward pass."""
+    seen: list[str] = []
+    attention = policy.model.base_model.layers[0].self_attn
+    attention.register_forward_pre_hook(
+        lambda module, args: seen.append(str(next(module.parameters()).dtype))
+    )
+    return seen
+
+
+def same_weights(one: Policy, other: Policy) -> Iterator[bool]:
+    """By parameter, in the other's dtype."""
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        yield torch.equal(a.to_local().to(b.dtype), b.to_local())
 
 
 def made(folder: Path, name: str) -> Path:

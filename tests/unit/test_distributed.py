@@ -39,7 +39,9 @@ CASES = {
     "tied": ("qwen3", {"tie_word_embeddings": True}, {"beta": 0.1, "num_iterations": 2}, (7, 13)),
     # The second rank has nothing to train on, the first four micro-batches.
     "one_idle": ("qwen3_moe", {}, {"beta": 0.1, "gradient_checkpointing": True}, (20, 0)),
+    "bf16": ("qwen3_moe", {}, {"beta": 0.1, "offload_optimizer": True}, (9, 11)),
 }
+FLOAT32 = [name for name in CASES if name != "bf16"]
 
 
 def make_samples(tokenizer: object) -> list[Sample]:
@@ -81,6 +83,7 @@ def run_cases(folder: Path, device: str) -> tuple[Path, dict]:
         start = build_model({**MODELS[model], **changes}, tokenizer, 0)
         save_checkpoint(start, tokenizer, checkpoint)
         cases[name] = {
+            "dtype": "float32" if name in FLOAT32 else "bfloat16",
             "settings": make_settings(
                 micro_batch_tokens=200,
                 max_grad_norm=0.1,
@@ -96,20 +99,43 @@ def run_cases(folder: Path, device: str) -> tuple[Path, dict]:
     return folder, cases
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", FLOAT32)
 def test_losses_are_those_of_one_process(name: str, cases: tuple[Path, dict]) -> None:
     folder, by_name = cases
     compare_with_one_process(folder, name, by_name[name], tolerance=1e-5)
 
 
+def test_bf16_layers_and_float32_masters(cases: tuple[Path, dict]) -> None:
+    """Against autocast in one process, which rounds elsewhere."""
+    folder, by_name = cases
+    results = json.loads((folder / "bf16.json").read_text())
+    for result in results:
+        assert result["computed_in"] == "torch.bfloat16"
+        assert result["masters"] == ["torch.float32"]
+        assert result["reference"] == ["torch.bfloat16"]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    updater = make_updater(folder, "bf16", by_name["bf16"])
+    samples = [sample for part in by_name["bf16"]["samples"] for sample in part]
+    for step in range(1, 4):
+        expected = updater.step(copy.deepcopy(samples), step, lambda metrics: None)
+        for key, tolerance in {"loss": 0.02, "entropy": 0.01, "kl": 0.01}.items():
+            assert results[0]["metrics"][step - 1][key] == pytest.approx(
+                expected[key], abs=tolerance
+            )
+
+
+def make_updater(folder: Path, name: str, case: dict) -> Updater:
+    model = load_model(str(folder / f"{name}-start"), CPU)
+    settings, dtype = case["settings"], case["dtype"]
+    reference = copy.deepcopy(model) if settings.beta else None
+    return Updater(model, reference, settings, dtype=dtype, seed=0)
+
+
 def compare_with_one_process(folder: Path, name: str, case: dict, tolerance: float) -> None:
     results = json.loads((folder / f"{name}.json").read_text())
     assert results[0]["metrics"] == results[1]["metrics"]
-    model = load_model(str(folder / f"{name}-start"), CPU)
-    settings = case["settings"]
-    updater = Updater(
-        model, copy.deepcopy(model) if settings.beta else None, settings, dtype="float32", seed=0
-    )
+    updater = make_updater(folder, name, case)
+    model, settings = updater.model, case["settings"]
     for step in range(1, 4):
         samples = copy.deepcopy([sample for part in case["samples"] for sample in part])
         expected = updater.step(samples, step, lambda metrics: None)

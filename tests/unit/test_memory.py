@@ -34,6 +34,28 @@ QWEN3_30B = {
 }
 
 
+QWEN2_MATH = {
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "num_hidden_layers": 28,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+QWEN2_MATH_7B = {
+    **QWEN2_MATH,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
+
+
 def make_model(name: str) -> PreTrainedModel:
     tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in PROBLEMS), 400)
     wide = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4}
@@ -67,18 +89,24 @@ def measure_activations(policy: Policy, num_tokens: int) -> int:
     return sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in weights)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", MODELS)
-def test_activations(name: str) -> None:
+def test_activations(name: str, dtype: torch.dtype) -> None:
+    """bf16 as in sharded layers, which are put together in it, and not by autocast."""
     model = make_model(name)
-    shape, policy = Shape.of(model.config), Policy(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    shape, policy, size = Shape.of(model.config), Policy(model), dtype.itemsize
     whole = measure_activations(policy, 512)
-    assert shape.activations(512, 4, checkpointing=False) == pytest.approx(whole, rel=TOLERANCE)
+    estimate = shape.activations(512, size, checkpointing=False, stream=size)
+    assert estimate == pytest.approx(whole, rel=TOLERANCE)
 
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     # In the backward pass one layer more is there.
     kept = measure_activations(policy, 512) + whole / 4
-    assert shape.activations(512, 4, checkpointing=True) == pytest.approx(kept, rel=TOLERANCE)
+    estimate = shape.activations(512, size, checkpointing=True, stream=size)
+    assert estimate == pytest.approx(kept, rel=TOLERANCE)
 
 
 def test_weights_gradients_and_optimizer() -> None:
@@ -101,15 +129,37 @@ def test_weights_gradients_and_optimizer() -> None:
         assert parts[name] == size, name
 
 
-def test_the_large_recipe(tmp_path: Path) -> None:
-    """Adam's state alone does not fit beside vLLM's weights, which are whole on each device."""
-    AutoConfig.for_model(**QWEN3_30B).save_pretrained(tmp_path)
-    recipe = load_recipe(ROOT / "configs" / "qwen3_30b_a3b.yaml", [f"stages.grpo.from={tmp_path}"])
-    line = estimate_stage(recipe.stage("grpo"), recipe, Devices.parse("8x80GB"))
-    assert "30.5 B parameters on 8 x 80.0 GiB" in line
-    # 30.5e9 x 4 bytes / 8 devices, twice that, and vLLM's own in bf16.
-    assert "weights 14.2, gradients 14.2, optimizer 28.4" in line
-    assert "vLLM's weights 56.9" in line
+def test_the_large_recipe_fits_its_node(tmp_path: Path) -> None:
+    configs = {"moe": QWEN3_30B, "1.5B": QWEN2_MATH, "7B": QWEN2_MATH_7B}
+    for name, values in configs.items():
+        AutoConfig.for_model(**values).save_pretrained(tmp_path / name)
+    overrides = [
+        f"stages.cold_start.from={tmp_path}/moe",
+        f"stages.student_1_5b.student={tmp_path}/1.5B",
+        f"stages.student_7b.student={tmp_path}/7B",
+    ]
+
+    def lines(*more: str) -> dict[str, str]:
+        path = ROOT / "configs" / "qwen3_30b_a3b.yaml"
+        recipe, node = load_recipe(path, [*overrides, *more]), Devices.parse("8x80GB")
+        found = {stage.name: estimate_stage(stage, recipe, node) for stage in recipe.stages}
+        return {name: line for name, line in found.items() if line is not None}
+
+    shipped = lines()
+    assert shipped.keys() == {"cold_start", "grpo", "student_1_5b", "student_7b"}
+    assert all(line.endswith(": fits") for line in shipped.values()), shipped
+    # Of 30.5e9 parameters on 8 devices: float32; both moments of the largest tensor, one layer's
+    # gate and up projections of 128 experts; a reference in bf16; the sampler's share in bf16.
+    assert "30.5 B parameters on 8 x 80.0 GiB" in shipped["grpo"]
+    assert "weights 14.2, gradients 14.2, optimizer 0.4" in shipped["grpo"]
+    assert "reference 7.1" in shipped["grpo"]
+    assert "vLLM 8.6" in shipped["grpo"]
+
+    resident = lines("stages.grpo.offload_optimizer=false")["grpo"]
+    assert "optimizer 28.4" in resident
+    assert "DOES NOT FIT" in resident
+    whole = lines("engine.tensor_parallel_size=1")["grpo"]
+    assert "vLLM has 0.0 GiB for its KV cache" in whole
 
 
 def test_what_fits_and_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ from r1pipe.moe import (
     number_padded,
     pack_routes,
     replaying,
+    route_in_float32,
     sequence_balance_loss,
     update_bias,
 )
@@ -237,6 +238,32 @@ def test_dense_and_unknown_models() -> None:
     assert ExpertLoad(dense, bias_update_rate=1e-3).metrics() == {}
     with pytest.raises(UserError, match=r'"new_moe" is a mixture of experts whose routing'):
         find_routers(dense)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("model_type", ROUTINGS)
+def test_routers_compute_in_float32(model_type: str, autocast: bool, ids_BL: Tensor) -> None:
+    """Under autocast, and in layers that are bf16 themselves; a copy of the model with its own."""
+    model = make_model(model_type)
+    route_in_float32(model)
+    model = copy.deepcopy(model)
+    if not autocast:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+    seen = []
+    for router in find_routers(model):
+        router.module.register_forward_hook(lambda *call: seen.append(call))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(ids_BL)
+    for router, (module, (hidden,), (logits_NE, weights_NK, _)) in zip(
+        find_routers(model), seen, strict=True
+    ):
+        assert module is router.module
+        hidden_ND = hidden.reshape(-1, hidden.shape[-1]).float()
+        bias = getattr(module, "bias", None)
+        expected = hidden_ND @ module.weight.float().T + (0 if bias is None else bias.float())
+        torch.testing.assert_close(logits_NE, expected, atol=1e-5, rtol=1e-5)
+        assert weights_NK.dtype == torch.float32
 
 
 def test_where_tokens_lie() -> None:

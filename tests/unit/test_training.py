@@ -17,6 +17,7 @@ from r1pipe.grpo.losses import LOSSES
 from r1pipe.grpo.packing import Sample, attend_packed, cut_batches, pack
 from r1pipe.grpo.update import Updater
 from r1pipe.models import build_model, build_tokenizer, encode_completion, encode_prompt
+from r1pipe.optimizer import OffloadedAdamW
 from r1pipe.problems import load_problems
 from r1pipe.records import Problem, Rollout
 from r1pipe.supervised import encode_traces
@@ -261,6 +262,29 @@ def assert_same_weights(some: dict, others: dict) -> None:
         # Adam's first step has size lr whatever the gradient: compare where it is not noise.
         close = (weight - others[name]).abs() < 1e-5
         assert close.float().mean() > 0.99, name
+
+
+def test_an_offloaded_optimizer_does_what_adamw_does(model: PreTrainedModel) -> None:
+    """To the bit, over a change of the learning rate, and going on from a saved state."""
+    makers = {"all": torch.optim.AdamW, "offloaded": OffloadedAdamW}
+    models = {name: copy.deepcopy(model) for name in makers}
+    for name, make in makers.items():
+        parameters = list(models[name].parameters())
+        settings = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
+        optimizer = make(parameters, **settings)
+        generator = torch.Generator().manual_seed(0)
+        for step in range(4):
+            for parameter in parameters:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+            optimizer.step()
+            optimizer.param_groups[0]["lr"] *= 0.5
+            if step == 1:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = make(parameters, **settings)
+                optimizer.load_state_dict(state)
+        assert len(optimizer.state_dict()["state"]) == len(parameters)
+    for one, other in zip(models["all"].parameters(), models["offloaded"].parameters()):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
