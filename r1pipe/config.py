@@ -87,8 +87,23 @@ class Engine(Strict):
     """No compilation: always so on CPU, where compiling takes longer than a small run."""
 
 
-class Supervised(Strict):
+class Saving(Strict):
+    """When a training stage saves what it needs to go on exactly where it was."""
+
+    save_steps: PositiveInt | None = None
+    """Every so many steps; None: only when the run is told to end."""
+    save_total_limit: PositiveInt = 2
+    """How many checkpoints are kept while the stage runs, the newest, and of grpo the best one
+    (by reward) besides."""
+    save_grace_s: NonNegativeFloat = 20.0
+    """After SIGTERM or Ctrl-C: seconds that the running step may take to end and be saved. A second
+    signal ends the run at once."""
+
+
+class Supervised(Saving):
     """Options of TRL's SFTTrainer, under its names."""
+
+    save_steps: PositiveInt | None = 100
 
     max_steps: PositiveInt | None = None
     num_train_epochs: PositiveFloat | None = None
@@ -192,10 +207,11 @@ class Sft(TrainingStage):
     train: Supervised
 
 
-class Grpo(TrainingStage):
+class Grpo(TrainingStage, Saving):
     """Reinforcement learning with group-relative advantages."""
 
     kind: Literal["grpo"]
+    save_steps: PositiveInt | None = 10
     rewards: Annotated[list[Reward], Field(min_length=1)]
     max_steps: PositiveInt
     prompts_per_step: PositiveInt

@@ -302,6 +302,16 @@ class ExpertLoad:
         self._counts_LE.zero_()
         self._loss_and_count.zero_()
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next `metrics` will tell of, after an optimizer step. The biases are the
+        model's."""
+        return {"total": self._total_LE, "loss_and_count": self._total_loss_and_count}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._reset()
+        self._total_LE += state["total"].to(self._total_LE.device)
+        self._total_loss_and_count += state["loss_and_count"].to(self._total_LE.device)
+
     def metrics(self) -> dict[str, float]:
         """The load since the last call: means over the layers, then each layer's own."""
         metrics = describe_load(self._total_LE, [router.layer for router in self.routers])

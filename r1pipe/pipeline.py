@@ -5,7 +5,7 @@ import os
 import resource
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from r1pipe import distributed
@@ -42,7 +42,8 @@ def run_recipe(recipe: Recipe, redo: str | None = None) -> None:
         for name in names:
             if name in finished:
                 say(f"{name}: finished before")
-        run_stages(run, [stage for stage in recipe.stages if stage.name not in finished])
+        stages = [stage for stage in recipe.stages if stage.name not in finished]
+        run_stages(run, stages, redone)
 
 
 def run_one(recipe: Recipe, kind: str, redo: bool) -> None:
@@ -56,7 +57,7 @@ def run_one(recipe: Recipe, kind: str, redo: bool) -> None:
         raise UserError(f'recipe "{recipe.name}" has no {kind} stage; it has {kinds}')
     with open_run(recipe) as run:
         if redo:
-            run_stages(run, stages[-1:])
+            run_stages(run, stages[-1:], redone={stages[-1].name})
             return
 
         def find_unfinished() -> int | None:
@@ -102,7 +103,8 @@ def open_run(recipe: Recipe) -> Iterator[RunFolder]:
         yield run
 
 
-def run_stages(run: RunFolder, stages: list[Stage]) -> None:
+def run_stages(run: RunFolder, stages: list[Stage], redone: Collection[str] = ()) -> None:
+    """Those in `redone` from their beginning, the others from where they were interrupted."""
     if not stages:
         return
     # A misspelt reward of the last stage is worth knowing before the first one has run for hours.
@@ -128,7 +130,8 @@ def run_stages(run: RunFolder, stages: list[Stage]) -> None:
                 recipe=recipe,
                 run=run,
                 stage_name=stage.name,
-                folder=run.begin(stage),
+                folder=run.begin(stage, redo=stage.name in redone),
+                shared_folder=run.partial_dir(stage.name),
                 engines=engines,
                 device=device,
                 facts={},

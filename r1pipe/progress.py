@@ -1,7 +1,11 @@
 """What a person sees while a stage runs: a bar on a terminal, a line now and then elsewhere."""
 
+import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 
 from rich.console import Console
@@ -23,20 +27,41 @@ SECONDS_BETWEEN_LINES = 10.0
 
 class Interrupt:
     """What Ctrl-C or a termination does: raise KeyboardInterrupt at once, and once more at the next
-    step if a library's callback has swallowed the first."""
+    step if a library's callback has swallowed the first. Within `deferred` the first signal only
+    asks; the second, or the end of the grace period, does that."""
 
     asked = False
     signal_number: int | None = None
+    _grace_s = 0.0
+    _waiting = False
 
     @classmethod
     def handle(cls, signal_number: int, frame: FrameType | None) -> None:
-        cls.asked, cls.signal_number = True, signal_number
-        raise KeyboardInterrupt
+        first, cls.asked, cls.signal_number = not cls.asked, True, signal_number
+        cls._waiting = first and cls._grace_s > 0
+        if not cls._waiting:
+            raise KeyboardInterrupt
+        # Not say(): the signal may have come in the middle of a print.
+        if is_first():
+            os.write(2, b"ending after this step, to save it; once more to end at once\n")
+        again = threading.Timer(cls._grace_s, os.kill, (os.getpid(), signal_number))
+        again.daemon = True
+        again.start()
+
+    @classmethod
+    @contextmanager
+    def deferred(cls, grace_s: float) -> Iterator[None]:
+        """Within it, whoever takes steps looks at `asked` after each, saves, and raises."""
+        cls._grace_s = grace_s
+        try:
+            yield
+        finally:
+            cls._grace_s, cls._waiting = 0.0, False
 
     @classmethod
     def check(cls) -> None:
         """Raise it again, for work that has swallowed it or runs in another thread."""
-        if cls.asked:
+        if cls.asked and not cls._waiting:
             raise KeyboardInterrupt
 
 
@@ -48,6 +73,7 @@ class StageProgress:
 
     def __init__(self, label: str, total: int):
         self.label, self.total, self.done = label, total, 0
+        self._done_before = 0
         self._started = self._last_line = time.monotonic()
         self._bar = None
         if console.is_terminal and is_first():
@@ -77,6 +103,12 @@ class StageProgress:
         if self._bar:
             self._bar.stop()
 
+    def start_at(self, done: int) -> None:
+        """These steps were done before: they say nothing about the time left."""
+        self.done = self._done_before = done
+        if self._bar:
+            self._bar.update(self._task, completed=done, total=self.total)
+
     def advance(self, steps: int = 1, **figures: float) -> None:
         Interrupt.check()
         self.done += steps
@@ -87,7 +119,8 @@ class StageProgress:
         now = time.monotonic()
         if now - self._last_line > SECONDS_BETWEEN_LINES or self.done >= self.total:
             self._last_line = now
-            left = (now - self._started) / self.done * (self.total - self.done)
+            pace = (now - self._started) / (self.done - self._done_before)
+            left = pace * (self.total - self.done)
             say(f"{self.label}: {self.done}/{self.total}  {text}  {left:.0f} s left")
 
 

@@ -3,7 +3,8 @@
     runs/<name>/
       <stage>/            a finished stage: checkpoint, metrics.jsonl, problems.jsonl, stage.json,
                           lineage.json
-      .<stage>.partial/   a stage that is being made; whatever an interrupted run left is redone
+      .<stage>.partial/   a stage that is being made; what an interrupted run left there that can
+                          be gone on from is kept: checkpoints/ (checkpoints.py), traces.jsonl
       summary.json        one object per evaluated checkpoint
 
 A stage's folder appears by one rename, after everything in it is written.
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from r1pipe import distributed
-from r1pipe.config import Recipe, Stage
+from r1pipe.config import Recipe, Saving, Stage
 from r1pipe.errors import UserError
 from r1pipe.lineage import Lineage
 from r1pipe.records import dump_row, read_jsonl, write_text
@@ -30,6 +31,9 @@ SHARED_KEYS = ("seed", "dtype", "attn_implementation", "ngram")
 
 JOURNAL = "journal"
 """Where a stage keeps what it has sampled (sampling.py) until it is finished."""
+RECORD = "stage.json"
+CHECKPOINTS = "checkpoints"
+"""Where it keeps what it can go on from (checkpoints.py) until then."""
 
 
 class RunFolder:
@@ -79,19 +83,40 @@ class RunFolder:
     def stage_dir(self, name: str) -> Path:
         return self.path / name
 
-    def begin(self, stage: Stage) -> Path:
-        """An empty folder to write the stage into."""
+    def partial_dir(self, name: str) -> Path:
+        """Where a stage is being made: the same for every rank."""
+        return self.path / f".{name}.partial"
+
+    def begin(self, stage: Stage, redo: bool = False) -> Path:
+        """A folder to write the stage into: what an interrupted run has left, or an empty one.
+
+        `redo` throws the former away. Raises UserError if it was left by other settings.
+        """
         self.lineages[stage.name] = Lineage(self.recipe, stage)
-        if not distributed.is_first():
-            return Path(tempfile.mkdtemp(prefix="r1pipe-"))
-        partial = self.path / f".{stage.name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        return partial
+        distributed.on_first_rank(lambda: self._begin(stage, redo))
+        if distributed.is_first():
+            return self.partial_dir(stage.name)
+        return Path(tempfile.mkdtemp(prefix="r1pipe-"))
+
+    def _begin(self, stage: Stage, redo: bool) -> None:
+        partial = self.partial_dir(stage.name)
+        if redo or not can_go_on(partial):
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            record = self._describe(stage)
+            write_text(partial / RECORD, json.dumps(record, indent=2) + "\n")
+            return
+        if change := self._find_change(stage, read_record(partial)):
+            raise UserError(
+                f"{partial}: interrupted with {change} than the recipe has now; put it back to go "
+                "on there, add --redo to throw that work away, or change the run's name"
+            )
 
     def abandon(self, partial: Path) -> None:
-        """Nothing half-written stays behind a stage that failed or was interrupted."""
-        shutil.rmtree(partial, ignore_errors=True)
+        """Nothing half-written stays behind a stage that failed or was interrupted; what it can go
+        on from stays."""
+        if not can_go_on(partial):
+            shutil.rmtree(partial, ignore_errors=True)
 
     def finish(self, stage: Stage, partial: Path, facts: dict[str, Any], wall_s: float) -> None:
         """Put a stage's folder in its place, replacing an older one."""
@@ -102,15 +127,12 @@ class RunFolder:
 
     def _place(self, stage: Stage, partial: Path, facts: dict[str, Any], wall_s: float) -> None:
         record = {
-            "stage": stage.name,
-            "kind": stage.kind,
-            "fingerprint": self.fingerprint(stage),
-            "settings": self.settings(stage),
+            **self._describe(stage),
             "wall_s": round(wall_s, 1),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **facts,
         }
-        write_text(partial / "stage.json", json.dumps(record, indent=2) + "\n")
+        write_text(partial / RECORD, json.dumps(record, indent=2) + "\n")
         shutil.rmtree(partial / JOURNAL, ignore_errors=True)
         self.lineages[stage.name].write(partial, self.path)
         target = self.stage_dir(stage.name)
@@ -123,22 +145,29 @@ class RunFolder:
             shutil.rmtree(old)
         else:
             partial.rename(target)
+        shutil.rmtree(target / CHECKPOINTS, ignore_errors=True)
+
+    def _describe(self, stage: Stage) -> dict[str, Any]:
+        return {
+            "stage": stage.name,
+            "kind": stage.kind,
+            "fingerprint": self.fingerprint(stage),
+            "settings": self.settings(stage),
+            "parents": self._find_parents(stage),
+        }
 
     def read_record(self, name: str) -> dict | None:
         """`stage.json` of a finished stage, or None."""
-        try:
-            return json.loads((self.stage_dir(name) / "stage.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"{self.stage_dir(name)}/stage.json: cannot be read: {error}"
-            ) from error
+        return read_record(self.stage_dir(name))
 
     def settings(self, stage: Stage) -> dict[str, Any]:
         """What the stage is made from: its own section and the shared keys, resolved."""
         shared = self.recipe.model_dump(mode="json", include=set(SHARED_KEYS), by_alias=True)
-        return {**shared, **stage.model_dump(mode="json", by_alias=True)}
+        saving = set(Saving.model_fields)
+        own = stage.model_dump(
+            mode="json", by_alias=True, exclude={"train": saving} | dict.fromkeys(saving, True)
+        )
+        return {**shared, **own}
 
     def fingerprint(self, stage: Stage) -> str:
         """Changes when the stage's settings do, or those of anything that it starts from."""
@@ -155,15 +184,34 @@ class RunFolder:
         record = self.read_record(stage.name)
         if record is None:
             return False
-        if record["fingerprint"] == self.fingerprint(stage):
-            return True
+        if change := self._find_change(stage, record):
+            raise UserError(
+                f"{self.stage_dir(stage.name)}: finished with {change} than the recipe has now; "
+                f"add --redo {stage.name} to make it and what follows again, or change the run's "
+                "name"
+            )
+        partial = self.partial_dir(stage.name)
+        being_redone = can_go_on(partial) and not self._find_change(stage, read_record(partial))
+        return not being_redone
+
+    def _find_change(self, stage: Stage, record: dict[str, Any]) -> str:
+        """What is not as it was when the stage was begun; empty if nothing."""
         now, then = self.settings(stage), record["settings"]
         changed = [key for key in {**now, **then} if now.get(key) != then.get(key)]
-        what = f"other settings ({', '.join(sorted(changed))})" if changed else "another parent"
-        raise UserError(
-            f"{self.stage_dir(stage.name)}: finished with {what} than the recipe has now; "
-            f"add --redo {stage.name} to make it and what follows again, or change the run's name"
-        )
+        if changed:
+            return f"other settings ({', '.join(sorted(changed))})"
+        same_parents = record.get("parents", {}) == self._find_parents(stage)
+        if record["fingerprint"] != self.fingerprint(stage) or not same_parents:
+            return "another parent"
+        return ""
+
+    def _find_parents(self, stage: Stage) -> dict[str, str]:
+        """When the stages that this one starts from were finished: one that was made again since
+        is another parent."""
+        records = {
+            name: self.read_record(name) for name in stage.parents() if self.recipe.stage(name)
+        }
+        return {name: record["finished"] for name, record in records.items() if record}
 
     def resolve_checkpoint(self, name: str, needed_by: str) -> str:
         """The folder or hub id behind a stage's `from` or an entry of `checkpoints`."""
@@ -185,16 +233,56 @@ class RunFolder:
         return str(self.stage_dir(name))
 
 
-class MetricsLog:
-    """`metrics.jsonl` of a stage: one object per step, on disk as soon as the step is over."""
+def can_go_on(partial: Path) -> bool:
+    """Whether an interrupted stage has left something that need not be made again."""
+    saved = (partial / TRACES).exists() or any((partial / CHECKPOINTS).glob("step-*"))
+    return saved and (partial / RECORD).exists()
+
+
+def read_record(folder: Path) -> dict | None:
+    try:
+        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / RECORD}: cannot be read: {error}") from error
+
+
+class JsonlLog:
+    """A file of a stage that only grows: rows are on disk as soon as they are written, and can be
+    cut back to a checkpoint."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = path.open("ab")
+
+    def write(self, *rows: dict[str, Any]) -> None:
+        self._file.write("".join(f"{dump_row(row)}\n" for row in rows).encode())
+        self._file.flush()
+
+    def position(self) -> int:
+        """Bytes so far, all of them safe on the disk."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def cut(self, position: int | None) -> None:
+        """Forget what came after `position`; None: everything. Raises ValueError if the file is
+        shorter than that."""
+        size = position or 0
+        if size > self._file.tell():
+            raise ValueError(f"{self.path.name} has lost rows")
+        self._file.truncate(size)
+        self._file.seek(size)
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricsLog(JsonlLog):
+    """`metrics.jsonl` of a stage: one object per step."""
 
     def __init__(self, folder: Path):
-        self.path = folder / "metrics.jsonl"
-        self._file = self.path.open("a", encoding="utf-8")
-
-    def write(self, metrics: dict[str, Any]) -> None:
-        self._file.write(dump_row(metrics) + "\n")
-        self._file.flush()
+        super().__init__(folder / "metrics.jsonl")
 
 
 def read_metrics(folder: Path) -> list[dict]:

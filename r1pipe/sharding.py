@@ -17,12 +17,14 @@ are all sharded (ZeRO stage 3).
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 from unittest.mock import patch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from r1pipe import distributed
@@ -117,3 +119,53 @@ def distributing(distribute: Callable[[PreTrainedModel], None]) -> Iterator[None
 
     with patch.object(PreTrainedModel, "maybe_distribute_model", classmethod(hook)):
         yield
+
+
+def own_shard(tensor: Any) -> Any:
+    """This rank's part of a sharded tensor; anything else as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def take_weights(module: nn.Module) -> dict[str, Tensor]:
+    """This rank's part of all parameters and buffers. Not a copy."""
+    return {name: own_shard(tensor) for name, tensor in module.state_dict().items()}
+
+
+@torch.no_grad()
+def put_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """What `take_weights` gave, into a module that is sharded in the same way."""
+    for name, tensor in module.state_dict().items():
+        own_shard(tensor).copy_(weights[name])
+
+
+def take_optimizer(optimizer: Optimizer) -> dict[str, Any]:
+    """This rank's part of the optimizer's state."""
+    state = optimizer.state_dict()
+    own = {
+        index: {name: own_shard(value) for name, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": own}
+
+
+def put_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """What `take_optimizer` gave, for parameters that are sharded in the same way."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def like(value: Any, parameter: Tensor) -> Any:
+        if not isinstance(parameter, DTensor) or value.shape != parameter.to_local().shape:
+            return value
+        sharded = DTensor.from_local(
+            value.to(parameter.device),
+            parameter.device_mesh,
+            parameter.placements,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+        return sharded.to(value.device)  # an optimizer brings it where it wants it
+
+    whole = {
+        index: {name: like(value, parameters[index]) for name, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": whole})

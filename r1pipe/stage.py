@@ -8,7 +8,7 @@ from r1pipe.config import Eval, ProblemSet, Recipe, TrainingStage
 from r1pipe.errors import UserError
 from r1pipe.problems import check_row, decontaminate, load_problems
 from r1pipe.progress import say
-from r1pipe.records import Problem, read_jsonl, write_jsonl
+from r1pipe.records import Problem, dump_row, read_jsonl, write_text
 from r1pipe.runs import RunFolder
 
 if TYPE_CHECKING:
@@ -25,7 +25,10 @@ class StageContext:
     run: RunFolder
     stage_name: str
     folder: Path
-    """Where the stage writes; moved into its place when `run` returns."""
+    """Where the stage writes; moved into its place when `run` returns. Of ranks but the first
+    thrown away."""
+    shared_folder: Path
+    """The first rank's `folder`, which all can read and write."""
     engines: "Engines"
     device: "torch.device"
     facts: dict[str, float]
@@ -57,8 +60,19 @@ class StageContext:
             problems = result.kept
         if not problems:
             raise UserError(f'stage "{stage.name}": every training problem is a held-out one')
-        write_jsonl(self.folder / "problems.jsonl", problems)
+        self._keep(problems)
         return problems
+
+    def _keep(self, problems: list[Problem]) -> None:
+        """Raises UserError if an interrupted run had other problems: it cannot go on exactly."""
+        path = self.folder / "problems.jsonl"
+        text = "".join(f"{dump_row(problem)}\n" for problem in problems)
+        if path.exists() and path.read_text(encoding="utf-8") != text:
+            raise UserError(
+                f'stage "{self.stage_name}": its data has changed since the run was interrupted; '
+                "put it back, or add --redo to begin again"
+            )
+        write_text(path, text)
 
     def load(self, source: ProblemSet) -> list[Problem]:
         if source.recipe is not None:

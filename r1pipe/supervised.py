@@ -1,9 +1,12 @@
 """Supervised training on traces with TRL's SFTTrainer: the cold start and the students."""
 
+import json
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from datasets import Dataset
@@ -18,19 +21,28 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from r1pipe import distributed
+from r1pipe.checkpoints import Checkpoints, RandomStates
 from r1pipe.config import Supervised
 from r1pipe.errors import UserError
 from r1pipe.models import encode_completion, encode_prompt, fast_training_kernels, whole
 from r1pipe.moe import ExpertLoad, number_padded
 from r1pipe.optimizer import OffloadedAdamW
-from r1pipe.progress import StageProgress
-from r1pipe.records import Problem
+from r1pipe.progress import Interrupt, StageProgress
+from r1pipe.records import Problem, write_text
 from r1pipe.runs import MetricsLog
-from r1pipe.sharding import computes_by_autocast
+from r1pipe.sharding import (
+    computes_by_autocast,
+    put_optimizer,
+    put_weights,
+    take_optimizer,
+    take_weights,
+)
 from r1pipe.stage import StageContext
 
 PAD_TO_MULTIPLE_OF = 8
@@ -79,6 +91,16 @@ class ReportProgress(TrainerCallback):
         self.progress, self.log, self.load = progress, log, load
         self.last_loss = float("nan")
 
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        self.progress.total = state.max_steps
+        self.progress.start_at(state.global_step)
+
     def on_step_end(
         self,
         args: TrainingArguments,
@@ -86,8 +108,6 @@ class ReportProgress(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        if self.progress.total != state.max_steps:
-            self.progress.total = state.max_steps
         self.progress.advance(loss=self.last_loss)
 
     def on_log(
@@ -125,6 +145,94 @@ class BalanceExperts(TrainerCallback):
     ) -> None:
         self.load.finish()
         self.load.balance()
+
+
+LOGGING = ("_tr_loss", "_total_loss_scalar", "_globalstep_last_logged", "_total_train_tokens")
+"""Of TRL's and transformers' trainers: sums that a later line of the log is made from."""
+
+
+class ResumableTrainer(SFTTrainer):
+    """Goes on exactly where a checkpoint of ours was made.
+
+    TRL's loop finds the place in the data and calls what is overridden here at the right moments.
+    Its own files are not used: of a sharded model it would save one rank's part, they appear bit by
+    bit, and the loss since the last line of the log is not in them.
+    """
+
+    checkpoints: Checkpoints
+    restored: dict[str, Any] | None = None
+
+    def train_on(self, checkpoints: Checkpoints) -> TrainOutput:
+        """Train from the newest whole checkpoint, or from the beginning."""
+        self.checkpoints = checkpoints
+        self.add_callback(SaveInTime(self))
+        done = checkpoints.restore_last_good()
+        return self.train(resume_from_checkpoint=self.args.output_dir if done else None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "model": take_weights(self.model),
+            "optimizer": take_optimizer(self.optimizer.optimizer),
+            "scheduler": self.lr_scheduler.state_dict(),
+            "trainer": json.dumps(asdict(self.state)),
+            "logging": {name: getattr(self, name) for name in LOGGING},
+            "metrics": dict(self._metrics["train"]),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Kept until `train` asks for it, piece by piece."""
+        self.restored = {**state, "random": RandomStates().state_dict()}
+        folder = Path(self.args.output_dir)
+        folder.mkdir(exist_ok=True)
+        write_text(folder / TRAINER_STATE_NAME, state["trainer"])
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        put_weights(self.model, self.restored["model"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            put_optimizer(self.optimizer.optimizer, self.restored["optimizer"])
+            self.lr_scheduler.load_state_dict(self.restored["scheduler"])
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        RandomStates().load_state_dict(self.restored["random"])
+
+    def restore_logging(self) -> None:
+        """What was added up since the last line of the log, and in all."""
+        if self.restored:
+            for name in LOGGING:
+                setattr(self, name, self.restored["logging"][name])
+            self._tr_loss = self._tr_loss.to(self.args.device)
+            self._metrics["train"].update(self.restored["metrics"])
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.checkpoints.save(self.state.global_step)
+        self.checkpoints.end_if_asked()
+
+
+class SaveInTime(TrainerCallback):
+    """Tells TRL when to save: after it has logged the step."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        self.trainer.restore_logging()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: object,
+    ) -> None:
+        control.should_save = self.trainer.checkpoints.is_due(state.global_step)
 
 
 def keep_shards(accelerator: Accelerator) -> None:
@@ -209,9 +317,10 @@ def train_on_traces(
     )
     with (
         fast_training_kernels(model.device, context.recipe.dtype),
+        Interrupt.deferred(settings.save_grace_s),
         StageProgress(label, settings.max_steps or 1) as progress,
     ):
-        trainer = SFTTrainer(
+        trainer = ResumableTrainer(
             model=model,
             args=arguments,
             train_dataset=Dataset.from_list(traces.rows),
@@ -226,7 +335,14 @@ def train_on_traces(
         trainer.remove_callback(PrinterCallback)
         if not distributed.alone():
             keep_shards(trainer.accelerator)
-        result = trainer.train()
+        checkpoints = Checkpoints(
+            context.shared_folder,
+            settings,
+            label,
+            parts={"trainer": trainer, "experts": load},
+            logs={"metrics": log},
+        )
+        result = trainer.train_on(checkpoints)
     model.eval()
     # TRL makes its output folder although nothing is saved there.
     shutil.rmtree(arguments.output_dir, ignore_errors=True)
@@ -235,4 +351,5 @@ def train_on_traces(
         "rows_too_long": traces.num_too_long,
         "optimizer_steps": result.global_step,
         "train_loss": result.training_loss,
+        **checkpoints.facts(),
     }

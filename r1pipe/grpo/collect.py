@@ -4,7 +4,8 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -69,6 +70,36 @@ class Batch:
             "tokens_per_s/sample": num_tokens / self.seconds["sample"],
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """As plain values and tensors, of a batch that has not been trained on."""
+        return {
+            **{name: getattr(self, name) for name in ("step", "made_at", "rounds", "seconds")},
+            "groups": [
+                {
+                    "problem": asdict(group.problem),
+                    "rollouts": [flatten_rollout(rollout) for rollout in group.rollouts],
+                    "scores": [asdict(score) for score in group.scores],
+                    "advantages": group.advantages,
+                }
+                for group in self.groups
+            ],
+            "samples": [(flatten_rollout(s.rollout), s.advantage) for s in self.samples],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Batch":
+        groups = [
+            Group(
+                Problem(**group["problem"]),
+                [restore_rollout(rollout) for rollout in group["rollouts"]],
+                [Score(**score) for score in group["scores"]],
+                group["advantages"],
+            )
+            for group in state["groups"]
+        ]
+        samples = [Sample(restore_rollout(r), advantage) for r, advantage in state["samples"]]
+        return cls(**{**state, "groups": groups, "samples": samples})
+
     def records(self) -> list[dict]:
         """The step's lines of rollouts.jsonl."""
         return [
@@ -96,7 +127,9 @@ class Collector:
     ):
         self.stage, self.sampler, self.scorer, self.seed = stage, sampler, scorer, seed
         self.sampling = sampling_of(stage)
+        self.problems = problems
         self._prompts = draw_prompts(problems, seed)
+        self._num_drawn = 0
 
     def collect(self, step: int, made_at: int) -> Batch:
         """`prompts_per_step` groups; under dynamic sampling, of those whose rewards differ."""
@@ -107,7 +140,7 @@ class Collector:
         while not rounds or (
             stage.dynamic_sampling and missing > 0 and rounds < stage.max_sampling_rounds
         ):
-            problems = [next(self._prompts) for _ in range(missing)]
+            problems = self._draw(missing)
             seed_parts = (self.seed, stage.name, step) + ((f"round {rounds}",) if rounds else ())
             new = self._sample(problems, seed_parts, seconds)
             groups += new
@@ -123,6 +156,17 @@ class Collector:
             for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
         ]
         return Batch(step, made_at, gather_groups(groups), samples, rounds, seconds)
+
+    def _draw(self, count: int) -> list[Problem]:
+        self._num_drawn += count
+        return list(islice(self._prompts, count))
+
+    def state_dict(self) -> dict[str, int]:
+        return {"num_drawn": self._num_drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._prompts, self._num_drawn = draw_prompts(self.problems, self.seed), 0
+        self._draw(state["num_drawn"])
 
     def _sample(
         self, problems: list[Problem], seed_parts: tuple, seconds: dict[str, float]
@@ -201,6 +245,17 @@ class Lookahead:
         if self._next:
             self._next.exception()
 
+    def state_dict(self) -> dict[str, Any]:
+        """The batch that was sampled ahead: the policy that sampled it is gone by now."""
+        return {"ahead": self._next.result().state_dict() if self._next else None}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.wait()
+        self._next = None
+        if state["ahead"]:
+            self._next = Future()
+            self._next.set_result(Batch.from_state(state["ahead"]))
+
 
 def give_advantages(groups: list[Group], scale_rewards: str) -> None:
     """Over all ranks' groups: `scale_rewards` may ask for the whole batch's spread."""
@@ -226,6 +281,17 @@ def gather_groups(groups: list[Group]) -> list[Group]:
         for group in groups
     ]
     return [group for part in distributed.gather(light, "sampling") for group in part]
+
+
+def flatten_rollout(rollout: Rollout) -> dict[str, Any]:
+    values = {entry.name: getattr(rollout, entry.name) for entry in fields(rollout)}
+    routes = values.pop("routes")
+    return {**values, "routes": None if routes is None else torch.from_numpy(routes)}
+
+
+def restore_rollout(values: dict[str, Any]) -> Rollout:
+    routes = values["routes"]
+    return Rollout(**{**values, "routes": None if routes is None else routes.numpy()})
 
 
 def draw_prompts(problems: list[Problem], seed: int) -> Iterator[Problem]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+from r1pipe.checkpoints import Checkpoints
 from r1pipe.config import Grpo, Sampling
 from r1pipe.errors import UserError
 from r1pipe.grpo.collect import Batch, Collector, Lookahead, sampling_of
@@ -15,10 +16,10 @@ from r1pipe.grpo.logprobs import Policy
 from r1pipe.grpo.packing import Sample
 from r1pipe.grpo.update import Updater
 from r1pipe.models import export_weights, save_checkpoint
-from r1pipe.progress import StageProgress, say
-from r1pipe.records import Problem, dump_row
+from r1pipe.progress import Interrupt, StageProgress, say
+from r1pipe.records import Problem
 from r1pipe.rollout import Sampler
-from r1pipe.runs import MetricsLog
+from r1pipe.runs import JsonlLog, MetricsLog
 from r1pipe.scoring import Scorer
 from r1pipe.sharding import load_sharded
 from r1pipe.stage import StageContext
@@ -45,50 +46,71 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
         seed=context.recipe.seed,
     )
     collector = Collector(stage, sampler, scorer, problems, context.recipe.seed)
-    log = MetricsLog(context.folder)
+    log, rollouts_log = MetricsLog(context.folder), JsonlLog(context.folder / "rollouts.jsonl")
     with (
-        (context.folder / "rollouts.jsonl").open("w", encoding="utf-8") as rollouts_file,
+        Lookahead(collector.collect, stage.max_steps, stage.async_steps) as batches,
+        Interrupt.deferred(stage.save_grace_s),
         StageProgress(stage.name, stage.max_steps) as progress,
     ):
-        for metrics, records in train(stage, updater, sampler, collector):
+        checkpoints = Checkpoints(
+            context.shared_folder,
+            stage,
+            stage.name,
+            parts={"updater": updater, "collector": collector, "batches": batches},
+            logs={"metrics": log, "rollouts": rollouts_log},
+        )
+        if done := checkpoints.restore_last_good():
+            sampler.load_weights(export_weights(updater.model))
+            progress.start_at(done)
+        for metrics, records in train(stage, updater, sampler, collector, batches, done + 1):
             log.write(metrics)
-            rollouts_file.writelines(f"{dump_row(record)}\n" for record in records)
+            rollouts_log.write(*records)
             progress.advance(
                 reward=metrics["reward"],
                 length=metrics["completions/mean_length"],
                 dlogp=metrics.get("sampler/logprob_diff_mean", float("nan")),
             )
+            checkpoints.end_step(metrics["step"], metrics["reward"])
     final = check_last_sync(stage, updater, sampler, problems, context.recipe.seed)
     save_checkpoint(updater.model, sampler.tokenizer, context.folder)
-    return {"train_rows": len(problems), "optimizer_steps": stage.max_steps, **final}
+    return {
+        "train_rows": len(problems),
+        "optimizer_steps": stage.max_steps,
+        **checkpoints.facts(),
+        **final,
+    }
 
 
 def train(
-    stage: Grpo, updater: Updater, sampler: Sampler, collector: Collector
+    stage: Grpo,
+    updater: Updater,
+    sampler: Sampler,
+    collector: Collector,
+    batches: Lookahead,
+    first_step: int,
 ) -> Iterator[tuple[dict[str, Any], list[dict]]]:
     """The algorithm. Yields each step's metrics and rollout records, its weights synced."""
-    with Lookahead(collector.collect, stage.max_steps, stage.async_steps) as batches:
-        for step in range(1, stage.max_steps + 1):
-            clock = Clock()
-            batch = batches.take(step)  # rolled out, scored, with advantages
-            clock.lap("wait")
+    for step in range(first_step, stage.max_steps + 1):
+        clock = Clock()
+        batch = batches.take(step)  # rolled out, scored, with advantages
+        clock.lap("wait")
 
-            metrics = {"step": step, **batch.metrics()}
-            stop_if_unjudged(stage, metrics, step)
-            # A stale sampler differs from the trainer by a step of learning, not by an error.
-            check = partial(stop_if_apart, stage, step) if batch.made_at == step else pass_all
-            metrics |= updater.step(batch.samples, step, check)
-            if stage.reference_refresh_steps and step % stage.reference_refresh_steps == 0:
-                updater.refresh_reference()
-            clock.lap("update")
+        metrics = {"step": step, **batch.metrics()}
+        stop_if_unjudged(stage, metrics, step)
+        # A stale sampler differs from the trainer by a step of learning, not by an error.
+        check = partial(stop_if_apart, stage, step) if batch.made_at == step else pass_all
+        metrics |= updater.step(batch.samples, step, check)
+        if stage.reference_refresh_steps and step % stage.reference_refresh_steps == 0:
+            updater.refresh_reference()
+        clock.lap("update")
 
-            batches.wait()
-            clock.lap("wait")
-            sampler.load_weights(export_weights(updater.model))
-            if stage.verifies_sync:
-                metrics |= probe_sync(stage, updater, sampler, batch, collector.seed)
-            clock.lap("sync")
-            yield metrics | clock.metrics(metrics["tokens_trained"]), batch.records()
+        batches.wait()
+        clock.lap("wait")
+        sampler.load_weights(export_weights(updater.model))
+        if stage.verifies_sync:
+            metrics |= probe_sync(stage, updater, sampler, batch, collector.seed)
+        clock.lap("sync")
+        yield metrics | clock.metrics(metrics["tokens_trained"]), batch.records()
 
 
 def pass_all(metrics: dict[str, float]) -> None:

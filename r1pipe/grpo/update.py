@@ -8,6 +8,7 @@ losses add up to the loss of one process with all the rollouts.
 import contextlib
 import random
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,13 @@ from r1pipe.models import fast_training_kernels, whole
 from r1pipe.moe import ExpertLoad, number_packed, pack_routes, replaying
 from r1pipe.optimizer import OffloadedAdamW
 from r1pipe.records import Rollout
-from r1pipe.sharding import computes_by_autocast
+from r1pipe.sharding import (
+    computes_by_autocast,
+    put_optimizer,
+    put_weights,
+    take_optimizer,
+    take_weights,
+)
 
 Check = Callable[[dict[str, float]], None]
 """Raises if the metrics say that the update must not happen."""
@@ -265,6 +272,25 @@ class Updater:
         loss = compute_loss(inputs, totals, self.settings)
         loss.loss.backward()
         return {"loss": float(loss.loss.detach()), **loss.sums}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs; of sharded models this rank's part. A reference that is never
+        refreshed is the checkpoint that the stage starts from."""
+        state = {
+            "policy": take_weights(self.policy),
+            "optimizer": take_optimizer(self.optimizer),
+            "scheduler": self.scheduler.state_dict(),
+        }
+        if self.reference is not None and self.settings.reference_refresh_steps:
+            state["reference"] = take_weights(self.reference)
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        put_weights(self.policy, state["policy"])
+        put_optimizer(self.optimizer, state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        if "reference" in state:
+            put_weights(self.reference, state["reference"])
 
     def refresh_reference(self) -> None:
         """Make the reference, if there is one, the current policy (R1: every 400 updates)."""
