@@ -11,7 +11,6 @@ since is noticed by its checksum, and the one before it is used. The logs are cu
 were, so no step is missing from them and none comes twice.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -20,20 +19,19 @@ import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
 
 from r1pipe import distributed
 from r1pipe.config import Saving
-from r1pipe.errors import UserError
+from r1pipe.errors import FULL, UserError, is_disk_full
 from r1pipe.progress import Interrupt, say
 from r1pipe.records import write_text
-from r1pipe.runs import CHECKPOINTS
+from r1pipe.runs import CHECKPOINTS, find_steps
 
 MANIFEST = "manifest.json"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Stateful(Protocol):
@@ -103,7 +101,9 @@ class Checkpoints:
         distributed.on_first_rank(lambda: make_empty(partial))
         try:
             file, problem = self._write_own(partial), ""
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
+            if not isinstance(error, OSError) and not is_disk_full(error):
+                raise
             file, problem = {}, explain(error, partial)
         files, problems = zip(*distributed.gather((file, problem)))
         if any(problems):
@@ -129,10 +129,7 @@ class Checkpoints:
         state = {part: owner.state_dict() for part, owner in self.parts.items()}
         with (partial / name).open("wb") as file:
             hashing = HashingFile(file)
-            try:
-                torch.save(state, hashing)
-            except RuntimeError as error:  # torch's, in which the file's own error is lost
-                raise hashing.error or error from error
+            torch.save(state, hashing)
             sync(file)
         return {name: {"bytes": hashing.size, "sha256": hashing.hash.hexdigest()}}
 
@@ -152,7 +149,7 @@ class Checkpoints:
 
     def _superfluous(self) -> list[int]:
         """Steps that are neither among the newest `save_total_limit` nor the best."""
-        steps = self.steps()
+        steps = find_steps(self.folder)
         older = steps[: -self.settings.save_total_limit]
         scores = {step: self._score(step) for step in steps}
         best = max(steps, key=lambda step: (scores[step], step))
@@ -165,10 +162,6 @@ class Checkpoints:
             return -float("inf")
         return -float("inf") if score is None or score != score else score
 
-    def steps(self) -> list[int]:
-        """Of the checkpoints there are, whole or not, the oldest first."""
-        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
-
     def restore_last_good(self) -> int:
         """Put every part back to the newest checkpoint that is whole, and cut the logs to it.
 
@@ -176,7 +169,7 @@ class Checkpoints:
         Raises UserError if it was made by another number of processes.
         """
         distributed.on_first_rank(self._sweep)
-        steps = distributed.on_first_rank(lambda: self.steps()[::-1])
+        steps = distributed.on_first_rank(lambda: find_steps(self.folder)[::-1])
         for step in steps:
             place = self.folder / f"step-{step}"
             problem = distributed.on_first_rank(lambda place=place: self._check_manifest(place))
@@ -260,19 +253,13 @@ class RandomStates:
 class HashingFile:
     """What is written passes through a sha256, so that it need not be read again."""
 
-    def __init__(self, file: Any):
+    def __init__(self, file: BinaryIO):
         self.file, self.size, self.hash = file, 0, hashlib.sha256()
-        self.error: OSError | None = None
 
-    def write(self, data: Any) -> int:
-        try:
-            written = self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
+    def write(self, data: bytes) -> int:
         self.hash.update(data)
-        self.size += written
-        return written
+        self.size += self.file.write(data)
+        return len(data)
 
     def flush(self) -> None:
         self.file.flush()
@@ -316,7 +303,7 @@ def make_empty(folder: Path) -> None:
         raise UserError(explain(error, folder)) from error
 
 
-def sync(file: Any) -> None:
+def sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
 
@@ -330,10 +317,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def explain(error: OSError, path: Path) -> str:
-    if error.errno in DISK_FULL:
-        return (
-            f"{path.parent}: the disk is full ({error.strerror}); the checkpoints before are kept: "
-            "make room, and the same command goes on"
-        )
-    return f"{path}: cannot be written: {error.strerror or error}"
+def explain(error: OSError | RuntimeError, path: Path) -> str:
+    if is_disk_full(error):
+        return f"{path.parent}: {FULL}"
+    return f"{path}: cannot be written: {error}"

@@ -14,7 +14,7 @@ from r1pipe.progress import Interrupt
 DEFAULT_CONFIG = "configs/demo.yaml"
 LOST = 3
 """Exit code of a process of several that ends because another one is gone."""
-GOES_ON = "the same command goes on after the last finished stage"
+GOES_ON = "the same command goes on from the last checkpoint or finished stage"
 STAGE_HELP = {
     "init": "make a policy from random weights",
     "sft": "cold start: supervised training on written-out reasoning",

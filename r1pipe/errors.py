@@ -1,5 +1,13 @@
 """The exceptions that end a run in one line."""
 
+import errno
+
+FULL = (
+    "the disk is full; checkpoints and finished stages are kept: make room, and the same command "
+    "goes on"
+)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 class UserError(Exception):
     """What a user can put right: what is wrong, where (file, key, row), what to do. The CLI exits
@@ -8,3 +16,15 @@ class UserError(Exception):
 
 class LostRank(Exception):
     """Another process of the run is gone, so this one cannot go on. The CLI exits with 1."""
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a write failed for lack of room: safetensors tells by text only, and torch by the
+    error that it was busy with."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            return True
+        if any(f"(os error {number})" in str(error) for number in DISK_FULL):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from r1pipe import distributed
 from r1pipe.check import check_stage
 from r1pipe.config import Eval, Recipe, Stage
-from r1pipe.errors import UserError
+from r1pipe.errors import FULL, UserError, is_disk_full
 from r1pipe.progress import say
 from r1pipe.runs import RunFolder
 
@@ -131,15 +131,17 @@ def run_stages(run: RunFolder, stages: list[Stage], redone: Collection[str] = ()
                 run=run,
                 stage_name=stage.name,
                 folder=run.begin(stage, redo=stage.name in redone),
-                shared_folder=run.partial_dir(stage.name),
                 engines=engines,
                 device=device,
                 facts={},
             )
             try:
                 facts = find_stage(stage.kind)(stage, context)
-            except BaseException:
-                run.abandon(context.folder)
+            except BaseException as error:
+                if step := run.abandon(context.folder):
+                    say(f"{stage.name}: step {step} is saved")
+                if is_disk_full(error) and not isinstance(error, UserError):
+                    raise UserError(f"{context.folder}: {FULL}") from error
                 raise
             wall_s = time.monotonic() - stage_started
             facts = {**context.facts, **facts, "peak_memory_gib": round(peak_memory_gib(), 2)}

@@ -100,23 +100,30 @@ class RunFolder:
 
     def _begin(self, stage: Stage, redo: bool) -> None:
         partial = self.partial_dir(stage.name)
-        if redo or not can_go_on(partial):
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            record = self._describe(stage)
-            write_text(partial / RECORD, json.dumps(record, indent=2) + "\n")
+        record = None if redo else read_record(partial)
+        if record is not None and find_steps(partial / CHECKPOINTS):
+            if change := self._find_change(stage, record):
+                raise UserError(
+                    f"{partial}: interrupted with {change} than the recipe has now; put it back to "
+                    "go on there, add --redo to throw that work away, or change the run's name"
+                )
             return
-        if change := self._find_change(stage, read_record(partial)):
-            raise UserError(
-                f"{partial}: interrupted with {change} than the recipe has now; put it back to go "
-                "on there, add --redo to throw that work away, or change the run's name"
-            )
+        partial.mkdir(exist_ok=True)
+        for path in partial.iterdir():
+            if path.name == JOURNAL and not redo:
+                continue  # it knows by itself what it is good for
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        write_text(partial / RECORD, json.dumps(self._describe(stage), indent=2) + "\n")
 
-    def abandon(self, partial: Path) -> None:
+    def abandon(self, partial: Path) -> int:
         """Nothing half-written stays behind a stage that failed or was interrupted; what it can go
-        on from stays."""
+        on from stays. Returns the step of the newest checkpoint, 0 if there is none."""
         if not can_go_on(partial):
             shutil.rmtree(partial, ignore_errors=True)
+        return max(find_steps(partial / CHECKPOINTS), default=0)
 
     def finish(self, stage: Stage, partial: Path, facts: dict[str, Any], wall_s: float) -> None:
         """Put a stage's folder in its place, replacing an older one."""
@@ -190,9 +197,13 @@ class RunFolder:
                 f"add --redo {stage.name} to make it and what follows again, or change the run's "
                 "name"
             )
+        return not self._is_being_redone(stage)
+
+    def _is_being_redone(self, stage: Stage) -> bool:
+        """Whether --redo has begun to make it again, and was interrupted."""
         partial = self.partial_dir(stage.name)
-        being_redone = can_go_on(partial) and not self._find_change(stage, read_record(partial))
-        return not being_redone
+        begun = read_record(partial) if can_go_on(partial) else None
+        return begun is not None and not self._find_change(stage, begun)
 
     def _find_change(self, stage: Stage, record: dict[str, Any]) -> str:
         """What is not as it was when the stage was begun; empty if nothing."""
@@ -235,8 +246,13 @@ class RunFolder:
 
 def can_go_on(partial: Path) -> bool:
     """Whether an interrupted stage has left something that need not be made again."""
-    saved = (partial / TRACES).exists() or any((partial / CHECKPOINTS).glob("step-*"))
-    return saved and (partial / RECORD).exists()
+    return bool(find_steps(partial / CHECKPOINTS)) or (partial / JOURNAL).exists()
+
+
+def find_steps(checkpoints: Path) -> list[int]:
+    """Of the checkpoints in a folder, whole or not, the oldest first."""
+    names = (path.name.removeprefix("step-") for path in checkpoints.glob("step-*"))
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def read_record(folder: Path) -> dict | None:

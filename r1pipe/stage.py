@@ -27,12 +27,15 @@ class StageContext:
     folder: Path
     """Where the stage writes; moved into its place when `run` returns. Of ranks but the first
     thrown away."""
-    shared_folder: Path
-    """The first rank's `folder`, which all can read and write."""
     engines: "Engines"
     device: "torch.device"
     facts: dict[str, float]
     """Facts that shared steps add to the stage's record."""
+
+    @property
+    def shared_folder(self) -> Path:
+        """The first rank's `folder`, which all can read and write."""
+        return self.run.partial_dir(self.stage_name)
 
     def checkpoint(self, name: str) -> str:
         """The folder or hub id behind a stage's `from`."""

@@ -1,6 +1,7 @@
 """A recipe of the demo's shape that runs in a minute, and models that build in a second."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,13 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "tiny.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_recipe: Path) -> tuple[Path, subprocess.CompletedProcess]:
+    """The run's folder after `r1pipe run`, and what the command said."""
+    from test_run import run
+
+    result = run("run", tiny_recipe)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return tiny_recipe.parent / "runs" / "tiny", result

@@ -1,11 +1,12 @@
 """Runs a command of r1pipe, and kills it (SIGKILL) in a given phase of a given step:
 
-    python tests/pipeline/killed.py updating 1 0.2 METRICS grpo configs/demo.yaml
+    python tests/pipeline/killed.py updating 3 0.2 FOLDER grpo configs/demo.yaml
 
-kills it 0.2 s after it has begun to update with at least 1 line in the file METRICS. A thread looks
-at the stacks of the others for that; the program itself knows nothing of it.
+kills it 0.2 s after it has begun to update when the stage in FOLDER has 3 steps behind it. A thread
+looks at the stacks of the others for that; the program itself knows nothing of it.
 """
 
+import json
 import os
 import signal
 import sys
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 
 from r1pipe.cli import main
+from r1pipe.runs import find_steps
 
 # Phase: the function that is running in some thread, and its file.
 PHASES = {
@@ -37,19 +39,23 @@ def is_running(file: str, function: str) -> bool:
     return False
 
 
-def count_lines(path: Path) -> int:
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+def count_steps(folder: Path) -> int:
+    """As far as the log and the checkpoints tell."""
+    log = folder / "metrics.jsonl"
+    lines = log.read_text().splitlines() if log.exists() else []
+    steps = [json.loads(line)["step"] for line in lines[-1:]]
+    return max([0, *steps, *find_steps(folder / "checkpoints")])
 
 
-def kill_in(phase: str, lines: int, delay_s: float, metrics: Path) -> None:
-    while count_lines(metrics) < lines or not is_running(*PHASES[phase]):
-        time.sleep(0.0005)
+def kill_in(phase: str, steps: int, delay_s: float, folder: Path) -> None:
+    while count_steps(folder) < steps or not is_running(*PHASES[phase]):
+        time.sleep(0.001)
     time.sleep(delay_s)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
-    phase, lines, delay_s, metrics, *command = sys.argv[1:]
-    arguments = (phase, int(lines), float(delay_s), Path(metrics))
+    phase, steps, delay_s, folder, *command = sys.argv[1:]
+    arguments = (phase, int(steps), float(delay_s), Path(folder))
     threading.Thread(target=kill_in, args=arguments, daemon=True).start()
     sys.exit(main(command))

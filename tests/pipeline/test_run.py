@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -43,14 +44,6 @@ def run(*arguments: object) -> subprocess.CompletedProcess:
 
 def read_lines(path: Path) -> list[dict]:
     return [row for _, row in read_jsonl(path)]
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_recipe: Path) -> tuple[Path, subprocess.CompletedProcess]:
-    """The run's folder after `r1pipe run`, and what the command said."""
-    result = run("run", tiny_recipe)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return tiny_recipe.parent / "runs" / "tiny", result
 
 
 def test_summary(finished: tuple) -> None:
@@ -194,12 +187,12 @@ def test_same_seed_gives_the_same_weights(finished: tuple, tiny_recipe: Path) ->
         assert (other / file).read_bytes() == (folder / file).read_bytes(), file
 
 
-def test_interrupted_run_goes_on_after_the_last_finished_stage(tiny_recipe: Path) -> None:
+def test_interrupted_run_saves_its_step_and_goes_on(tiny_recipe: Path) -> None:
     name = ("--set", "name=interrupted", "--set", "stages.sft.train.max_steps=2000")
     folder = tiny_recipe.parent / "runs" / "interrupted"
     process = start("run", tiny_recipe, *name)
-    wait_for(lambda: (folder / ".sft.partial" / "problems.jsonl").exists())
-    time.sleep(3)
+    metrics = folder / ".sft.partial" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and len(read_lines(metrics)) > 1)
     busy = run("sft", tiny_recipe, *name)
     assert busy.returncode == 2
     assert f"busy, process {process.pid}" in busy.stderr
@@ -210,7 +203,14 @@ def test_interrupted_run_goes_on_after_the_last_finished_stage(tiny_recipe: Path
     assert "Traceback" not in err
     assert (folder / "random" / "stage.json").exists()
     assert not (folder / "sft").exists()
+    saved = re.search(r"sft: step (\d+) is saved", err)
+    assert saved
+    assert int(saved[1]) > 5
+    # Other settings must not go on from what these have learnt.
     result = run("sft", tiny_recipe, "--set", "name=interrupted")
+    assert result.returncode == 2
+    assert "interrupted with other settings (train)" in result.stderr
+    result = run("sft", tiny_recipe, "--set", "name=interrupted", "--redo")
     assert result.returncode == 0, result.stderr[-3000:]
     assert (folder / "sft" / "model.safetensors").exists()
 
