@@ -4,7 +4,7 @@
       <stage>/            a finished stage: checkpoint, metrics.jsonl, problems.jsonl, stage.json,
                           lineage.json
       .<stage>.partial/   a stage that is being made; what an interrupted run left there that can
-                          be gone on from is kept: checkpoints/ (checkpoints.py), traces.jsonl
+                          be gone on from is kept: checkpoints/ (checkpoints.py), journal/
       summary.json        one object per evaluated checkpoint
 
 A stage's folder appears by one rename, after everything in it is written.
