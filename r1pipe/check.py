@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from r1pipe.config import Grpo, Recipe, Stage
 from r1pipe.errors import UserError
-from r1pipe.problems import load_problems
+from r1pipe.problems import read_problems
 from r1pipe.scoring import Scorer, list_rewards
 
 
@@ -26,11 +26,15 @@ def check_stage(stage: Stage) -> str:
     Scorer(list_rewards(stage))
     if isinstance(stage, Grpo):
         check_loss(stage)
-    counts = [
-        f"{source.recipe}/{source.split}: {len(load_problems(source))} problems"
-        for source in stage.problem_sets()
-        if source.recipe is not None
-    ]
+    counts = []
+    for source in stage.problem_sets():
+        if source.recipe is not None:
+            loaded = read_problems(source)
+            filtered = len(loaded.problems) < loaded.num_rows
+            of_rows = f" ({loaded.describe()})" if filtered else ""
+            counts.append(
+                f"{source.recipe}/{source.split}: {len(loaded.problems)} problems{of_rows}"
+            )
     return f"{stage.name}: {', '.join(counts) or 'ok'}"
 
 

@@ -48,6 +48,8 @@ class ProblemSet(Strict):
     split: str = "train"
     options: dict[str, Any] = {}
     """Keyword arguments of the recipe's `load`."""
+    on_broken_row: Literal["error", "skip"] = "error"
+    """What a row that is not as its dataset promises does: end the run, or be skipped, counted."""
 
     @model_validator(mode="after")
     def name_one_source(self) -> "ProblemSet":

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from r1pipe.config import Eval, EvalSet, Reward
+from r1pipe.decontamination import OverlapIndex
 from r1pipe.distributed import is_first
 from r1pipe.measures import (
     ProblemResult,
@@ -20,7 +21,6 @@ from r1pipe.measures import (
     measure,
     sum_up_problems,
 )
-from r1pipe.problems import OverlapIndex
 from r1pipe.progress import say
 from r1pipe.records import Problem, describe_rollout, read_jsonl, write_jsonl, write_text
 from r1pipe.runs import JOURNAL

@@ -1,4 +1,4 @@
-"""Problems: loads the recipes in data/ by path, checks every row, keeps held-out problems out.
+"""Problems: loads the recipes in data/ by path and checks every row.
 
 A recipe is a file with `load(split, **options)` that yields dicts (data/README.md has the schema).
 Recipes are loaded by path, never imported by name, so a user's own file is as good as ours.
@@ -7,46 +7,116 @@ Recipes are loaded by path, never imported by name, so a user's own file is as g
 import difflib
 import importlib.util
 import inspect
-import re
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from r1pipe.config import ProblemSet
+from r1pipe.datasets_io import BrokenRow, FilteredRow
 from r1pipe.errors import UserError
-from r1pipe.records import Problem
+from r1pipe.records import Problem, read_jsonl
 
 DATA_DIRS = (Path("data"), Path(__file__).resolve().parent.parent / "data")
 """Where a recipe's bare name is looked up: here, then beside the package."""
 
 COLUMNS = tuple(f.name for f in fields(Problem))
 
+NEEDED = {"math": "answer", "code": "tests", "task": "tests", "text": "solution"}
+"""The kinds of problems, and the column that each cannot do without."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A recipe's problems, and what became of its other rows."""
+
+    problems: list[Problem]
+    num_rows: int
+    broken: list[BrokenRow]
+    filtered: Counter[str]
+    """Rows that the recipe did not want, by reason."""
+
+    def steps(self) -> list[tuple[str, int]]:
+        """How many rows were left after each filter, all of them first."""
+        left = self.num_rows
+        steps = [("rows", left)]
+        for name, dropped in {"broken rows": len(self.broken), **self.filtered}.items():
+            if dropped:
+                left -= dropped
+                steps.append((name, left))
+        return steps
+
+    def describe(self) -> str:
+        (_, num_rows), *filters = self.steps()
+        return f"{num_rows} rows" + "".join(f", {left} after {name}" for name, left in filters)
+
 
 def load_problems(source: ProblemSet) -> list[Problem]:
-    """All problems of a recipe, each row checked.
+    """The problems of a recipe; see `read_problems`."""
+    return read_problems(source).problems
 
-    Raises UserError naming the recipe and the row.
+
+def read_problems(source: ProblemSet) -> Loaded:
+    """All problems of a recipe, each row checked, and how many rows there were.
+
+    Raises UserError naming the recipe and the row for a broken one, unless `on_broken_row` is skip;
+    also if no row is left, or the recipe's options are wrong.
     """
     path = find_recipe(source.recipe)
     load = load_function(path)
     check_options(load, source.options, path)
     problems: list[Problem] = []
+    broken: list[BrokenRow] = []
+    filtered: Counter[str] = Counter()
     seen: set[str] = set()
+    number = 0
     try:
         for number, row in enumerate(load(source.split, **source.options), 1):
-            problem = check_row(row, f"{path} (split {source.split}): row {number}")
-            if problem.id in seen:
-                raise UserError(f'{path}: row {number}: the id "{problem.id}" occurs twice')
-            seen.add(problem.id)
-            problems.append(problem)
-    except (OSError, ValueError, KeyError, ConnectionError) as error:
+            if isinstance(row, FilteredRow):
+                filtered[row.reason] += 1
+                continue
+            item = row if isinstance(row, BrokenRow) else read_row(row, number, seen)
+            if isinstance(item, Problem):
+                problems.append(item)
+            elif source.on_broken_row == "skip":
+                broken.append(item)
+            else:
+                raise UserError(
+                    f"{path} (split {source.split}): row {item.number}: {item.reason} "
+                    "(on_broken_row: skip goes on without such rows)"
+                )
+    except (OSError, ValueError, KeyError) as error:
         message = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         if isinstance(error, KeyError):
-            message = f"row {len(problems) + 1}: no column {error}"
+            message = f"row {number + 1}: no column {error}"
         raise UserError(f"{path}: {message}") from error
     if not problems:
-        raise UserError(f'{path}: split "{source.split}" has no rows')
-    return problems
+        why = f"; row {broken[0].number}: {broken[0].reason}" if broken else ""
+        raise UserError(f'{path}: split "{source.split}" has no rows in order{why}')
+    return Loaded(problems, number, broken, filtered)
+
+
+def read_traces(path: Path) -> Loaded:
+    """The traces that an earlier stage has written."""
+    problems = []
+    for number, row in read_jsonl(path):
+        try:
+            problems.append(check_row(row))
+        except ValueError as error:
+            raise UserError(f"{path}: row {number}: {error}") from error
+    return Loaded(problems, len(problems), [], Counter())
+
+
+def read_row(row: object, number: int, seen: set[str]) -> Problem | BrokenRow:
+    """A row as a Problem, its id added to `seen`; a broken one if it is none or was there."""
+    try:
+        problem = check_row(row)
+    except ValueError as error:
+        return BrokenRow(number, str(error))
+    if problem.id in seen:
+        return BrokenRow(number, f'the id "{problem.id}" occurs twice')
+    seen.add(problem.id)
+    return problem
 
 
 def find_recipe(name: str) -> Path:
@@ -86,90 +156,31 @@ def check_options(load: Callable, options: dict, path: Path) -> None:
             near = difflib.get_close_matches(option, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
             raise UserError(f'{path}: no option "{option}"; {hint}')
+    for name in known:
+        if parameters[name].default is inspect.Parameter.empty and name not in options:
+            raise UserError(f'{path}: the option "{name}" is needed')
 
 
-def check_row(row: object, where: str) -> Problem:
-    """A row as a Problem. Raises UserError, starting with `where`, for what is missing or wrong."""
+def check_row(row: object) -> Problem:
+    """A row as a Problem. Raises ValueError for what is missing or wrong."""
     if not isinstance(row, dict):
-        raise UserError(f"{where}: not a dict")
+        raise ValueError("not a dict")
     if unknown := [key for key in row if key not in COLUMNS]:
-        raise UserError(f'{where}: unknown column "{unknown[0]}"; known: {", ".join(COLUMNS)}')
+        raise ValueError(f'unknown column "{unknown[0]}"; known: {", ".join(COLUMNS)}')
     for column in ("id", "kind", "prompt"):
         if not row.get(column):
-            raise UserError(f'{where}: no "{column}"')
-    prompt = row["prompt"]
+            raise ValueError(f'no "{column}"')
+    prompt, needed = row["prompt"], NEEDED.get(row["kind"])
     if not isinstance(prompt, list) or not all(
         isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
         for m in prompt
     ):
-        raise UserError(f'{where}: "prompt" is a list of messages, each with role and content')
-    verdict = "tests" if row["kind"] == "code" else "answer"
-    if row.get(verdict) in (None, ""):
-        raise UserError(f'{where} (id {row["id"]}): no "{verdict}"')
-    if not isinstance(row.get("answer"), str | None):
-        raise UserError(f'{where} (id {row["id"]}): "answer" is not a string')
+        raise ValueError('"prompt" is a list of messages, each with role and content')
+    if needed is None:
+        raise ValueError(f'kind "{row["kind"]}": there are {", ".join(NEEDED)}')
+    if row.get(needed) in (None, ""):
+        raise ValueError(f'(id {row["id"]}): no "{needed}"')
+    for column in ("answer", "solution"):
+        if not isinstance(row.get(column), str | None):
+            raise ValueError(f'(id {row["id"]}): "{column}" is not a string')
     return Problem(**row)
-
-
-@dataclass(frozen=True)
-class Decontaminated:
-    """What `decontaminate` kept, and what it found."""
-
-    kept: list[Problem]
-    num_dropped: int
-
-    @property
-    def overlap_rate(self) -> float:
-        return self.num_dropped / max(1, self.num_dropped + len(self.kept))
-
-
-def decontaminate(training: list[Problem], heldout: list[Problem], ngram: int) -> Decontaminated:
-    """Drop training problems that share `ngram` words in a row with a held-out problem.
-
-    A held-out problem shorter than that is compared whole: a training problem is dropped if it
-    contains all its words in a row. Words are compared without case and punctuation. The method
-    is GPT-3's (Brown et al. 2020, appendix C, 13-grams).
-    """
-    index = OverlapIndex(heldout, ngram)
-    kept = [problem for problem in training if not index.find(problem)]
-    return Decontaminated(kept, len(training) - len(kept))
-
-
-BOILERPLATE_SHARE = 0.1
-"""An n-gram that more of the held-out problems share is their common instruction, not a problem."""
-
-
-class OverlapIndex:
-    """The n-grams of held-out problems, to be asked about training problems."""
-
-    def __init__(self, heldout: list[Problem], ngram: int):
-        self._ids_of_gram: dict[int, dict[tuple[str, ...], set[str]]] = {}
-        for problem in heldout:
-            words = split_words(problem.question)
-            if words:
-                length = min(ngram, len(words))
-                ids_of_gram = self._ids_of_gram.setdefault(length, {})
-                for gram in list_ngrams(words, length):
-                    ids_of_gram.setdefault(gram, set()).add(problem.id)
-        most = max(10, BOILERPLATE_SHARE * len(heldout))
-        for length, ids_of_gram in self._ids_of_gram.items():
-            self._ids_of_gram[length] = {
-                g: ids for g, ids in ids_of_gram.items() if len(ids) <= most
-            }
-
-    def find(self, training: Problem) -> set[str]:
-        """Ids of the held-out problems that a training problem overlaps with."""
-        words = split_words(training.question)
-        found: set[str] = set()
-        for length, ids_of_gram in self._ids_of_gram.items():
-            for gram in list_ngrams(words, length):
-                found |= ids_of_gram.get(gram, set())
-        return found
-
-
-def split_words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def list_ngrams(words: list[str], length: int) -> list[tuple[str, ...]]:
-    return [tuple(words[i : i + length]) for i in range(len(words) - length + 1)]

@@ -2,19 +2,23 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from r1pipe.config import Eval, ProblemSet, Recipe, TrainingStage
+from r1pipe.decontamination import decontaminate
 from r1pipe.errors import UserError
-from r1pipe.problems import check_row, decontaminate, load_problems
+from r1pipe.problems import Loaded, read_problems, read_traces
 from r1pipe.progress import say
-from r1pipe.records import Problem, dump_row, read_jsonl, write_text
+from r1pipe.records import Problem, dump_row, write_text
 from r1pipe.runs import RunFolder
 
 if TYPE_CHECKING:
     import torch
 
     from r1pipe.rollout import Engines
+
+NUM_BROKEN_SHOWN, NUM_BROKEN_KEPT = 3, 100
+"""Broken rows that a stage prints one by one, and that its record keeps."""
 
 
 @dataclass
@@ -29,7 +33,7 @@ class StageContext:
     thrown away."""
     engines: "Engines"
     device: "torch.device"
-    facts: dict[str, float]
+    facts: dict[str, Any]
     """Facts that shared steps add to the stage's record."""
 
     @property
@@ -44,23 +48,7 @@ class StageContext:
     def training_problems(self, stage: TrainingStage) -> list[Problem]:
         """The stage's problems without those that overlap with any evaluation set of the recipe;
         kept in the stage's folder as problems.jsonl."""
-        problems = self.load(stage.data)
-        heldout = [
-            problem
-            for other in self.recipe.stages
-            if isinstance(other, Eval)
-            for source in other.data
-            for problem in self.load(source)
-        ]
-        if heldout:
-            result = decontaminate(problems, heldout, self.recipe.ngram)
-            self.facts["overlap_dropped"] = result.num_dropped
-            self.facts["overlap_rate"] = result.overlap_rate
-            say(
-                f"{stage.name}: {len(problems)} training problems, {result.num_dropped} dropped "
-                f"for overlap with {len(heldout)} held-out ones"
-            )
-            problems = result.kept
+        problems = self.keep_out_heldout(self.load(stage.data))
         if not problems:
             raise UserError(f'stage "{stage.name}": every training problem is a held-out one')
         self._keep(problems)
@@ -77,12 +65,53 @@ class StageContext:
             )
         write_text(path, text)
 
+    def keep_out_heldout(self, problems: list[Problem]) -> list[Problem]:
+        """Without the rows whose prompt or trace overlaps with an evaluation set of the recipe."""
+        heldout = [
+            problem
+            for other in self.recipe.stages
+            if isinstance(other, Eval)
+            for source in other.data
+            for problem in self.read(source).problems
+        ]
+        if not heldout:
+            return problems
+        result = decontaminate(problems, heldout, self.recipe.ngram)
+        self.facts["overlap_dropped"] = result.num_dropped
+        self.facts["overlap_dropped_for_trace"] = result.num_dropped_for_trace
+        self.facts["overlap_rate"] = round(result.overlap_rate, 6)
+        say(
+            f"{self.stage_name}: {len(problems)} training problems, {result.num_dropped} dropped "
+            f"for overlap with {len(heldout)} held-out ones"
+        )
+        self.record_left("overlap with evaluation", len(result.kept))
+        return result.kept
+
     def load(self, source: ProblemSet) -> list[Problem]:
+        """The problems of `source`; says what became of its rows, and keeps it for stage.json."""
+        loaded = self.read(source)
+        name = f"{self.stage_name}: {source.recipe or source.stage}/{source.split}"
+        for row in loaded.broken[:NUM_BROKEN_SHOWN]:
+            say(f"{name}: row {row.number} skipped: {row.reason}")
+        if len(loaded.broken) > NUM_BROKEN_SHOWN:
+            say(f"{name}: {len(loaded.broken) - NUM_BROKEN_SHOWN} more broken rows skipped")
+        if loaded.broken:
+            rows = [[row.number, row.reason] for row in loaded.broken[:NUM_BROKEN_KEPT]]
+            self.facts["broken_rows"] = rows
+        say(f"{name}: {loaded.describe()}")
+        sizes = {"data": f"{source.recipe or source.stage}/{source.split}", **dict(loaded.steps())}
+        self.facts.setdefault("sizes", []).append(sizes)
+        return loaded.problems
+
+    def read(self, source: ProblemSet) -> Loaded:
         if source.recipe is not None:
-            problems = load_problems(source)
+            loaded = read_problems(source)
         else:
-            path = self.run.stage_dir(source.stage) / "traces.jsonl"
-            rows = read_jsonl(path)
-            problems = [check_row(row, f"{path}: row {number}") for number, row in rows]
-        self.run.lineages[self.stage_name].add_data(source, problems)
-        return problems
+            loaded = read_traces(self.run.stage_dir(source.stage) / "traces.jsonl")
+        self.run.lineages[self.stage_name].add_data(source, loaded.problems)
+        return loaded
+
+    def record_left(self, reason: str, num_left: int) -> None:
+        """How many rows a filter left, in the stage's record."""
+        if sizes := self.facts.get("sizes"):
+            sizes[-1][reason] = num_left

@@ -19,6 +19,7 @@ from rewards.code import (
     sandbox_in_use,
 )
 from rewards.code_extract import extract_code
+from rewards.countdown import countdown_correct
 from rewards.extract import extract_answer
 from rewards.mathematics import (
     Verdict,
@@ -48,6 +49,7 @@ __all__ = [
     "cosine_length",
     "count_code_verdicts",
     "count_verdicts",
+    "countdown_correct",
     "extract_answer",
     "extract_code",
     "format",

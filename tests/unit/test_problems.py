@@ -1,4 +1,4 @@
-"""Data recipes, their rows, and decontamination."""
+"""Data recipes as files, and their rows."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 
 from r1pipe.config import ProblemSet
 from r1pipe.errors import UserError
-from r1pipe.problems import OverlapIndex, decontaminate, load_problems
+from r1pipe.problems import load_problems
 from r1pipe.records import Problem
 
 
@@ -42,47 +42,6 @@ def test_splits_share_no_sum() -> None:
         return {p.solution for p in load_arithmetic(size=2000, split=split)}
 
     assert not sums("train") & sums("test")
-
-
-def make_problem(text: str, name: str = "p") -> Problem:
-    return Problem(id=name, kind="math", prompt=[{"role": "user", "content": text}], answer="1")
-
-
-HELDOUT = make_problem("A farmer has three red barns and 17 sheep in each of them; how many?", "h")
-
-# (training text, whether it overlaps with HELDOUT at 6 words)
-OVERLAPS = [
-    (HELDOUT.question, True),
-    (HELDOUT.question.upper().replace(";", " -"), True),
-    ("Yesterday a farmer has three red barns and a goat.", True),
-    ("A farmer has three blue barns and 17 cows in each of the fields", False),
-    ("Something else entirely", False),
-    ("", False),
-]
-
-
-@pytest.mark.parametrize(("text", "expected"), OVERLAPS)
-def test_overlap_by_ngram(text: str, expected: bool) -> None:
-    result = decontaminate([make_problem(text)], [HELDOUT], ngram=6)
-    assert result.num_dropped == int(expected)
-    assert len(result.kept) == int(not expected)
-    assert result.overlap_rate == float(expected)
-
-
-def test_short_heldout_problem_is_compared_whole() -> None:
-    short = make_problem("What is 2+2?", "short")
-    index = OverlapIndex([short, HELDOUT], ngram=13)
-    assert index.find(make_problem("Tell me: what is 2 + 2, please")) == {"short"}
-    assert index.find(make_problem("What is 2+3?")) == set()
-
-
-def test_common_instruction_is_no_overlap() -> None:
-    instruction = "Think step by step, then put the final answer into a box at the end."
-    questions = [f"{'x' * i} and {i} and {'y' * i}? {instruction}" for i in range(1, 41)]
-    heldout = [make_problem(text, str(i)) for i, text in enumerate(questions[:20])]
-    training = [make_problem(text, str(i)) for i, text in enumerate(questions)]
-    result = decontaminate(training, heldout, ngram=6)
-    assert [problem.question for problem in result.kept] == questions[20:]
 
 
 def test_gsm8k_reads_the_hub_s_rows_and_separate_columns(tmp_path: Path) -> None:

@@ -1,0 +1,39 @@
+"""Big-Math: 251k problems with checked, closed answers, made for reinforcement learning (Albalak
+et al. 2025, arXiv:2502.17387).
+
+Hub id `SynthLabsAI/Big-Math-RL-Verified`, Apache-2.0 (its access form has to be accepted there);
+split train. Rows: `problem`, `answer`, `source`, `domain`, `llama8b_solve_rate` (0 to 1, or none).
+
+`min_solve_rate` and `max_solve_rate` filter by Llama-3.1-8B's rate; rows without one are then
+filtered out, too. The rate of your own policy: `difficulty` of a stage (README.md).
+"""
+
+from collections.abc import Iterator
+
+from r1pipe.datasets_io import MATH_INSTRUCTION, Unwanted, ask, load_rows
+
+HUB_ID = "SynthLabsAI/Big-Math-RL-Verified"
+
+
+def load(
+    split: str = "train",
+    *,
+    path: str = HUB_ID,
+    min_solve_rate: float | None = None,
+    max_solve_rate: float | None = None,
+    system: str | None = MATH_INSTRUCTION,
+    size: int | None = None,
+    skip: int = 0,
+) -> Iterator:
+    low = 0.0 if min_solve_rate is None else min_solve_rate
+    high = 1.0 if max_solve_rate is None else max_solve_rate
+    filters = (min_solve_rate, max_solve_rate) != (None, None)
+
+    def make_problem(row: dict) -> dict:
+        if filters:
+            rate = row["llama8b_solve_rate"]
+            if rate is None or not low <= float(rate) <= high:
+                raise Unwanted(f"solve rate not within {low:g} to {high:g}")
+        return {"kind": "math", "prompt": ask(row["problem"], system), "answer": row["answer"]}
+
+    return load_rows("big-math", path, split, make_problem, size=size, skip=skip, source=HUB_ID)

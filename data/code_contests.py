@@ -1,0 +1,47 @@
+"""CodeContests: 13,328 + 117 + 165 programming contest problems judged by input and output (Li et
+al. 2022, arXiv:2203.07814).
+
+Hub id `deepmind/code_contests`, CC-BY-4.0; splits train, valid, test. Rows: `description` and
+`public_tests`, `private_tests`, `generated_tests`, each {input: [...], output: [...]}; or, as
+others have copied it, `problem`, `inputs`, `outputs`.
+
+The first `max_tests` tests are used, public ones first. Problems without tests are filtered out.
+"""
+
+from collections.abc import Iterator
+
+from r1pipe.datasets_io import CODE_INSTRUCTION, Unwanted, ask, load_rows
+
+HUB_ID = "deepmind/code_contests"
+TESTS = ("public_tests", "private_tests", "generated_tests")
+
+
+def load(
+    split: str = "train",
+    *,
+    path: str = HUB_ID,
+    max_tests: int = 20,
+    system: str | None = CODE_INSTRUCTION,
+    size: int | None = None,
+    skip: int = 0,
+) -> Iterator:
+    def make_problem(row: dict) -> dict:
+        if "inputs" in row:
+            question, inputs, outputs = row["problem"], row["inputs"], row["outputs"]
+        else:
+            question = row["description"]
+            inputs = [text for name in TESTS for text in row[name]["input"]]
+            outputs = [text for name in TESTS for text in row[name]["output"]]
+        if len(inputs) != len(outputs):
+            raise ValueError(f"{len(inputs)} inputs but {len(outputs)} outputs")
+        if not inputs:
+            raise Unwanted("no tests")
+        return {
+            "kind": "code",
+            "prompt": ask(question.strip(), system),
+            "tests": {"inputs": inputs[:max_tests], "outputs": outputs[:max_tests]},
+        }
+
+    return load_rows(
+        "code-contests", path, split, make_problem, size=size, skip=skip, source=HUB_ID
+    )

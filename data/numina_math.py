@@ -1,0 +1,51 @@
+"""NuminaMath 1.5: 896k problems from contests, forums and textbooks, with worked solutions.
+
+Hub id `AI-MO/NuminaMath-1.5`, Apache-2.0; split train. Rows: `problem`, `solution`, `answer`
+("proof" or "notfound" where there is none to compare), `problem_type`, `question_type`, `source`,
+`problem_is_valid`, `solution_is_valid` ("Yes" where so). `path: AI-MO/NuminaMath-CoT` (859k rows
+of the same kind without `answer`) is read, too: there the solution's last box is the answer.
+
+Rows without an answer, or said to be not valid, are filtered out; `sources: [olympiads, cn_k12]`
+keeps rows of these.
+"""
+
+from collections.abc import Iterator
+
+from r1pipe.datasets_io import (
+    MATH_INSTRUCTION,
+    Unwanted,
+    ask,
+    last_boxed,
+    load_rows,
+    write_trace,
+)
+
+HUB_ID = "AI-MO/NuminaMath-1.5"
+NO_ANSWER = ("", "proof", "notfound")
+
+
+def load(
+    split: str = "train",
+    *,
+    path: str = HUB_ID,
+    sources: list[str] | None = None,
+    system: str | None = MATH_INSTRUCTION,
+    size: int | None = None,
+    skip: int = 0,
+) -> Iterator:
+    def make_problem(row: dict) -> dict:
+        if sources is not None and row["source"] not in sources:
+            raise Unwanted("other sources")
+        if any(row.get(key, "Yes") != "Yes" for key in ("problem_is_valid", "solution_is_valid")):
+            raise Unwanted("not valid")
+        answer = row["answer"] if "answer" in row else last_boxed(row["solution"])
+        if answer is None or answer.strip().lower() in NO_ANSWER:
+            raise Unwanted("no final answer")
+        return {
+            "kind": "math",
+            "prompt": ask(row["problem"], system),
+            "answer": answer,
+            "solution": write_trace(row["solution"], answer),
+        }
+
+    return load_rows("numina-math", path, split, make_problem, size=size, skip=skip, source=HUB_ID)

@@ -1,0 +1,45 @@
+"""OpenR1-Math-220k: problems of NuminaMath 1.5 with traces of DeepSeek-R1, for the cold start.
+
+Hub id `open-r1/OpenR1-Math-220k`, Apache-2.0; split train, configurations default (94k rows),
+extended (131k) and all. Rows: `problem`, `answer`, `generations` (traces with <think>), and per
+trace `is_reasoning_complete` and `correctness_math_verify`.
+
+`solution` is the first trace that is complete and was verified; rows without one are filtered out,
+and so are those whose answer is no more than the word "proof".
+"""
+
+from collections.abc import Iterator
+
+from r1pipe.datasets_io import MATH_INSTRUCTION, Unwanted, ask, load_rows
+
+HUB_ID = "open-r1/OpenR1-Math-220k"
+
+
+def load(
+    split: str = "train",
+    *,
+    path: str = HUB_ID,
+    config: str = "default",
+    system: str | None = MATH_INSTRUCTION,
+    size: int | None = None,
+    skip: int = 0,
+) -> Iterator:
+    def make_problem(row: dict) -> dict:
+        if not row["answer"] or row["answer"] == "proof":
+            raise Unwanted("no final answer")
+        checks = zip(
+            row["generations"], row["is_reasoning_complete"], row["correctness_math_verify"]
+        )
+        trace = next((trace for trace, complete, right in checks if complete and right), None)
+        if trace is None:
+            raise Unwanted("no verified trace")
+        return {
+            "kind": "math",
+            "prompt": ask(row["problem"], system),
+            "answer": row["answer"],
+            "solution": trace,
+        }
+
+    return load_rows(
+        "openr1-math", path, split, make_problem, config=config, size=size, skip=skip, source=HUB_ID
+    )

@@ -1,0 +1,48 @@
+"""Verifiable coding problems in Python: 35k contest problems judged by input and output, for
+reinforcement learning.
+
+Hub id `open-r1/verifiable-coding-problems-python` (from PrimeIntellect's
+verifiable-coding-problems); split train. Licence: see the card. Rows: `prompt` (with instructions
+of its own), `gold_standard_solution`, and `verification_info` (an object, or JSON of one):
+{language, test_cases: [{type: stdin_stdout, input, output, fn_name}]}.
+
+Rows in other languages, or with tests that call a function, are filtered out. The first `max_tests`
+tests are used.
+"""
+
+import json
+from collections.abc import Iterator
+
+from r1pipe.datasets_io import CODE_INSTRUCTION, Unwanted, ask, load_rows
+
+HUB_ID = "open-r1/verifiable-coding-problems-python"
+
+
+def load(
+    split: str = "train",
+    *,
+    path: str = HUB_ID,
+    max_tests: int = 20,
+    system: str | None = CODE_INSTRUCTION,
+    size: int | None = None,
+    skip: int = 0,
+) -> Iterator:
+    def make_problem(row: dict) -> dict:
+        info = row["verification_info"]
+        info = json.loads(info) if isinstance(info, str) else info
+        cases = info["test_cases"]
+        if info.get("language", "python") != "python":
+            raise Unwanted("another language")
+        if any(case.get("type", "stdin_stdout") != "stdin_stdout" for case in cases):
+            raise Unwanted("tests that call a function")
+        if not cases:
+            raise Unwanted("no tests")
+        tests = {
+            "inputs": [case["input"] for case in cases[:max_tests]],
+            "outputs": [case["output"] for case in cases[:max_tests]],
+        }
+        return {"kind": "code", "prompt": ask(row["prompt"], system), "tests": tests}
+
+    return load_rows(
+        "verifiable-coding", path, split, make_problem, size=size, skip=skip, source=HUB_ID
+    )
