@@ -10,6 +10,7 @@ import hashlib
 import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -27,6 +28,7 @@ from pydantic import (
 )
 
 from r1pipe.errors import UserError
+from rewards.languages import LANGUAGES
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -56,6 +58,10 @@ class ProblemSet(Strict):
         if (self.recipe is None) == (self.stage is None):
             raise ValueError("give either recipe or stage")
         return self
+
+    @property
+    def label(self) -> str:
+        return f"{self.recipe or self.stage}/{self.split}"
 
 
 class Sampling(Strict):
@@ -196,7 +202,7 @@ class TrainingStage(Stage):
     trains: ClassVar[bool] = True
 
     def parents(self) -> list[str]:
-        return [self.from_, *([self.data.stage] if self.data.stage else [])]
+        return [self.from_, *(source.stage for source in self.problem_sets() if source.stage)]
 
     def problem_sets(self) -> list[ProblemSet]:
         return [self.data]
@@ -332,8 +338,37 @@ class Grpo(TrainingStage, Saving):
         return self
 
 
+class TraceFilters(Strict):
+    """Right samples that make no traces, by their chain of thought: what R1 drops, each only if
+    asked for (arXiv:2501.12948v1, section 2.3.3; the thresholds are not in the paper)."""
+
+    min_language_share: Share = 0.0
+    """Of the words, in one language; below it the chain is mixed. 0: not looked at."""
+    language: str | None = None
+    """Which one: a code such as en. Default: the one that most of the chain's words are in."""
+    max_paragraph_length: PositiveInt | None = None
+    """Characters between two blank lines."""
+    drop_code_blocks: bool = False
+
+    @field_validator("language")
+    @classmethod
+    def name_a_language(cls, language: str | None) -> str | None:
+        if language is not None and language not in LANGUAGES:
+            raise ValueError(f"no such language; there are {', '.join(LANGUAGES)}")
+        return language
+
+
+class FewShot(Strict):
+    """Worked examples before every problem, as earlier turns of the chat; the traces are without
+    them. For chat templates that keep the `<think>` of earlier turns, as a base model's do."""
+
+    data: ProblemSet
+    """The first ones with `solution`s are shown."""
+    num_examples: PositiveInt = 2
+
+
 class Traces(Strict):
-    """Samples of a policy, the right ones kept."""
+    """Samples of a policy or a teacher, the right ones kept."""
 
     num_generations: PositiveInt
     sampling: Sampling
@@ -341,18 +376,79 @@ class Traces(Strict):
         Reward(function="rewards.math_correct"),
         Reward(function="rewards.format"),
     ]
-    """A sample is kept if every one of these gives it its full reward, 1."""
+    """A sample is accepted if every one of these gives it its full reward, 1."""
+    filters: TraceFilters = TraceFilters()
     max_per_problem: PositiveInt = 1
-    """Kept samples per problem, the shortest first."""
+    """Kept samples per problem; equal ones count once."""
+    choose: Literal["shortest", "diverse"] = "shortest"
+    """Which ones: the shortest, or the shortest and then those least like the ones kept."""
+    few_shot: FewShot | None = None
+
+
+class TeacherEndpoint(Strict):
+    """An OpenAI-compatible server of chat completions."""
+
+    base_url: str
+    """Such as http://localhost:8000/v1."""
+    model: str
+    """The server's name of it."""
+    api_key_env: str | None = None
+    """The environment variable that holds the key. The key itself is written nowhere."""
+    max_concurrency: PositiveInt = 32
+    """Requests under way at a time."""
+    max_retries: Annotated[int, Field(ge=0)] = 8
+    """Of a request, each after a longer pause: connection errors, 408, 409, 429, 5xx."""
+    timeout_s: PositiveFloat = 1800.0
+    """Of a request: the server sends nothing until the whole chain of thought is there."""
+    extra_body: dict[str, Any] = {}
+    """More of the request, such as chat_template_kwargs."""
+
+    @field_validator("base_url")
+    @classmethod
+    def be_a_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("give a URL such as http://localhost:8000/v1")
+        if parts.username or parts.password:
+            raise ValueError(
+                "no name and password in the URL: it is written into the run's records"
+            )
+        return url
+
+
+class Mix(Strict):
+    """Other rows among the traces, such as R1's 200k of general data among 800k."""
+
+    data: ProblemSet
+    """With `solution`s."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Of all rows of traces.jsonl."""
 
 
 class Reject(TrainingStage):
-    """Rejection sampling: writes traces for a later `sft` stage."""
+    """Rejection sampling, from a checkpoint or a teacher: writes traces for a later `sft` stage."""
 
     kind: Literal["reject"]
+    from_: Annotated[str | None, Field(alias="from")] = None
+    """An earlier stage, a checkpoint folder, or a hub id; or else there is a `teacher`."""
+    teacher: TeacherEndpoint | None = None
     traces: Traces
+    mix: Mix | None = None
 
     makes_checkpoint: ClassVar[bool] = False
+
+    def parents(self) -> list[str]:
+        return [name for name in super().parents() if name is not None]
+
+    def problem_sets(self) -> list[ProblemSet]:
+        more = [self.traces.few_shot, self.mix]
+        return [self.data, *(part.data for part in more if part is not None)]
+
+    @model_validator(mode="after")
+    def name_one_source(self) -> "Reject":
+        if (self.from_ is None) == (self.teacher is None):
+            raise ValueError("give either from or teacher")
+        return self
 
 
 class Distill(TrainingStage):
@@ -364,6 +460,10 @@ class Distill(TrainingStage):
     takes over the teacher's tokenizer."""
     traces: Traces
     train: Supervised
+
+    def problem_sets(self) -> list[ProblemSet]:
+        few_shot = self.traces.few_shot
+        return [self.data, *([few_shot.data] if few_shot else [])]
 
 
 class EvalSet(ProblemSet):
@@ -378,7 +478,7 @@ class EvalSet(ProblemSet):
 
     @property
     def label(self) -> str:
-        return self.name or f"{self.recipe or self.stage}/{self.split}"
+        return self.name or super().label
 
 
 class EvalSampling(Sampling):

@@ -6,6 +6,7 @@ As in R1 (Guo et al. 2025, arXiv:2501.12948, section 2.4): supervised training o
 rejection has left, no reinforcement learning of the student.
 """
 
+from functools import partial
 from typing import Any
 
 from r1pipe.config import Distill
@@ -14,6 +15,7 @@ from r1pipe.models import build_model, load_tokenizer, save_checkpoint
 from r1pipe.progress import say
 from r1pipe.records import write_jsonl
 from r1pipe.rejection import collect_traces
+from r1pipe.sampling import identify_weights
 from r1pipe.sharding import load_sharded, shard
 from r1pipe.stage import StageContext
 from r1pipe.supervised import train_on_traces
@@ -24,7 +26,12 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
     problems = context.training_problems(stage)
     teacher = context.checkpoint(stage.from_)
     traces, facts = collect_traces(
-        context, teacher, problems, stage.traces, f"{stage.name}: samples"
+        context,
+        identify_weights(teacher),
+        partial(context.engines.open, teacher),
+        problems,
+        stage.traces,
+        f"{stage.name}: samples",
     )
     if not traces:
         raise UserError(f'stage "{stage.name}": no sample of {teacher} was accepted')

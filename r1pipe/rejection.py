@@ -1,48 +1,185 @@
-"""Rejection sampling: a policy's own right answers become traces. Shared by reject and distill."""
+"""Rejection sampling: right answers become traces. Shared by reject and distill.
 
+As in R1 (Guo et al. 2025, arXiv:2501.12948v1, section 2.3.3): several samples of each problem, of
+which the right ones are kept, but not chains of thought with mixed languages, long paragraphs or
+code blocks. The paper gives no thresholds: they are the recipe's.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
-from r1pipe.config import Traces
+from r1pipe.config import TraceFilters, Traces
+from r1pipe.errors import UserError
+from r1pipe.progress import say
 from r1pipe.records import Problem, Rollout, Score
 from r1pipe.runs import JOURNAL
-from r1pipe.sampling import SamplingJob, identify_weights, sample_and_score
+from r1pipe.sampling import SamplingJob, Source, sample_and_score
 from r1pipe.stage import StageContext
+from rewards.completions import split_thinking
+from rewards.languages import LANGUAGES, language_share
+
+ENDS = ("truncated", "unjudged", "wrong")
+"""Why a sample is not accepted."""
+DROPS = ("mixed_language", "long_paragraph", "code_block", "duplicate", "over_cap")
+"""Why an accepted one makes no trace all the same."""
+SHINGLE = 3
+"""Words in a row that two traces are compared by."""
 
 
 def collect_traces(
-    context: StageContext, checkpoint: str, problems: list[Problem], settings: Traces, label: str
-) -> tuple[list[Problem], dict[str, float]]:
-    """Problems whose `solution` is a sample that every reward accepts, and how many there were."""
+    context: StageContext,
+    origin: object,
+    open_source: Callable[[], Source],
+    problems: list[Problem],
+    settings: Traces,
+    label: str,
+) -> tuple[list[Problem], dict[str, Any]]:
+    """Problems with a kept sample as their `solution`, and what became of all samples. `origin` is
+    a SamplingJob's."""
     job = SamplingJob(
-        problems=problems,
+        problems=put_examples_before(problems, settings, context),
         num_samples=settings.num_generations,
         sampling=settings.sampling,
         seed_parts=(context.recipe.seed, context.stage_name),
         rewards=settings.rewards,
-        origin=identify_weights(checkpoint),
+        origin=origin,
         folder=context.folder / JOURNAL,
         label=label,
     )
-    rollouts, scores = sample_and_score(job, partial(context.engines.open, checkpoint))
-    accepted = [is_accepted(r, s) for r, s in zip(rollouts, scores, strict=True)]
-    traces = []
+    rollouts, scores = sample_and_score(job, open_source)
+    size = settings.num_generations
+    traces: list[Problem] = []
+    counts: Counter[str] = Counter()
     for i, problem in enumerate(problems):
-        samples = range(i * settings.num_generations, (i + 1) * settings.num_generations)
-        kept = [rollouts[j] for j in samples if accepted[j]]
-        kept.sort(key=lambda rollout: len(rollout.completion_ids))
+        samples = slice(i * size, (i + 1) * size)
+        kept = select_samples(rollouts[samples], scores[samples], settings, counts)
         traces += [
             replace(problem, id=f"{problem.id}#{rollout.sample}", solution=rollout.completion)
-            for rollout in kept[: settings.max_per_problem]
+            for rollout in kept
         ]
+    reasons = {reason: counts[reason] for reason in (*ENDS, *DROPS)}
+    told = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in reasons.items() if n)
+    say(f"{label}: {len(rollouts)} samples, {told or 'none dropped'}: {len(traces)} traces")
     return traces, {
         "samples": len(rollouts),
-        "samples_accepted": sum(accepted),
+        "samples_accepted": len(rollouts) - sum(reasons[end] for end in ENDS),
+        **{f"dropped/{reason}": n for reason, n in reasons.items()},
+        "problems_with_traces": counts["problems_with_traces"],
         "traces": len(traces),
     }
 
 
-def is_accepted(rollout: Rollout, score: Score) -> bool:
-    """Complete, and given the full reward by every function. None is not a yes."""
-    full = all(value is not None and value >= 1.0 for value in score.rewards.values())
-    return full and not rollout.truncated
+def put_examples_before(
+    problems: list[Problem], settings: Traces, context: StageContext
+) -> list[Problem]:
+    """The problems as the source is asked them: with the few-shot examples as earlier turns."""
+    if settings.few_shot is None:
+        return problems
+    examples = context.load(settings.few_shot.data)
+    for example in examples:
+        if not example.solution:
+            raise UserError(f'few_shot: problem "{example.id}" has no "solution" to show')
+    asked = []
+    for problem in problems:
+        shown = [example for example in examples if example.id != problem.id]
+        turns = [
+            message
+            for example in shown[: settings.few_shot.num_examples]
+            for message in (
+                *(m for m in example.prompt if m["role"] != "system"),
+                {"role": "assistant", "content": example.solution},
+            )
+        ]
+        system = [m for m in problem.prompt if m["role"] == "system"]
+        rest = [m for m in problem.prompt if m["role"] != "system"]
+        asked.append(replace(problem, prompt=[*system, *turns, *rest]))
+    return asked
+
+
+def select_samples(
+    rollouts: list[Rollout], scores: list[Score], settings: Traces, counts: Counter[str]
+) -> list[Rollout]:
+    """The samples of one problem that become traces; adds to `counts` what became of the others."""
+    left: dict[str, Rollout] = {}
+    pairs = sorted(zip(rollouts, scores, strict=True), key=lambda pair: measure_length(pair[0]))
+    for rollout, score in pairs:
+        reason = find_end(rollout, score) or find_flaw(rollout.completion, settings.filters)
+        if reason is None and rollout.completion in left:
+            reason = "duplicate"
+        if reason is None:
+            left[rollout.completion] = rollout
+        else:
+            counts[reason] += 1
+    choose = choose_diverse if settings.choose == "diverse" else choose_first
+    kept = choose(list(left.values()), settings.max_per_problem)
+    counts["over_cap"] += len(left) - len(kept)
+    counts["problems_with_traces"] += bool(kept)
+    return kept
+
+
+def measure_length(rollout: Rollout) -> tuple[int, int, int]:
+    """In tokens, where the source tells them; in characters otherwise."""
+    return len(rollout.completion_ids), len(rollout.completion), rollout.sample
+
+
+def find_end(rollout: Rollout, score: Score) -> str | None:
+    """Why a sample is not accepted: it has to be complete, and given the full reward by every
+    function. None is not a yes."""
+    if rollout.truncated:
+        return "truncated"
+    values = score.rewards.values()
+    if any(value is not None and value < 1.0 for value in values):
+        return "wrong"
+    return "unjudged" if None in values else None
+
+
+def find_flaw(completion: str, filters: TraceFilters) -> str | None:
+    """Which filter a right sample fails by its chain of thought (all of it if nothing is marked as
+    thinking)."""
+    thinking, answer = split_thinking(completion)
+    chain = thinking if thinking.strip() else answer
+    if filters.min_language_share and is_mixed(chain, filters):
+        return "mixed_language"
+    longest = filters.max_paragraph_length
+    if longest is not None and any(len(p) > longest for p in re.split(r"\n\s*\n", chain)):
+        return "long_paragraph"
+    if filters.drop_code_blocks and "```" in chain:
+        return "code_block"
+    return None
+
+
+def is_mixed(text: str, filters: TraceFilters) -> bool:
+    """Whether too few of the words are in the one language. A text without words is not mixed."""
+    shares = {language: language_share(text, language) for language in LANGUAGES}
+    most = max(shares.values())
+    share = most if filters.language is None else shares[filters.language]
+    return most > 0 and share < filters.min_language_share
+
+
+def choose_first(rollouts: list[Rollout], count: int) -> list[Rollout]:
+    return rollouts[:count]
+
+
+def choose_diverse(rollouts: list[Rollout], count: int) -> list[Rollout]:
+    """The first, then again and again the one that is least like those chosen already: farthest
+    point first, by the overlap (Jaccard) of their runs of words."""
+    shingles = [list_shingles(rollout.completion) for rollout in rollouts]
+    nearest = [0.0] * len(rollouts)
+    chosen: list[int] = []
+    while len(chosen) < min(count, len(rollouts)):
+        rest = [i for i in range(len(rollouts)) if i not in chosen]
+        new = min(rest, key=nearest.__getitem__)  # the first, and shorter, of equals
+        chosen.append(new)
+        for i in rest:
+            both = len(shingles[i] & shingles[new])
+            either = len(shingles[i] | shingles[new])
+            nearest[i] = max(nearest[i], both / either if either else 1.0)
+    return [rollouts[i] for i in chosen]
+
+
+def list_shingles(text: str) -> set[tuple[str, ...]]:
+    words = re.findall(r"\w+|[^\w\s]", text.casefold())
+    return {tuple(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}

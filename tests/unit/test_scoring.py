@@ -7,7 +7,7 @@ import pytest
 from r1pipe.config import Reward
 from r1pipe.errors import UserError
 from r1pipe.records import Problem, Rollout, Score
-from r1pipe.rejection import is_accepted
+from r1pipe.rejection import find_end
 from r1pipe.scoring import Scorer, reward_metrics
 
 PROMPT = [{"role": "user", "content": "1+1?"}]
@@ -68,7 +68,7 @@ def test_bad_reward_is_named(name: str, options: dict, words: str) -> None:
 
 def test_only_complete_samples_with_full_rewards_become_traces() -> None:
     full = Score({"a": 1.0, "b": 1.0}, 2.0)
-    assert is_accepted(make_rollout("x"), full)
-    assert not is_accepted(make_rollout("x", "length"), full)
-    assert not is_accepted(make_rollout("x"), Score({"a": 1.0, "b": 0.5}, 1.5))
-    assert not is_accepted(make_rollout("x"), Score({"a": 1.0, "b": None}, 1.0))
+    assert find_end(make_rollout("x"), full) is None
+    assert find_end(make_rollout("x", "length"), full) == "truncated"
+    assert find_end(make_rollout("x"), Score({"a": 1.0, "b": 0.5}, 1.5)) == "wrong"
+    assert find_end(make_rollout("x"), Score({"a": 1.0, "b": None}, 1.0)) == "unjudged"
