@@ -77,7 +77,7 @@ def evaluate(
         seed_parts=(context.recipe.seed, stage.kind),
         rewards=[Reward(function=reward), Reward(function=stage.format_reward)],
         origin=identify_weights(checkpoint),
-        folder=context.folder / JOURNAL / str(number),
+        folder=context.shared_folder / JOURNAL / str(number),
         label=f"{stage.name}: {name}" + (f" on {heldout.label}" if len(stage.data) > 1 else ""),
     )
     rollouts, scores = sample_and_score(job, functools.partial(context.engines.open, checkpoint))

@@ -86,7 +86,8 @@ def evaluate_checkpoints(recipe: Recipe, names: list[str], redo: bool) -> None:
         finished = set() if redo else distributed.on_first_rank(find_finished)
         if asked.name in finished:
             singles |= dict.fromkeys(set(names) & set(asked.checkpoints), asked)
-        run_stages(run, [stage for stage in singles.values() if stage.name not in finished])
+        to_do = [stage for stage in singles.values() if stage.name not in finished]
+        run_stages(run, to_do, redone={stage.name for stage in to_do if redo})
         folders = {name: run.stage_dir(stage.name) for name, stage in singles.items()}
         if distributed.is_first():
             from r1pipe.evaluate import join_evaluations

@@ -46,7 +46,7 @@ def collect_traces(
         seed_parts=(context.recipe.seed, context.stage_name),
         rewards=settings.rewards,
         origin=origin,
-        folder=context.folder / JOURNAL,
+        folder=context.shared_folder / JOURNAL,
         label=label,
     )
     rollouts, scores = sample_and_score(job, open_source)

@@ -58,8 +58,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, protocol: dict[str, Any]):
-        # Of a run of several processes only the first has a folder that stays.
-        self.folder = distributed.on_first_rank(lambda: folder)
+        self.folder = folder
         text = json.dumps(protocol, sort_keys=True, default=str)
         self._header = {"journal": hashlib.sha256(text.encode()).hexdigest()}
         self._lock = threading.Lock()
@@ -70,7 +69,6 @@ class Journal:
         return distributed.on_first_rank(self._read)
 
     def _read(self) -> tuple[Samples, dict[str, list[Score]]]:
-        self.folder.mkdir(parents=True, exist_ok=True)
         samples: Samples = {}
         scores: dict[str, list[Score]] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
@@ -88,6 +86,7 @@ class Journal:
 
     def __enter__(self) -> "Journal":
         """Begin a file of this rank and of this start."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{time.time_ns()}-{distributed.rank()}.jsonl"
         self._file = (self.folder / name).open("w", encoding="utf-8")
         self._write(self._header)
@@ -143,7 +142,7 @@ class SamplingJob:
     origin: object
     """Tells the samples of one source from another's: a checkpoint and its weights."""
     folder: Path
-    """Of the journal."""
+    """Of the journal: the same for every rank."""
     label: str
 
     def protocol(self) -> dict[str, Any]:

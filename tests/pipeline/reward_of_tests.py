@@ -26,3 +26,8 @@ def own_tokens(completion_ids: list[list[int]], **columns: object) -> list[float
 
 def raises(completions: list, **columns: object) -> list[float]:
     raise ValueError("broken reward")
+
+
+def accept_even_lengths(completion_ids: list[list[int]], **columns: object) -> list[float]:
+    """An untrained policy is never right: this accepts about half of what it says."""
+    return [float(len(ids) % 2 == 0) for ids in completion_ids]

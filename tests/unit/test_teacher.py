@@ -1,13 +1,11 @@
 """A teacher behind an endpoint, against a server of our own that speaks the protocol."""
 
-import json
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from teacher_server import Answer, TeacherServer, say, say_right, teacher_server
 
 from r1pipe.config import Reward, Sampling, TeacherEndpoint
 from r1pipe.errors import UserError
@@ -16,76 +14,12 @@ from r1pipe.sampling import SamplingJob, sample_and_score
 from r1pipe.teacher import Teacher
 
 KEY = "sk-very-secret"
-Answer = tuple[int, dict]
-
-
-class Server(ThreadingHTTPServer):
-    """Answers `{status, body}` by its `answer(number of the request, request)`."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests: list[dict] = []
-        self.keys: set[str | None] = set()
-        self.answer: Callable[[int, dict], Answer] = lambda number, request: say_right(request)
-        self.lock = threading.Lock()
-        self.under_way = self.most_under_way = 0
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server = self.server
-        with server.lock:
-            server.under_way += 1
-            server.most_under_way = max(server.most_under_way, server.under_way)
-            number = len(server.requests)
-            server.requests.append({"path": self.path, **request})
-            server.keys.add(self.headers["Authorization"])
-        status, body = server.answer(number, request)
-        with server.lock:
-            server.under_way -= 1
-        data = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        if status == 429:
-            self.send_header("Retry-After-Ms", "1")
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *arguments: object) -> None:
-        pass
-
-
-def say(content: str, finish_reason: str = "stop", **more: str) -> Answer:
-    message = {"role": "assistant", "content": content, **more}
-    choice = {"index": 0, "message": message, "finish_reason": finish_reason}
-    return 200, {
-        "id": "1",
-        "object": "chat.completion",
-        "created": 1,
-        "model": "m",
-        "choices": [choice],
-    }
-
-
-def say_right(request: dict) -> Answer:
-    """The answer to "3?" is 3; the seed is told, so that samples differ."""
-    number = request["messages"][-1]["content"].rstrip("?")
-    return say(f"\\boxed{{{number}}}", reasoning_content=f"seed {request['seed']}")
 
 
 @pytest.fixture
-def server() -> Iterator[Server]:
-    server = Server()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+def server() -> Iterator[TeacherServer]:
+    with teacher_server() as server:
+        yield server
 
 
 @pytest.fixture
@@ -106,11 +40,13 @@ def job(tmp_path: Path) -> SamplingJob:
 
 
 @pytest.fixture
-def teacher(server: Server, monkeypatch: pytest.MonkeyPatch) -> Teacher:
+def teacher(server: TeacherServer, monkeypatch: pytest.MonkeyPatch) -> Teacher:
     return make_teacher(server, monkeypatch)
 
 
-def make_teacher(server: Server, monkeypatch: pytest.MonkeyPatch, **changes: object) -> Teacher:
+def make_teacher(
+    server: TeacherServer, monkeypatch: pytest.MonkeyPatch, **changes: object
+) -> Teacher:
     monkeypatch.setenv("TEACHER_KEY", KEY)
     url = f"http://127.0.0.1:{server.server_port}/v1"
     given = {"base_url": url, "model": "big", "api_key_env": "TEACHER_KEY", **changes}
@@ -118,7 +54,7 @@ def make_teacher(server: Server, monkeypatch: pytest.MonkeyPatch, **changes: obj
 
 
 def test_samples_are_judged_like_our_own(
-    server: Server, teacher: Teacher, job: SamplingJob
+    server: TeacherServer, teacher: Teacher, job: SamplingJob
 ) -> None:
     rollouts, scores = sample_and_score(job, lambda: teacher)
     assert [(r.problem_id, r.sample) for r in rollouts] == [
@@ -136,7 +72,7 @@ def test_samples_are_judged_like_our_own(
 
 
 def test_busy_and_broken_servers_are_asked_again(
-    server: Server, teacher: Teacher, job: SamplingJob
+    server: TeacherServer, teacher: Teacher, job: SamplingJob
 ) -> None:
     server.answer = lambda number, request: (
         ((429, 500, 503)[number % 3], {"error": "busy"}) if number < 3 else say_right(request)
@@ -147,7 +83,7 @@ def test_busy_and_broken_servers_are_asked_again(
 
 
 def test_goes_on_after_an_error_with_what_it_has(
-    server: Server, job: SamplingJob, monkeypatch: pytest.MonkeyPatch
+    server: TeacherServer, job: SamplingJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the message has no key in it, although the server repeats it."""
     refusal = {"error": {"message": f"Incorrect API key provided: {KEY}\nsee the docs"}}
@@ -166,7 +102,7 @@ def test_goes_on_after_an_error_with_what_it_has(
 
 
 def test_requests_run_beside_each_other_up_to_the_limit(
-    server: Server, job: SamplingJob, monkeypatch: pytest.MonkeyPatch
+    server: TeacherServer, job: SamplingJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answer(number: int, request: dict) -> Answer:
         time.sleep(0.1)
@@ -178,7 +114,7 @@ def test_requests_run_beside_each_other_up_to_the_limit(
 
 
 def test_unreachable_teacher_is_one_line(
-    server: Server, job: SamplingJob, monkeypatch: pytest.MonkeyPatch
+    server: TeacherServer, job: SamplingJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nowhere = make_teacher(server, monkeypatch, base_url="http://127.0.0.1:9/v1", max_retries=0)
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9") as error:
@@ -186,7 +122,7 @@ def test_unreachable_teacher_is_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_missing_key_is_named(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_key_is_named(server: TeacherServer, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="NO_SUCH_KEY is not set"):
         make_teacher(server, monkeypatch, api_key_env="NO_SUCH_KEY")
 
@@ -203,7 +139,7 @@ MESSAGES = [
 
 @pytest.mark.parametrize(("given", "completion"), MESSAGES)
 def test_thinking_is_put_into_our_format(
-    given: tuple, completion: str, server: Server, teacher: Teacher, job: SamplingJob
+    given: tuple, completion: str, server: TeacherServer, teacher: Teacher, job: SamplingJob
 ) -> None:
     text, fields = given
     server.answer = lambda number, request: say(text, **fields)
@@ -211,7 +147,9 @@ def test_thinking_is_put_into_our_format(
     assert {rollout.completion for rollout in rollouts} == {completion}
 
 
-def test_cut_answers_count_as_truncated(server: Server, teacher: Teacher, job: SamplingJob) -> None:
+def test_cut_answers_count_as_truncated(
+    server: TeacherServer, teacher: Teacher, job: SamplingJob
+) -> None:
     server.answer = lambda number, request: say("half", finish_reason="length")
     rollouts, _ = sample_and_score(job, lambda: teacher)
     assert all(rollout.truncated for rollout in rollouts)

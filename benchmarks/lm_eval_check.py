@@ -1,0 +1,155 @@
+"""The same numbers through EleutherAI's lm-eval: our evaluation's, and theirs, of one checkpoint.
+
+    python benchmarks/lm_eval_check.py configs/demo.yaml runs/demo/sft
+
+lm-eval is no dependency of r1pipe: install it (0.4.13 here) in a copy of the environment. It is
+given the problems, the number of samples and the sampling settings of the recipe's eval stage, and
+does all else its own way: its prompts from the chat template, `transformers.generate` (or, with
+`--backend vllm`, vLLM), its regex filter for the boxed answer, and string equality instead of our
+judge. So this is for sets whose answers are integers, such as the demo's or GSM8K's. Seeds differ:
+at a temperature above 0 figures agree within their intervals, at `--greedy` problem by problem.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from r1pipe.config import Eval, Recipe, load_recipe
+from r1pipe.measures import default_num_samples
+from r1pipe.models import find_quirks
+from r1pipe.problems import load_problems
+from r1pipe.records import Problem, read_jsonl, write_jsonl
+from r1pipe.rollout import read_config, set_environment
+from r1pipe.statistics import clustered_interval, paired_interval
+
+BOXED = r"\\boxed\{\s*\$?(-?[\d,]+)(?:\.0+)?\s*\}"
+NAME = "r1pipe_check"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("config")
+    parser.add_argument("checkpoint", help="a folder or hub id")
+    parser.add_argument("--backend", choices=("hf", "vllm"), default="hf")
+    parser.add_argument("--greedy", action="store_true")
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    options = parser.parse_args()
+    recipe = load_recipe(options.config, options.overrides)
+    stage = [stage for stage in recipe.stages if isinstance(stage, Eval)][-1]
+    overrides = [f"stages.{stage.name}.data={json.dumps(stage.data[0].model_dump(mode='json'))}"]
+    if options.greedy:
+        overrides += [f"stages.{stage.name}.{key}" for key in ("num_samples=1", "k=1")]
+        overrides += [f"stages.{stage.name}.sampling.temperature=0"]
+    overrides = [*options.overrides, *overrides]
+    recipe = load_recipe(options.config, overrides)
+    stage = next(s for s in recipe.stages if s.name == stage.name)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = ask_r1pipe(options.config, options.checkpoint, overrides, Path(folder))
+        theirs = ask_lm_eval(recipe, stage, options.checkpoint, options.backend, Path(folder))
+    report(ours, theirs, options.backend)
+
+
+def ask_r1pipe(
+    config: str, checkpoint: str, overrides: list[str], folder: Path
+) -> dict[str, float]:
+    """Pass rate by problem of `r1pipe eval CONFIG --checkpoint CHECKPOINT`."""
+    command = [sys.executable, "-m", "r1pipe", "eval", config, "--checkpoint", checkpoint]
+    for override in (*overrides, f"runs_dir={folder}"):
+        command += ["--set", override]
+    subprocess.run(command, check=True)
+    (results,) = folder.glob("*/eval-*/results.jsonl")
+    return {r["problem_id"]: r["num_right"] / r["num_samples"] for _, r in read_jsonl(results)}
+
+
+def ask_lm_eval(
+    recipe: Recipe, stage: Eval, checkpoint: str, backend: str, folder: Path
+) -> dict[str, float]:
+    """Pass rate by problem, all of it lm-eval's doing."""
+    import torch
+
+    problems = load_problems(stage.data[0])
+    num_samples = stage.num_samples or default_num_samples(len(problems))
+    config = read_config(checkpoint)
+    set_environment(config, torch.device("cpu"))
+    arguments: dict[str, Any] = {"pretrained": checkpoint, "dtype": recipe.dtype}
+    if backend == "vllm":
+        context = recipe.engine.max_model_len or config.max_position_embeddings
+        arguments |= {"max_model_len": context, "enforce_eager": True, "max_num_seqs": 256}
+        arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": 8192}
+        arguments |= find_quirks(config.model_type).cpu_engine
+    import lm_eval
+
+    found = lm_eval.simple_evaluate(
+        model=backend,
+        model_args=arguments,
+        tasks=[describe_task(problems, num_samples, stage, folder)],
+        batch_size=256 if backend == "hf" else "auto",
+        device="cpu",
+        apply_chat_template=True,
+        bootstrap_iters=0,
+        random_seed=recipe.seed,
+        torch_random_seed=recipe.seed,
+    )
+    return {s["doc"]["id"]: s["pass_at_1"] for s in found["samples"][NAME]}
+
+
+def describe_task(
+    problems: list[Problem], num_samples: int, stage: Eval, folder: Path
+) -> dict[str, Any]:
+    rows = folder / "problems.jsonl"
+    write_jsonl(rows, ({"id": p.id, "question": p.question, "answer": p.answer} for p in problems))
+    sampling = stage.sampling
+    sampled = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+    return {
+        "task": NAME,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(rows)}},
+        "test_split": "test",
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{answer}}",
+        "repeats": num_samples,
+        "generation_kwargs": {
+            "until": ["<|end|>"],
+            "max_gen_toks": sampling.max_completion_length,
+            **(sampled if sampling.temperature else {"do_sample": False}),
+        },
+        "filter_list": [
+            {
+                "name": "boxed",
+                "filter": [
+                    {"function": "regex", "regex_pattern": BOXED, "group_select": -1},
+                    {"function": "take_first_k", "k": num_samples},
+                ],
+            }
+        ],
+        "process_results": share_right,
+        "metric_list": [{"metric": "pass_at_1", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1},
+    }
+
+
+def share_right(doc: dict, results: list[list[str]]) -> dict[str, float]:
+    (answers,) = results
+    right = [answer.replace(",", "") == doc["answer"] for answer in answers]
+    return {"pass_at_1": sum(right) / len(right)}
+
+
+def report(ours: dict[str, float], theirs: dict[str, float], backend: str) -> None:
+    names = list(ours)
+    pair = [ours[name] for name in names], [theirs[name] for name in names]
+    print(f"\n| {len(names)} problems | pass@1 | 95% interval |\n|---|---|---|")
+    for label, rates in zip(("r1pipe", f"lm-eval, {backend}"), pair):
+        low, high = clustered_interval(rates)
+        print(f"| {label} | {sum(rates) / len(rates):.1%} | {low:.1%} - {high:.1%} |")
+    difference, low, high = paired_interval(*pair)
+    same = sum(a == b for a, b in zip(*pair))
+    print(f"\ndifference {difference:+.1%} ({low:+.1%} to {high:+.1%}); same rate: {same} problems")
+
+
+if __name__ == "__main__":
+    main()
