@@ -53,7 +53,9 @@ def write_recipe(tiny_recipe: Path, url: str, **traces: object) -> Path:
     stages["sft"] |= {"data": {"stage": "taught"}}
     stages["sft"]["train"] |= {"max_steps": 2, "per_device_train_batch_size": 4}
     values["engine"]["max_model_len"] = 256
-    values["stages"] = [stages["random"], own, taught, stages["sft"]]
+    stages["eval"] |= {"checkpoints": ["random"]}
+    stages["eval"]["sampling"]["max_completion_length"] = 24
+    values["stages"] = [stages["random"], own, stages["eval"], taught, stages["sft"]]
     values["name"] = "rejecting"
     path = tiny_recipe.with_name("rejecting.yaml")
     path.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -148,28 +150,37 @@ def count_journal_lines(folder: Path) -> int:
     return sum(path.read_bytes().count(b"\n") for path in folder.rglob("journal/**/*.jsonl"))
 
 
+# (command, its setting that makes it long, a file that it makes)
+KILLED = {
+    "reject": (["reject"], "stages.own.traces.num_generations=128", "own/traces.jsonl"),
+    "eval": (["eval"], "stages.eval.num_samples=256", "eval/samples_1.jsonl"),
+}
+
+
 @pytest.mark.slow
-def test_killed_rejection_loses_nothing(rejected: tuple, tiny_recipe: Path) -> None:
-    """SIGKILL, twice, in the middle; the traces are those of a run that nobody has killed."""
+@pytest.mark.parametrize("case", KILLED)
+def test_killed_sampling_loses_nothing(case: str, rejected: tuple) -> None:
+    """SIGKILL, twice, in the middle; the samples are those of a run that nobody has killed."""
     recipe, folder, _ = rejected
-    options = ("--set", "stages.own.traces.num_generations=64")
-    for name in ("whole", "killed"):
-        result = run("init", recipe, "--set", f"name={name}")
+    command, longer, file = KILLED[case]
+    folders = {name: folder.with_name(f"{name}-{case}") for name in ("whole", "killed")}
+    options = {name: ("--set", f"name={f.name}", "--set", longer) for name, f in folders.items()}
+    for name in folders:
+        result = run("init", recipe, *options[name])
         assert result.returncode == 0, result.stderr[-3000:]
-    result = run("reject", recipe, "--set", "name=whole", *options)
+    result = run(*command, recipe, *options["whole"])
     assert result.returncode == 0, result.stderr[-3000:]
-    killed = folder.with_name("killed")
     lines = 0
     for _ in range(2):
-        before = lines
-        process = start("reject", recipe, "--set", "name=killed", *options)
-        wait_for(lambda before=before: count_journal_lines(killed) > before + 100)
+        wanted = lines + 200
+        process = start(*command, recipe, *options["killed"])
+        wait_for(lambda wanted=wanted: count_journal_lines(folders["killed"]) > wanted)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate(timeout=60)
-        lines = count_journal_lines(killed)
-    result = run("reject", recipe, "--set", "name=killed", *options)
+        lines = count_journal_lines(folders["killed"])
+    result = run(*command, recipe, *options["killed"])
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "of 1920 samples are there from before" in result.stderr
-    traces = (killed / "own" / "traces.jsonl").read_bytes()
-    assert traces == (folder.with_name("whole") / "own" / "traces.jsonl").read_bytes()
-    assert not (killed / "own" / "journal").exists()
+    assert "samples are there from before" in result.stderr
+    files = [(f / file).read_bytes() for f in folders.values()]
+    assert files[0] == files[1]
+    assert not list(folders["killed"].rglob("journal"))
