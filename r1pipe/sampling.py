@@ -172,9 +172,11 @@ def sample_and_score(
     if have:
         total = len(job.problems) * job.num_samples
         say(f"{job.label}: {len(have)} of {total} samples are there from before")
+    numbers = range(job.num_samples)
     groups: dict[str, Group] = {
-        problem_id: ([have[problem_id, n] for n in range(job.num_samples)], scores_of_problem)
+        problem_id: ([have[problem_id, n] for n in numbers], scores_of_problem)
         for problem_id, scores_of_problem in scores.items()
+        if all((problem_id, n) in have for n in numbers)
     }
     missing = [problem for problem in job.problems if problem.id not in groups]
     if missing:
@@ -205,9 +207,9 @@ def sample_missing(
     with StageProgress(job.label, num_new) as progress, Judge(scorer, journal, groups) as judge:
 
         def on_sample(rollout: Rollout) -> None:
-            progress.advance()
             if rollout.problem_id in kept_ids:
                 journal.add_sample(rollout)
+            progress.advance()
 
         def on_group(index: int, rollouts: list[Rollout]) -> None:
             if problems_here[index].id in kept_ids:
