@@ -3,9 +3,11 @@
 #   make demo                         the whole recipe on this machine, in minutes
 #   make grpo CONFIG=configs/r1.yaml  one stage of a recipe, after the one before
 #   make grpo NPROC=8                 in several processes, one for each GPU
+#   make publish RUN=runs/demo REPO=user/name ARGS=--dry-run
 #   make test                         the tests, real vLLM included
 
 CONFIG ?= configs/demo.yaml
+RUN ?= runs/demo
 ARGS ?=
 NPROC ?= 1
 PYTHON ?= python3
@@ -15,7 +17,7 @@ else
 R1PIPE = .venv/bin/python -m r1pipe.launch --nproc-per-node $(NPROC)
 endif
 
-.PHONY: help setup doctor demo run init sft grpo reject distill eval test test-slow test-unit test-gpu lint format bench clean
+.PHONY: help setup doctor demo run init sft grpo reject distill eval publish test test-slow test-unit test-gpu lint format bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -31,6 +33,9 @@ demo: setup
 
 run init sft grpo reject distill eval: setup
 	@$(R1PIPE) $@ $(CONFIG) $(ARGS)
+
+publish: setup
+	@.venv/bin/r1pipe publish $(RUN) --repo "$(REPO)" $(ARGS)
 
 test: setup
 	@.venv/bin/python -m pytest $(ARGS)

@@ -22,6 +22,8 @@ import hashlib
 import random
 from collections.abc import Iterator
 
+LICENSE = "cc0-1.0"
+
 PEOPLE = ["Mia", "Tom", "Ana", "Ben", "Eva", "Sam"]
 THINGS = ["apples", "books", "coins", "cards", "eggs", "nuts"]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from r1pipe.datasets_io import MATH_INSTRUCTION, Unwanted, ask, load_rows
 
 HUB_ID = "SynthLabsAI/Big-Math-RL-Verified"
+LICENSE = "apache-2.0"
 
 
 def load(

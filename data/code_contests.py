@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from r1pipe.datasets_io import CODE_INSTRUCTION, Unwanted, ask, load_rows
 
 HUB_ID = "deepmind/code_contests"
+LICENSE = "cc-by-4.0"
 TESTS = ("public_tests", "private_tests", "generated_tests")
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from r1pipe.datasets_io import MATH_INSTRUCTION, ask, load_rows, write_trace
 
 HUB_ID = "agentica-org/DeepScaleR-Preview-Dataset"
+LICENSE = "mit"
 
 
 def load(

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from r1pipe.datasets_io import MATH_INSTRUCTION, ask, load_rows, write_trace
 
 HUB_ID = "openai/gsm8k"
+LICENSE = "mit"
 
 
 def load(

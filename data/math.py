@@ -24,6 +24,7 @@ from r1pipe.datasets_io import (
 )
 
 HUB_ID = "EleutherAI/hendrycks_math"
+LICENSE = "mit"
 SUBJECTS = (
     "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory",
     "prealgebra", "precalculus",

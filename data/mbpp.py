@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from r1pipe.datasets_io import CODE_INSTRUCTION, ask, load_rows
 
 HUB_ID = "google-research-datasets/mbpp"
+LICENSE = "cc-by-4.0"
 
 
 def load(

@@ -21,6 +21,7 @@ from r1pipe.datasets_io import (
 )
 
 HUB_ID = "AI-MO/NuminaMath-1.5"
+LICENSE = "apache-2.0"
 NO_ANSWER = ("", "proof", "notfound")
 
 

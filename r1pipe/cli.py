@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         "verify", help="compute the hashes of a run's lineage again: is everything as it was?"
     )
     verify.add_argument("run", metavar="RUN", help="its folder, or its name in runs/")
+    add_publish(commands)
 
     gguf = commands.add_parser("import-gguf", help="turn a GGUF file into a checkpoint folder")
     gguf.add_argument("file", type=Path, metavar="FILE")
@@ -87,6 +88,40 @@ def add_eval_options(command: argparse.ArgumentParser) -> None:
         dest="checkpoints",
         help="evaluate these two, if that is not done, and give their difference",
     )
+
+
+def add_publish(commands: argparse._SubParsersAction) -> None:
+    publish = commands.add_parser("publish", help="put a finished stage on the Hugging Face hub")
+    publish.add_argument("target", type=Path, metavar="RUN[/STAGE]")
+    publish.add_argument("--repo", default="", metavar="USER/NAME")
+    publish.add_argument("--public", action="store_true", help="default: private")
+    publish.add_argument(
+        "--dry-run", action="store_true", help="write the folder, show what would change, stop"
+    )
+    publish.add_argument(
+        "--force",
+        action="store_true",
+        help="in spite of objections, which the card then names",
+    )
+    publish.add_argument(
+        "--max-overlap", type=float, default=0.0, metavar="SHARE", help="of the held-out problems"
+    )
+    publish.add_argument(
+        "--license",
+        action="append",
+        default=[],
+        metavar="[SOURCE=]ID",
+        help="of a base model or data whose licence is not known; without SOURCE: the model's own",
+    )
+    publish.add_argument(
+        "--base-model",
+        action="append",
+        default=[],
+        metavar="FOLDER=HUB_ID",
+        help="the hub's name of a base model that the recipe reads from a folder",
+    )
+    publish.add_argument("--rollouts", action="store_true", help="and the samples, as a dataset")
+    publish.add_argument("--collection", metavar="TITLE", help="add it to this collection")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,6 +164,25 @@ def run_command(options: argparse.Namespace) -> int:
         return 0
     if options.command == "verify":
         return verify(options.run)
+        return 0
+    if options.command == "publish":
+        from r1pipe.publish import Options, publish
+
+        publish(
+            Options(
+                target=options.target,
+                repo_id=options.repo,
+                public=options.public,
+                dry_run=options.dry_run,
+                force=options.force,
+                max_overlap=options.max_overlap,
+                licences=split_pairs(options.license),
+                base_models=split_pairs(options.base_model),
+                rollouts=options.rollouts,
+                collection=options.collection,
+            )
+        )
+        return 0
     recipe = load_recipe(options.config, options.overrides)
     if options.command == "check":
         from r1pipe.check import check_recipe
@@ -160,6 +214,12 @@ def verify(name: str) -> int:
         else:
             print(f"ok  {stage}")
     return code
+
+
+def split_pairs(texts: list[str]) -> dict[str, str]:
+    """SOURCE=VALUE by source; a VALUE alone under ""."""
+    parts = (text.rpartition("=") for text in texts)
+    return {source: value for source, _, value in parts}
 
 
 if __name__ == "__main__":

@@ -556,6 +556,9 @@ class Recipe(Strict):
     """Of the weights in the sampler and in the trainer's forward."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    licenses: dict[str, str] = {}
+    """Licences, by the hub's identifiers, of base models and data recipes that do not say their
+    own: `publish` needs them."""
     ngram: PositiveInt = 13
     """Words that a training and an evaluation problem must share in a row to count as overlap."""
     engine: Engine = Engine()

@@ -1,4 +1,4 @@
-"""Policies, students and tokenizers: built, loaded, saved, and the one table of model quirks.
+"""Policies, students and tokenizers: built, loaded, saved.
 
 What a tensor is called differs between transformers (experts fused in one 3-D parameter) and the
 checkpoint format that vLLM reads (one tensor per expert): `export_weights` translates.
@@ -10,7 +10,6 @@ import json
 import re
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from r1pipe.distributed import is_first, local_rank
 from r1pipe.errors import UserError
+from r1pipe.quirks import find_quirks
 from r1pipe.records import write_text
 
 CHAT_TEMPLATE = (
@@ -45,39 +45,6 @@ THINK = ("<think>", "</think>")
 
 MAX_FILE_BYTES = 4 * 2**30
 """Of a sharded model's safetensors files: what rank 0 holds of it while it is saved."""
-
-
-@dataclass(frozen=True)
-class Quirks:
-    """What a model type needs beyond the defaults."""
-
-    config: dict[str, Any] = field(default_factory=dict)
-    """Keys that vLLM reads from config.json and transformers does not declare."""
-    cpu_engine: dict[str, Any] = field(default_factory=dict)
-    """Arguments of vLLM's LLM on CPU."""
-    cpu_environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables of vLLM on CPU."""
-
-
-DEEPSEEK_CPU = {
-    # vLLM's CPU rotary kernel mishandles the 3-D queries of DeepSeek's attention (log-prob errors
-    # up to 5.6); its native PyTorch version is right.
-    "cpu_engine": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}},
-    # The CPU's MLA kernels want a latent of 512 + 64 or bf16; without MLA vLLM computes the same
-    # attention from the expanded keys and values.
-    "cpu_environment": {"VLLM_MLA_DISABLE": "1"},
-}
-
-QUIRKS: dict[str, Quirks] = {
-    "deepseek_v2": Quirks(**DEEPSEEK_CPU),
-    "deepseek_v3": Quirks(
-        config={"topk_method": "noaux_tc", "scoring_func": "sigmoid"}, **DEEPSEEK_CPU
-    ),
-}
-
-
-def find_quirks(model_type: str) -> Quirks:
-    return QUIRKS.get(model_type, Quirks())
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -22,8 +22,9 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from r1pipe import distributed
 from r1pipe.config import Engine, Sampling
 from r1pipe.errors import UserError
-from r1pipe.models import encode_prompt, find_quirks, first_line, load_tokenizer
+from r1pipe.models import encode_prompt, first_line, load_tokenizer
 from r1pipe.moe import find_moe_layers
+from r1pipe.quirks import find_quirks
 from r1pipe.records import Problem, Rollout
 from r1pipe.routes import RouteCapture
 

@@ -1,0 +1,172 @@
+"""A finished run, read from its folder: its stages, what each comes from, how each was measured.
+
+For commands that look at what a run has left, without its recipe and without holding it. Imports no
+torch.
+"""
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1pipe.config import STAGE_TYPES
+from r1pipe.errors import UserError
+from r1pipe.lineage import find_run, list_stages, read_lineage
+
+
+@dataclass(frozen=True)
+class FinishedStage:
+    """One stage's folder and its `stage.json`."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.record["stage"]
+
+    @property
+    def kind(self) -> str:
+        return self.record["kind"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The stage's section of the recipe, resolved, and the recipe's shared keys."""
+        return self.record["settings"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The recipe as the stage saw it, from its lineage: without paths that lead elsewhere, and
+        so fit to be published. Empty if it has no lineage."""
+        return (read_lineage(self.folder) or {}).get("config", {})
+
+    @property
+    def makes_checkpoint(self) -> bool:
+        return STAGE_TYPES[self.kind].makes_checkpoint
+
+    @property
+    def weights_from(self) -> str | None:
+        """What the stage's weights were before it trained them: an earlier stage, a folder or a hub
+        id; None if they were random."""
+        if self.kind != "distill":
+            return self.settings.get("from")
+        student = self.settings["student"]
+        return student if isinstance(student, str) else None
+
+    @property
+    def taught_by(self) -> str | None:
+        """Whose samples the stage learnt from, or made for another stage to learn from."""
+        return self.settings["from"] if self.kind in ("distill", "reject") else None
+
+    @property
+    def traces_from(self) -> str | None:
+        """The stage that made the rows that this one learnt from."""
+        return (self.settings.get("data") or {}).get("stage")
+
+    @property
+    def parents(self) -> list[str]:
+        parents = (self.weights_from, self.taught_by, self.traces_from)
+        return list(dict.fromkeys(parent for parent in parents if parent is not None))
+
+    def read_summary(self) -> list[dict[str, Any]]:
+        """Of an `eval` stage: one entry per checkpoint."""
+        return read_json(self.folder / "summary.json")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One entry of an `eval` stage's summary, and the stage."""
+
+    stage: FinishedStage
+    entry: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The finished stages of a run, in the order in which they were made."""
+
+    path: Path
+    stages: dict[str, FinishedStage]
+
+    def lineage(self, name: str) -> list[FinishedStage]:
+        """The stage and all that it comes from, each after what it comes from itself."""
+        return sort_stages(self.stages, [name])
+
+    def base_model(self, name: str) -> str | None:
+        """The folder or hub id whose weights the stage's go back to; None if they were random."""
+        while (stage := self.stages.get(name)) is not None:
+            if stage.weights_from is None:
+                return None
+            name = stage.weights_from
+        return name
+
+    def evaluations(self, name: str) -> list[Evaluation]:
+        """How the stage's checkpoint was measured. What was measured before the checkpoint was last
+        made does not count."""
+        made = self.stages[name].record["finished"]
+        return [
+            Evaluation(stage, entry)
+            for stage in self.stages.values()
+            if stage.kind == "eval" and stage.record["finished"] >= made
+            for entry in stage.read_summary()
+            if entry["stage"] == name
+        ]
+
+
+def read_run(path: Path) -> FinishedRun:
+    """Raises UserError if the folder holds no finished stage."""
+    folders = [path / name for name in list_stages(path)]
+    stages = [FinishedStage(folder, read_json(folder / "stage.json")) for folder in folders]
+    if not stages:
+        raise UserError(f"{path}: no such run: a run's folder holds finished stages")
+    stages.sort(key=lambda stage: stage.record["finished"])
+    by_name = {stage.name: stage for stage in stages}
+    return FinishedRun(path, {s.name: s for s in sort_stages(by_name, list(by_name))})
+
+
+def sort_stages(stages: dict[str, FinishedStage], names: list[str]) -> list[FinishedStage]:
+    """The named stages in this order, each after all that it comes from."""
+    found: dict[str, FinishedStage] = {}
+
+    def visit(name: str) -> None:
+        if name in stages and name not in found:
+            for parent in stages[name].parents:
+                visit(parent)
+            found[name] = stages[name]
+
+    for name in names:
+        visit(name)
+    return list(found.values())
+
+
+def find_checkpoint(target: Path) -> tuple[FinishedRun, FinishedStage]:
+    """The run and the stage that RUN or RUN/STAGE names, in runs/ if not here; of a run, the last
+    stage that made a checkpoint.
+
+    Raises UserError for a stage that is not finished or has no checkpoint.
+    """
+    name = ""
+    if not list_stages(target) and not list_stages("runs" / target) and target.name:
+        target, name = target.parent, target.name
+    run = read_run(find_run(str(target)))
+    made = {stage.name: stage for stage in run.stages.values() if stage.makes_checkpoint}
+    if not made:
+        raise UserError(f"{run.path}: no stage that makes a checkpoint is finished")
+    if not name:
+        return run, list(made.values())[-1]
+    if name in run.stages and name not in made:
+        raise UserError(f"{run.path / name}: makes no checkpoint; there are {', '.join(made)}")
+    if name not in made:
+        near = difflib.get_close_matches(name, made, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(made)}"
+        raise UserError(f"{run.path / name}: no finished stage of that name; {hint}")
+    return run, made[name]
+
+
+def read_json(path: Path) -> Any:
+    """Raises UserError if the file is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
