@@ -112,7 +112,6 @@ def write_model_card(facts: Facts) -> str:
 def list_results(evaluation: Evaluation) -> list[EvalResult]:
     """The figures of one evaluation for the card's `model-index`."""
     entry = evaluation.entry
-    data = evaluation.stage.settings["data"]
     protocol = {
         key: entry[key]
         for key in ("num_problems", "num_samples", "temperature", "top_p", "max_completion_length")
@@ -121,14 +120,16 @@ def list_results(evaluation: Evaluation) -> list[EvalResult]:
     for key, template in SHARES.items():
         name = template.format(k=entry["k"])
         arguments = {**protocol, "overlap": entry["overlap"]}
+        if entry[key] is None:  # there is no majority of programs
+            continue
         if key == "pass_at_1":
             arguments |= {"ci_95_low": entry["ci_low"], "ci_95_high": entry["ci_high"]}
         results.append(
             EvalResult(
                 task_type="text-generation",
-                dataset_type=data["recipe"],
+                dataset_type=evaluation.data.recipe,
                 dataset_name=entry["dataset"],
-                dataset_split=data["split"],
+                dataset_split=evaluation.data.split,
                 metric_type=name,
                 metric_name=name,
                 metric_value=entry[key],
@@ -168,8 +169,14 @@ def describe_objections(facts: Facts) -> list[str]:
 def describe_evaluation(facts: Facts, evaluation: Evaluation) -> str:
     """The checkpoint beside those that it comes from, on the same problems."""
     names = {facts.base_model, *(stage.name for stage in facts.lineage)}
-    rows = [entry for entry in evaluation.stage.read_summary() if entry["stage"] in names]
-    return format_table([{**entry, "stage": hide_places(entry["stage"])} for entry in rows])
+    rows: list[dict[str, Any]] = []
+    for entry in evaluation.stage.read_summary():
+        if entry["stage"] in names and entry["dataset"] == evaluation.entry["dataset"]:
+            compared = entry.get("compared_with")
+            if not rows or compared is None or compared["stage"] != rows[-1]["stage"]:
+                entry = {**entry, "compared_with": None}
+            rows.append(entry)
+    return format_table([{**row, "stage": hide_places(row["stage"])} for row in rows])
 
 
 def write_transformers_example(facts: Facts) -> str:

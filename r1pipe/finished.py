@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from r1pipe.config import STAGE_TYPES
+from r1pipe.config import STAGE_TYPES, EvalSet, as_list
 from r1pipe.errors import UserError
 from r1pipe.lineage import find_run, list_stages, read_lineage
 
@@ -62,7 +62,7 @@ class FinishedStage:
     @property
     def traces_from(self) -> str | None:
         """The stage that made the rows that this one learnt from."""
-        return (self.settings.get("data") or {}).get("stage")
+        return self.settings["data"]["stage"] if "from" in self.settings else None
 
     @property
     def parents(self) -> list[str]:
@@ -76,10 +76,16 @@ class FinishedStage:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One entry of an `eval` stage's summary, and the stage."""
+    """One entry of an `eval` stage's summary, a checkpoint on a set of problems, and the stage."""
 
     stage: FinishedStage
     entry: dict[str, Any]
+
+    @property
+    def data(self) -> EvalSet:
+        """The set of problems."""
+        sets = map(EvalSet.model_validate, as_list(self.stage.settings["data"]))
+        return next(data for data in sets if data.label == self.entry["dataset"])
 
 
 @dataclass(frozen=True)

@@ -367,9 +367,8 @@ def write_rollouts(facts: Facts, folder: Path) -> None:
             for source in sorted(stage.folder.glob(pattern)):
                 add(source, f"{stage.name}-{source.name}")
     for evaluation in facts.evaluations:
-        number = evaluation.stage.read_summary().index(evaluation.entry) + 1
-        source = evaluation.stage.folder / f"samples_{number}.jsonl"
-        add(source, f"{evaluation.stage.name}-samples.jsonl")
+        name = evaluation.entry["samples"]
+        add(evaluation.stage.folder / name, f"{evaluation.stage.name}-{name}")
     write_text(folder / "README.md", write_dataset_card(facts, files))
 
 

@@ -41,7 +41,7 @@ ENTRY = {
     "top_p": 0.95, "max_completion_length": 8, "pass_at_1": 0.525, "ci_low": 0.44,
     "ci_high": 0.61, "k": 2, "pass_at_k": 0.75, "maj_at_k": 0.5, "format_rate": 0.9,
     "mean_tokens": 6.5, "truncated": 0.125, "unjudged": 0.0, "overlap": 0.0, "wall_s": 3.0,
-    "eval_s": 1.0,
+    "eval_s": 1.0, "compared_with": None, "samples": "samples_1.jsonl",
 }  # fmt: skip
 PROBLEM = {
     "id": "p1",
@@ -418,10 +418,10 @@ def test_rollouts_and_collection(hub: FakeHub, run: Path) -> None:
         assert result.returncode == 0, result.stderr
     rollouts = hub.repos["dataset", "ana/mini-rollouts"]
     assert rollouts.private
-    assert rollouts.files["eval-samples.jsonl"] == b'{"completion": "7"}\n'
+    assert rollouts.files["eval-samples_1.jsonl"] == b'{"completion": "7"}\n'
     metadata, _ = read_card(rollouts.files)
     assert metadata["configs"] == [
-        {"config_name": "eval-samples", "data_files": "eval-samples.jsonl"}
+        {"config_name": "eval-samples_1", "data_files": "eval-samples_1.jsonl"}
     ]
     [collection] = hub.collections.values()
     assert [(i["type"], i["id"]) for i in collection["items"]] == [
