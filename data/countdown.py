@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 from r1pipe.datasets_io import ask, load_rows, write_trace
 
+LICENSE = "cc0-1.0"
+
 INSTRUCTION = (
     "Reason step by step within <think> and </think>, then give the expression in \\boxed{}."
 )

@@ -32,8 +32,11 @@ class TrainingData:
 
     stage: FinishedStage
     name: str
+    """The recipe's, or the path of the rows that it was given."""
     split: str
     hub_id: str | None
+    licence: str | None
+    """What the recipe says; None: nothing."""
 
 
 @dataclass(frozen=True)

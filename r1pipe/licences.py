@@ -55,6 +55,8 @@ def settle_licence(sources: list[Source], wanted: str | None = None) -> str:
 
     Raises UserError in one line for an unknown licence, and for two that cannot be met together.
     """
+    if wanted in UNKNOWN:
+        raise UserError(f'--license "{wanted}": say which, by an identifier of the hub')
     for source in sources:
         if source.licence is None or source.licence in UNKNOWN:
             raise UserError(

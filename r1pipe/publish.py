@@ -177,7 +177,14 @@ def list_data(run: FinishedRun, stage: FinishedStage) -> Iterator[TrainingData]:
         data = settings.get("data") or (settings.get("tokenizer") or {}).get("data") or {}
         if data.get("recipe"):
             constants = read_constants(data["recipe"])
-            yield TrainingData(ancestor, data["recipe"], data["split"], constants.get("HUB_ID"))
+            name, hub_id = data["recipe"], constants.get("HUB_ID")
+            path = data["options"].get("path")
+            elsewhere = path is not None and not Path(path).expanduser().exists()
+            if path is not None and (hub_id is None or (elsewhere and path != hub_id)):
+                # Somebody else's rows, of which the recipe knows the form only.
+                name, hub_id, constants = path, path if elsewhere else None, {}
+            licence = constants.get("LICENSE")
+            yield TrainingData(ancestor, name, data["split"], hub_id, licence)
 
 
 def list_sources(
@@ -203,7 +210,7 @@ def list_sources(
         for name, role in models.items()
     ]
     for item in {d.name: d for d in data}.values():
-        licence = given.get(item.name) or read_constants(item.name).get("LICENSE")
+        licence = given.get(item.name) or item.licence
         if licence is None and item.hub_id:
             licence = hub.find_licence(item.hub_id, "dataset")
         sources.append(Source(item.name, "data", licence))

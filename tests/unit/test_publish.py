@@ -397,6 +397,28 @@ def test_licences_in_the_recipe(hub: FakeHub, tmp_path: Path, checkpoint: Path) 
     assert metadata["license"] == "cc-by-nc-4.0"
 
 
+def test_licences_of_data(hub: FakeHub, tmp_path: Path, checkpoint: Path) -> None:
+    """A recipe's own LICENSE is that of its own dataset; other rows have another, or none."""
+    mine = tmp_path / "mine.csv"
+    mine.touch()
+    options = {"columns": {"prompt": "q", "answer": "a"}}
+    for path, found in ((str(mine), None), ("org/rows", "cc-by-nc-sa-4.0")):
+        data = {"recipe": "columns", "options": {"path": path, **options}}
+        stages = [STAGES[0], {**STAGES[1], "data": data}, STAGES[2]]
+        run = make_run(tmp_path / "runs" / path.replace("/", "_"), checkpoint, stages)
+        assert f"data {path}: its licence is not known" in refuse(hub, run)
+        if found:
+            hub.add_repo(path, "dataset", README__md=f"---\nlicense: {found}\n---\n")
+            assert publish(hub, run).returncode == 0
+        else:
+            assert publish(hub, run, "--license", f"{path}=cc-by-nc-sa-4.0").returncode == 0
+        files = hub.repos["model", "ana/mini"].files
+        metadata, text = read_card(files)
+        assert metadata["license"] == "cc-by-nc-sa-4.0"
+        assert metadata.get("datasets") == (["org/rows"] if found else None)
+        assert str(tmp_path) not in text
+
+
 def test_a_base_model_in_a_folder(hub: FakeHub, tmp_path: Path, checkpoint: Path) -> None:
     base = tmp_path / "base"
     shutil.copytree(checkpoint, base)
