@@ -144,6 +144,28 @@ class Supervised(Saving):
         return self
 
 
+class TraceFilters(Strict):
+    """Which traces are dropped for their chain of thought: what R1 drops, each only if asked for
+    (arXiv:2501.12948v1, section 2.3.3; the thresholds are not in the paper)."""
+
+    min_language_share: Share = 0.0
+    """Of the words, in one language; below it the chain is mixed. 0: not looked at."""
+    language: str | None = None
+    """Which one: a code such as en. Default: the one that most of the chain's words are in."""
+    max_paragraph_length: PositiveInt | None = None
+    """Characters between two blank lines."""
+    drop_code_blocks: bool = False
+    require_format: bool = False
+    """One `<think>...</think>`, then an answer (rewards.format): for traces that are given."""
+
+    @field_validator("language")
+    @classmethod
+    def name_a_language(cls, language: str | None) -> str | None:
+        if language is not None and language not in LANGUAGES:
+            raise ValueError(f"no such language; there are {', '.join(LANGUAGES)}")
+        return language
+
+
 class TokenizerTraining(Strict):
     """A byte-level BPE trained on the prompts and solutions of some problems."""
 
@@ -212,6 +234,8 @@ class Sft(TrainingStage):
     """Cold start: supervised training on the problems' own solutions."""
 
     kind: Literal["sft"]
+    filters: TraceFilters = TraceFilters()
+    """Which of the solutions are not trained on."""
     train: Supervised
 
 
@@ -336,26 +360,6 @@ class Grpo(TrainingStage, Saving):
                 "kl_estimator k1 needs use_bias_correction_kl: its own gradient is zero on average"
             )
         return self
-
-
-class TraceFilters(Strict):
-    """Right samples that make no traces, by their chain of thought: what R1 drops, each only if
-    asked for (arXiv:2501.12948v1, section 2.3.3; the thresholds are not in the paper)."""
-
-    min_language_share: Share = 0.0
-    """Of the words, in one language; below it the chain is mixed. 0: not looked at."""
-    language: str | None = None
-    """Which one: a code such as en. Default: the one that most of the chain's words are in."""
-    max_paragraph_length: PositiveInt | None = None
-    """Characters between two blank lines."""
-    drop_code_blocks: bool = False
-
-    @field_validator("language")
-    @classmethod
-    def name_a_language(cls, language: str | None) -> str | None:
-        if language is not None and language not in LANGUAGES:
-            raise ValueError(f"no such language; there are {', '.join(LANGUAGES)}")
-        return language
 
 
 class FewShot(Strict):

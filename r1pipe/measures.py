@@ -125,12 +125,12 @@ def list_ks(num_samples: int, k: int) -> list[int]:
 
 
 def split_by_category(results: list[ProblemResult]) -> list[dict[str, Any]]:
-    """pass@1 of the problems of each category, in the order in which they first occur."""
+    """pass@1 of the problems of each category."""
     groups: dict[str, list[ProblemResult]] = defaultdict(list)
     for result in results:
         groups[result.category].append(result)
     rows = []
-    for category, group in groups.items():
+    for category, group in sorted(groups.items()):
         rates = [result.pass_rate for result in group]
         ci_low, ci_high = clustered_interval(rates)
         rows.append(

@@ -18,12 +18,15 @@ from r1pipe.records import Problem, Rollout, Score
 from r1pipe.runs import JOURNAL
 from r1pipe.sampling import SamplingJob, Source, sample_and_score
 from r1pipe.stage import StageContext
+from rewards import format as check_format
 from rewards.completions import split_thinking
 from rewards.languages import LANGUAGES, language_share
 
 ENDS = ("truncated", "unjudged", "wrong")
 """Why a sample is not accepted."""
-DROPS = ("mixed_language", "long_paragraph", "code_block", "duplicate", "over_cap")
+FLAWS = ("no_format", "mixed_language", "long_paragraph", "code_block")
+"""What `find_flaw` finds."""
+DROPS = (*FLAWS, "duplicate", "over_cap")
 """Why an accepted one makes no trace all the same."""
 SHINGLE = 3
 """Words in a row that two traces are compared by."""
@@ -61,8 +64,7 @@ def collect_traces(
             for rollout in kept
         ]
     reasons = {reason: counts[reason] for reason in (*ENDS, *DROPS)}
-    told = ", ".join(f"{n} {reason.replace('_', ' ')}" for reason, n in reasons.items() if n)
-    say(f"{label}: {len(rollouts)} samples, {told or 'none dropped'}: {len(traces)} traces")
+    say(f"{label}: {len(rollouts)} samples, {describe(reasons)}: {len(traces)} traces")
     return traces, {
         "samples": len(rollouts),
         "samples_accepted": len(rollouts) - sum(reasons[end] for end in ENDS),
@@ -70,6 +72,30 @@ def collect_traces(
         "problems_with_traces": counts["problems_with_traces"],
         "traces": len(traces),
     }
+
+
+def drop_flawed(
+    problems: list[Problem], filters: TraceFilters, context: StageContext
+) -> list[Problem]:
+    """Given traces without those that the filters drop. Raises UserError if none is left."""
+    kept, counts = [], Counter()
+    for problem in problems:
+        if flaw := problem.solution and find_flaw(problem.solution, filters):
+            counts[flaw] += 1
+        else:
+            kept.append(problem)
+    if not kept:
+        raise UserError(f'stage "{context.stage_name}": no trace is left: {describe(counts)}')
+    if counts:
+        say(f"{context.stage_name}: {len(problems)} traces, {describe(counts)}: {len(kept)} left")
+    context.facts |= {f"dropped/{flaw}": counts[flaw] for flaw in FLAWS}
+    context.record_left("filters", len(kept))
+    return kept
+
+
+def describe(counts: dict[str, int]) -> str:
+    told = [f"{n} {reason.replace('_', ' ')}" for reason, n in counts.items() if n]
+    return ", ".join(told) or "none dropped"
 
 
 def put_examples_before(
@@ -137,8 +163,10 @@ def find_end(rollout: Rollout, score: Score) -> str | None:
 
 
 def find_flaw(completion: str, filters: TraceFilters) -> str | None:
-    """Which filter a right sample fails by its chain of thought (all of it if nothing is marked as
+    """Which filter a trace fails, most by its chain of thought (all of it if nothing is marked as
     thinking)."""
+    if filters.require_format and check_format([completion]) != [1.0]:
+        return "no_format"
     thinking, answer = split_thinking(completion)
     chain = thinking if thinking.strip() else answer
     if filters.min_language_share and is_mixed(chain, filters):

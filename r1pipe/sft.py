@@ -7,6 +7,7 @@ from typing import Any
 
 from r1pipe.config import Sft
 from r1pipe.models import load_tokenizer, save_checkpoint
+from r1pipe.rejection import drop_flawed
 from r1pipe.sharding import load_sharded
 from r1pipe.stage import StageContext
 from r1pipe.supervised import train_on_traces
@@ -14,7 +15,7 @@ from r1pipe.supervised import train_on_traces
 
 def run(stage: Sft, context: StageContext) -> dict[str, Any]:
     """Train the checkpoint of `from` on the problems' solutions."""
-    problems = context.training_problems(stage)
+    problems = drop_flawed(context.training_problems(stage), stage.filters, context)
     checkpoint = context.checkpoint(stage.from_)
     tokenizer = load_tokenizer(checkpoint)
     model = load_sharded(

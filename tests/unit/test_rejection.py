@@ -6,8 +6,15 @@ from types import SimpleNamespace
 import pytest
 
 from r1pipe.config import FewShot, ProblemSet, Sampling, TraceFilters, Traces
+from r1pipe.errors import UserError
 from r1pipe.records import Problem, Rollout, Score
-from r1pipe.rejection import choose_diverse, find_flaw, put_examples_before, select_samples
+from r1pipe.rejection import (
+    choose_diverse,
+    drop_flawed,
+    find_flaw,
+    put_examples_before,
+    select_samples,
+)
 
 ENGLISH = "We add the two numbers and then we have the answer that was asked for."
 CHINESE = "我们把这两个数字加起来然后得到答案。"
@@ -19,6 +26,7 @@ def trace(thinking: str, answer: str = "\\boxed{2}") -> str:
 
 
 ALL = {"min_language_share": 0.9, "max_paragraph_length": 200, "drop_code_blocks": True}
+FORMAT = {"require_format": True}
 LONG = "The sum is two. " * 20
 # (completion, filters, why it is dropped)
 FLAWS = [
@@ -40,6 +48,9 @@ FLAWS = [
     (trace(f"{ENGLISH}\n```python\nprint(1 + 1)\n```"), ALL, "code_block"),
     (trace(f"{ENGLISH}\n```python\nprint(1 + 1)\n```"), {}, None),
     (trace(ENGLISH, answer="```python\nprint(2)\n```"), ALL, None),
+    (trace(ENGLISH), FORMAT, None),
+    (ENGLISH, FORMAT, "no_format"),
+    (ENGLISH, {}, None),
     (f"{ENGLISH} {CHINESE} \\boxed{{2}}", ALL, "mixed_language"),  # nothing marked as thinking
 ]
 
@@ -47,6 +58,26 @@ FLAWS = [
 @pytest.mark.parametrize(("completion", "filters", "flaw"), FLAWS)
 def test_filters(completion: str, filters: dict, flaw: str | None) -> None:
     assert find_flaw(completion, TraceFilters(**filters)) == flaw
+
+
+def test_given_traces_are_filtered_and_counted() -> None:
+    facts, left = {}, []
+    context = SimpleNamespace(
+        stage_name="sft", facts=facts, record_left=lambda reason, count: left.append(count)
+    )
+    solutions = [trace(ENGLISH), trace(f"{ENGLISH}\n{CHINESE}"), trace("```\n1\n```"), ENGLISH]
+    problems = [
+        Problem(str(n), "math", [], answer="2", solution=solution)
+        for n, solution in enumerate(solutions)
+    ]
+    kept = drop_flawed(problems, TraceFilters(**ALL, **FORMAT), context)
+    assert kept == problems[:1]
+    assert {k: n for k, n in facts.items() if n} == {
+        "dropped/mixed_language": 1, "dropped/code_block": 1, "dropped/no_format": 1,
+    }  # fmt: skip
+    assert left == [1]
+    with pytest.raises(UserError, match="no trace is left: 1 no format"):
+        drop_flawed(problems[3:], TraceFilters(**FORMAT), context)
 
 
 def make_settings(**changes: object) -> Traces:
