@@ -3,16 +3,19 @@
     .venv/bin/python benchmarks/routing_replay.py
 
 Tiny models with random weights sample; the trainer computes the log-probabilities of the same
-tokens as it does in training (float32 weights, and in bfloat16 an autocast forward), once with its
-own routes and once with the sampler's. Prints a Markdown table.
+tokens as it does in training, once with its own routes and once with the sampler's. In bfloat16 one
+process computes by autocast, several in layers of bf16; routers in float32 either way, but with
+--own-routers as transformers has them. Prints a Markdown table.
 """
 
 import argparse
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
 from r1pipe.config import Engine, ProblemSet, Sampling
 from r1pipe.grpo.logprobs import Policy
@@ -25,7 +28,7 @@ from r1pipe.models import (
     pick_device,
     save_checkpoint,
 )
-from r1pipe.moe import find_routers, pack_routes, replaying
+from r1pipe.moe import find_routers, pack_routes, replaying, route_in_float32
 from r1pipe.pipeline import silence_libraries
 from r1pipe.problems import load_problems
 from r1pipe.records import Rollout
@@ -69,6 +72,7 @@ MODELS = {
 COLUMNS = (
     "model",
     "dtype",
+    "layers",
     "replay",
     "differing routes",
     "mean abs dlogp",
@@ -80,14 +84,16 @@ COLUMNS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    device = pick_device(parser.parse_args().device)
+    parser.add_argument("--own-routers", action="store_true")
+    options = parser.parse_args()
+    device = pick_device(options.device)
     silence_libraries()
     rows = []
     for dtype in ("float32", "bfloat16"):
         engines = Engines(Engine(max_model_len=128, kv_cache_gib=0.25), dtype, device)
         try:
             for name, settings in MODELS.items():
-                rows += compare(name, settings, engines)
+                rows += compare(name, settings, engines, options.own_routers)
         finally:
             engines.close()
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
@@ -95,7 +101,9 @@ def main() -> None:
         print("| " + " | ".join(row) + " |")
 
 
-def compare(name: str, settings: dict, engines: Engines) -> list[tuple[str, ...]]:
+def compare(
+    name: str, settings: dict, engines: Engines, own_routers: bool
+) -> list[tuple[str, ...]]:
     """Rows of the table for one model: replay off and on."""
     problems = load_problems(ProblemSet(recipe="arithmetic", options={"size": 64}))
     tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in problems), 400)
@@ -111,16 +119,30 @@ def compare(name: str, settings: dict, engines: Engines) -> list[tuple[str, ...]
         problems, 4, Sampling(max_completion_length=48), (0,), with_routes=True
     )
     model.eval()
-    policy, rows = Policy(model), []
-    for replay in (False, True):
-        figures = measure(policy, rollouts, engines.dtype, replay)
-        texts = [f"{figures[0]:.2%}", *(f"{value:.1e}" for value in figures[1:])]
-        rows.append((name, engines.dtype, "on" if replay else "off", *texts))
+    models = {"float32": model}
+    if engines.dtype == "bfloat16":
+        models = {"autocast": model, "bf16": in_bf16(model)}
+    rows = []
+    for layers, model in models.items():
+        if engines.dtype == "bfloat16" and not own_routers:
+            route_in_float32(model)
+        for replay in (False, True):
+            figures = measure(Policy(model), rollouts, layers, replay)
+            texts = [f"{figures[0]:.2%}", *(f"{value:.1e}" for value in figures[1:])]
+            rows.append((name, engines.dtype, layers, "on" if replay else "off", *texts))
     return rows
 
 
+def in_bf16(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy as a sharded layer is put together: parameters in bf16, buffers as they are."""
+    model = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    return model
+
+
 @torch.no_grad()
-def measure(policy: Policy, rollouts: list[Rollout], dtype: str, replay: bool) -> tuple:
+def measure(policy: Policy, rollouts: list[Rollout], layers: str, replay: bool) -> tuple:
     """Share of (token, layer) pairs with another set of experts; mean and max of |trainer -
     sampler| log-probability; KL(sampler || trainer) by Schulman's k3 estimator."""
     device = policy.model.device
@@ -131,10 +153,9 @@ def measure(policy: Policy, rollouts: list[Rollout], dtype: str, replay: bool) -
         router.module.register_forward_hook(keep_experts(taken))
         for router in find_routers(policy.model)
     ]
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
     with (
-        fast_training_kernels(device, dtype),
-        autocast,
+        fast_training_kernels(device, layers),
+        torch.autocast(device.type, torch.bfloat16, enabled=layers == "autocast"),
         replaying(policy.model, routes_NLK if replay else None),
     ):
         logprobs_C = policy(batch, 1.0).logprobs_C

@@ -1,11 +1,9 @@
 """How much memory a training stage needs on each device, from the model's config alone.
 
 Weights, gradients, optimizer and KV cache are counted; activations are estimated from the
-architecture: within a third of what autograd keeps of the models in tests/unit/test_memory.py. The
-peak memory of two GRPO steps on CPU, in one process, was within 8% of the estimate for a dense
-model of 58 M parameters and a mixture of experts of 89 M, with and without gradient checkpointing;
-in two processes it was 1.3 times the estimate for one of 146 M. On GPUs nothing has been measured.
-Everything is in bytes; P parameters, N tokens of a micro-batch.
+architecture: within a third of what autograd keeps of the models in tests/unit/test_memory.py.
+Peaks measured on CPU, in one process and in several, stand beside the estimate in
+benchmarks/README.md; on GPUs nothing has been measured. Everything is in bytes.
 """
 
 import contextlib
@@ -199,8 +197,7 @@ def estimate_grpo(stage: Grpo, recipe: Recipe, shape: Shape, devices: Devices) -
     from r1pipe.grpo.logprobs import MAX_LOGITS
 
     element = 2 if recipe.dtype == "bfloat16" else 4
-    engine = recipe.engine
-    context = engine.max_model_len or shape.config.max_position_embeddings
+    context = recipe.engine.max_model_len or shape.config.max_position_embeddings
     # A sequence above the budget is a micro-batch of its own.
     budget = stage.tokens_per_micro_batch(on_gpu=devices.is_gpu)
     num_tokens = max(budget, min(context, stage.max_completion_length + 1))
@@ -211,25 +208,33 @@ def estimate_grpo(stage: Grpo, recipe: Recipe, shape: Shape, devices: Devices) -
         parts["reference"] = (element if devices.count > 1 else MASTER) * share
     logits = min(MAX_LOGITS, num_tokens * shape.config.vocab_size)
     parts["logits"] = 4 * LOGIT_COPIES * logits
+    sampler, problems = engine_parts(recipe, shape, devices)
+    return Estimate(stage.name, shape, devices, parts | sampler, problems)
+
+
+def engine_parts(
+    recipe: Recipe, shape: Shape, devices: Devices
+) -> tuple[dict[str, float], list[str]]:
+    """What vLLM takes of each device, and what it cannot work with."""
+    element = 2 if recipe.dtype == "bfloat16" else 4
+    engine = recipe.engine
+    context = engine.max_model_len or shape.config.max_position_embeddings
     weights = element * shape.parameters / engine.tensor_parallel_size
+    if devices.is_gpu:
+        weights += ENGINE_WORKSPACE
     one_sequence = context * shape.kv_bytes_per_token(element, engine.tensor_parallel_size)
-    problems = []
     if engine.kv_cache_gib is not None:
-        room = parts["KV cache"] = engine.kv_cache_gib * GIB
-        parts["vLLM"] = weights + (ENGINE_WORKSPACE if devices.is_gpu else 0)
-    elif devices.is_gpu:
-        room = engine.gpu_memory_utilization * devices.size - weights - ENGINE_WORKSPACE
-        parts["vLLM"], parts["KV cache"] = weights + ENGINE_WORKSPACE, max(0.0, room)
+        room = engine.kv_cache_gib * GIB
     else:
-        room = parts["KV cache"] = engine.gpu_memory_utilization * devices.size
-        parts["vLLM"] = weights
+        room = engine.gpu_memory_utilization * devices.size - (weights if devices.is_gpu else 0)
+    problems = []
     if room < one_sequence:
         problems.append(
             f"vLLM has {max(0.0, room) / GIB:.1f} GiB for its KV cache and needs "
             f"{one_sequence / GIB:.1f} for one sequence of {context} tokens: raise "
             "engine.tensor_parallel_size or gpu_memory_utilization"
         )
-    return Estimate(stage.name, shape, devices, parts, problems)
+    return {"vLLM": weights, "KV cache": max(0.0, room)}, problems
 
 
 def estimate_supervised(
@@ -299,7 +304,13 @@ def estimate_shape(
 ) -> Estimate:
     if isinstance(stage, Grpo):
         return estimate_grpo(stage, recipe, shape, devices)
-    return estimate_supervised(stage.name, stage.train, recipe, shape, devices)
+    estimate = estimate_supervised(stage.name, stage.train, recipe, shape, devices)
+    if isinstance(stage, Distill):
+        # The teacher's engine stays beside the student.
+        teacher = Shape.of(find_config(stage.from_, recipe))
+        sampler, problems = engine_parts(recipe, teacher, devices)
+        estimate = replace(estimate, parts=estimate.parts | sampler, problems=problems)
+    return estimate
 
 
 def find_stage_config(stage: Stage, recipe: Recipe) -> PretrainedConfig:

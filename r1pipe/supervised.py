@@ -238,10 +238,8 @@ class SaveInTime(TrainerCallback):
 def keep_shards(accelerator: Accelerator) -> None:
     """Let accelerate train a model that is sharded already.
 
-    Its own FSDP2 is no choice: on CPU it falls back to DDP without a word, so that nothing of it
-    could be tested there, it shards a model that every rank has loaded whole, and its way around
-    that stops at the routers' bias buffers. What evaluation needs of `prepare_model` is what
-    sharded models need: no DDP around them.
+    Why its own FSDP2 is no choice, r1pipe/sharding.py says. What evaluation needs of
+    `prepare_model` is what sharded models need: no DDP around them.
     """
     accelerator.prepare_model = partial(accelerator.prepare_model, evaluation_mode=True)
 

@@ -1,6 +1,6 @@
 """The trainer's half of a step: log-probabilities of rollouts, and the policy's update.
 
-In a run of several processes each rank has the rollouts that it sampled, and all of them take every
+In a run of several processes each rank has its share of the rollouts, and all of them take every
 step together: what a step divides by is summed over the ranks, and gradients are. So the ranks'
 losses add up to the loss of one process with all the rollouts.
 """
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from r1pipe import distributed
 from r1pipe.config import Grpo
+from r1pipe.grpo.balance import share_out
 from r1pipe.grpo.logprobs import LogProbs, Policy, Support, Truncation
 from r1pipe.grpo.losses import LossInputs, Totals, compute_loss
 from r1pipe.grpo.packing import PackedBatch, Sample, cut_batches, pack
@@ -126,9 +127,10 @@ class Updater:
 
     def informative(self, samples: list[Sample]) -> list[Sample]:
         """Without those that move nothing: a sample of advantage 0, unless a KL term is asked."""
-        if self.settings.beta:
-            return samples
-        return [sample for sample in samples if sample.advantage != 0]
+        return [sample for sample in samples if self.is_informative(sample)]
+
+    def is_informative(self, sample: Sample) -> bool:
+        return bool(self.settings.beta) or sample.advantage != 0
 
     def step(self, samples: list[Sample], step: int, check: Check) -> dict[str, float]:
         """`steps_per_generation` x `num_iterations` optimizer steps over the samples.
@@ -141,6 +143,9 @@ class Updater:
         """
         if self.settings.mask_truncated_completions:
             samples = [sample for sample in samples if not sample.rollout.truncated]
+        plan = self.plan_minibatches(samples, step)
+        own = self.share_out(samples, plan[: self.settings.steps_per_generation])
+        samples = list(own.values())
         active = self.informative(samples)
         any_active = any(distributed.gather(bool(active)))
         # One optimizer step: the policy before it is the policy in it, and is computed once.
@@ -151,7 +156,8 @@ class Updater:
             agreement = self.evaluate(active if any_active else samples)
             agreement.submit(check)
         log = UpdateLog()
-        for minibatch in self.minibatches(samples, step):
+        for numbers in plan:
+            minibatch = [own[number] for number in numbers if number in own]
             active = self.informative(minibatch)
             totals, num_active = self.measure_size(minibatch, active)
             if not num_active:
@@ -196,21 +202,28 @@ class Updater:
         )
         return totals, sizes["active"]
 
-    def minibatches(self, samples: list[Sample], step: int) -> Iterator[list[Sample]]:
-        """Each pass over the samples in an order of its own, cut into `steps_per_generation`.
+    def plan_minibatches(self, samples: list[Sample], step: int) -> list[list[int]]:
+        """The optimizer steps' samples by number: each pass over them in an order of its own, cut
+        into `steps_per_generation`.
 
-        The order is that of all ranks' samples, one rank's after the other's; a rank gets its own
-        of each minibatch. So a minibatch is the same however many ranks share it.
+        The numbers count all ranks' samples, one rank's after the other's. So a minibatch is the
+        same however many ranks share it.
         """
-        counts = distributed.gather(len(samples))
-        first = sum(counts[: distributed.rank()])
-        own = {first + index: sample for index, sample in enumerate(samples)}
+        plan, count = [], sum(distributed.gather(len(samples)))
         for iteration in range(self.settings.num_iterations):
-            order = list(range(sum(counts)))
+            order = list(range(count))
             random.Random(f"{self.seed}/minibatches/{step}/{iteration}").shuffle(order)
-            for part in range(self.settings.steps_per_generation):
-                numbers = order[part :: self.settings.steps_per_generation]
-                yield [own[number] for number in numbers if number in own]
+            parts = self.settings.steps_per_generation
+            plan += [order[part::parts] for part in range(parts)]
+        return plan
+
+    def share_out(self, samples: list[Sample], minibatches: list[list[int]]) -> dict[int, Sample]:
+        """What this rank trains on, by number: as many tokens as the others in each of the first
+        pass's minibatches (and about as many in those of later passes)."""
+        first = sum(distributed.gather(len(samples))[: distributed.rank()])
+        numbered = dict(enumerate(samples, first))
+        costs = {n: s.num_tokens * self.is_informative(s) for n, s in numbered.items()}
+        return share_out(numbered, costs, minibatches)
 
     @torch.no_grad()
     def evaluate(self, samples: list[Sample]) -> "Agreement":

@@ -40,12 +40,17 @@ def run(folder: Path, name: str, case: dict, device: torch.device) -> dict:
     if settings.beta:
         updater.refresh_reference()
         assert all(same_weights(policy, reference))
+    samples = case["samples"][distributed.rank()]
+    first_pass = updater.plan_minibatches(samples, 1)[: settings.steps_per_generation]
+    share = updater.share_out(samples, first_pass)
     save_checkpoint(policy.model, load_tokenizer(start), made(folder, f"{name}-saved"))
     parameters = list(policy.parameters()) + list(reference.parameters())
     moments = [m for state in updater.optimizer.state.values() for m in (state["exp_avg"],)]
     return {
         "metrics": metrics,
         "all_sharded": all(isinstance(tensor, DTensor) for tensor in parameters + moments),
+        "share": {n: sample.rollout.completion_ids for n, sample in share.items()},
+        "minibatches": first_pass,
         "computed_in": computed_in[0],
         "masters": sorted({str(tensor.dtype) for tensor in [*policy.parameters(), *moments]}),
         "reference": sorted({str(tensor.dtype) for tensor in reference.parameters()}),

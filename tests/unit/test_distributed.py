@@ -37,8 +37,13 @@ CASES = {
         (12, 8),
     ),
     "tied": ("qwen3", {"tie_word_embeddings": True}, {"beta": 0.1, "num_iterations": 2}, (7, 13)),
-    # The second rank has nothing to train on, the first four micro-batches.
-    "one_idle": ("qwen3_moe", {}, {"beta": 0.1, "gradient_checkpointing": True}, (20, 0)),
+    # Minibatches of a single sample: one rank has nothing to train on.
+    "one_idle": (
+        "qwen3_moe",
+        {},
+        {"beta": 0.1, "gradient_checkpointing": True, "steps_per_generation": 4},
+        (5, 0),
+    ),
     "bf16": ("qwen3_moe", {}, {"beta": 0.1, "offload_optimizer": True}, (9, 11)),
 }
 FLOAT32 = [name for name in CASES if name != "bf16"]
@@ -124,6 +129,25 @@ def test_bf16_layers_and_float32_masters(cases: tuple[Path, dict]) -> None:
             )
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_samples_are_shared_out_by_tokens(name: str, cases: tuple[Path, dict]) -> None:
+    """Whole, each to one rank; of every minibatch the ranks' tokens differ by one sample's."""
+    folder, by_name = cases
+    results = json.loads((folder / f"{name}.json").read_text())
+    samples = [sample for part in by_name[name]["samples"] for sample in part]
+    shares = [{int(n): ids for n, ids in result["share"].items()} for result in results]
+    assert not shares[0].keys() & shares[1].keys()
+    for number, ids in (shares[0] | shares[1]).items():
+        assert ids == samples[number].rollout.completion_ids
+    assert sorted(shares[0] | shares[1]) == [*range(len(samples))]
+    for numbers in results[0]["minibatches"]:
+        # Without a KL term a sample of advantage 0 costs nothing.
+        beta = by_name[name]["settings"].beta
+        costs = {n: s.num_tokens * (beta > 0 or s.advantage != 0) for n, s in enumerate(samples)}
+        loads = [sum(costs[n] for n in numbers if n in share) for share in shares]
+        assert abs(loads[0] - loads[1]) <= max(costs[n] for n in numbers)
+
+
 def make_updater(folder: Path, name: str, case: dict) -> Updater:
     model = load_model(str(folder / f"{name}-start"), CPU)
     settings, dtype = case["settings"], case["dtype"]
@@ -163,3 +187,24 @@ def test_no_rank_holds_everything(name: str, cases: tuple[Path, dict]) -> None:
     assert sum(result["bytes"] for result in results) == whole
     # Five experts are three and two.
     assert max(result["bytes"] for result in results) < 0.62 * whole
+
+
+def test_freed_memory_is_given_back() -> None:
+    """Every other of 64 blocks of 8 MiB is freed: 256 of 512 MiB are in use."""
+    code = """
+import torch
+from pathlib import Path
+from r1pipe.sharding import give_memory_back
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4 / 1024
+
+give_memory_back()
+torch.ones(2**21)  # freed: glibc now knows the size
+before = resident()
+blocks = [torch.ones(2**21) for _ in range(64)]
+assert resident() - before > 500
+del blocks[::2]
+assert resident() - before < 300, resident() - before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

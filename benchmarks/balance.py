@@ -1,0 +1,121 @@
+"""A step's updates in two processes, samples shared out by tokens and not.
+
+    .venv/bin/python benchmarks/balance.py
+
+Lengths as problems have them: each group of 8 samples around a length of its own, 10 times apart
+between the 10th and the 90th percentile. On CPU, with gloo; both ways alternate, and the medians
+over steps and the ratio are printed. One thread a process: it wants as many free cores.
+"""
+
+import argparse
+import os
+import random
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from r1pipe import distributed
+from r1pipe.config import Grpo
+from r1pipe.grpo import update
+from r1pipe.grpo.logprobs import Policy
+from r1pipe.grpo.packing import Sample
+from r1pipe.models import build_model, build_tokenizer
+from r1pipe.pipeline import silence_libraries
+from r1pipe.records import Rollout
+from r1pipe.sharding import shard
+
+CPU = torch.device("cpu")
+MODEL = {
+    "model_type": "qwen3",
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "intermediate_size": 1024,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 1024,
+}
+PROMPTS, SAMPLES, STEPS = 8, 8, 7
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args()
+    silence_libraries()
+    if "RANK" in os.environ:
+        with distributed.joined("cpu"):
+            measure()
+        return
+    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-m", *launch, __file__], check=True, env=environment)
+
+
+def measure() -> None:
+    tokenizer = build_tokenizer(["1 + 1 = 2"], 300)
+    model = build_model(MODEL, tokenizer, seed=0)
+    policy = shard(Policy(model), model, CPU, dtype="float32", sums_gradients=True)
+    settings = Grpo.model_validate(
+        {
+            "kind": "grpo",
+            "from": "random weights",
+            "data": {"recipe": "arithmetic"},
+            "rewards": [{"function": "rewards.math_correct"}],
+            "max_steps": STEPS,
+            "prompts_per_step": PROMPTS,
+            "num_generations": SAMPLES,
+            "max_completion_length": 1024,
+        }
+    )
+    updater = update.Updater(policy, None, settings, dtype="float32", seed=0)
+    ways = {
+        "as sampled": lambda samples, costs, minibatches: samples,
+        "by tokens": update.share_out,
+    }
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    uneven: dict[str, list[float]] = {way: [] for way in ways}
+    for step in range(1, STEPS + 1):
+        for way, share_out in ways.items():
+            update.share_out = share_out
+            samples = make_samples(step)
+            plan = updater.plan_minibatches(samples, step)
+            shares = updater.share_out(samples, plan).values()
+            loads = distributed.gather(sum(sample.num_tokens for sample in shares))
+            started = time.perf_counter()
+            updater.step(samples, step, lambda metrics: None)
+            distributed.barrier()
+            if step > 1:
+                seconds[way].append(time.perf_counter() - started)
+                uneven[way].append(max(loads) / statistics.mean(loads))
+    if distributed.is_first():
+        print("| samples | most tokens of a rank / mean, median | step, s, median | ratio |")
+        print("|---|---|---|---|")
+        first = statistics.median(seconds["as sampled"])
+        for way in ways:
+            median = statistics.median(seconds[way])
+            ratio = f"{first / median:.2f}"
+            print(f"| {way} | {statistics.median(uneven[way]):.2f} | {median:.2f} | {ratio} |")
+
+
+def make_samples(step: int) -> list[Sample]:
+    """This rank's groups of the step."""
+    rng = random.Random(step)
+    samples = []
+    for _ in range(PROMPTS):
+        # 2.3 nats between percentiles that are 2.56 standard deviations apart.
+        typical = rng.gauss(4.6, 0.85)
+        for _ in range(SAMPLES):
+            length = max(8, min(1024, round(2.718 ** rng.gauss(typical, 0.3))))
+            ids = [rng.randrange(8, 300) for _ in range(length + 16)]
+            rollout = Rollout("", 0, ids[:16], ids[16:], [-6.0] * length, "", "stop")
+            samples.append(Sample(rollout, rng.choice([-1.0, 1.0])))
+    part = distributed.cut(PROMPTS, distributed.rank(), distributed.world_size())
+    return samples[part.start * SAMPLES : part.stop * SAMPLES]
+
+
+if __name__ == "__main__":
+    main()
