@@ -190,6 +190,16 @@ class Checkpoints:
                 log.cut(None)
         return 0
 
+    def discard_from(self, step: int) -> None:
+        """Away with the checkpoints of this step and later ones: something is wrong with them."""
+
+        def discard() -> None:
+            for suspect in find_steps(self.folder):
+                if suspect >= step:
+                    shutil.rmtree(self.folder / f"step-{suspect}", ignore_errors=True)
+
+        distributed.on_first_rank(discard)
+
     def _sweep(self) -> None:
         """Away with what a save left that was killed."""
         for path in self.folder.glob(".step-*"):

@@ -8,6 +8,7 @@ own where those have one. Imports no torch.
 import difflib
 import hashlib
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 from urllib.parse import urlsplit
@@ -22,11 +23,13 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     ValidationError,
+    create_model,
     field_serializer,
     field_validator,
     model_validator,
 )
 
+from r1pipe.checks import CHECKS, Action, Check
 from r1pipe.errors import UserError
 from rewards.languages import LANGUAGES
 
@@ -239,6 +242,43 @@ class Sft(TrainingStage):
     train: Supervised
 
 
+class Limit(Strict):
+    """Of one check of the circuit breaker; what a recipe leaves out is the check's own."""
+
+    limit: float
+    action: Action
+
+
+def complete_limit(check: Check, value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if check.at == "step" and value.get("action") == "skip":
+        raise ValueError("this is seen after the update, which cannot be skipped then")
+    return {"limit": check.limit, "action": check.action, **value}
+
+
+class BreakerSettings(Strict):
+    window: PositiveInt = 8
+    """Steps before the present one that it is compared with; nothing is before there are half as
+    many."""
+    max_skips: Annotated[int, Field(ge=0)] = 3
+    """Steps in a row whose update may be skipped."""
+
+
+Breaker: type[BreakerSettings] = create_model(
+    "Breaker",
+    __base__=BreakerSettings,
+    __doc__="When training must not go on as it does: a Limit for each of checks.CHECKS.",
+    **{
+        name: (
+            Annotated[Limit, BeforeValidator(partial(complete_limit, check))],
+            Limit(limit=check.limit, action=check.action),
+        )
+        for name, check in CHECKS.items()
+    },
+)
+
+
 class Grpo(TrainingStage, Saving):
     """Reinforcement learning with group-relative advantages."""
 
@@ -315,14 +355,10 @@ class Grpo(TrainingStage, Saving):
     seq_aux_loss_coef: NonNegativeFloat = 0.0
     """As in supervised training: weight of DeepSeek-V3's sequence-wise auxiliary loss."""
 
-    max_logprob_diff: PositiveFloat = 1e-4
-    """Mean |sampler - trainer| log-probability above which the run stops. float32: 1e-4; a bf16
-    sampler differs by about 1e-2."""
+    breaker: Breaker = Breaker()
     verify_sync: bool | None = None
-    """After each weight sync, sample a few tokens and hold them to max_logprob_diff at once.
+    """After each weight sync, sample a few tokens and hold them to breaker.logprob_diff at once.
     Default: if async_steps; otherwise the next batch, all of it, is held to it anyway."""
-    max_unjudged_share: Share = 0.5
-    """Share of rollouts that no reward could judge above which the run stops."""
 
     def tokens_per_micro_batch(self, *, on_gpu: bool) -> int:
         return self.micro_batch_tokens or (16384 if on_gpu else 1024)

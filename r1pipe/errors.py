@@ -28,3 +28,12 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+class Tripped(UserError):
+    """A check of the circuit breaker ends the run; `rollback`: with the newest checkpoint that made
+    good rollouts, not with the newest of all."""
+
+    def __init__(self, line: str, rollback: bool):
+        super().__init__(line)
+        self.rollback = rollback

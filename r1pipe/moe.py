@@ -31,6 +31,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from r1pipe.errors import UserError
 from r1pipe.models import is_moe
 
+DEAD = 0.01
+"""Share of the mean load below which an expert counts as dead."""
 OWN = -1
 """In place of an expert's number: the trainer's own choice."""
 
@@ -289,12 +291,13 @@ class ExpertLoad:
 
         return hook
 
-    def balance(self) -> None:
-        """After an optimizer step: sum the counts over all ranks, and move the routers' biases."""
+    def balance(self, move_bias: bool = True) -> None:
+        """After an optimizer step: sum the counts over all ranks, and move the routers' biases
+        (not where the step was skipped)."""
         if self.routers and dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._counts_LE)
             dist.all_reduce(self._loss_and_count)
-        if self.bias_update_rate:
+        if self.bias_update_rate and move_bias:
             for router, counts_E in zip(self.routers, self._counts_LE):
                 update_bias(router, counts_E, self.bias_update_rate)
         self._total_LE += self._counts_LE
@@ -334,7 +337,8 @@ def describe_load(counts_LE: Tensor, layers: list[int]) -> dict[str, float]:
     """Per layer, and as a mean over layers, from the tokens that each expert got:
 
     - max_violation: (largest load - mean load) / mean load, 0 if even (arXiv:2408.15664, eq. 4);
-    - entropy: of the loads as shares, divided by that of even loads: 1 if even.
+    - entropy: of the loads as shares, divided by that of even loads: 1 if even;
+    - dead: the share of experts, over all layers, that get less than DEAD of the mean load.
 
     Empty if nothing was counted.
     """
@@ -347,6 +351,7 @@ def describe_load(counts_LE: Tensor, layers: list[int]) -> dict[str, float]:
     metrics = {
         "experts/max_violation": sum(violations) / len(layers),
         "experts/entropy": sum(entropies) / len(layers),
+        "experts/dead": float((load_LE < DEAD * load_LE.mean(-1, keepdim=True)).double().mean()),
     }
     for layer, violation, entropy in zip(layers, violations, entropies, strict=True):
         metrics[f"experts/layer_{layer}/max_violation"] = violation

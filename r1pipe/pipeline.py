@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from r1pipe import distributed
 from r1pipe.check import check_stage
 from r1pipe.config import Eval, Recipe, Stage
-from r1pipe.errors import FULL, UserError, is_disk_full
+from r1pipe.errors import FULL, Tripped, UserError, is_disk_full
 from r1pipe.progress import say
 from r1pipe.runs import RunFolder
 
@@ -139,7 +139,7 @@ def run_stages(run: RunFolder, stages: list[Stage], redone: Collection[str] = ()
             try:
                 facts = find_stage(stage.kind)(stage, context)
             except BaseException as error:
-                if step := run.abandon(context.folder):
+                if step := run.abandon(context.folder, keep=isinstance(error, Tripped)):
                     say(f"{stage.name}: step {step} is saved")
                 if is_disk_full(error) and not isinstance(error, UserError):
                     raise UserError(f"{context.folder}: {FULL}") from error

@@ -118,10 +118,11 @@ class RunFolder:
                 path.unlink()
         write_text(partial / RECORD, json.dumps(self._describe(stage), indent=2) + "\n")
 
-    def abandon(self, partial: Path) -> int:
+    def abandon(self, partial: Path, keep: bool = False) -> int:
         """Nothing half-written stays behind a stage that failed or was interrupted; what it can go
-        on from stays. Returns the step of the newest checkpoint, 0 if there is none."""
-        if not can_go_on(partial):
+        on from stays, or, with `keep`, what a person is to look at. Returns the step of the newest
+        checkpoint, 0 if there is none."""
+        if not can_go_on(partial) and not (keep and distributed.is_first()):
             shutil.rmtree(partial, ignore_errors=True)
         return max(find_steps(partial / CHECKPOINTS), default=0)
 
@@ -168,12 +169,13 @@ class RunFolder:
         return read_record(self.stage_dir(name))
 
     def settings(self, stage: Stage) -> dict[str, Any]:
-        """What the stage is made from: its own section and the shared keys, resolved."""
+        """What the stage is made from: its own section and the shared keys, resolved. Not when it
+        is saved, nor when it must stop: a run that the circuit breaker has ended can go on with
+        other limits."""
         shared = self.recipe.model_dump(mode="json", include=set(SHARED_KEYS), by_alias=True)
         saving = set(Saving.model_fields)
-        own = stage.model_dump(
-            mode="json", by_alias=True, exclude={"train": saving} | dict.fromkeys(saving, True)
-        )
+        left_out = {"train": saving} | dict.fromkeys({*saving, "breaker"}, True)
+        own = stage.model_dump(mode="json", by_alias=True, exclude=left_out)
         return {**shared, **own}
 
     def fingerprint(self, stage: Stage) -> str:

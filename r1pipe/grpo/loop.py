@@ -5,12 +5,12 @@ Run it with `r1pipe grpo configs/demo.yaml`.
 
 import time
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
+from r1pipe.breaker import Breaker
 from r1pipe.checkpoints import Checkpoints
 from r1pipe.config import Grpo, Sampling
-from r1pipe.errors import UserError
+from r1pipe.errors import Tripped
 from r1pipe.grpo.collect import Batch, Collector, Lookahead, sampling_of
 from r1pipe.grpo.logprobs import Policy
 from r1pipe.grpo.packing import Sample
@@ -46,6 +46,7 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
         seed=context.recipe.seed,
     )
     collector = Collector(stage, sampler, scorer, problems, context.recipe.seed)
+    breaker = Breaker(stage, JsonlLog(context.folder / "events.jsonl"), context.shared_folder)
     log, rollouts_log = MetricsLog(context.folder), JsonlLog(context.folder / "rollouts.jsonl")
     with (
         Lookahead(collector.collect, stage.max_steps, stage.async_steps) as batches,
@@ -56,22 +57,34 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
             context.shared_folder,
             stage,
             stage.name,
-            parts={"updater": updater, "collector": collector, "batches": batches},
+            parts={
+                "updater": updater,
+                "collector": collector,
+                "batches": batches,
+                "breaker": breaker,
+            },
             logs={"metrics": log, "rollouts": rollouts_log},
         )
         if done := checkpoints.restore_last_good():
             sampler.load_weights(export_weights(updater.model))
             progress.start_at(done)
-        for metrics, records in train(stage, updater, sampler, collector, batches, done + 1):
-            log.write(metrics)
-            rollouts_log.write(*records)
-            progress.advance(
-                reward=metrics["reward"],
-                length=metrics["completions/mean_length"],
-                dlogp=metrics.get("sampler/logprob_diff_mean", float("nan")),
-            )
-            checkpoints.end_step(metrics["step"], metrics["reward"])
-    final = check_last_sync(stage, updater, sampler, problems, context.recipe.seed)
+        steps = train(stage, updater, sampler, collector, batches, breaker, done + 1)
+        try:
+            for metrics, records in steps:
+                log.write(metrics)
+                rollouts_log.write(*records)
+                progress.advance(
+                    reward=metrics["reward"],
+                    length=metrics["completions/mean_length"],
+                    dlogp=metrics.get("sampler/logprob_diff_mean", float("nan")),
+                )
+                checkpoints.end_step(metrics["step"], metrics["reward"])
+        except Tripped as error:
+            rollouts_log.write(*breaker.batch.records())
+            if error.rollback:
+                checkpoints.discard_from(breaker.first_suspect)
+            raise
+    final = check_last_sync(stage, updater, sampler, breaker, problems, context.recipe.seed)
     save_checkpoint(updater.model, sampler.tokenizer, context.folder)
     return {
         "train_rows": len(problems),
@@ -87,6 +100,7 @@ def train(
     sampler: Sampler,
     collector: Collector,
     batches: Lookahead,
+    breaker: Breaker,
     first_step: int,
 ) -> Iterator[tuple[dict[str, Any], list[dict]]]:
     """The algorithm. Yields each step's metrics and rollout records, its weights synced."""
@@ -96,10 +110,10 @@ def train(
         clock.lap("wait")
 
         metrics = {"step": step, **batch.metrics()}
-        stop_if_unjudged(stage, metrics, step)
-        # A stale sampler differs from the trainer by a step of learning, not by an error.
-        check = partial(stop_if_apart, stage, step) if batch.made_at == step else pass_all
-        metrics |= updater.step(batch.samples, step, check)
+        if breaker.examine_batch(batch, metrics):
+            metrics |= {"updates_skipped": updater.num_updates, "tokens_trained": 0}
+        else:
+            metrics |= updater.step(batch.samples, step, breaker.examine_update)
         if stage.reference_refresh_steps and step % stage.reference_refresh_steps == 0:
             updater.refresh_reference()
         clock.lap("update")
@@ -108,49 +122,31 @@ def train(
         clock.lap("wait")
         sampler.load_weights(export_weights(updater.model))
         if stage.verifies_sync:
-            metrics |= probe_sync(stage, updater, sampler, batch, collector.seed)
+            metrics |= probe_sync(stage, updater, sampler, breaker, batch, collector.seed)
         clock.lap("sync")
+        breaker.close_step(metrics)
         yield metrics | clock.metrics(metrics["tokens_trained"]), batch.records()
 
 
-def pass_all(metrics: dict[str, float]) -> None:
-    """No check."""
-
-
-def stop_if_apart(stage: Grpo, step: int, metrics: dict[str, float]) -> None:
-    """Raises UserError, before the update, when sampler and trainer disagree."""
-    diff = metrics["sampler/logprob_diff_mean"]
-    if not diff <= stage.max_logprob_diff:
-        raise UserError(
-            f"{stage.name}, step {step}: sampler and trainer disagree: mean |log-prob difference| "
-            f"{diff:.2e} > max_logprob_diff {stage.max_logprob_diff:.0e} (in float32 an error of "
-            "the weight sync or of the model's code in vLLM; in bf16 raise the limit)"
-        )
-
-
-def stop_if_unjudged(stage: Grpo, metrics: dict[str, float], step: int) -> None:
-    """Raises UserError when the rewards cannot judge too many of the rollouts."""
-    if metrics["reward_unjudged"] > stage.max_unjudged_share:
-        raise UserError(
-            f"{stage.name}, step {step}: the rewards could not judge "
-            f"{metrics['reward_unjudged']:.0%} of the rollouts (max_unjudged_share "
-            f"{stage.max_unjudged_share:.0%}); look at the problems' answers"
-        )
-
-
 def check_last_sync(
-    stage: Grpo, updater: Updater, sampler: Sampler, problems: list[Problem], seed: int
+    stage: Grpo,
+    updater: Updater,
+    sampler: Sampler,
+    breaker: Breaker,
+    problems: list[Problem],
+    seed: int,
 ) -> dict[str, float]:
     """Compare sampler and trainer once more, on the weights of the last sync."""
     group = problems[: stage.prompts_per_step]
     seed_parts = (seed, stage.name, "last")
-    diff = compare(stage, updater, sampler, group, sampling_of(stage), seed_parts, stage.max_steps)
+    diff = compare(stage, updater, sampler, group, sampling_of(stage), seed_parts)
+    breaker.examine_sync(diff, stage.max_steps)
     say(f"{stage.name}: sampler = trainer after the last sync: mean |dlogp| {diff:.1e}")
     return {"last_sync/logprob_diff_mean": diff}
 
 
 def probe_sync(
-    stage: Grpo, updater: Updater, sampler: Sampler, batch: Batch, seed: int
+    stage: Grpo, updater: Updater, sampler: Sampler, breaker: Breaker, batch: Batch, seed: int
 ) -> dict[str, float]:
     """Sample a few tokens with the weights just synced, and compare with the trainer's.
 
@@ -160,7 +156,8 @@ def probe_sync(
     length = min(PROBE_TOKENS, stage.max_completion_length)
     sampling = sampling_of(stage).model_copy(update={"max_completion_length": length})
     seed_parts = (seed, stage.name, "probe", batch.step)
-    diff = compare(stage, updater, sampler, group, sampling, seed_parts, batch.step)
+    diff = compare(stage, updater, sampler, group, sampling, seed_parts)
+    breaker.examine_sync(diff, batch.step)
     return {"sync/logprob_diff_mean": diff}
 
 
@@ -171,17 +168,14 @@ def compare(
     problems: list[Problem],
     sampling: Sampling,
     seed_parts: tuple,
-    step: int,
 ) -> float:
-    """Mean |sampler - trainer| log-probability of one fresh sample per problem. Raises UserError
-    above the stage's limit."""
+    """Mean |sampler - trainer| log-probability of one fresh sample per problem."""
     part = sampler.own_part(len(problems))
     rollouts = sampler.generate(
         problems, 1, sampling, seed_parts, with_routes=stage.routing_replay, part=part
     )
     rollouts = rollouts[sampler.kept_part(len(rollouts))]
     metrics = updater.evaluate([Sample(rollout, 0.0) for rollout in rollouts]).metrics()
-    stop_if_apart(stage, step, metrics)
     return metrics["sampler/logprob_diff_mean"]
 
 

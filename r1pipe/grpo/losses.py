@@ -237,10 +237,12 @@ def keep_on_policy(inputs: LossInputs, threshold: float) -> Tensor:
 
 
 def compute_loss(inputs: LossInputs, totals: Totals, settings: Grpo) -> Loss:
-    """The policy loss, corrected as asked, plus `beta` times the KL term."""
+    """The policy loss, corrected as asked, plus `beta` times the KL term. Of the figures,
+    `update_kl` is KL(old || policy): how far the optimizer steps on these rollouts have gone."""
     loss_type = find_loss(settings.loss_type)
     loss_C, figures = loss_type.token_losses(inputs, settings)
     with torch.no_grad():
+        figures["update_kl"] = estimate_kl(inputs.old_logprobs_C, inputs.logprobs_C)
         if settings.off_policy_mask_threshold is not None:
             keep_C = keep_on_policy(inputs, settings.off_policy_mask_threshold)
             figures["off_policy_masked"] = ~keep_C

@@ -33,8 +33,8 @@ from r1pipe.sharding import (
     take_weights,
 )
 
-Check = Callable[[dict[str, float]], None]
-"""Raises if the metrics say that the update must not happen."""
+Check = Callable[[dict[str, float]], bool | None]
+"""Says, by these metrics, whether the update is to be skipped; raises if the run must end."""
 
 
 class Updater:
@@ -136,10 +136,11 @@ class Updater:
         """`steps_per_generation` x `num_iterations` optimizer steps over the samples.
 
         `check` is given `sampler/logprob_diff_mean` and `_max`, of |sampler - trainer| over
-        completion tokens, and the policy's `entropy` (mean, nats), before the first optimizer step.
-        Both are of the samples that take part: those of advantage 0 are not computed.
+        completion tokens, and the policy's `entropy` (mean, nats), before the first optimizer step;
+        and before each one its own loss, gradient norm and figures. All are of the samples that
+        take part: those of advantage 0 are not computed.
 
-        Returns these, and means over the step's tokens and optimizer steps.
+        Returns these, and means over the step's tokens and the optimizer steps that were applied.
         """
         if self.settings.mask_truncated_completions:
             samples = [sample for sample in samples if not sample.rollout.truncated]
@@ -154,14 +155,16 @@ class Updater:
             agreement = Agreement()
         else:
             agreement = self.evaluate(active if any_active else samples)
-            agreement.submit(check)
-        log = UpdateLog()
+            if (metrics := agreement.metrics()) and check(metrics):
+                return {**metrics, "updates_skipped": self.num_updates, "tokens_trained": 0}
+        log, num_skipped = UpdateLog(), 0
         for numbers in plan:
             minibatch = [own[number] for number in numbers if number in own]
             active = self.informative(minibatch)
             totals, num_active = self.measure_size(minibatch, active)
             if not num_active:
                 continue
+            part = UpdateLog()
             for batch in self.batches(active):
                 if batch is None:
                     with self.kernels():
@@ -170,19 +173,23 @@ class Updater:
                 sequences_N = number_packed(batch.lengths, batch.ids_N.device)
                 counting = self.load.counting(sequences_N, num_sequences=num_active)
                 with self.kernels(), self.replaying(batch), counting:
-                    log.add_sums(self.backward(batch, totals, agreement))
-            if at_once:
-                agreement.submit(check)
+                    part.add_sums(self.backward(batch, totals, agreement))
             grad_norm = clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-            self.optimizer.step()
-            self.load.balance()
+            part.add_step(float(whole(grad_norm)), active)
+            skipped = check({**(agreement.metrics() if at_once else {}), **part.metrics()})
+            if skipped:
+                num_skipped += 1
+            else:
+                self.optimizer.step()
+                self.scheduler.step()
+                log.add(part)
+            self.load.balance(move_bias=not skipped)
             self.optimizer.zero_grad(set_to_none=True)
-            self.scheduler.step()
-            log.add_step(float(whole(grad_norm)), active)
         return {
             **agreement.metrics(),
             **log.metrics(),
             **self.load.metrics(),
+            **({"updates_skipped": num_skipped} if num_skipped else {}),
             "learning_rate": self.scheduler.get_last_lr()[0],
         }
 
@@ -330,11 +337,6 @@ class Agreement:
         self._entropy_sum += float(now.entropy_C.sum(dtype=torch.float64))
         self._num_tokens += len(diff_C)
 
-    def submit(self, check: Check) -> None:
-        """To `check`, if there was anything to compare."""
-        if metrics := self.metrics():
-            check(metrics)
-
     def metrics(self) -> dict[str, float]:
         """Over all ranks, which must all ask; empty if there was nothing to compare."""
         own = (self._diff_sum, self._diff_max, self._entropy_sum, self._num_tokens)
@@ -367,17 +369,24 @@ class UpdateLog:
         self._num_tokens += sum(len(s.rollout.completion_ids) for s in samples)
         self._num_model_tokens += sum(s.num_tokens for s in samples)
 
+    def add(self, other: "UpdateLog") -> None:
+        self.add_sums(other._sums)
+        self._grad_norm_sum += other._grad_norm_sum
+        self._num_steps += other._num_steps
+        self._num_tokens += other._num_tokens
+        self._num_model_tokens += other._num_model_tokens
+
     def metrics(self) -> dict[str, float]:
         """Means: of the loss and the gradient's norm over optimizer steps, else over completion
         tokens; and the prompt and completion tokens that the optimizer steps took. Over all ranks,
         which must all ask."""
-        num_tokens, num_model_tokens = map(
-            sum, zip(*distributed.gather((self._num_tokens, self._num_model_tokens)))
-        )
+        own = (self._num_tokens, self._num_model_tokens, self._grad_norm_sum)
+        counts, model_counts, grad_norm_sums = zip(*distributed.gather(own))
+        num_tokens, num_model_tokens = sum(counts), sum(model_counts)
         metrics = {
             name: value / max(1, self._num_steps if name == "loss" else num_tokens)
             for name, value in distributed.sum_counts(self._sums).items()
         }
         if self._num_steps:
-            metrics["grad_norm"] = self._grad_norm_sum / self._num_steps
+            metrics["grad_norm"] = grad_norm_sums[0] / self._num_steps
         return {**metrics, "tokens_trained": num_model_tokens}

@@ -27,7 +27,7 @@ def test_the_demo_runs_unchanged(dtype: str, tmp_path: Path) -> None:
         "device=cuda",
         "stages.sft.train.max_steps=20",
         "stages.grpo.max_steps=2",
-        f"stages.grpo.max_logprob_diff={1e-3 if dtype == 'float32' else 0.05}",
+        f"stages.grpo.breaker.logprob_diff.limit={1e-3 if dtype == 'float32' else 0.05}",
     ]
     options = [part for override in overrides for part in ("--set", override)]
     assert main(["init", str(DEMO), *options]) == 0

@@ -54,7 +54,7 @@ def test_two_ranks_with_an_engine_each(tmp_path: Path) -> None:
         "device=cuda",
         "stages.sft.train.max_steps=20",
         "stages.grpo.max_steps=2",
-        "stages.grpo.max_logprob_diff=1e-3",
+        "stages.grpo.breaker.logprob_diff.limit=1e-3",
     ]
     options = [part for override in overrides for part in ("--set", override)]
     for stage in ("init", "sft", "grpo"):

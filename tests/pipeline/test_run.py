@@ -250,8 +250,8 @@ USER_ERRORS = {
     ),
     "parity gate": (
         ["grpo", "--redo"],
-        ["stages.grpo.max_logprob_diff=1e-12"],
-        ["grpo, step 1: sampler and trainer disagree", "max_logprob_diff"],
+        ["stages.grpo.breaker.logprob_diff.limit=1e-12"],
+        ["grpo, step 1: sampler and trainer disagree", "breaker.logprob_diff"],
     ),
     "rewards that cannot judge": (
         ["grpo", "--redo"],
@@ -278,7 +278,13 @@ def test_user_errors_are_one_line_and_change_nothing(
     for word in words:
         assert word in line
     assert (folder / "grpo" / "model.safetensors").read_bytes() == kept
-    assert not list(folder.glob(".*.partial"))
+    left = folder / ".grpo.partial"
+    assert list(folder.glob(".*.partial")) == ([left] if "breaker." in line else [])
+    if "breaker." in line:  # to be looked at
+        assert str(left / "rollouts.jsonl") in line
+        assert len(read_lines(left / "rollouts.jsonl")) == 8 * 4
+        assert read_lines(left / "events.jsonl")[-1]["step"] == 1
+        shutil.rmtree(left)
     assert not (folder.parent / "new" / "random").exists()
 
 

@@ -1,0 +1,191 @@
+"""The circuit breaker of a grpo stage: holds every step to the checks of checks.py, and acts.
+
+    warn      a line on the terminal, and one in the stage's events.jsonl as for all others
+    skip      the update is not applied: the whole step's, or one optimizer step for its gradient
+    stop      the stage ends, exit code 2, with its newest checkpoint
+    rollback  the stage ends with the newest checkpoint that made good rollouts
+
+Every rank makes every check, on the same numbers, and so decides alike.
+"""
+
+import math
+from collections import Counter, deque
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+from r1pipe.checks import CHECKS, Facts, Moment
+from r1pipe.config import Grpo
+from r1pipe.errors import Tripped
+from r1pipe.progress import say
+from r1pipe.records import Score
+from r1pipe.runs import JsonlLog
+
+if TYPE_CHECKING:
+    from r1pipe.grpo.collect import Batch, Group
+
+MIN_PROMPTS = 4
+"""Of fewer prompts nobody can say that their completions are the same whatever the prompt."""
+
+
+class Breaker:
+    """Call `examine_batch`, then `examine_update` before each optimizer step, then `close_step`.
+
+    The first two say whether the update is to be skipped. All write down what trips, and raise
+    Tripped if the stage must end. `folder`: the stage's, for a person to look at.
+    """
+
+    def __init__(self, stage: Grpo, log: JsonlLog, folder: Path):
+        self.stage, self.settings, self.log, self.folder = stage, stage.breaker, log, folder
+        self.batch: Batch | None = None
+        """What is being examined: for a person to read if a check ends the stage."""
+        self._facts: Facts = {}
+        self._past: deque[Facts] = deque(maxlen=self.settings.window)
+        self._told: set[str] = set()
+        """What tripped in the step before already, and so is no news on the terminal."""
+        self._tripped: set[str] = set()
+        self._skips = self._skips_in_a_row = 0
+
+    def examine_batch(self, batch: "Batch", metrics: Facts) -> bool:
+        self.batch = batch
+        self._facts = {**metrics, **describe_batch(batch.groups)}
+        return self._examine(find_checks("rollouts"), self._facts, batch.step)
+
+    def examine_update(self, metrics: Facts) -> bool:
+        """`metrics`: of the optimizer step at hand, over all ranks."""
+        checks = find_checks("update")
+        if self.batch.made_at != self.batch.step:
+            # A stale sampler differs from the trainer by a step of learning, not by an error.
+            checks.remove("logprob_diff")
+        return self._examine(checks, metrics, self.batch.step)
+
+    def examine_sync(self, logprob_diff: float, step: int) -> None:
+        """Of a probe after a weight sync: what will be sampled with it can still be skipped."""
+        self._examine(["logprob_diff"], {"sampler/logprob_diff_mean": logprob_diff}, step)
+
+    def close_step(self, metrics: Facts) -> None:
+        """`metrics`: the whole step's."""
+        step = self.batch.step
+        self._examine(find_checks("step"), metrics, step)
+        self._past.append({**self._facts, **metrics})
+        self._skips_in_a_row = self._skips_in_a_row + 1 if self._skips else 0
+        if self._skips_in_a_row > self.settings.max_skips:
+            raise self._end(
+                f"{self.stage.name}, step {step}: the update was skipped in "
+                f"{self._skips_in_a_row} steps in a row (breaker.max_skips "
+                f"{self.settings.max_skips}): {', '.join(sorted(self._tripped))}",
+                rollback=True,
+            )
+        self._told, self._tripped, self._skips = self._tripped, set(), 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """At the end of a step."""
+        return {
+            "past": list(self._past),
+            "told": sorted(self._told),
+            "skips_in_a_row": self._skips_in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._past = deque(state["past"], maxlen=self.settings.window)
+        self._told, self._skips_in_a_row = set(state["told"]), state["skips_in_a_row"]
+
+    def _examine(self, names: list[str], facts: Facts, step: int) -> bool:
+        """Make these checks; whether one of them asks to skip."""
+        past = tuple(self._past) if 2 * len(self._past) >= self.settings.window else ()
+        skips, ends = False, []
+        for name in names:
+            check, limit = CHECKS[name], getattr(self.settings, name)
+            value = None if limit.action == "ignore" else check.measure(facts, past)
+            if value is None or not check.trips(value, limit.limit):
+                continue
+            bound = "at least " if check.floor else ""
+            says = f"{check.says.format(value=value)} (breaker.{name} {bound}{limit.limit:g})"
+            event = {
+                "step": step,
+                "check": name,
+                "value": value if math.isfinite(value) else str(value),
+                "limit": limit.limit,
+                "action": limit.action,
+                "says": says,
+                "hint": check.hint,
+            }
+            self.log.write(event)
+            line = f"{self.stage.name}, step {step}: {says}; {check.hint}"
+            if limit.action in ("stop", "rollback"):
+                ends.append((line, limit.action == "rollback"))
+            elif name not in self._told | self._tripped:
+                say(f"{limit.action}: {line}")
+            self._tripped.add(name)
+            skips = skips or limit.action == "skip"
+        if ends:
+            raise self._end(ends[0][0], rollback=any(rollback for _, rollback in ends))
+        self._skips += skips
+        return skips
+
+    def _end(self, line: str, rollback: bool) -> Tripped:
+        rollouts = self.folder / "rollouts.jsonl"
+        return Tripped(f"{line}; look at the step's rollouts in {rollouts}", rollback)
+
+    @property
+    def first_suspect(self) -> int:
+        """The step whose policy made the rollouts at hand: a checkpoint from there on may be as bad
+        as they are."""
+        return self.batch.made_at - 1
+
+
+def find_checks(moment: Moment) -> list[str]:
+    return [name for name, check in CHECKS.items() if check.at == moment]
+
+
+# --- Facts of a batch ---------------------------------------------------------------------------
+
+
+def describe_batch(groups: "list[Group]") -> dict[str, float]:
+    """What the checks want to know of a step's rollouts beyond their metrics:
+
+    - of `reward`, the weighted total, and of each `rewards/FUNCTION`: `mean`, `stderr`, `low` and
+      `high`;
+    - nonfinite_rewards: share of rollouts with a NaN or an infinity from any function;
+    - identical_groups: share of groups whose completions are all the same;
+    - same_completion: share of rollouts that are the most frequent completion, over all prompts.
+    """
+    scores = [group.scores for group in groups]
+    facts = {"nonfinite_rewards": share(map(has_nonfinite, chain.from_iterable(scores)))}
+    facts |= describe_values("reward", [[s.total for s in part] for part in scores])
+    for name in scores[0][0].rewards:
+        values = [[s.rewards[name] for s in part] for part in scores]
+        facts |= describe_values(f"rewards/{name}", values)
+    texts = [[tuple(rollout.completion_ids) for rollout in group.rollouts] for group in groups]
+    facts["identical_groups"] = share(len(set(part)) == 1 for part in texts)
+    if len({group.problem.id for group in groups}) >= MIN_PROMPTS:
+        counts = Counter(chain.from_iterable(texts))
+        facts["same_completion"] = max(counts.values()) / counts.total()
+    return facts
+
+
+def describe_values(name: str, by_group: list[list[float | None]]) -> dict[str, float]:
+    """Of the finite ones; empty if there is none. The standard error of the mean is that over
+    groups, because samples of one prompt are not independent; infinite for a single group."""
+    judged = [[v for v in part if v is not None and math.isfinite(v)] for part in by_group]
+    means = [fmean(part) for part in judged if part]
+    if not means:
+        return {}
+    values = list(chain.from_iterable(judged))
+    return {
+        f"{name}/mean": fmean(values),
+        f"{name}/stderr": stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.inf,
+        f"{name}/low": min(values),
+        f"{name}/high": max(values),
+    }
+
+
+def has_nonfinite(score: Score) -> bool:
+    values = (*score.rewards.values(), score.total)
+    return any(value is not None and not math.isfinite(value) for value in values)
+
+
+def share(flags: Iterable[bool]) -> float:
+    return fmean(map(float, flags))
