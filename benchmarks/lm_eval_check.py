@@ -11,6 +11,7 @@ at a temperature above 0 figures agree within their intervals, at `--greedy` pro
 """
 
 import argparse
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -81,6 +82,7 @@ def ask_lm_eval(
         arguments |= {"max_model_len": context, "enforce_eager": True, "max_num_seqs": 256}
         arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": 8192}
         arguments |= find_quirks(config.model_type).cpu_engine
+        name_vllm_cpu()
     import lm_eval
 
     found = lm_eval.simple_evaluate(
@@ -97,13 +99,24 @@ def ask_lm_eval(
     return {s["doc"]["id"]: s["pass_at_1"] for s in found["samples"][NAME]}
 
 
+def name_vllm_cpu() -> None:
+    """lm-eval asks for the version of a package called vllm; on CPU it is called vllm-cpu."""
+    find_version = importlib.metadata.version
+    if not list(importlib.metadata.distributions(name="vllm")):
+        importlib.metadata.version = lambda package: find_version(
+            "vllm-cpu" if package == "vllm" else package
+        )
+
+
 def describe_task(
     problems: list[Problem], num_samples: int, stage: Eval, folder: Path
 ) -> dict[str, Any]:
     rows = folder / "problems.jsonl"
     write_jsonl(rows, ({"id": p.id, "question": p.question, "answer": p.answer} for p in problems))
     sampling = stage.sampling
-    sampled = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p}
+    # transformers would cut the distribution to 50 tokens if it were not told otherwise.
+    sampled = {"do_sample": True, "top_k": sampling.top_k}
+    sampled |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
     return {
         "task": NAME,
         "dataset_path": "json",

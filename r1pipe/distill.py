@@ -27,7 +27,7 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
     teacher = context.checkpoint(stage.from_)
     traces, facts = collect_traces(
         context,
-        identify_weights(teacher),
+        identify_weights(teacher, context.recipe.dtype),
         partial(context.engines.open, teacher),
         problems,
         stage.traces,

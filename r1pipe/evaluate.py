@@ -76,7 +76,7 @@ def evaluate(
         # random numbers.
         seed_parts=(context.recipe.seed, stage.kind),
         rewards=[Reward(function=reward), Reward(function=stage.format_reward)],
-        origin=identify_weights(checkpoint),
+        origin=identify_weights(checkpoint, context.recipe.dtype),
         folder=context.shared_folder / JOURNAL / str(number),
         label=f"{stage.name}: {name}" + (f" on {heldout.label}" if len(stage.data) > 1 else ""),
     )

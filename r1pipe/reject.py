@@ -41,7 +41,9 @@ def find_source(stage: Reject, context: StageContext) -> tuple[object, Callable[
             include={"base_url", "model", "extra_body"}
         ), lambda: teacher
     checkpoint = context.checkpoint(stage.from_)
-    return identify_weights(checkpoint), partial(context.engines.open, checkpoint)
+    return identify_weights(checkpoint, context.recipe.dtype), partial(
+        context.engines.open, checkpoint
+    )
 
 
 def draw_mix(mix: Mix, num_traces: int, context: StageContext) -> list[Problem]:

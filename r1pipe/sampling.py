@@ -53,14 +53,13 @@ class Source(Protocol):
 class Journal:
     """Samples and their scores on disk, a line each, as soon as they are there; a file per rank.
 
-    `protocol` is everything that decides what the samples are. A journal of another protocol is
-    thrown away; so is a last line that a kill has cut.
+    `digest` is of everything that decides what the samples are. A journal of another one is thrown
+    away; so is a last line that a kill has cut.
     """
 
-    def __init__(self, folder: Path, protocol: dict[str, Any]):
+    def __init__(self, folder: Path, digest: str):
         self.folder = folder
-        text = json.dumps(protocol, sort_keys=True, default=str)
-        self._header = {"journal": hashlib.sha256(text.encode()).hexdigest()}
+        self._header = {"journal": digest}
         self._lock = threading.Lock()
         self._file: TextIO | None = None
 
@@ -145,16 +144,19 @@ class SamplingJob:
     """Of the journal: the same for every rank."""
     label: str
 
-    def protocol(self) -> dict[str, Any]:
-        """Everything that decides what the samples and their scores are."""
-        return {
-            "origin": self.origin,
-            "problems": [asdict(problem) for problem in self.problems],
-            "num_samples": self.num_samples,
-            "sampling": self.sampling.model_dump(),
-            "seed": self.seed_parts,
-            "rewards": [reward.model_dump() for reward in self.rewards],
-        }
+    def digest(self) -> str:
+        """Of everything that decides what the samples and their scores are."""
+        settings = [
+            self.origin,
+            self.num_samples,
+            self.sampling.model_dump(),
+            self.seed_parts,
+            [reward.model_dump() for reward in self.rewards],
+        ]
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+        for problem in self.problems:
+            digest.update(dump_row(problem).encode())
+        return digest.hexdigest()
 
 
 def sample_and_score(
@@ -167,7 +169,7 @@ def sample_and_score(
     several ranks each samples and scores its share, and gets everything.
     """
     scorer = Scorer(job.rewards)
-    journal = Journal(job.folder, job.protocol())
+    journal = Journal(job.folder, job.digest())
     have, scores = journal.read()
     if have:
         total = len(job.problems) * job.num_samples
@@ -266,7 +268,9 @@ class Judge:
                 call.result()
 
 
-def identify_weights(checkpoint: str) -> object:
-    """Changes when a checkpoint folder's weights do; of a hub id the id."""
+def identify_weights(checkpoint: str, dtype: str) -> object:
+    """Changes when a checkpoint folder's weights do, of a hub id the id; and with the sampler's
+    dtype."""
     files = sorted(Path(checkpoint).glob("*.safetensors"))
-    return [checkpoint, [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]]
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return [checkpoint, weights, dtype]
