@@ -104,16 +104,19 @@ def put_examples_before(
     """The problems as the source is asked them: with the few-shot examples as earlier turns."""
     if settings.few_shot is None:
         return problems
-    examples = context.load(settings.few_shot.data)
-    for example in examples:
-        if not example.solution:
-            raise UserError(f'few_shot: problem "{example.id}" has no "solution" to show')
+    count = settings.few_shot.num_examples
+    # One more than are shown: no problem is shown its own solution.
+    examples = [e for e in context.load(settings.few_shot.data) if e.solution][: count + 1]
+    if len(examples) < count:
+        raise UserError(
+            f"few_shot: {settings.few_shot.data.label} has no {count} solutions to show"
+        )
     asked = []
     for problem in problems:
-        shown = [example for example in examples if example.id != problem.id]
+        shown = [example for example in examples if example.id != problem.id][:count]
         turns = [
             message
-            for example in shown[: settings.few_shot.num_examples]
+            for example in shown
             for message in (
                 *(m for m in example.prompt if m["role"] != "system"),
                 {"role": "assistant", "content": example.solution},

@@ -150,3 +150,6 @@ def test_examples_come_before_the_problem_and_not_into_the_trace() -> None:
     ]
     assert problems == [make_problem("a", "Own."), make_problem("z", "Own.")]
     assert put_examples_before(problems, make_settings(), context) is problems
+    few_shot = FewShot(data=ProblemSet(recipe="arithmetic"), num_examples=4)
+    with pytest.raises(UserError, match="no 4 solutions"):
+        put_examples_before(problems, make_settings(few_shot=few_shot), context)
