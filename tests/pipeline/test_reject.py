@@ -53,7 +53,9 @@ def write_recipe(tiny_recipe: Path, url: str, **traces: object) -> Path:
     stages["sft"] |= {"data": {"stage": "taught"}}
     stages["sft"]["train"] |= {"max_steps": 2, "per_device_train_batch_size": 4}
     values["engine"]["max_model_len"] = 256
-    stages["eval"] |= {"checkpoints": ["random"]}
+    second = {**stages["eval"]["data"], "options": {"size": 6, "seed": 101}}
+    sets = [stages["eval"]["data"], {**second, "name": "second", "num_samples": 3}]
+    stages["eval"] |= {"checkpoints": ["random"], "data": sets}
     stages["eval"]["sampling"]["max_completion_length"] = 24
     values["stages"] = [stages["random"], own, stages["eval"], taught, stages["sft"]]
     values["name"] = "rejecting"
@@ -133,6 +135,18 @@ def test_teacher_answers_become_the_cold_start(rejected: tuple) -> None:
     assert [row["id"] for row in trained_on] == [row["id"] for row in traces]
     for path in folder.rglob("*"):
         assert not path.is_file() or KEY.encode() not in path.read_bytes(), path
+
+
+def test_two_sets_are_evaluated(rejected: tuple) -> None:
+    _, folder, _ = rejected
+    summary = json.loads((folder / "summary.json").read_text())
+    found = [(e["dataset"], e["num_problems"], e["num_samples"]) for e in summary]
+    assert found == [("arithmetic/test", 10, 2), ("second", 6, 3)]
+    assert [entry["compared_with"] for entry in summary] == [None, None]
+    report = (folder / "summary.md").read_text()
+    assert report.index("# arithmetic/test") < report.index("# second")
+    results = read_lines(folder / "eval" / "results.jsonl")
+    assert [row["dataset"] for row in results].count("second") == 6
 
 
 def test_missing_key_and_wrong_language_are_one_line(rejected: tuple) -> None:
