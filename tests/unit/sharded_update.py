@@ -1,9 +1,11 @@
-"""What test_distributed.py runs on each of two ranks: three updates of sharded policies.
+"""What test_distributed.py runs on each of two ranks: three updates of sharded policies, the last
+two of them once more from a checkpoint.
 
     torchrun --nproc-per-node 2 tests/unit/sharded_update.py FOLDER cpu
 
 FOLDER/cases.pickle holds, by name, the settings and each rank's samples; FOLDER/<name>-start
-is the checkpoint to start from. Writes FOLDER/<name>.json and the checkpoint FOLDER/<name>-saved.
+is the checkpoint to start from. Writes FOLDER/<name>.json, the checkpoint FOLDER/<name>-saved, and
+FOLDER/<name>-partial/checkpoints to go on from.
 """
 
 import copy
@@ -17,6 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from r1pipe import distributed
+from r1pipe.checkpoints import Checkpoints
 from r1pipe.grpo.logprobs import Policy
 from r1pipe.grpo.update import Updater
 from r1pipe.models import load_tokenizer, pick_device, save_checkpoint
@@ -24,30 +27,29 @@ from r1pipe.sharding import load_sharded
 
 
 def run(folder: Path, name: str, case: dict, device: torch.device) -> dict:
-    start = str(folder / f"{name}-start")
-    dtype, settings = case["dtype"], case["settings"]
-    policy, reference = (
-        load_sharded(start, device, "sdpa", Policy, dtype=dtype, trained=trained)
-        for trained in (True, False)
-    )
-    updater = Updater(policy, reference if settings.beta else None, settings, dtype=dtype, seed=0)
+    policy, reference, updater, checkpoints = begin(folder, name, case, device)
     computed_in = watch_dtype(policy)
-    metrics = []
-    for step in range(1, 4):
-        samples = case["samples"][distributed.rank()]
-        metrics.append(updater.step(copy.deepcopy(samples), step, lambda metrics: None))
+    metrics = take_steps(updater, case, 1, 1)
+    checkpoints.save(1)
+    metrics += take_steps(updater, case, 2, 3)
     assert not all(same_weights(policy, reference))
-    if settings.beta:
+    checkpoints.save(3)
+    again = go_on(folder, name, case, device)
+    if updater.settings.beta:
         updater.refresh_reference()
         assert all(same_weights(policy, reference))
+    settings = updater.settings
     samples = case["samples"][distributed.rank()]
     first_pass = updater.plan_minibatches(samples, 1)[: settings.steps_per_generation]
     share = updater.share_out(samples, first_pass)
-    save_checkpoint(policy.model, load_tokenizer(start), made(folder, f"{name}-saved"))
+    tokenizer = load_tokenizer(str(folder / f"{name}-start"))
+    save_checkpoint(policy.model, tokenizer, made(folder, f"{name}-saved"))
     parameters = list(policy.parameters()) + list(reference.parameters())
     moments = [m for state in updater.optimizer.state.values() for m in (state["exp_avg"],)]
     return {
         "metrics": metrics,
+        "again": again["metrics"],
+        "same_weights_again": all(same_weights(policy, again["policy"])),
         "all_sharded": all(isinstance(tensor, DTensor) for tensor in parameters + moments),
         "share": {n: sample.rollout.completion_ids for n, sample in share.items()},
         "minibatches": first_pass,
@@ -57,6 +59,40 @@ def run(folder: Path, name: str, case: dict, device: torch.device) -> dict:
         "bytes": sum(p.to_local().nbytes for p in policy.parameters()),
         "biases": {n: b.tolist() for n, b in policy.model.named_buffers() if "correction" in n},
     }
+
+
+def begin(
+    folder: Path, name: str, case: dict, device: torch.device
+) -> tuple[Policy, Policy, Updater, Checkpoints]:
+    start = str(folder / f"{name}-start")
+    dtype, settings = case["dtype"], case["settings"]
+    policy, reference = (
+        load_sharded(start, device, "sdpa", Policy, dtype=dtype, trained=trained)
+        for trained in (True, False)
+    )
+    updater = Updater(policy, reference if settings.beta else None, settings, dtype=dtype, seed=0)
+    partial = folder / f"{name}-partial"
+    return policy, reference, updater, Checkpoints(partial, settings, name, {"it": updater}, {})
+
+
+def take_steps(updater: Updater, case: dict, first: int, last: int) -> list[dict]:
+    samples = case["samples"][distributed.rank()]
+    return [
+        updater.step(copy.deepcopy(samples), step, lambda metrics: None)
+        for step in range(first, last + 1)
+    ]
+
+
+def go_on(folder: Path, name: str, case: dict, device: torch.device) -> dict:
+    """Steps 2 and 3 as a process does them that was started again; the newest checkpoint, of step
+    3, is damaged on one rank only."""
+    if distributed.is_first():
+        file = folder / f"{name}-partial" / "checkpoints" / "step-3" / "rank-1.pt"
+        file.write_bytes(file.read_bytes()[:-1])
+    distributed.barrier()
+    policy, _, updater, checkpoints = begin(folder, name, case, device)
+    assert checkpoints.restore_last_good() == 1
+    return {"metrics": take_steps(updater, case, 2, 3), "policy": policy}
 
 
 def watch_dtype(policy: Policy) -> list[str]:

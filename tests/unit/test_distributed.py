@@ -14,6 +14,8 @@ import torch
 from test_training import MODELS, PROBLEMS, make_rollout, make_settings
 from transformers import AutoModelForCausalLM
 
+from r1pipe.checkpoints import Checkpoints
+from r1pipe.errors import UserError
 from r1pipe.grpo.packing import Sample
 from r1pipe.grpo.update import Updater
 from r1pipe.models import (
@@ -36,7 +38,12 @@ CASES = {
         {"steps_per_generation": 2, "loss_type": "dapo", "bias_update_rate": 0.01},
         (12, 8),
     ),
-    "tied": ("qwen3", {"tie_word_embeddings": True}, {"beta": 0.1, "num_iterations": 2}, (7, 13)),
+    "tied": (
+        "qwen3",
+        {"tie_word_embeddings": True},
+        {"beta": 0.1, "num_iterations": 2, "reference_refresh_steps": 9},
+        (7, 13),
+    ),
     # Minibatches of a single sample: one rank has nothing to train on.
     "one_idle": (
         "qwen3_moe",
@@ -146,6 +153,23 @@ def test_samples_are_shared_out_by_tokens(name: str, cases: tuple[Path, dict]) -
         costs = {n: s.num_tokens * (beta > 0 or s.advantage != 0) for n, s in enumerate(samples)}
         loads = [sum(costs[n] for n in numbers if n in share) for share in shares]
         assert abs(loads[0] - loads[1]) <= max(costs[n] for n in numbers)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_go_on_bit_equal(name: str, cases: tuple[Path, dict]) -> None:
+    folder, _ = cases
+    for result in json.loads((folder / f"{name}.json").read_text()):
+        assert result["again"] == result["metrics"][1:]
+        assert result["same_weights_again"]
+
+
+def test_one_process_does_not_go_on_from_two(cases: tuple[Path, dict]) -> None:
+    folder, by_name = cases
+    updater = make_updater(folder, "moe", by_name["moe"])
+    settings = by_name["moe"]["settings"]
+    checkpoints = Checkpoints(folder / "moe-partial", settings, "moe", {"it": updater}, {})
+    with pytest.raises(UserError, match="saved by 2 processes, and this run has 1"):
+        checkpoints.restore_last_good()
 
 
 def make_updater(folder: Path, name: str, case: dict) -> Updater:
