@@ -46,7 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         run(parsed)
     except ChildFailedError as error:
         return explain(error.failures)
-    except SignalException:
+    except SignalException as error:
+        if error.sigval != signal.SIGINT:  # which the ranks have got themselves, and told
+            print(f"r1pipe: interrupted; {GOES_ON}", file=sys.stderr)
         return 130
     return 0
 

@@ -18,11 +18,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from r1pipe.distributed import is_first
+from r1pipe.distributed import alone, is_first
 
 console = Console(stderr=True, highlight=False)
 
 SECONDS_BETWEEN_LINES = 10.0
+ECHO_S = 3.0
+"""In a run of several processes: a signal that comes again within this time is the same one."""
 
 
 class Interrupt:
@@ -32,12 +34,16 @@ class Interrupt:
 
     asked = False
     signal_number: int | None = None
+    _asked_at = 0.0
     _grace_s = 0.0
     _waiting = False
 
     @classmethod
     def handle(cls, signal_number: int, frame: FrameType | None) -> None:
+        if cls._waiting and not alone() and time.monotonic() - cls._asked_at < ECHO_S:
+            return  # a scheduler tells every process, and torchrun hands on what it was told
         first, cls.asked, cls.signal_number = not cls.asked, True, signal_number
+        cls._asked_at = time.monotonic()
         cls._waiting = first and cls._grace_s > 0
         if not cls._waiting:
             raise KeyboardInterrupt

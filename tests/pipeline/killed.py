@@ -2,8 +2,9 @@
 
     python tests/pipeline/killed.py updating 3 0.2 FOLDER grpo configs/demo.yaml
 
-kills it 0.2 s after it has begun to update when the stage in FOLDER has 3 steps behind it. A thread
-looks at the stacks of the others for that; the program itself knows nothing of it.
+kills it 0.2 s after it has begun to update when the stage in FOLDER has 3 steps behind it, and
+says in which phases it was. A thread looks at the stacks of the others for that; the program itself
+knows nothing of it.
 """
 
 import json
@@ -51,6 +52,8 @@ def kill_in(phase: str, steps: int, delay_s: float, folder: Path) -> None:
     while count_steps(folder) < steps or not is_running(*PHASES[phase]):
         time.sleep(0.001)
     time.sleep(delay_s)
+    phases = [name for name, place in PHASES.items() if is_running(*place)]
+    os.write(2, f"killed: {' '.join(phases)}\n".encode())
     os.kill(os.getpid(), signal.SIGKILL)
 
 

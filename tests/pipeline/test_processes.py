@@ -1,13 +1,17 @@
 """The recipe in two processes, as `make run NPROC=2` starts them, against one; and their deaths."""
 
 import json
+import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
-from test_run import read_lines, run, start
+from test_resume import assert_equal
+from test_run import read_lines, run, start, wait_for
 
 TIMES = ("seconds/", "tokens_per_s", "train_", "wall_s", "eval_s", "checkpoint")
 
@@ -99,6 +103,49 @@ def test_one_rank_writes_and_speaks(both: tuple) -> None:
     assert result.stdout.count("| grpo") == 1
     assert result.stderr.count("random: done in") == 1
     assert "Traceback" not in result.stderr
+
+
+# (stage, signal, to whom)
+STOPS = {
+    "grpo killed": ("grpo", signal.SIGKILL, "everyone"),
+    "sft killed": ("sft", signal.SIGKILL, "everyone"),
+    "grpo preempted": ("grpo", signal.SIGTERM, "launcher"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", STOPS)
+def test_two_processes_go_on_bit_equal(case: str, both: tuple, recipe: Path) -> None:
+    stage, number, to_whom = STOPS[case]
+    _, two, _ = both
+    other = two.with_name(case.replace(" ", "-"))
+    shutil.copytree(two / "random", other / "random")
+    section = "stages.grpo" if stage == "grpo" else "stages.sft.train"
+    saving = ("--set", f"{section}.save_steps={'null' if number == signal.SIGTERM else 1}")
+    command = (stage, recipe, "--set", f"name={other.name}", *saving)
+    partial = other / f".{stage}.partial"
+    process = start_two(*command)
+    if number == signal.SIGKILL:
+        wait_for(lambda: any(partial.glob("checkpoints/step-*")))
+    else:
+        wait_for(lambda: (partial / "metrics.jsonl").exists())
+        wait_for(lambda: read_lines(partial / "metrics.jsonl"))
+    launcher = psutil.Process(process.pid)
+    targets = launcher.children(recursive=True) if to_whom == "everyone" else []
+    for target in [launcher, *targets]:
+        target.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == (130 if number == signal.SIGTERM else -number), err
+    if number == signal.SIGTERM:
+        assert f"{stage}: step 2 is saved" in err
+        assert "interrupted; the same command goes on" in err
+    alone = run(*command)
+    assert alone.returncode == 2
+    assert "saved by 2 processes, and this run has 1" in alone.stderr.splitlines()[-1]
+    result = run_two(*command)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "goes on after step" in result.stderr
+    assert_equal(two / stage, other / stage)
 
 
 def data_file(folder: Path, on_second_rank: str) -> Path:

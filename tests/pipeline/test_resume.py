@@ -1,6 +1,9 @@
 """Runs that are killed (SIGKILL) and started again, against the run that was not."""
 
 import os
+import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -8,24 +11,28 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_run import ROOT, read_lines, run
+import yaml
+from test_run import ROOT, read_lines, run, start
 
+HERE = Path(__file__).parent
 TIMES = ("seconds/", "tokens_per_s/")
+OWN_OF_A_RUN = {"stage.json", "lineage.json"}
 
 
 def run_and_kill(
     phase: str, steps: int, delay_s: float, folder: Path, *command: object
 ) -> subprocess.CompletedProcess:
     """As killed.py says."""
-    here = Path(__file__).parent
-    return subprocess.run(
-        [sys.executable, here / "killed.py", *map(str, (phase, steps, delay_s, folder, *command))],
+    result = subprocess.run(
+        [sys.executable, HERE / "killed.py", *map(str, (phase, steps, delay_s, folder, *command))],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{here}"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}"},
         text=True,
         capture_output=True,
-        timeout=400,
+        timeout=900,
     )
+    assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
+    return result
 
 
 def read_metrics(folder: Path) -> list[dict]:
@@ -33,14 +40,29 @@ def read_metrics(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
 
 
+def list_files(folder: Path) -> set[Path]:
+    files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    return {path for path in files if path.name not in OWN_OF_A_RUN}
+
+
 def assert_equal(folder: Path, other: Path) -> None:
     """Losses, rewards, sampled tokens, weights: bit by bit."""
-    names = {path.name for path in folder.iterdir()} - {"stage.json", "lineage.json"}
-    assert {path.name for path in other.iterdir()} - {"stage.json", "lineage.json"} == names
-    assert {"metrics.jsonl", "model.safetensors"} < names
+    files = list_files(folder)
+    assert {"metrics.jsonl", "model.safetensors"} < {path.name for path in files}
+    assert list_files(other) == files
     assert read_metrics(other) == read_metrics(folder)
-    for name in names - {"metrics.jsonl"}:
-        assert (other / name).read_bytes() == (folder / name).read_bytes(), name
+    for path in files - {Path("metrics.jsonl")}:
+        assert (other / path).read_bytes() == (folder / path).read_bytes(), path
+
+
+def begin_beside(folder: Path, stage: str, name: str) -> Path:
+    """The folder of another run that has what comes before the stage."""
+    other = folder.parent / name
+    order = ("random", "sft", "grpo", "distill")
+    for earlier in order[: order.index(stage)]:
+        if (folder / earlier).exists():
+            shutil.copytree(folder / earlier, other / earlier)
+    return other
 
 
 # stage: (phase in which it is killed, steps behind it; how often it saves: not when it logs)
@@ -51,22 +73,111 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("stage", KILLS)
+@pytest.mark.parametrize("stage", ["sft", "grpo", pytest.param("distill", marks=pytest.mark.slow)])
 def test_a_killed_stage_goes_on_bit_equal(stage: str, finished: tuple, tiny_recipe: Path) -> None:
     folder, _ = finished
     phase, steps, saving = KILLS[stage]
-    other = folder.parent / f"killed-{stage}"
-    for parent in ("random", "sft", "grpo"):
-        if parent != stage:
-            shutil.copytree(folder / parent, other / parent)
+    other = begin_beside(folder, stage, f"killed-{stage}")
     command = (stage, tiny_recipe, "--set", f"name={other.name}", "--set", saving)
     partial = other / f".{stage}.partial"
-    killed = run_and_kill(phase, steps, 0.01, partial, *command)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
-    assert list((partial / "checkpoints").glob("step-*"))
+    run_and_kill(phase, steps, 0.01, partial, *command)
+    assert list(partial.glob("checkpoints/step-*"))
     result = run(*command)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "goes on after step" in result.stderr
     if stage == "distill":
         assert "40 of 40 samples are there from before" in result.stderr
     assert_equal(folder / stage, other / stage)
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
+    finished: tuple, tiny_recipe: Path
+) -> None:
+    """What RLIMIT_FSIZE does is what a full disk does: some file cannot grow any more."""
+    folder, _ = finished
+    other = begin_beside(folder, "sft", "full")
+    command = ("sft", tiny_recipe, "--set", "name=full", "--set", "stages.sft.train.save_steps=7")
+    partial = other / ".sft.partial"
+    run_and_kill("supervised", 8, 0.0, partial, *command)
+    kept = sorted(partial.glob("checkpoints/*"))
+    size = (folder / "sft" / "model.safetensors").stat().st_size
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2 * size, 2 * size))  # noqa: E731
+    process = start(*command, preexec_fn=limit)
+    _, err = process.communicate(timeout=400)
+    assert process.returncode == 2
+    assert "Traceback" not in err
+    assert "the disk is full" in err.splitlines()[-1]
+    assert sorted(partial.glob("checkpoints/*")) == kept
+    result = run(*command)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "goes on after step 7" in result.stderr
+    assert_equal(folder / "sft", other / "sft")
+
+
+@pytest.mark.slow
+def test_a_batch_sampled_ahead_is_kept(finished: tuple, tiny_recipe: Path) -> None:
+    """With async_steps, and all else that has a state: reference, dynamic sampling, biases."""
+    folder, _ = finished
+    changes = {
+        "async_steps": 1,
+        "max_steps": 4,
+        "beta": 0.05,
+        "reference_refresh_steps": 2,
+        "dynamic_sampling": True,
+        "bias_update_rate": 0.001,
+        "save_steps": 1,
+        "rewards": "[{function: reward_of_tests.undecided_for_odd_answers}]",
+    }
+    sets = [f"--set=stages.grpo.{key}={value}" for key, value in changes.items()]
+    whole, other = (begin_beside(folder, "grpo", name) for name in ("ahead", "ahead-killed"))
+    result = run("grpo", tiny_recipe, "--set", "name=ahead", *sets)
+    assert result.returncode == 0, result.stderr[-3000:]
+    command = ("grpo", tiny_recipe, "--set", "name=ahead-killed", *sets)
+    for phase, steps in (("updating", 1), ("syncing", 2)):
+        run_and_kill(phase, steps, 0.02, other / ".grpo.partial", *command)
+    result = run(*command)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_equal(whole / "grpo", other / "grpo")
+
+
+PHASES = ("sampling", "scoring", "updating", "syncing", "saving")
+LONGEST_DELAY_S = {"sampling": 1.5, "scoring": 0.01, "updating": 1.0, "syncing": 0.02, "saving": 0}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The demo's recipe with a shorter cold start, and the folder of a run of its grpo stage."""
+    folder = tmp_path_factory.mktemp("demo")
+    values = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    stages = {s.get("name", s["kind"]): s for s in values["stages"]}
+    stages["sft"]["train"]["max_steps"] = 150
+    stages["grpo"]["save_steps"] = 2
+    values |= {"runs_dir": str(folder / "runs"), "name": "whole"}
+    values["stages"] = [stages[name] for name in ("random", "sft", "grpo")]
+    recipe = folder / "demo.yaml"
+    recipe.write_text(yaml.safe_dump(values, sort_keys=False))
+    result = run("run", recipe, timeout_s=1500)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return recipe, folder / "runs" / "whole"
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(demo: tuple[Path, Path]) -> None:
+    recipe, folder = demo
+    other = begin_beside(folder, "grpo", "killed")
+    partial = other / ".grpo.partial"
+    command = ("grpo", recipe, "--set", "name=killed")
+    moments = random.Random(0)
+    phases = moments.sample([*PHASES, *PHASES], k=10)
+    seen: set[str] = set()
+    for number, phase in enumerate(phases):
+        steps = number * 3 // 2 + moments.randint(0, 1)  # of 16
+        delay_s = moments.uniform(0, LONGEST_DELAY_S[phase])
+        killed = run_and_kill(phase, steps, delay_s, partial, *command)
+        seen |= set(re.search(r"killed: (.*)", killed.stderr)[1].split())
+    assert seen >= set(PHASES)
+    result = run(*command, timeout_s=900)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_equal(folder / "grpo", other / "grpo")
+    assert any(row["grad_norm"] > 0 for row in read_metrics(folder / "grpo"))

@@ -24,7 +24,9 @@ SUMMARY_KEYS = {
 }  # fmt: skip
 
 
-def start(*arguments: object, module: tuple[str, ...] = ("r1pipe",)) -> subprocess.Popen:
+def start(
+    *arguments: object, module: tuple[str, ...] = ("r1pipe",), **options: object
+) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
     return subprocess.Popen(
         [sys.executable, "-m", *module, *map(str, arguments)],
@@ -33,12 +35,13 @@ def start(*arguments: object, module: tuple[str, ...] = ("r1pipe",)) -> subproce
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        **options,
     )
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
+def run(*arguments: object, timeout_s: float = 400) -> subprocess.CompletedProcess:
     process = start(*arguments)
-    out, err = process.communicate(timeout=400)
+    out, err = process.communicate(timeout=timeout_s)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
