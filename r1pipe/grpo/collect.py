@@ -168,6 +168,24 @@ class Collector:
         self._prompts, self._num_drawn = draw_prompts(self.problems, self.seed), 0
         self._draw(state["num_drawn"])
 
+    def warm_up(self) -> None:
+        """Before a run goes on that samples beside the training; the weights are synced after it.
+
+        vLLM compiles when it first samples, one sequence and then several. While it does so in one
+        thread `torch.compiler.is_compiling()` is true in all, and torch's AdamW then computes its
+        bias correction in float32: other last bits than in the run that was not interrupted.
+        """
+        if self.stage.async_steps:
+            sampling = self.sampling.model_copy(update={"max_completion_length": 2})
+            for count in (1, 4):
+                self.sampler.generate(
+                    self.problems[:1],
+                    count,
+                    sampling,
+                    (self.seed, "warm-up"),
+                    with_routes=self.stage.routing_replay,
+                )
+
     def _sample(
         self, problems: list[Problem], seed_parts: tuple, seconds: dict[str, float]
     ) -> list[Group]:

@@ -66,6 +66,7 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
             logs={"metrics": log, "rollouts": rollouts_log},
         )
         if done := checkpoints.restore_last_good():
+            collector.warm_up()
             sampler.load_weights(export_weights(updater.model))
             progress.start_at(done)
         steps = train(stage, updater, sampler, collector, batches, breaker, done + 1)
