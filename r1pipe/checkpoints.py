@@ -69,7 +69,7 @@ class Checkpoints:
         logs: Mapping[str, AppendOnlyLog],
     ):
         self.folder, self.settings, self.label = folder / CHECKPOINTS, settings, label
-        self.parts = {**parts, "random": RandomStates()}
+        self.parts = {"random": RandomStates(), **parts}
         self.logs = logs
         self._seconds: list[float] = []
         self._asked = False

@@ -213,7 +213,7 @@ class RunFolder:
         changed = [key for key in {**now, **then} if now.get(key) != then.get(key)]
         if changed:
             return f"other settings ({', '.join(sorted(changed))})"
-        same_parents = record.get("parents", {}) == self._find_parents(stage)
+        same_parents = record.get("parents") in (None, self._find_parents(stage))
         if record["fingerprint"] != self.fingerprint(stage) or not same_parents:
             return "another parent"
         return ""

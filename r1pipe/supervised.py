@@ -180,18 +180,19 @@ class ResumableTrainer(SFTTrainer):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Kept until `train` asks for it, piece by piece."""
+        """Kept until `train` asks for it, piece by piece. The random states are back by now, and
+        TRL will draw from them on its way to the place in the data."""
         self.restored = {**state, "random": RandomStates().state_dict()}
         folder = Path(self.args.output_dir)
         folder.mkdir(exist_ok=True)
         write_text(folder / TRAINER_STATE_NAME, state["trainer"])
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        put_weights(self.model, self.restored["model"])
+        put_weights(self.model, self.restored.pop("model"))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
-            put_optimizer(self.optimizer.optimizer, self.restored["optimizer"])
+            put_optimizer(self.optimizer.optimizer, self.restored.pop("optimizer"))
             self.lr_scheduler.load_state_dict(self.restored["scheduler"])
 
     def _load_rng_state(self, checkpoint: str | None) -> None:

@@ -9,7 +9,7 @@ import pytest
 from r1pipe.config import Recipe, load_recipe
 from r1pipe.errors import UserError
 from r1pipe.records import read_jsonl, write_jsonl, write_text
-from r1pipe.runs import RunFolder
+from r1pipe.runs import RunFolder, find_steps
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
@@ -102,6 +102,61 @@ def test_changed_settings_are_noticed_down_the_line(tmp_path: Path) -> None:
         pytest.raises(UserError, match="another parent"),
     ):
         run.is_finished(run.recipe.stage("sft"))
+
+
+def interrupt(run: RunFolder, name: str) -> Path:
+    """A stage that was ended when it had a checkpoint."""
+    partial = run.begin(run.recipe.stage(name))
+    (partial / "checkpoints" / "step-5").mkdir(parents=True)
+    (partial / "problems.jsonl").write_text("{}")
+    assert run.abandon(partial) == 5
+    return partial
+
+
+def test_an_interrupted_stage_is_kept_for_the_same_settings_only(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path)
+    with RunFolder(recipe) as run:
+        finish(run, "random")
+        partial = interrupt(run, "sft")
+        assert run.begin(recipe.stage("sft")) == partial
+        assert find_steps(partial / "checkpoints") == [5]
+    with RunFolder(make_recipe(tmp_path, "stages.sft.train.save_steps=3")) as run:
+        run.begin(run.recipe.stage("sft"))  # when it saves changes nothing of what it makes
+        assert find_steps(partial / "checkpoints") == [5]
+    with RunFolder(make_recipe(tmp_path, "stages.sft.train.max_steps=3")) as run:
+        with pytest.raises(UserError, match=r"interrupted with other settings \(train\).*--redo"):
+            run.begin(run.recipe.stage("sft"))
+        assert find_steps(partial / "checkpoints") == [5]
+        run.begin(run.recipe.stage("sft"), redo=True)
+        assert [path.name for path in partial.iterdir()] == ["stage.json"]
+
+
+def test_a_parent_that_was_made_again_is_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunFolder(make_recipe(tmp_path)) as run:
+        finish(run, "random")
+        finish(run, "sft")
+        interrupt(run, "grpo")
+        monkeypatch.setattr("time.gmtime", lambda: (2100, 1, 1, 0, 0, 0, 0, 0, 0))
+        finish(run, "random")
+        with pytest.raises(UserError, match="finished with another parent"):
+            run.is_finished(run.recipe.stage("sft"))
+        finish(run, "sft")
+        with pytest.raises(UserError, match="interrupted with another parent"):
+            run.begin(run.recipe.stage("grpo"))
+
+
+def test_a_stage_that_is_being_made_again_is_not_finished(tmp_path: Path) -> None:
+    with RunFolder(make_recipe(tmp_path)) as run:
+        finish(run, "random")
+        finish(run, "sft")
+        assert run.is_finished(run.recipe.stage("sft"))
+        interrupt(run, "sft")
+        assert not run.is_finished(run.recipe.stage("sft"))
+        finish(run, "sft")
+        assert run.is_finished(run.recipe.stage("sft"))
+        assert not (run.stage_dir("sft") / "checkpoints").exists()
 
 
 def test_predecessor_must_have_run(tmp_path: Path) -> None:
