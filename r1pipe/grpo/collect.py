@@ -235,8 +235,8 @@ class Collector:
 class Lookahead:
     """Batches in order. With `async_steps` 1 the next one is sampled while the caller trains.
 
-    Sampling then runs in a thread of its own, and float sums may come out in another order: such
-    runs are not bit-reproducible.
+    Sampling then runs in a thread of its own, and float sums may come out in another order where
+    arithmetic has more than one thread.
     """
 
     def __init__(self, collect: Callable[[int, int], Batch], num_steps: int, async_steps: int):
