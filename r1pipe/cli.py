@@ -1,6 +1,7 @@
 """The commands, nothing else. Every error that a user can put right is one line and exit code 2."""
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from r1pipe import __version__
 from r1pipe.config import STAGE_TYPES, load_recipe
 from r1pipe.distributed import alone, has_launcher, speaks_first
 from r1pipe.errors import LostRank, UserError
+from r1pipe.guide import add_examples
 from r1pipe.progress import Interrupt
 
 DEFAULT_CONFIG = "configs/demo.yaml"
@@ -29,7 +31,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="r1pipe",
         description="The R1 recipe: cold start, GRPO on vLLM rollouts, distillation, evaluation.",
-        epilog="Start with: r1pipe run configs/demo.yaml",
     )
     parser.add_argument("--version", action="version", version=f"r1pipe {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
@@ -68,6 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
     gguf = commands.add_parser("import-gguf", help="turn a GGUF file into a checkpoint folder")
     gguf.add_argument("file", type=Path, metavar="FILE")
     gguf.add_argument("out", type=Path, metavar="OUT")
+
+    completion = commands.add_parser("completion", help="print a script that completes by TAB")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="bash|zsh|fish")
+    add_examples(parser)
     return parser
 
 
@@ -126,6 +131,10 @@ def add_publish(commands: argparse._SubParsersAction) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = build_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     options = parser.parse_args(arguments)
     if options.command is None:
         parser.print_help()
@@ -161,6 +170,11 @@ def run_command(options: argparse.Namespace) -> int:
 
         import_gguf(options.file, options.out)
         print(f"written: {options.out}")
+        return 0
+    if options.command == "completion":
+        import argcomplete
+
+        print(argcomplete.shellcode(["r1pipe"], shell=options.shell))
         return 0
     if options.command == "verify":
         return verify(options.run)
