@@ -15,6 +15,7 @@ from r1pipe.finished import Evaluation, FinishedRun, FinishedStage
 from r1pipe.licences import Source
 from r1pipe.lineage import FILE as LINEAGE
 from r1pipe.lineage import hash_file, hide_places, read_lineage
+from r1pipe.problems import read_constants
 from r1pipe.quirks import find_quirks
 from r1pipe.summary import format_table
 
@@ -119,6 +120,8 @@ def list_results(evaluation: Evaluation) -> list[EvalResult]:
         key: entry[key]
         for key in ("num_problems", "num_samples", "temperature", "top_p", "max_completion_length")
     }
+    data = evaluation.data
+    dataset = read_constants(data.recipe).get("HUB_ID", data.recipe) if data.recipe else data.label
     results = []
     for key, template in SHARES.items():
         name = template.format(k=entry["k"])
@@ -130,9 +133,9 @@ def list_results(evaluation: Evaluation) -> list[EvalResult]:
         results.append(
             EvalResult(
                 task_type="text-generation",
-                dataset_type=evaluation.data.recipe,
+                dataset_type=dataset,
                 dataset_name=entry["dataset"],
-                dataset_split=evaluation.data.split,
+                dataset_split=data.split,
                 metric_type=name,
                 metric_name=name,
                 metric_value=entry[key],

@@ -7,12 +7,26 @@ torch.
 import difflib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from r1pipe.config import STAGE_TYPES, EvalSet, as_list
+from pydantic import ValidationError
+
+from r1pipe import __version__
+from r1pipe.config import (
+    STAGE_TYPES,
+    Distill,
+    Eval,
+    EvalSet,
+    Grpo,
+    Reject,
+    Sft,
+    Stage,
+)
 from r1pipe.errors import UserError
 from r1pipe.lineage import find_run, list_stages, read_lineage
+from r1pipe.runs import SHARED_KEYS
 
 
 @dataclass(frozen=True)
@@ -41,33 +55,44 @@ class FinishedStage:
         so fit to be published. Empty if it has no lineage."""
         return (read_lineage(self.folder) or {}).get("config", {})
 
-    @property
-    def makes_checkpoint(self) -> bool:
-        return STAGE_TYPES[self.kind].makes_checkpoint
+    @cached_property
+    def section(self) -> Stage:
+        """The stage's section of the recipe."""
+        values = {k: v for k, v in self.settings.items() if k not in SHARED_KEYS}
+        try:
+            return STAGE_TYPES[self.kind].model_validate(values)
+        except ValidationError as error:
+            raise UserError(
+                f"{self.folder}/stage.json: not settings of r1pipe {__version__}: "
+                f"{error.errors()[0]['msg']}"
+            ) from error
 
     @property
     def weights_from(self) -> str | None:
         """What the stage's weights were before it trained them: an earlier stage, a folder or a hub
-        id; None if they were random."""
-        if self.kind != "distill":
-            return self.settings.get("from")
-        student = self.settings["student"]
-        return student if isinstance(student, str) else None
+        id; None if they were random, or if it trains none."""
+        section = self.section
+        if isinstance(section, Distill):
+            return section.student if isinstance(section.student, str) else None
+        return section.from_ if isinstance(section, Sft | Grpo) else None
 
     @property
     def taught_by(self) -> str | None:
         """Whose samples the stage learnt from, or made for another stage to learn from."""
-        return self.settings["from"] if self.kind in ("distill", "reject") else None
-
-    @property
-    def traces_from(self) -> str | None:
-        """The stage that made the rows that this one learnt from."""
-        return self.settings["data"]["stage"] if "from" in self.settings else None
+        return self.section.from_ if isinstance(self.section, Distill | Reject) else None
 
     @property
     def parents(self) -> list[str]:
-        parents = (self.weights_from, self.taught_by, self.traces_from)
+        """What the stage's result comes from: of an `eval` stage, nothing."""
+        if isinstance(self.section, Eval):
+            return []
+        traces = [source.stage for source in self.section.problem_sets()]
+        parents = (self.weights_from, self.taught_by, *traces)
         return list(dict.fromkeys(parent for parent in parents if parent is not None))
+
+    @property
+    def makes_checkpoint(self) -> bool:
+        return self.section.makes_checkpoint
 
     def read_summary(self) -> list[dict[str, Any]]:
         """Of an `eval` stage: one entry per checkpoint."""
@@ -84,7 +109,7 @@ class Evaluation:
     @property
     def data(self) -> EvalSet:
         """The set of problems."""
-        sets = map(EvalSet.model_validate, as_list(self.stage.settings["data"]))
+        sets = self.stage.section.data
         return next(data for data in sets if data.label == self.entry["dataset"])
 
 

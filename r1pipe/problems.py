@@ -4,6 +4,7 @@ A recipe is a file with `load(split, **options)` that yields dicts (data/README.
 Recipes are loaded by path, never imported by name, so a user's own file is as good as ours.
 """
 
+import ast
 import difflib
 import importlib.util
 import inspect
@@ -131,6 +132,22 @@ def find_recipe(name: str) -> Path:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
     raise UserError(f'no data recipe "{name}" in data/; {hint}')
+
+
+def read_constants(recipe: str) -> dict[str, str]:
+    """LICENSE and HUB_ID of a data recipe, which is read and not run."""
+    try:
+        tree = ast.parse(find_recipe(recipe).read_text(encoding="utf-8"))
+    except (UserError, OSError, SyntaxError):
+        return {}
+    return {
+        node.targets[0].id: node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    }
 
 
 def load_function(path: Path) -> Callable[..., Iterable[dict]]:

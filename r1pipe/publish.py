@@ -7,7 +7,6 @@ tokenizer, a generation config with the protocol that the model was measured und
 a card filled by the run (card.py).
 """
 
-import ast
 import difflib
 import json
 import math
@@ -44,11 +43,10 @@ from r1pipe.hub import (
 )
 from r1pipe.licences import Source, settle_licence
 from r1pipe.lineage import hash_file, verify_stage
-from r1pipe.problems import find_recipe
+from r1pipe.problems import read_constants
 from r1pipe.progress import say
 from r1pipe.records import read_jsonl, write_text
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -173,18 +171,18 @@ def find_objections(
 def list_data(run: FinishedRun, stage: FinishedStage) -> Iterator[TrainingData]:
     """The data recipes of everything that the stage comes from."""
     for ancestor in run.lineage(stage.name):
-        settings = ancestor.settings
-        data = settings.get("data") or (settings.get("tokenizer") or {}).get("data") or {}
-        if data.get("recipe"):
-            constants = read_constants(data["recipe"])
-            name, hub_id = data["recipe"], constants.get("HUB_ID")
-            path = data["options"].get("path")
+        for source in ancestor.section.problem_sets():
+            if source.recipe is None:
+                continue
+            constants = read_constants(source.recipe)
+            name, hub_id = source.recipe, constants.get("HUB_ID")
+            path = source.options.get("path")
             elsewhere = path is not None and not Path(path).expanduser().exists()
             if path is not None and (hub_id is None or (elsewhere and path != hub_id)):
                 # Somebody else's rows, of which the recipe knows the form only.
                 name, hub_id, constants = path, path if elsewhere else None, {}
             licence = constants.get("LICENSE")
-            yield TrainingData(ancestor, name, data["split"], hub_id, licence)
+            yield TrainingData(ancestor, name, source.split, hub_id, licence)
 
 
 def list_sources(
@@ -202,9 +200,11 @@ def list_sources(
     if base is not None:
         models[base] = "base model"
     for ancestor in run.lineage(stage.name):
-        for name in ancestor.parents:
-            if name != ancestor.traces_from and (root := run.base_model(name)) is not None:
+        for name in filter(None, (ancestor.weights_from, ancestor.taught_by)):
+            if (root := run.base_model(name)) is not None:
                 models.setdefault(root, "teacher")
+        if endpoint := getattr(ancestor.section, "teacher", None):
+            models.setdefault(endpoint.model, "teacher")
     sources = [
         Source(name, role, given.get(name) or find_model_licence(name, options, hub))
         for name, role in models.items()
@@ -233,22 +233,6 @@ def find_hub_id(name: str | None, options: Options) -> str | None:
     return None if Path(name).expanduser().exists() else name
 
 
-def read_constants(recipe: str) -> dict[str, str]:
-    """LICENSE and HUB_ID of a data recipe, which is read and not run."""
-    try:
-        tree = ast.parse(find_recipe(recipe).read_text(encoding="utf-8"))
-    except (UserError, OSError, SyntaxError):
-        return {}
-    return {
-        node.targets[0].id: node.value.value
-        for node in tree.body
-        if isinstance(node, ast.Assign)
-        and isinstance(node.targets[0], ast.Name)
-        and isinstance(node.value, ast.Constant)
-        and isinstance(node.value.value, str)
-    }
-
-
 @contextmanager
 def whole_folder(place: Path) -> Iterator[Path]:
     """A new folder that takes its place, instead of an older one, once everything is in it."""
@@ -259,6 +243,7 @@ def whole_folder(place: Path) -> Iterator[Path]:
         raise UserError(f"{place}: cannot be written: {error.strerror}") from error
     try:
         yield partial
+        partial.chmod(0o755)  # a temporary folder is its maker's only
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
     except OSError as error:
@@ -273,12 +258,19 @@ def write_weights(source: Path, folder: Path, dtype: str) -> None:
     float32 is what the stage has saved, and the disk holds it once. The master weights of a
     bfloat16 recipe are rounded as its sampler rounded them.
     """
-    for pattern in WEIGHTS:
-        for file in source.glob(pattern):
-            if dtype == "float32" or file.suffix == ".json":
-                link_file(file, folder / file.name)
-            else:
-                round_weights(file, folder / file.name, dtype)
+    for file in source.glob("*.safetensors"):
+        if dtype == "float32":
+            link_file(file, folder / file.name)
+        else:
+            round_weights(file, folder / file.name, dtype)
+    for file in source.glob("*.safetensors.index.json"):
+        index = read_json(file)
+        index["metadata"]["total_size"] = sum(
+            end - begin
+            for weights in folder.glob("*.safetensors")
+            for begin, end in (t["data_offsets"] for t in list_tensors(weights).values())
+        )
+        write_text(folder / file.name, json.dumps(index, indent=2) + "\n")
 
 
 def link_file(source: Path, target: Path) -> None:

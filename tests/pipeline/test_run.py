@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 from r1pipe.records import read_jsonl
 
@@ -166,6 +167,26 @@ def test_lineage_of_every_stage_verifies(finished: tuple) -> None:
     ]
     heldout = json.loads((folder / "grpo" / "lineage.json").read_text())["inputs"]["data"][1]
     assert heldout["source"]["split"] == "test"
+
+
+@pytest.mark.parametrize("stage", ["grpo", "distill"])
+def test_a_stage_can_be_published(stage: str, finished: tuple) -> None:
+    """It was evaluated, its lineage verifies, and what is written loads as it is."""
+    folder, _ = finished
+    result = run("publish", folder / stage, "--repo", "user/tiny", "--dry-run")
+    assert result.returncode == 0, result.stderr[-3000:]
+    published = folder / "publish" / stage
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        published, dtype="float32", output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    assert model.config.architectures[0] in ("DeepseekV3ForCausalLM", "Qwen3ForCausalLM")
+    generation = json.loads((published / "generation_config.json").read_text())
+    assert (generation["temperature"], generation["top_p"]) == (0.6, 0.95)
+    card = (published / "README.md").read_text()
+    assert f"| {stage} " in card
+    assert "10 problems x 2 samples, T = 0.6" in card
 
 
 def test_finished_stages_are_not_run_again(finished: tuple, tiny_recipe: Path) -> None:
