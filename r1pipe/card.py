@@ -3,8 +3,8 @@
 Nothing in it is typed by hand, so nothing in it can differ from what was run. Imports no torch.
 """
 
+import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,7 +17,7 @@ from r1pipe.lineage import FILE as LINEAGE
 from r1pipe.lineage import hash_file, hide_places, read_lineage
 from r1pipe.problems import read_constants
 from r1pipe.quirks import find_quirks
-from r1pipe.summary import format_table
+from r1pipe.summary import draw_table, format_table
 
 SHARES = {
     "pass_at_1": "pass@1",
@@ -343,15 +343,21 @@ def describe_lineage(facts: Facts) -> str:
     )
 
 
-def write_dataset_card(facts: Facts, files: dict[str, int]) -> str:
-    """README.md of the rollouts' repository. `files`: rows by file name."""
+def write_dataset_card(facts: Facts, num_rows: dict[str, int]) -> str:
+    """README.md of the rollouts' repository. `num_rows`: by file or pattern of files."""
     metadata = DatasetCardData(
         license=facts.licence,
         task_categories=["text-generation"],
         tags=["r1pipe", "reasoning", "rollouts"],
-        configs=[{"config_name": Path(f).stem, "data_files": f} for f in files],
+        configs=[
+            {
+                "config_name": re.sub(r"(/\*)?\.\w+$", "", files).replace("/", "-"),
+                "data_files": files,
+            }
+            for files in num_rows
+        ],
     )
-    rows = [[f"`{name}`", f"{count:,}"] for name, count in files.items()]
+    rows = [[f"`{files}`", f"{count:,}"] for files, count in num_rows.items()]
     return (
         "\n\n".join(
             [
@@ -360,7 +366,7 @@ def write_dataset_card(facts: Facts, files: dict[str, int]) -> str:
                 f"What the policies of the run `{facts.run.path.name}` sampled on the way to "
                 f"[{facts.repo_id}](https://huggingface.co/{facts.repo_id}), with the rewards of "
                 "each sample; written by models, judged by rules.",
-                format_rows(["file", "rows"], rows),
+                format_rows(["files", "rows"], rows),
                 describe_sources(facts),
             ]
         )
@@ -374,5 +380,4 @@ def fence(language: str, text: str) -> str:
 
 def format_rows(header: list[str], rows: list[list[Any]]) -> str:
     """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return draw_table([header, *([str(cell) for cell in row] for row in rows)])

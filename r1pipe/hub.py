@@ -33,9 +33,9 @@ from r1pipe.errors import UserError
 from r1pipe.progress import console
 
 RepoType = Literal["model", "dataset"]
-STALE = (".safetensors", ".safetensors.index.json", ".gguf")
-"""Files of these kinds that are not published again are deleted: left beside the new weights, they
-would be loaded with them or instead of them. Whatever else somebody has added stays."""
+STALE = (".safetensors", ".safetensors.index.json", ".parquet")
+"""Files of these kinds that are not published again are deleted: left beside new weights or
+rollouts, they would be loaded with them. Whatever else somebody has added stays."""
 MAX_DIFF_BYTES = 200_000
 """Of a text file whose changed lines are shown."""
 

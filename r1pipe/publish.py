@@ -57,7 +57,7 @@ TOKENIZER = (
 TERMS = re.compile(r"(LICEN[SC]E|NOTICE|USE_POLICY|COPYING)[\w.-]*", re.IGNORECASE)
 """Files of a base model that belong to its licence and go on with it."""
 
-ROLLOUT_FILES = ("rollouts*", "traces.jsonl")
+ROLLOUTS = ("rollouts.jsonl", "rollouts/*.parquet", "traces.jsonl")
 
 MAX_TOLD = 3
 """Objections in an error's one line."""
@@ -354,28 +354,36 @@ def find_prompt(run: FinishedRun, stage: FinishedStage) -> list[dict[str, str]]:
 
 def write_rollouts(facts: Facts, folder: Path) -> None:
     """What the policies sampled, by stage, and the samples that the checkpoint was measured by."""
-    files: dict[str, int] = {}
+    wanted = [(stage, pattern) for stage in facts.lineage for pattern in ROLLOUTS]
+    wanted += [(evaluation.stage, evaluation.entry["samples"]) for evaluation in facts.evaluations]
+    num_rows: dict[str, int] = {}
+    for stage, pattern in wanted:
+        sources = list(stage.folder.glob(pattern))
+        for source in sources:
+            target = folder / stage.name / source.relative_to(stage.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            link_file(source, target)
+        if sources:
+            num_rows[f"{stage.name}/{pattern}"] = sum(map(count_rows, sources))
+    write_text(folder / "README.md", write_dataset_card(facts, num_rows))
 
-    def add(source: Path, name: str) -> None:
-        if source.exists():
-            link_file(source, folder / name)
-            files[name] = sum(1 for _ in read_jsonl(source))
 
-    for stage in facts.lineage:
-        for pattern in ROLLOUT_FILES:
-            for source in sorted(stage.folder.glob(pattern)):
-                add(source, f"{stage.name}-{source.name}")
-    for evaluation in facts.evaluations:
-        name = evaluation.entry["samples"]
-        add(evaluation.stage.folder / name, f"{evaluation.stage.name}-{name}")
-    write_text(folder / "README.md", write_dataset_card(facts, files))
+def count_rows(file: Path) -> int:
+    if file.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return parquet.read_metadata(file).num_rows
+    return sum(1 for _ in read_jsonl(file))
+
+
+BINARY = (".safetensors", ".parquet")
 
 
 def check_no_token(folder: Path) -> None:
     """A last look at everything that can be read: a token that a recipe or a data row carries must
     not be published."""
     for file in folder.rglob("*"):
-        if file.suffix == ".safetensors":
+        if file.is_dir() or file.suffix in BINARY:
             continue
         with file.open(encoding="utf-8", errors="replace") as lines:
             for number, line in enumerate(lines, 1):

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow
 import pytest
 import torch
 import yaml
 from hub_server import FakeHub, Fault
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 from r1pipe.config import Recipe
@@ -107,6 +109,9 @@ def make_run(
             if stage.trains:
                 facts |= {"train_rows": 3, "overlap_dropped": 1, "overlap_rate": 0.25}
                 write_jsonl(partial / "problems.jsonl", [PROBLEM])
+                (partial / "rollouts").mkdir()
+                rows = pyarrow.table({"completion": ["7", "8"]})
+                parquet.write_table(rows, partial / "rollouts" / "step_000001.parquet")
             if stage.kind == "eval":
                 entry = {**ENTRY, "checkpoint": "", "overlap": overlap}
                 entries = [{"stage": name, **entry} for name in stage.checkpoints]
@@ -452,10 +457,12 @@ def test_rollouts_and_collection(hub: FakeHub, run: Path) -> None:
         assert result.returncode == 0, result.stderr
     rollouts = hub.repos["dataset", "ana/mini-rollouts"]
     assert rollouts.private
-    assert rollouts.files["eval-samples_1.jsonl"] == b'{"completion": "7"}\n'
+    assert rollouts.files["eval/samples_1.jsonl"] == b'{"completion": "7"}\n'
+    assert "sft/rollouts/step_000001.parquet" in rollouts.files
     metadata, _ = read_card(rollouts.files)
     assert metadata["configs"] == [
-        {"config_name": "eval-samples_1", "data_files": "eval-samples_1.jsonl"}
+        {"config_name": "sft-rollouts", "data_files": "sft/rollouts/*.parquet"},
+        {"config_name": "eval-samples_1", "data_files": "eval/samples_1.jsonl"},
     ]
     [collection] = hub.collections.values()
     assert [(i["type"], i["id"]) for i in collection["items"]] == [
