@@ -27,6 +27,7 @@ setup:
 
 doctor:
 	@$(PYTHON) scripts/setup_env.py --check
+	@.venv/bin/r1pipe doctor $(CONFIG) $(ARGS)
 
 demo: setup
 	@$(R1PIPE) run configs/demo.yaml $(ARGS)

@@ -23,9 +23,7 @@ def check_recipe(recipe: Recipe, devices: str | None = None) -> Iterator[str]:
 
 
 def check_stage(stage: Stage) -> str:
-    Scorer(list_rewards(stage))
-    if isinstance(stage, Grpo):
-        check_loss(stage)
+    check_functions(stage)
     counts = []
     for source in stage.problem_sets():
         if source.recipe is not None:
@@ -36,6 +34,13 @@ def check_stage(stage: Stage) -> str:
                 f"{source.recipe}/{source.split}: {len(loaded.problems)} problems{of_rows}"
             )
     return f"{stage.name}: {', '.join(counts) or 'ok'}"
+
+
+def check_functions(stage: Stage) -> None:
+    """Raises UserError for a reward or loss that does not exist or take its options."""
+    Scorer(list_rewards(stage))
+    if isinstance(stage, Grpo):
+        check_loss(stage)
 
 
 def check_loss(stage: Grpo) -> None:

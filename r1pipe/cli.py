@@ -48,18 +48,31 @@ def build_parser() -> argparse.ArgumentParser:
         )
         return command
 
+    def add_skip(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--skip-doctor", action="store_true", help="begin without looking for what would fail"
+        )
+
     run = add("run", "run all stages of a recipe that are not finished")
     run.add_argument("--redo", metavar="STAGE", help="make this stage and what follows again")
+    add_skip(run)
     for kind in STAGE_TYPES:
         command = add(kind, STAGE_HELP[kind])
         command.add_argument("--redo", action="store_true", help="make it again if it is finished")
         if kind == "eval":
             add_eval_options(command)
+        add_skip(command)
     check = add("check", "read a recipe and its data, say whether it fits, and run nothing")
     check.add_argument(
         "--devices", metavar="8x80GB", help="that the recipe is to fit on; default: this machine's"
     )
 
+    doctor = add("doctor", "look for what would go wrong, of this machine and of a recipe")
+    doctor.set_defaults(config=None)
+    doctor.add_argument("--devices", metavar="8x80GB", help="that the recipe is to fit on")
+    doctor.add_argument(
+        "--parity", action="store_true", help="compare sampler and trainer as well; takes an engine"
+    )
     verify = commands.add_parser(
         "verify", help="compute the hashes of a run's lineage again: is everything as it was?"
     )
@@ -157,10 +170,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def complain(line: str) -> None:
+def complain(lines: str) -> None:
     """On stderr, once for all the processes of a run."""
     if speaks_first():
-        print(f"r1pipe: {line}", file=sys.stderr)
+        for part in lines.splitlines():
+            print(f"r1pipe: {part}", file=sys.stderr)
 
 
 def run_command(options: argparse.Namespace) -> int:
@@ -178,7 +192,6 @@ def run_command(options: argparse.Namespace) -> int:
         return 0
     if options.command == "verify":
         return verify(options.run)
-        return 0
     if options.command == "publish":
         from r1pipe.publish import Options, publish
 
@@ -197,6 +210,8 @@ def run_command(options: argparse.Namespace) -> int:
             )
         )
         return 0
+    if options.command == "doctor":
+        return call_doctor(options)
     recipe = load_recipe(options.config, options.overrides)
     if options.command == "check":
         from r1pipe.check import check_recipe
@@ -207,12 +222,25 @@ def run_command(options: argparse.Namespace) -> int:
     from r1pipe.pipeline import evaluate_checkpoints, run_one, run_recipe
 
     if options.command == "run":
-        run_recipe(recipe, options.redo)
+        run_recipe(recipe, options.redo, options.skip_doctor)
     elif options.command == "eval" and options.checkpoints:
-        evaluate_checkpoints(recipe, options.checkpoints, options.redo)
+        evaluate_checkpoints(recipe, options.checkpoints, options.redo, options.skip_doctor)
     else:
-        run_one(recipe, options.command, options.redo)
+        run_one(recipe, options.command, options.redo, options.skip_doctor)
     return 0
+
+
+def call_doctor(options: argparse.Namespace) -> int:
+    from r1pipe.doctor import diagnose
+    from r1pipe.pipeline import silence_libraries
+
+    silence_libraries()
+    recipe = load_recipe(options.config, options.overrides) if options.config else None
+    code = 0
+    for diagnosis in diagnose(recipe, options.devices, options.parity):
+        print(diagnosis, flush=True)
+        code |= diagnosis.status == "FAIL"
+    return code
 
 
 def verify(name: str) -> int:

@@ -98,6 +98,17 @@ class Engine(Strict):
     """No compilation: always so on CPU, where compiling takes longer than a small run."""
 
 
+class DoctorLimits(Strict):
+    """What `r1pipe doctor`, and the checks before a stage, put up with."""
+
+    min_gold_share: Share = 1.0
+    """Of a dataset's own golds that its rewards must give 1; with fewer it is refused."""
+    gold_rows: PositiveInt = 500
+    """How many golds of each dataset are tried before a stage; `r1pipe doctor` tries all."""
+    free_disk_gib: NonNegativeFloat = 1.0
+    """What must be left when the checkpoints are written."""
+
+
 class Saving(Strict):
     """When a training stage saves what it needs to go on exactly where it was."""
 
@@ -602,6 +613,7 @@ class Recipe(Strict):
     ngram: PositiveInt = 13
     """Words that a training and an evaluation problem must share in a row to count as overlap."""
     engine: Engine = Engine()
+    doctor: DoctorLimits = DoctorLimits()
     stages: Annotated[list[AnyStage], Field(min_length=1)]
 
     @model_validator(mode="after")

@@ -7,7 +7,8 @@ Each stage's folder holds `lineage.json`, written last, before the folder takes 
                source of their recipe, the source of the reward functions
     parents    the lineage.json of every parent stage, by hash: a chain back to the first stage
     outputs    hashes of all files of the folder
-    r1pipe, packages, git, machine, seed, started, finished
+    r1pipe, packages, git, machine, seed, started, finished: of the process that finished it
+    interrupted   the same of those that worked on it before
 
 Every hash is SHA-256. `inputs` holds nothing that depends on time or place: equal runs have equal
 ones. Paths outside the run are cut to their last part, and nothing is read from the environment:
@@ -55,10 +56,26 @@ class Lineage:
 
     def __init__(self, recipe: Recipe, stage: Stage):
         self.recipe, self.stage = recipe, stage
-        self.started = now()
-        self.git = read_commit()
         self.code = hash_code(stage)
+        self.process = {
+            "r1pipe": {"version": __version__, "sha256": hash_tree(hash_sources(PACKAGE))},
+            "git": read_commit(),
+            "packages": list_versions(),
+            "machine": describe_machine(),
+            "started": now(),
+        }
+        self._interrupted: list[dict[str, Any]] = []
         self._data: dict[str, dict[str, Any]] = {}
+
+    def enter(self, folder: Path) -> None:
+        """Note in the folder which process works there, beside those that were interrupted: their
+        part of the stage was made with what they had."""
+        left = read_lineage(folder) or {}
+        if "process" in left:
+            self._interrupted = [*left["interrupted"], left["process"]]
+        code = {package: hash_tree(hashes) for package, hashes in self.code.items()}
+        present = {"process": {**self.process, "code": code}, "interrupted": self._interrupted}
+        write_json(folder / FILE, present)
 
     def add_data(self, source: ProblemSet, problems: list[Problem]) -> None:
         """Note rows that the stage has loaded, to train on, to sample from or to hold out."""
@@ -90,14 +107,11 @@ class Lineage:
             },
             "parents": hash_files({n: path for n, path in parents.items() if path.exists()}),
             "outputs": hash_folder(folder),
-            "r1pipe": {"version": __version__, "sha256": hash_tree(hash_sources(PACKAGE))},
-            "git": self.git,
-            "packages": list_versions(),
-            "machine": describe_machine(),
-            "started": self.started,
+            **self.process,
             "finished": now(),
+            "interrupted": self._interrupted,
         }
-        write_text(folder / FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+        write_json(folder / FILE, record)
 
 
 @dataclass(frozen=True)
@@ -161,6 +175,10 @@ def find_changes(folder: Path, record: dict[str, Any]) -> Iterator[Finding]:
     for package, hashes in record["inputs"]["code"].items():
         for what in compare(hashes, find_sources(package)):
             yield Finding(name, f"code of its rewards: {what} since it was used")
+        for process in record["interrupted"]:
+            if process["code"].get(package) != hash_tree(hashes):
+                what = f"its part begun {process['started']} had another {package}"
+                yield Finding(name, f"code of its rewards: {what}")
 
 
 def verify_parents(folder: Path, record: dict, settings: dict) -> Iterator[Finding]:
@@ -367,6 +385,10 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return record if isinstance(record, dict) else None
+
+
+def write_json(path: Path, record: dict[str, Any]) -> None:
+    write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

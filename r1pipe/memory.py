@@ -12,7 +12,7 @@ import re
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import torch
@@ -40,6 +40,9 @@ LOGIT_COPIES = 3
 NORM_BYTES = {4: 12, 2: 8}
 """Of each entry that goes through a norm in transformers, by the size of the residual stream's: its
 input in float32, that squared, and scaled, the last in the stream's dtype."""
+
+ESTIMATED = ("activations", "logits", "process")
+"""Parts that are not counted."""
 
 
 @dataclass(frozen=True)
@@ -180,6 +183,12 @@ class Estimate:
     def fits(self) -> bool:
         return self.total <= self.devices.size and not self.problems
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether it does not fit even without what is only estimated."""
+        counted = sum(size for name, size in self.parts.items() if name not in ESTIMATED)
+        return counted > self.devices.size or bool(self.problems)
+
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.parts.items())
         parameters = self.shape.parameters
@@ -282,21 +291,53 @@ def trainer_parts(
 def estimate_stage(stage: Stage, recipe: Recipe, devices: Devices) -> str | None:
     """One line about a training stage; None for others. Never raises for a model that cannot be
     read: a hub may be out of reach now."""
+    estimate = make_estimate(stage, recipe, devices)
+    return (
+        describe_estimate(estimate, stage, recipe) if isinstance(estimate, Estimate) else estimate
+    )
+
+
+def make_estimate(stage: Stage, recipe: Recipe, devices: Devices) -> Estimate | str | None:
+    """Of a training stage, or why there is none; None for other stages."""
     if not isinstance(stage, Sft | Grpo | Distill):
         return None
     try:
-        shape = Shape.of(find_stage_config(stage, recipe))
-        estimate = estimate_shape(stage, recipe, shape, devices)
+        return estimate_shape(stage, recipe, Shape.of(find_stage_config(stage, recipe)), devices)
     except (OSError, ValueError, UserError) as error:
         return f"{stage.name}: no memory estimate: {error}"
+
+
+def describe_estimate(estimate: Estimate, stage: Stage, recipe: Recipe) -> str:
+    """The estimate, and how many devices of that size would do if these do not."""
     if estimate.fits:
         return str(estimate)
     for factor in (2, 4, 8, 16, 32):
-        more = replace(devices, count=devices.count * factor)
+        more = replace(estimate.devices, count=estimate.devices.count * factor)
         with contextlib.suppress(UserError):
-            if estimate_shape(stage, recipe, shape, more).fits:
+            if estimate_shape(stage, recipe, estimate.shape, more).fits:
                 return f"{estimate}; {more.count} such devices would do"
     return str(estimate)
+
+
+class Files(NamedTuple):
+    """Bytes on the disk: of a stage's checkpoint, and of what it saves while it runs."""
+
+    kept: float
+    meanwhile: float
+
+
+def estimate_files(stage: Stage, recipe: Recipe) -> Files:
+    """Raises what `find_stage_config` does."""
+    if not stage.makes_checkpoint:
+        return Files(0, 0)
+    model = MASTER * Shape.of(find_stage_config(stage, recipe)).parameters
+    if isinstance(stage, Init):
+        return Files(model, 0)
+    settings = stage if isinstance(stage, Grpo) else stage.train
+    # The optimizer's moments, and the reference; the newest ones, the best, and one being written.
+    state = model * (4 if isinstance(stage, Grpo) and stage.beta else 3)
+    count = settings.save_total_limit + isinstance(stage, Grpo) + 1
+    return Files(model, state * (count if settings.save_steps else 1))
 
 
 def estimate_shape(
@@ -346,10 +387,12 @@ def make_config(settings: dict[str, Any]) -> PretrainedConfig:
 
 
 def reaches_hub() -> bool:
+    if constants.HF_HUB_OFFLINE:
+        return False
     address = urlsplit(constants.ENDPOINT)
     port = address.port or (80 if address.scheme == "http" else 443)
     try:
         socket.create_connection((address.hostname, port), timeout=3).close()
     except OSError:
         return False
-    return not constants.HF_HUB_OFFLINE
+    return True

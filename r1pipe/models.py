@@ -33,7 +33,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from r1pipe.distributed import is_first, local_rank
 from r1pipe.errors import UserError
 from r1pipe.quirks import find_quirks
-from r1pipe.records import write_text
+from r1pipe.records import Problem, write_text
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
@@ -163,6 +163,18 @@ def first_line(error: BaseException) -> str:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """Token ids up to where the assistant begins: what is sampled from, and trained behind."""
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def check_length(
+    problem: Problem, num_tokens: int, max_completion_length: int, context: int
+) -> None:
+    """Raises UserError for a prompt of so many tokens that does not fit the model's context."""
+    if num_tokens + max_completion_length > context:
+        raise UserError(
+            f'problem "{problem.id}": prompt of {num_tokens} tokens + max_completion_length '
+            f"{max_completion_length} do not fit the context of {context}; "
+            "raise engine.max_model_len or shorten the problem"
+        )
 
 
 def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

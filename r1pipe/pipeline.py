@@ -9,8 +9,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from r1pipe import distributed
-from r1pipe.check import check_stage
 from r1pipe.config import Eval, Recipe, Stage
+from r1pipe.doctor import Preflight
 from r1pipe.errors import FULL, Tripped, UserError, is_disk_full
 from r1pipe.progress import say
 from r1pipe.runs import RunFolder
@@ -26,7 +26,7 @@ STAGE_MODULES = {
 """Where a kind of stage has its `run(stage, context)`; imported when its turn comes."""
 
 
-def run_recipe(recipe: Recipe, redo: str | None = None) -> None:
+def run_recipe(recipe: Recipe, redo: str | None = None, skip_doctor: bool = False) -> None:
     """Run every stage that is not finished; `redo` names a stage to make again, with all after."""
     if redo is not None and recipe.stage(redo) is None:
         names = ", ".join(stage.name for stage in recipe.stages)
@@ -43,10 +43,10 @@ def run_recipe(recipe: Recipe, redo: str | None = None) -> None:
             if name in finished:
                 say(f"{name}: finished before")
         stages = [stage for stage in recipe.stages if stage.name not in finished]
-        run_stages(run, stages, redone)
+        run_stages(run, stages, redone, skip_doctor)
 
 
-def run_one(recipe: Recipe, kind: str, redo: bool) -> None:
+def run_one(recipe: Recipe, kind: str, redo: bool, skip_doctor: bool = False) -> None:
     """Run the recipe's first unfinished stage of this kind (or, with `redo`, the last one again).
 
     Its predecessors must be finished.
@@ -57,7 +57,7 @@ def run_one(recipe: Recipe, kind: str, redo: bool) -> None:
         raise UserError(f'recipe "{recipe.name}" has no {kind} stage; it has {kinds}')
     with open_run(recipe) as run:
         if redo:
-            run_stages(run, stages[-1:], redone={stages[-1].name})
+            run_stages(run, stages[-1:], {stages[-1].name}, skip_doctor)
             return
 
         def find_unfinished() -> int | None:
@@ -67,10 +67,12 @@ def run_one(recipe: Recipe, kind: str, redo: bool) -> None:
         if number is None:
             say(f"{kind}: finished before; add --redo to make it again")
             return
-        run_stages(run, [stages[number]])
+        run_stages(run, [stages[number]], skip_doctor=skip_doctor)
 
 
-def evaluate_checkpoints(recipe: Recipe, names: list[str], redo: bool) -> None:
+def evaluate_checkpoints(
+    recipe: Recipe, names: list[str], redo: bool, skip_doctor: bool = False
+) -> None:
     """Print how these checkpoints (stages of the recipe, folders or hub ids) do by the protocol of
     the recipe's last eval stage, and how they differ. What has been evaluated is not again."""
     stages = [stage for stage in recipe.stages if isinstance(stage, Eval)]
@@ -87,7 +89,8 @@ def evaluate_checkpoints(recipe: Recipe, names: list[str], redo: bool) -> None:
         if asked.name in finished:
             singles |= dict.fromkeys(set(names) & set(asked.checkpoints), asked)
         to_do = [stage for stage in singles.values() if stage.name not in finished]
-        run_stages(run, to_do, redone={stage.name for stage in to_do if redo})
+        redone = {stage.name for stage in to_do if redo}
+        run_stages(run, to_do, redone, skip_doctor)
         folders = {name: run.stage_dir(stage.name) for name, stage in singles.items()}
         if distributed.is_first():
             from r1pipe.evaluate import join_evaluations
@@ -104,13 +107,12 @@ def open_run(recipe: Recipe) -> Iterator[RunFolder]:
         yield run
 
 
-def run_stages(run: RunFolder, stages: list[Stage], redone: Collection[str] = ()) -> None:
+def run_stages(
+    run: RunFolder, stages: list[Stage], redone: Collection[str] = (), skip_doctor: bool = False
+) -> None:
     """Those in `redone` from their beginning, the others from where they were interrupted."""
     if not stages:
         return
-    # A misspelt reward of the last stage is worth knowing before the first one has run for hours.
-    for stage in stages:
-        check_stage(stage)
     silence_libraries()
     from r1pipe.memory import Devices, estimate_stage
     from r1pipe.models import pick_device
@@ -120,11 +122,14 @@ def run_stages(run: RunFolder, stages: list[Stage], redone: Collection[str] = ()
     recipe = run.recipe
     device = pick_device(recipe.device)
     devices = Devices.here(recipe.device)
+    # A misspelt reward of the last stage is worth knowing before the first one has run for hours.
+    preflight = Preflight(recipe, devices, stages, skip_doctor)
     engines = Engines(recipe.engine, recipe.dtype, device)
     started = time.monotonic()
     try:
         for stage in stages:
             stage_started = time.monotonic()
+            preflight.begin(stage)
             if distributed.is_first() and (line := estimate_stage(stage, recipe, devices)):
                 say(line)
             context = StageContext(

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from r1pipe import distributed
 from r1pipe.config import Engine, Sampling
 from r1pipe.errors import UserError
-from r1pipe.models import encode_prompt, first_line, load_tokenizer
+from r1pipe.models import check_length, encode_prompt, first_line, load_tokenizer
 from r1pipe.moe import find_moe_layers
 from r1pipe.quirks import find_quirks
 from r1pipe.records import Problem, Rollout
@@ -65,13 +66,8 @@ class Sampler:
         set_environment(config, device, with_routes)
         # Imported late and here only: vLLM reads its environment at import.
         from vllm import LLM
-        from vllm.model_executor.models import ModelRegistry
 
-        architectures = config.architectures or []
-        if not set(architectures) & set(ModelRegistry.get_supported_archs()):
-            raise UserError(
-                f"{checkpoint}: vLLM cannot run the architecture {', '.join(architectures)}"
-            )
+        check_architecture(checkpoint, config)
         try:
             self.llm = LLM(
                 checkpoint,
@@ -101,12 +97,7 @@ class Sampler:
         encoded = []
         for problem in problems:
             ids = encode_prompt(self.tokenizer, problem.prompt)
-            if len(ids) + max_completion_length > self.max_model_len:
-                raise UserError(
-                    f'problem "{problem.id}": prompt of {len(ids)} tokens + max_completion_length '
-                    f"{max_completion_length} do not fit the context of {self.max_model_len}; "
-                    "raise engine.max_model_len or shorten the problem"
-                )
+            check_length(problem, len(ids), max_completion_length, self.max_model_len)
             encoded.append(ids)
         return encoded
 
@@ -405,6 +396,20 @@ def check_cpu_attention(config: Any) -> None:
         raise UserError(
             f"model: qk_nope_head_dim + qk_rope_head_dim is {nope + rope}; on CPU vLLM needs one "
             f"of {', '.join(map(str, CPU_QK_HEAD_DIMS))}"
+        )
+
+
+def check_architecture(checkpoint: str, config: Any) -> None:
+    """Raises UserError for a model that vLLM does not have. Imports vLLM: its environment must be
+    set."""
+    from vllm.model_executor.models import ModelRegistry
+
+    # A config that no model has been saved with does not say.
+    default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+    architectures = config.architectures or [default]
+    if not set(architectures) & set(ModelRegistry.get_supported_archs()):
+        raise UserError(
+            f"{checkpoint}: vLLM cannot run the architecture {', '.join(architectures)}"
         )
 
 

@@ -92,9 +92,10 @@ class RunFolder:
 
         `redo` throws the former away. Raises UserError if it was left by other settings.
         """
-        self.lineages[stage.name] = Lineage(self.recipe, stage)
+        lineage = self.lineages[stage.name] = Lineage(self.recipe, stage)
         distributed.on_first_rank(lambda: self._begin(stage, redo))
         if distributed.is_first():
+            lineage.enter(self.partial_dir(stage.name))
             return self.partial_dir(stage.name)
         return Path(tempfile.mkdtemp(prefix="r1pipe-"))
 

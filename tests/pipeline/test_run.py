@@ -189,6 +189,26 @@ def test_a_stage_can_be_published(stage: str, finished: tuple) -> None:
     assert "10 problems x 2 samples, T = 0.6" in card
 
 
+def test_doctor_of_a_finished_run(finished: tuple, tiny_recipe: Path, tmp_path: Path) -> None:
+    """Everything can be looked at, the parity gate too; then a model that vLLM does not have."""
+    folder, _ = finished
+    result = run("doctor", tiny_recipe, "--parity")
+    assert result.returncode == 0, result.stdout
+    lines = result.stdout.splitlines()
+    assert not [line for line in lines if not line.startswith(("ok", "skipped  hub"))]
+    parity = next(line for line in lines if "grpo: parity" in line)
+    assert float(parity.rpartition(" ")[2]) < 1e-5
+    model = tmp_path / "model"
+    shutil.copytree(folder / "distill", model)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "architectures": ["Unheard"]}))
+    result = run("doctor", tiny_recipe, "--set", f"stages.eval.checkpoints=[grpo, {model}]")
+    assert result.returncode == 1
+    failed = [line for line in result.stdout.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 1
+    assert "vLLM cannot run the architecture Unheard" in failed[0]
+
+
 def test_finished_stages_are_not_run_again(finished: tuple, tiny_recipe: Path) -> None:
     folder, _ = finished
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}

@@ -221,6 +221,33 @@ def test_a_parent_is_not_read_again_unless_it_is_newer_than_its_lineage(project:
     assert start_again() != recorded
 
 
+def test_processes_that_were_interrupted_are_kept(project: Path) -> None:
+    """A stage that two processes made, the second with other reward code."""
+    recipe = load_recipe("mine.yaml")
+    stage = recipe.stage("grpo")
+    for code in (REWARD, REWARD + "\n", REWARD):
+        Path("myreward.py").write_text(code)
+        with RunFolder(recipe) as run:
+            folder = run.begin(stage)
+            (folder / "checkpoints" / "step-1").mkdir(parents=True, exist_ok=True)
+    with RunFolder(recipe) as run:
+        run.begin(stage)
+        run.finish(stage, folder, {}, 1.0)
+    begun = [process["started"] for process in read(run.path, "grpo")["interrupted"]]
+    assert len(begun) == 3
+    assert find_problems(run.path / "grpo") == [
+        f"code of its rewards: its part begun {begun[1]} had another myreward"
+    ]
+    with RunFolder(recipe) as run:
+        run.finish(stage, run.begin(stage, redo=True), {}, 1.0)
+    assert read(run.path, "grpo")["interrupted"] == []
+    assert find_problems(run.path / "grpo") == []
+
+
+def find_problems(folder: Path) -> list[str]:
+    return [finding.what for finding in verify_stage(folder) if finding.is_problem]
+
+
 def test_equal_runs_have_equal_inputs(project: Path) -> None:
     _, first = make_run()
     _, second = make_run("name=again")

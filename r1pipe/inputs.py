@@ -1,0 +1,107 @@
+"""What a recipe's stages will read, as far as it is here: problems, tokenizers, checkpoints.
+
+Each is read once, however many stages and checks ask for it.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from r1pipe.config import Distill, Eval, Grpo, ProblemSet, Recipe, Sampling, Stage
+from r1pipe.errors import UserError
+from r1pipe.lineage import find_snapshot
+from r1pipe.problems import Loaded, read_problems, read_traces
+from r1pipe.records import Problem
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Inputs:
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self._loaded: dict[str, Loaded] = {}
+        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+
+    def read(self, source: ProblemSet) -> Loaded | None:
+        """None for the traces of a stage that has not run. Raises UserError."""
+        key = source.model_dump_json(include=set(ProblemSet.model_fields))
+        if key not in self._loaded:
+            if source.recipe is not None:
+                self._loaded[key] = read_problems(source)
+            else:
+                path = self.recipe.run_dir / source.stage / "traces.jsonl"
+                if not path.exists():
+                    return None
+                self._loaded[key] = read_traces(path)
+        return self._loaded[key]
+
+    def list_problems(self, stage: Stage) -> Iterator[tuple[ProblemSet, list[Problem]]]:
+        """The stage's problems, without the sets that cannot be read."""
+        for source in stage.problem_sets():
+            with contextlib.suppress(UserError):
+                if loaded := self.read(source):
+                    yield source, loaded.problems
+
+    def find_checkpoint(self, name: str) -> str | None:
+        """The folder of a finished stage or of a user's own, or a hub id that can be had; None if
+        it is not here yet."""
+        from r1pipe.memory import reaches_hub
+
+        if self.recipe.stage(name) is not None:
+            folder = self.recipe.run_dir / name
+            return str(folder) if (folder / "stage.json").exists() else None
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return str(folder)
+        return name if find_snapshot(name) or reaches_hub() else None
+
+    def find_tokenizer(self, name: str) -> "PreTrainedTokenizerBase | None":
+        """That of a checkpoint, or of the one that it will have it from; None if that is not here
+        yet either. Raises UserError for one that no stage can use."""
+        from r1pipe.models import load_tokenizer
+
+        place, stage = self.find_checkpoint(name), self.recipe.stage(name)
+        if place is None and stage is not None and (origin := find_origin(stage)):
+            return self.find_tokenizer(origin)
+        if place is None:
+            return None
+        if place not in self._tokenizers:
+            self._tokenizers[place] = load_tokenizer(place)
+        return self._tokenizers[place]
+
+
+def find_origin(stage: Stage) -> str | None:
+    """The checkpoint that a stage takes its tokenizer from."""
+    if isinstance(stage, Distill) and isinstance(stage.student, str):
+        return stage.student
+    return getattr(stage, "from_", None)
+
+
+def list_models(stage: Stage) -> list[str]:
+    """Checkpoints whose tokenizers a stage uses."""
+    if isinstance(stage, Eval):
+        return stage.checkpoints
+    names = getattr(stage, "from_", None), getattr(stage, "student", None)
+    return [name for name in names if isinstance(name, str)]
+
+
+def list_samplings(stage: Stage) -> list[tuple[str, Sampling]]:
+    """The checkpoints that a stage samples from, and how."""
+    if isinstance(stage, Grpo):
+        from r1pipe.grpo.collect import sampling_of
+
+        return [(stage.from_, sampling_of(stage))]
+    if isinstance(stage, Eval):
+        return [(name, stage.sampling) for name in stage.checkpoints]
+    traces = getattr(stage, "traces", None)
+    return [(stage.from_, traces.sampling)] if traces is not None else []
+
+
+def describe(source: ProblemSet) -> str:
+    return f"{source.recipe}/{source.split}" if source.recipe else f"traces of {source.stage}"
+
+
+def count_characters(problem: Problem) -> int:
+    return sum(len(message["content"]) for message in problem.prompt)

