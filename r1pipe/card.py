@@ -27,6 +27,9 @@ SHARES = {
 """The figures of a summary that go into `model-index`, and the hub's names for them."""
 
 
+THINKS = " It was trained to write its reasoning between `<think>` and `</think>`, then the answer."
+
+
 @dataclass(frozen=True)
 class TrainingData:
     """One data recipe of a stage, as the card shows it."""
@@ -160,8 +163,8 @@ def describe_model(facts: Facts) -> str:
     return (
         f"A {facts.model_type} model of {facts.num_parameters:,} parameters in {facts.dtype}, "
         f"{start}: the stage `{facts.stage.name}` ({origin}) of the run `{facts.run.path.name}`, "
-        f"made and published with r1pipe {__version__}. It writes its reasoning between `<think>` "
-        "and `</think>`, then the answer."
+        f"made and published with r1pipe {__version__}."
+        + ("" if facts.stage.kind == "init" else THINKS)
     )
 
 

@@ -62,9 +62,10 @@ class FinishedStage:
         try:
             return STAGE_TYPES[self.kind].model_validate(values)
         except ValidationError as error:
+            key = ".".join(map(str, error.errors()[0]["loc"]))
             raise UserError(
-                f"{self.folder}/stage.json: not settings of r1pipe {__version__}: "
-                f"{error.errors()[0]['msg']}"
+                f"{self.folder}/stage.json: settings.{key}: unknown to r1pipe {__version__}: "
+                "make the stage again, or use the version that made it"
             ) from error
 
     @property
