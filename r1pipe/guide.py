@@ -7,9 +7,9 @@ import argparse
 
 FIRST_STEPS = """\
 first steps:
-  r1pipe check configs/demo.yaml   reads the recipe, says whether it fits this machine
-  r1pipe run configs/demo.yaml     the whole recipe: minutes on two cores, no GPU
-  r1pipe verify runs/demo          is everything still as it was made?
+  r1pipe doctor configs/demo.yaml   what would go wrong, of this machine and of the recipe
+  r1pipe run configs/demo.yaml      the whole recipe: minutes on two cores, no GPU
+  r1pipe verify runs/demo           is everything still as it was made?
   r1pipe publish runs/demo --repo user/name --dry-run
 
 Each command has a --help with an example; README.md tells the rest."""
@@ -32,6 +32,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
         "r1pipe publish runs/demo/grpo --repo user/name --dry-run",
     ),
     "check": ("r1pipe check configs/r1.yaml --devices 8x80GB", "r1pipe run configs/r1.yaml"),
+    "doctor": ("r1pipe doctor configs/demo.yaml", "r1pipe run configs/demo.yaml"),
     "verify": ("r1pipe verify runs/demo", "r1pipe publish runs/demo --repo user/name --dry-run"),
     "publish": (
         "r1pipe publish runs/demo/distill --repo user/name --dry-run",
