@@ -290,6 +290,29 @@ Breaker: type[BreakerSettings] = create_model(
 )
 
 
+class Difficulty(Strict):
+    """Which problems a policy is trained on, by how often it solves them."""
+
+    num_samples: PositiveInt = 8
+    """Of each problem, by the policy that the stage starts from, with the stage's own sampling."""
+    min_pass_rate: Share = 0.0
+    max_pass_rate: Share = 1.0
+    """Problems outside of the limits are left out, and those that no reward could judge."""
+    reward: str | None = None
+    """What decides, where it is 1, that a sample has passed. Default: the stage's first reward."""
+    order: Literal["none", "easy_first"] = "none"
+    """Within an epoch."""
+    refresh_steps: PositiveInt | None = None
+    """Every so many steps the choice is made anew, from the rollouts of these steps and, for
+    problems that had none, from `num_samples` samples of the policy as it is then."""
+
+    @model_validator(mode="after")
+    def leave_something(self) -> "Difficulty":
+        if self.min_pass_rate > self.max_pass_rate:
+            raise ValueError("min_pass_rate is above max_pass_rate")
+        return self
+
+
 class Grpo(TrainingStage, Saving):
     """Reinforcement learning with group-relative advantages."""
 
@@ -309,6 +332,8 @@ class Grpo(TrainingStage, Saving):
     """Groups whose rewards are all equal are replaced by groups of further prompts (DAPO)."""
     max_sampling_rounds: PositiveInt = 4
     """Rounds of sampling in a step before it goes on with the groups that it has."""
+    difficulty: Difficulty | None = None
+    """Default: all problems, in any order."""
     async_steps: Annotated[int, Field(ge=0, le=1)] = 0
     """1: the next batch is sampled, by the policy of the step before, while this one trains."""
 

@@ -178,7 +178,7 @@ _ASCII_WORDS = str.maketrans(_SEPARATE | _LOWER)
 # Chinese and Japanese are written without spaces: each sign counts as a word.
 _SIGN = "\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[{_SIGN}]|[^\W_{_SIGN}]+")
-_TOKEN = re.compile(rf"[{_SIGN}]|[^\W_{_SIGN}]+|[-+*/^=<>%|!]")
+_TOKEN = re.compile(rf"[{_SIGN}]|[^\W_{_SIGN}]+|[-+*/^=<>%|]")
 # Of LaTeX, what changes the look only.
 _LAYOUT = (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\left", " "), ("\\right", " "))
 

@@ -1,19 +1,19 @@
 """One step's experience: rollouts of groups, judged while others are still being sampled."""
 
-import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
-from itertools import islice
 from typing import Any
 
 import torch
 
 from r1pipe import distributed
 from r1pipe.config import Grpo, Sampling
+from r1pipe.difficulty import PassRates, compute_pass_rate, find_reward
 from r1pipe.grpo.advantage import compute_advantages, find_silent_groups
 from r1pipe.grpo.packing import Sample
+from r1pipe.grpo.prompts import Prompts
 from r1pipe.progress import Interrupt
 from r1pipe.records import Problem, Rollout, Score, describe_rollout
 from r1pipe.rollout import Sampler
@@ -123,13 +123,17 @@ class Collector:
     """
 
     def __init__(
-        self, stage: Grpo, sampler: Sampler, scorer: Scorer, problems: list[Problem], seed: int
+        self,
+        stage: Grpo,
+        sampler: Sampler,
+        scorer: Scorer,
+        problems: list[Problem],
+        seed: int,
+        pass_rates: PassRates | None = None,
     ):
         self.stage, self.sampler, self.scorer, self.seed = stage, sampler, scorer, seed
         self.sampling = sampling_of(stage)
-        self.problems = problems
-        self._prompts = draw_prompts(problems, seed)
-        self._num_drawn = 0
+        self.prompts = Prompts(problems, seed, stage.difficulty, pass_rates)
 
     def collect(self, step: int, made_at: int) -> Batch:
         """`prompts_per_step` groups; under dynamic sampling, of those whose rewards differ."""
@@ -140,9 +144,11 @@ class Collector:
         while not rounds or (
             stage.dynamic_sampling and missing > 0 and rounds < stage.max_sampling_rounds
         ):
-            problems = self._draw(missing)
+            problems = self.prompts.draw(missing)
             seed_parts = (self.seed, stage.name, step) + ((f"round {rounds}",) if rounds else ())
-            new = self._sample(problems, seed_parts, seconds)
+            new = self._sample(
+                problems, stage.num_generations, seed_parts, seconds, stage.routing_replay
+            )
             groups += new
             taking_part += self._pick(new) if stage.dynamic_sampling else new
             missing = stage.prompts_per_step - sum(distributed.gather(len(taking_part), "sampling"))
@@ -155,18 +161,32 @@ class Collector:
             for group in taking_part
             for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
         ]
-        return Batch(step, made_at, gather_groups(groups), samples, rounds, seconds)
+        everything = gather_groups(groups)
+        if stage.difficulty and stage.difficulty.refresh_steps:
+            self.prompts.note(self._measure(everything))
+        return Batch(step, made_at, everything, samples, rounds, seconds)
 
-    def _draw(self, count: int) -> list[Problem]:
-        self._num_drawn += count
-        return list(islice(self._prompts, count))
+    def refresh_difficulty(self, step: int) -> PassRates:
+        """Choose the prompts anew: by the rollouts since the last time and, of problems that had
+        none, by samples of the policy as the sampler has it. Returns the rates."""
+        difficulty = self.stage.difficulty
+        stale = [p for p in self.prompts.problems if p.id not in self.prompts.noted]
+        seed_parts = (self.seed, self.stage.name, "difficulty", step)
+        seconds = {"sample": 0.0, "score": 0.0}
+        groups = self._sample(stale, difficulty.num_samples, seed_parts, seconds)
+        rates = {**self.prompts.noted, **self._measure(gather_groups(groups))}
+        self.prompts.refresh(rates)
+        return rates
 
-    def state_dict(self) -> dict[str, int]:
-        return {"num_drawn": self._num_drawn}
+    def _measure(self, groups: list[Group]) -> PassRates:
+        reward = find_reward(self.stage.difficulty, self.stage.rewards)
+        return {group.problem.id: compute_pass_rate(group.scores, reward) for group in groups}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self._prompts, self._num_drawn = draw_prompts(self.problems, self.seed), 0
-        self._draw(state["num_drawn"])
+    def state_dict(self) -> dict[str, Any]:
+        return self.prompts.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.prompts.load_state_dict(state)
 
     def warm_up(self) -> None:
         """Before a run goes on that samples beside the training; the weights are synced after it.
@@ -187,7 +207,12 @@ class Collector:
                 )
 
     def _sample(
-        self, problems: list[Problem], seed_parts: tuple, seconds: dict[str, float]
+        self,
+        problems: list[Problem],
+        num_samples: int,
+        seed_parts: tuple,
+        seconds: dict[str, float],
+        with_routes: bool = False,
     ) -> list[Group]:
         """Groups of this rank's share of these problems, each judged as soon as it is complete."""
         part = self.sampler.own_part(len(problems))
@@ -205,17 +230,20 @@ class Collector:
 
             rollouts = self.sampler.generate(
                 problems,
-                self.stage.num_generations,
+                num_samples,
                 self.sampling,
                 seed_parts,
                 on_group,
-                with_routes=self.stage.routing_replay,
+                with_routes=with_routes,
                 part=part,
             )
             sampled = time.perf_counter()
-            size = self.stage.num_generations
             groups = [
-                Group(problems_here[i], rollouts[i * size : (i + 1) * size], scores[i].result())
+                Group(
+                    problems_here[i],
+                    rollouts[i * num_samples : (i + 1) * num_samples],
+                    scores[i].result(),
+                )
                 for i in kept
             ]
         seconds["sample"] += sampled - started
@@ -310,16 +338,6 @@ def flatten_rollout(rollout: Rollout) -> dict[str, Any]:
 def restore_rollout(values: dict[str, Any]) -> Rollout:
     routes = values["routes"]
     return Rollout(**{**values, "routes": None if routes is None else routes.numpy()})
-
-
-def draw_prompts(problems: list[Problem], seed: int) -> Iterator[Problem]:
-    """Endless epochs, each in an order of its own that depends on the seed only."""
-    epoch = 0
-    while True:
-        order = list(problems)
-        random.Random(f"{seed}/prompts/{epoch}").shuffle(order)
-        yield from order
-        epoch += 1
 
 
 def sampling_of(stage: Grpo) -> Sampling:

@@ -10,6 +10,8 @@ from typing import Any
 from r1pipe.breaker import Breaker
 from r1pipe.checkpoints import Checkpoints
 from r1pipe.config import Grpo, Sampling
+from r1pipe.difficulty import FILE as DIFFICULTY
+from r1pipe.difficulty import measure_difficulty
 from r1pipe.errors import Tripped
 from r1pipe.grpo.collect import Batch, Collector, Lookahead, sampling_of
 from r1pipe.grpo.logprobs import Policy
@@ -20,7 +22,7 @@ from r1pipe.progress import Interrupt, StageProgress, say
 from r1pipe.records import Problem
 from r1pipe.rollout import Sampler
 from r1pipe.runs import JsonlLog, MetricsLog
-from r1pipe.scoring import Scorer
+from r1pipe.scoring import Scorer, mean
 from r1pipe.sharding import load_sharded
 from r1pipe.stage import StageContext
 
@@ -45,9 +47,17 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
         dtype=dtype,
         seed=context.recipe.seed,
     )
-    collector = Collector(stage, sampler, scorer, problems, context.recipe.seed)
+    rates, measured = measure_difficulty(
+        stage, context, problems, sampling_of(stage), lambda: sampler
+    )
+    collector = Collector(stage, sampler, scorer, problems, context.recipe.seed, rates)
     breaker = Breaker(stage, JsonlLog(context.folder / "events.jsonl"), context.shared_folder)
-    log, rollouts_log = MetricsLog(context.folder), JsonlLog(context.folder / "rollouts.jsonl")
+    logs = {
+        "metrics": MetricsLog(context.folder),
+        "rollouts": JsonlLog(context.folder / "rollouts.jsonl"),
+    }
+    if stage.difficulty:
+        logs["difficulty"] = JsonlLog(context.folder / DIFFICULTY)
     with (
         Lookahead(collector.collect, stage.max_steps, stage.async_steps) as batches,
         Interrupt.deferred(stage.save_grace_s),
@@ -63,17 +73,21 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
                 "batches": batches,
                 "breaker": breaker,
             },
-            logs={"metrics": log, "rollouts": rollouts_log},
+            logs=logs,
         )
         if done := checkpoints.restore_last_good():
             collector.warm_up()
             sampler.load_weights(export_weights(updater.model))
             progress.start_at(done)
+        elif stage.difficulty:
+            logs["difficulty"].write(*measured)
         steps = train(stage, updater, sampler, collector, batches, breaker, done + 1)
         try:
             for metrics, records in steps:
-                log.write(metrics)
-                rollouts_log.write(*records)
+                if is_refresh_step(stage, metrics["step"]):
+                    metrics |= refresh_difficulty(collector, metrics["step"], logs["difficulty"])
+                logs["metrics"].write(metrics)
+                logs["rollouts"].write(*records)
                 progress.advance(
                     reward=metrics["reward"],
                     length=metrics["completions/mean_length"],
@@ -81,7 +95,7 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
                 )
                 checkpoints.end_step(metrics["step"], metrics["reward"])
         except Tripped as error:
-            rollouts_log.write(*breaker.batch.records())
+            logs["rollouts"].write(*breaker.batch.records())
             if error.rollback:
                 checkpoints.discard_from(breaker.first_suspect)
             raise
@@ -92,6 +106,22 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
         "optimizer_steps": stage.max_steps,
         **checkpoints.facts(),
         **final,
+    }
+
+
+def is_refresh_step(stage: Grpo, step: int) -> bool:
+    every = stage.difficulty and stage.difficulty.refresh_steps
+    return bool(every) and step % every == 0 and step < stage.max_steps
+
+
+def refresh_difficulty(collector: Collector, step: int, log: JsonlLog) -> dict[str, float]:
+    """Choose the next prompts by what the policy can do now. Nothing is being sampled meanwhile."""
+    rates = collector.refresh_difficulty(step)
+    log.write(*({"problem_id": i, "step": step, "pass_rate": rate} for i, rate in rates.items()))
+    known = [rate for rate in rates.values() if rate is not None]
+    return {
+        "difficulty/prompts": collector.prompts.num_chosen,
+        "difficulty/mean_pass_rate": mean(known),
     }
 
 

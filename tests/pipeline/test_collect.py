@@ -110,6 +110,44 @@ def test_an_interrupted_batch_leaves_no_requests_behind(sampler: Sampler) -> Non
     assert describe(again.collect(1, 1)) == expected
 
 
+DIFFICULTY = {"num_samples": 2, "min_pass_rate": 0.1, "max_pass_rate": 0.9, "refresh_steps": 2}
+EVEN = "reward_of_tests.undecided_for_odd_answers"
+"""Pass rates: 1 for even answers, about a half for others."""
+
+
+def test_refresh_samples_what_had_no_rollouts(sampler: Sampler) -> None:
+    odd = {problem.id for problem in PROBLEMS if int(problem.answer) % 2}
+    collector = make_collector(sampler, EVEN, difficulty=DIFFICULTY)
+    collector.prompts.refresh(dict.fromkeys((problem.id for problem in PROBLEMS), 0.5))
+    first = collector.collect(1, 1)
+    drawn = {group.problem.id for group in first.groups}
+    assert drawn - odd, "nothing is known yet"
+    rates = collector.refresh_difficulty(2)
+    assert set(rates) == {problem.id for problem in PROBLEMS}
+    for group in first.groups:  # four samples of these
+        assert rates[group.problem.id] == sum(group.rewards) / 4
+    assert all(rates[name] == 1.0 for name in set(rates) - odd)
+    assert {rates[name] for name in odd - drawn} <= {0.0, 0.5, 1.0}  # two samples of these
+    chosen = {name for name, rate in rates.items() if 0.1 <= rate <= 0.9}
+    assert 0 < collector.prompts.num_chosen == len(chosen) < len(odd)
+    assert {group.problem.id for group in collector.collect(3, 3).groups} <= chosen
+
+
+def test_collector_with_difficulty_goes_on_where_it_was(sampler: Sampler) -> None:
+    def make() -> Collector:
+        rates = {problem.id: 0.5 for problem in PROBLEMS}
+        return Collector(stage, sampler, Scorer(stage.rewards), PROBLEMS, seed=0, pass_rates=rates)
+
+    stage = make_collector(sampler, EVEN, difficulty={**DIFFICULTY, "order": "easy_first"}).stage
+    collector = make()
+    collector.collect(1, 1)
+    state = collector.state_dict()
+    expected = [collector.refresh_difficulty(2), describe(collector.collect(3, 3))]
+    again = make()
+    again.load_state_dict(state)
+    assert [again.refresh_difficulty(2), describe(again.collect(3, 3))] == expected
+
+
 def test_a_group_s_prompt_is_read_once(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its other samples find it in the prefix cache, in whole blocks of 128 tokens on CPU."""
     problems = [lengthen(problem, 6) for problem in PROBLEMS[:4]]

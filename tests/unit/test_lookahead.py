@@ -4,7 +4,9 @@ import threading
 
 import pytest
 
-from r1pipe.grpo.collect import Lookahead, draw_prompts
+from r1pipe.config import Difficulty
+from r1pipe.grpo.collect import Lookahead
+from r1pipe.grpo.prompts import Prompts
 from r1pipe.records import Problem
 
 PROBLEMS = [
@@ -14,10 +16,56 @@ PROBLEMS = [
 
 
 def test_every_epoch_has_every_problem_once() -> None:
-    prompts = draw_prompts(PROBLEMS, seed=3)
-    epochs = [[next(prompts).id for _ in PROBLEMS] for _ in range(2)]
+    epochs = draw_epochs(Prompts(PROBLEMS, seed=3), 2, 8)
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(p.id for p in PROBLEMS)
     assert epochs[0] != epochs[1]
+
+
+def draw_epochs(prompts: Prompts, count: int, size: int) -> list[list[str]]:
+    return [[problem.id for problem in prompts.draw(size)] for _ in range(count)]
+
+
+RATES = {f"p{i}": i / 8 for i in range(7)} | {"p7": None}
+
+
+def test_prompts_are_chosen_and_ordered_by_pass_rate() -> None:
+    chosen = Prompts(PROBLEMS, 3, Difficulty(min_pass_rate=0.25, max_pass_rate=0.5), RATES)
+    for epoch in draw_epochs(chosen, 3, 3):
+        assert sorted(epoch) == ["p2", "p3", "p4"]
+    easy_first = Prompts(PROBLEMS, 3, Difficulty(order="easy_first"), RATES)
+    for epoch in draw_epochs(easy_first, 2, 7):
+        assert epoch == ["p6", "p5", "p4", "p3", "p2", "p1", "p0"]  # p7 could not be judged
+
+
+def test_prompts_follow_newer_rates() -> None:
+    prompts = Prompts(PROBLEMS, 3, Difficulty(max_pass_rate=0.5), RATES)
+    assert sorted(draw_epochs(prompts, 1, 5)[0]) == ["p0", "p1", "p2", "p3", "p4"]
+    prompts.draw(2)
+    prompts.note({"p0": 1.0, "p6": 0.2})
+    rest = draw_epochs(prompts, 1, 3)[0]
+    assert "p6" not in rest, "the epoch that has begun is not changed"
+    assert sorted(draw_epochs(prompts, 1, 5)[0]) == ["p1", "p2", "p3", "p4", "p6"]
+    prompts.draw(1)
+    prompts.refresh({"p1": 1.0, "p2": 1.0})
+    assert sorted(draw_epochs(prompts, 1, 3)[0]) == ["p3", "p4", "p6"]
+    assert prompts.noted == {}
+    prompts.refresh(dict.fromkeys(RATES, 1.0))
+    assert prompts.num_chosen == 8, "outgrown: all of them again"
+
+
+def test_prompts_go_on_where_they_were() -> None:
+    """Saved in the middle of an epoch, with rates noted that the epoch does not know yet."""
+    settings = Difficulty(max_pass_rate=0.6, order="easy_first")
+    for place in range(14):
+        prompts = Prompts(PROBLEMS, 3, settings, RATES)
+        prompts.draw(place)
+        prompts.note({"p0": 1.0, "p6": 0.5})
+        state = prompts.state_dict()
+        expected = draw_epochs(prompts, 3, 4)
+        again = Prompts(PROBLEMS, 3, settings, RATES)
+        again.draw(3)
+        again.load_state_dict(state)
+        assert draw_epochs(again, 3, 4) == expected
 
 
 def test_lookahead_samples_while_the_caller_trains() -> None:
