@@ -21,6 +21,7 @@ from rewards.code import (
 from rewards.code_extract import extract_code
 from rewards.countdown import countdown_correct
 from rewards.extract import extract_answer
+from rewards.gym import reasoning_gym_score
 from rewards.mathematics import (
     Verdict,
     count_verdicts,
@@ -59,6 +60,7 @@ __all__ = [
     "judge_pairs",
     "language_consistency",
     "math_correct",
+    "reasoning_gym_score",
     "repetition",
     "sandbox_in_use",
     "shut_down_workers",

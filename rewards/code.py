@@ -164,7 +164,7 @@ def _read_tests(tests: str) -> FunctionTests | ProgramTests:
 def _judge_programs(jobs: list[_Program], limits: Limits, stop: bool) -> list[CodeVerdict]:
     if not jobs:
         return []
-    mechanism = _find_mechanism()
+    mechanism = find_mechanism()
     verdicts: dict[int, CodeVerdict] = {}
     for kind, path, make_item in (
         (FunctionTests, "rewards.code_runs:judge_function", _make_function_item),
@@ -191,12 +191,12 @@ def _read_result(result: workers.Result) -> CodeVerdict:
     if result.status == workers.OK:
         return CodeVerdict(**result.value)
     message = str(result.value or f"a worker {result.status}")
-    _report_failure(message)
+    report_failure(message)
     return CodeVerdict(FAILED, detail=message)
 
 
 @functools.cache  # each message once
-def _report_failure(message: str) -> None:
+def report_failure(message: str) -> None:
     _logger.error("a program could not be judged: %s", message)
 
 
@@ -225,7 +225,8 @@ def sandbox_in_use() -> str:
     return _find_sandbox()[1]
 
 
-def _find_mechanism() -> str:
+def find_mechanism() -> str:
+    """Return the name of the sandbox that is used here. Raises ``SandboxError`` as above."""
     return _find_sandbox()[0]
 
 

@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ _FOLDER = Path(__file__).resolve().parent
 _SERVER = "sandbox_server.py"
 _INSIDE = (
     _SERVER, "sandbox_kernel.py", "sandbox_filter.py", "sandbox_inside.py", "code_candidate.py",
-    "code_checker.py", "code_protocol.py", "plain_data.py",
+    "code_checker.py", "code_protocol.py", "gym_scorer.py", "plain_data.py",
 )  # fmt: skip
 
 
@@ -71,15 +72,19 @@ class Ending(NamedTuple):
 
 
 class Server:
-    """A fork-server and the one thread that uses it. Raises ``SandboxError`` if it cannot run."""
+    """A fork-server and the one thread that uses it. Raises ``SandboxError`` if it cannot run.
 
-    def __init__(self, mechanism: str):
+    ``module`` is imported before anything is confined, from ``folders`` of installed packages,
+    which programs can then read.
+    """
+
+    def __init__(self, mechanism: str, folders: Sequence[str] = (), module: str = ""):
         self.mechanism = mechanism
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control = ours
         with theirs:
             self.process = subprocess.Popen(
-                _make_command(mechanism, [str(theirs.fileno()), mechanism]),
+                _make_command(mechanism, [str(theirs.fileno()), mechanism, module, *folders]),
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 env=_make_environment(),
                 pass_fds=[theirs.fileno()], cwd="/",
@@ -232,10 +237,11 @@ def _make_command(mechanism: str, arguments: list[str]) -> list[str]:
     python = [_find_python(), "-s", "-S", "-P", "-X", "utf8"]
     if mechanism != "bubblewrap":
         return [*python, str(_FOLDER / _SERVER), *arguments]
-    return [*_make_bubblewrap(python[0]), *python, f"/sandbox/{_SERVER}", *arguments]
+    bubblewrap = _make_bubblewrap(python[0], arguments[3:])
+    return [*bubblewrap, *python, f"/sandbox/{_SERVER}", *arguments]
 
 
-def _make_bubblewrap(python: str) -> list[str]:
+def _make_bubblewrap(python: str, folders: Sequence[str]) -> list[str]:
     """Return the command up to the program: a file system of the interpreter's files only."""
     program = shutil.which("bwrap")
     if program is None:
@@ -254,6 +260,10 @@ def _make_bubblewrap(python: str) -> list[str]:
         options += ["--ro-bind-try", path, path]
     for path in _list_package_folders():
         options += ["--tmpfs", path]
+    for path in folders:
+        for folder in reversed(Path(path).parents[:-1]):
+            options += ["--perms", "0755", "--dir", str(folder)]
+        options += ["--ro-bind", path, path]
     options += ["--ro-bind", python, python]
     for name in _INSIDE:
         options += ["--ro-bind", str(_FOLDER / name), f"/sandbox/{name}"]

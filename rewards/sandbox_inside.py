@@ -1,4 +1,5 @@
-"""What runs inside the sandbox: a program, a candidate's functions, or a test's checker.
+"""What runs inside the sandbox: a program, a candidate's functions, a test's checker, or the scorer
+of a reasoning-gym task.
 
 Each is a process of its own, forked by ``rewards.sandbox_server`` and already confined. A function
 test takes two: the *candidate* holds the model's code, the *checker* the test's. The test calls
@@ -19,18 +20,23 @@ import traceback
 from rewards.code_candidate import serve_candidate
 from rewards.code_checker import run_checker
 from rewards.code_protocol import FDS, PAYLOAD_FD, make_module
+from rewards.gym_scorer import score_answer
 
 __all__ = ["FDS", "run"]
 
 
 def run(kind: str) -> int:
-    """Run the payload as a ``program``, ``candidate`` or ``checker``; return the exit status."""
+    """Run the payload as what ``kind`` says; return the exit status."""
     with open(PAYLOAD_FD, encoding="utf-8", errors="surrogatepass") as file:
         payload = json.load(file)
     _open_standard_streams()
-    return {"program": run_program, "candidate": serve_candidate, "checker": run_checker}[kind](
-        **payload
-    )
+    runners = {
+        "program": run_program,
+        "candidate": serve_candidate,
+        "checker": run_checker,
+        "scorer": score_answer,
+    }
+    return runners[kind](**payload)
 
 
 def _open_standard_streams() -> None:

@@ -1,6 +1,6 @@
 """The fork-server: a small program that starts confined processes, a few milliseconds each.
 
-    python -S -s -P sandbox_server.py CONTROL_FD MECHANISM
+    python -S -s -P sandbox_server.py CONTROL_FD MECHANISM MODULE [FOLDER ...]
 
 ``rewards.sandbox`` starts it, without the user's environment and with nothing open but the control
 socket. It is single-threaded and knows no secret: each request is a few limits and descriptors,
@@ -56,10 +56,14 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
 
 class Confinement:
-    """How processes are confined, decided once. ``uid`` is what root becomes, else None."""
+    """How processes are confined, decided once. ``uid`` is what root becomes, else None.
 
-    def __init__(self, mechanism: str):
+    ``folders`` are shown to them beside the interpreter's files.
+    """
+
+    def __init__(self, mechanism: str, folders: list[str]):
         self.mechanism = mechanism
+        self.folders = folders
         self.has_namespaces = mechanism == "namespaces"
         self.is_root = os.geteuid() == 0
         self.uid = _choose_uid() if self.is_root and mechanism != "none" else None
@@ -71,7 +75,7 @@ class Confinement:
         if mechanism == "landlock" and not self.has_landlock:
             raise OSError("the kernel has no Landlock, or it is switched off")
         if self.has_namespaces:
-            _enter_namespaces(self.is_root)
+            _enter_namespaces(self.is_root, folders)
             build_filter(pid=1, may_fork=False)  # once, for all that are forked later
 
     def describe(self) -> str:
@@ -96,7 +100,7 @@ def _choose_uid() -> int:
     raise OSError("no uid to give up root for")
 
 
-def _enter_namespaces(is_root: bool) -> None:
+def _enter_namespaces(is_root: bool, folders: list[str]) -> None:
     """Move this process into a file system of the interpreter's files only, without network.
 
     Root needs no user namespace for that, and its confined processes change to a uid of their
@@ -111,10 +115,10 @@ def _enter_namespaces(is_root: bool) -> None:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/gid_map").write_text(f"{INSIDE_ID} {gid} 1")
         Path("/proc/self/uid_map").write_text(f"{INSIDE_ID} {uid} 1")
-    _change_root()
+    _change_root(folders)
 
 
-def _change_root() -> None:
+def _change_root(folders: list[str]) -> None:
     kernel = sandbox_kernel
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
     base = "/tmp" if os.path.isdir("/tmp") else "/"
@@ -125,12 +129,12 @@ def _change_root() -> None:
     kernel.pivot_root(".", "old")
     os.chdir("/")
     kernel.mount("tmpfs", "/new", "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=1m")
-    for path in (*LIBRARIES, *_list_library_paths(), *DEVICES):
+    for path in (*LIBRARIES, *_list_library_paths(), *DEVICES, *folders):
         _show(path)
     os.makedirs(f"/new{SCRATCH}", exist_ok=True)
     kernel.make_read_only("/new")
     for path in _list_package_folders():
-        if os.path.isdir(f"/new{path}"):
+        if os.path.isdir(f"/new{path}") and path not in folders:
             kernel.mount("tmpfs", f"/new{path}", "tmpfs", kernel.MS_RDONLY, "size=4k")
     os.chdir("/new")
     kernel.pivot_root(".", ".")
@@ -294,7 +298,7 @@ def _confine(request: dict, confinement: Confinement) -> None:
 
 def _make_rules(confinement: Confinement) -> int:
     """Return Landlock rules; made while still root, which may pass folders that others may not."""
-    read = [*LIBRARIES, *DEVICES, *_list_library_paths()]
+    read = [*LIBRARIES, *DEVICES, *_list_library_paths(), *confinement.folders]
     scratch = [SCRATCH] if confinement.has_namespaces else []
     return sandbox_kernel.make_landlock_rules(read, ["/dev/null", *scratch])
 
@@ -358,8 +362,11 @@ def main() -> None:
     sandbox_kernel.die_with_parent()
     os.environ.clear()
     try:
+        module, *folders = sys.argv[3:]
         _preload()
-        confinement = Confinement(sys.argv[2])
+        if module:
+            _preload_package(module, folders)
+        confinement = Confinement(sys.argv[2], folders)
     except Exception as error:
         control.send(_line({"failed": f"{error}"}))
         sys.exit(1)
@@ -376,6 +383,14 @@ def _preload() -> None:
 
     builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D (i.e. EOF)")
     builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D (i.e. EOF)")
+
+
+def _preload_package(module: str, folders: list[str]) -> None:
+    sys.path += folders
+    # Namespaces are entered, and programs forked, by a process of one thread.
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    importlib.import_module(module)
+    os.environ.clear()
 
 
 if __name__ == "__main__":

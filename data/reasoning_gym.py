@@ -1,0 +1,66 @@
+"""Any task of reasoning-gym (Stojanovski et al. 2025, arXiv:2505.24760), generated, judged by the
+task's own scorer: `rewards.reasoning_gym_score`.
+
+Needs the package reasoning-gym (Apache-2.0). `task` is one of its about 100 names (`sudoku`,
+`basic_arithmetic`, `propositional_logic`, ...); `config` holds that task's own settings, but for
+seed and size. The splits train and test are generated from different seeds: of tasks with few
+different questions both may have the same one, which decontamination then drops from training.
+
+`kind` is task, `answer` the task's own (None for tasks that many answers solve), and `tests` what
+the scorer needs: {task, config, entry}. There are no traces.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator
+
+from r1pipe.datasets_io import ask
+
+INSTRUCTION = (
+    "Reason step by step within <think> and </think>, then give the answer, and nothing else, "
+    "within <answer> and </answer>."
+)
+SPLITS = {"train": 0, "test": 1}
+
+
+def load(
+    split: str = "train",
+    *,
+    task: str,
+    config: dict | None = None,
+    system: str | None = INSTRUCTION,
+    size: int = 1000,
+    seed: int = 0,
+) -> Iterator[dict]:
+    """Yield `size` problems."""
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
+    if split not in SPLITS:
+        raise ValueError(f'split "{split}": reasoning_gym has "train" and "test"')
+    if task not in DATASETS or task == "composite":
+        near = difflib.get_close_matches(task, DATASETS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "see reasoning-gym's gallery"
+        raise ValueError(f'no task "{task}"; {hint}')
+    config = config or {}
+    try:
+        problems = reasoning_gym.create_dataset(
+            task, **config, size=size, seed=2 * seed + SPLITS[split]
+        )
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"options.config of {task}: {error}") from error
+    for number in range(size):
+        entry = problems[number]
+        yield {
+            "id": f"{task}-{split}-{seed}-{number}",
+            "kind": "task",
+            "prompt": ask(entry["question"], system),
+            "answer": None if entry["answer"] is None else str(entry["answer"]),
+            "tests": {"task": task, "config": config, "entry": make_plain(entry)},
+            "source": f"reasoning-gym/{task}",
+        }
+
+
+def make_plain(entry: dict) -> dict:
+    """As JSON keeps it, so that a problem is the same before and after it was written down."""
+    return json.loads(json.dumps(entry))
