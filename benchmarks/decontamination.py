@@ -159,7 +159,7 @@ def compare_files(heldout_file: Path, training_file: Path) -> None:
     kept = {problem.id for problem in result.kept}
     index, by_id = OverlapIndex(heldout, NGRAM), {problem.id: problem for problem in heldout}
     for row in [row for row in rows if row.id not in kept][:NUM_SHOWN]:
-        print(f"- {row.question}\n  {[by_id[i].question for i in sorted(index.find(row))]}")
+        print(f"- {row.question}\n  {[by_id[i].question for i in sorted(*index.find_rows([row]))]}")
 
 
 if __name__ == "__main__":

@@ -584,6 +584,9 @@ class Eval(Stage):
     sampling: EvalSampling = EvalSampling()
     reward: str = "rewards.math_correct"
     format_reward: str = "rewards.format"
+    max_overlap: Share = 0.0
+    """Share of a set's problems that a checkpoint may have seen in training: above it the stage
+    ends before anything is sampled. Models from elsewhere, whose data nobody knows, pass."""
     summarizes: bool = True
     """Whether the run's own summary.json, summary.md and curves.png are of this stage."""
 

@@ -97,11 +97,11 @@ class OverlapIndex:
             if tokens and not is_long:
                 self._whole[tokens].add(problem.id)
 
-    def find(self, problem: Problem) -> set[str]:
-        """Ids of the held-out problems that a training row overlaps with."""
-        (in_prompt,) = self.find_texts([problem.question])
-        (in_trace,) = self.find_texts([problem.solution or ""], are_traces=True)
-        return in_prompt | in_trace
+    def find_rows(self, rows: list[Problem]) -> list[set[str]]:
+        """For each training row, the ids of the held-out problems that it overlaps with."""
+        in_prompts = self.find_texts([row.question for row in rows])
+        in_traces = self.find_texts([row.solution or "" for row in rows], are_traces=True)
+        return [a | b for a, b in zip(in_prompts, in_traces)]
 
     def find_texts(self, texts: Sequence[str], are_traces: bool = False) -> list[set[str]]:
         """For each text, the ids of the held-out problems that it overlaps with."""

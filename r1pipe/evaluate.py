@@ -13,6 +13,7 @@ from typing import Any
 from r1pipe.config import Eval, EvalSet, Reward
 from r1pipe.decontamination import OverlapIndex
 from r1pipe.distributed import is_first
+from r1pipe.errors import UserError
 from r1pipe.measures import (
     ProblemResult,
     compare,
@@ -33,6 +34,7 @@ def run(stage: Eval, context: StageContext) -> dict[str, Any]:
     """Write summary.json (one object per set and checkpoint), summary.md, results.jsonl (one per
     problem of these), samples, and the curves; print the table."""
     sets = [HeldOut(source, context) for source in stage.data]
+    refuse_overlap(stage, sets)
     results: dict[tuple[str, str], list[ProblemResult]] = {}
     summary = []
     # One engine after another: checkpoints of one architecture next to each other share one.
@@ -55,6 +57,19 @@ class HeldOut:
         self.source, self.label = source, source.label
         self.problems = context.load(source)
         self.overlap = TrainingOverlap(context, self.problems)
+
+
+def refuse_overlap(stage: Eval, sets: list[HeldOut]) -> None:
+    """Raises UserError if a checkpoint was trained on too much of a set."""
+    for heldout in sets:
+        for name in stage.checkpoints:
+            share = heldout.overlap.share(name)
+            if share is not None and share > stage.max_overlap:
+                raise UserError(
+                    f'stage "{stage.name}": "{name}" was trained on rows that overlap with '
+                    f"{share:.1%} of {heldout.label} (max_overlap {stage.max_overlap:.1%}): train "
+                    "it again, which leaves them out (--redo), or take another set"
+                )
 
 
 def evaluate(
@@ -93,6 +108,7 @@ def evaluate(
         "dataset": heldout.label,
         **measure(results, rollouts, scores, stage.sampling, k, reward, stage.format_reward),
         "overlap": heldout.overlap.share(name),
+        "overlap_dropped": heldout.overlap.num_dropped(name),
         # Of the stage that made the checkpoint; its evaluation took eval_s.
         "wall_s": record["wall_s"] if record else 0.0,
         "eval_s": round(time.monotonic() - started, 1),
@@ -176,24 +192,36 @@ class TrainingOverlap:
     def share(self, checkpoint: str) -> float | None:
         """Share of the problems that overlap with what the checkpoint, and all it comes from, was
         trained on; None if part of that is a model from elsewhere, whose data nobody here knows."""
-        overlapping: set[str] = set()
-        names, seen = [checkpoint], set()
-        while names:
-            name = names.pop()
-            stage = self._context.recipe.stage(name)
-            if stage is None:
-                return None
-            if name not in seen:
-                seen.add(name)
-                names += stage.parents()
-                overlapping |= self._find(name)
+        names = self._list_ancestors(checkpoint)
+        if any(self._context.recipe.stage(name) is None for name in names):
+            return None
+        overlapping = set().union(*map(self._find, names))
         return round(len(overlapping) / self._num_problems, 4)
 
+    def num_dropped(self, checkpoint: str) -> int:
+        """How many rows were kept out of its training, and that of all it comes from, because they
+        overlap with the recipe's evaluation sets."""
+        records = map(self._context.run.read_record, self._list_ancestors(checkpoint))
+        return sum(record.get("overlap_dropped", 0) for record in records if record)
+
+    def _list_ancestors(self, checkpoint: str) -> list[str]:
+        """It, and all stages, folders and hub ids that it comes from, once each."""
+        names = [checkpoint]
+        for name in names:
+            stage = self._context.recipe.stage(name)
+            names += [n for n in (stage.parents() if stage else ()) if n not in names]
+        return names
+
     def _find(self, stage_name: str) -> set[str]:
-        """Ids of the held-out problems that overlap with one stage's training problems."""
+        """Ids of the held-out problems that overlap with one stage's training problems, or with
+        the traces that it made of them."""
         if stage_name not in self._ids_of_stage:
-            path = self._context.run.stage_dir(stage_name) / "problems.jsonl"
-            rows = read_jsonl(path) if path.exists() else ()
-            found = (self._index.find(Problem(**row)) for _, row in rows)
-            self._ids_of_stage[stage_name] = set().union(*found)
+            folder = self._context.run.stage_dir(stage_name)
+            paths = [folder / "problems.jsonl"]
+            if self._context.recipe.stage(stage_name).makes_checkpoint:
+                paths.append(folder / "traces.jsonl")  # else a later stage chooses what to train on
+            rows = [
+                Problem(**row) for path in paths if path.exists() for _, row in read_jsonl(path)
+            ]
+            self._ids_of_stage[stage_name] = set().union(*self._index.find_rows(rows))
         return self._ids_of_stage[stage_name]

@@ -65,8 +65,11 @@ class StageContext:
             )
         write_text(path, text)
 
-    def keep_out_heldout(self, problems: list[Problem]) -> list[Problem]:
-        """Without the rows whose prompt or trace overlaps with an evaluation set of the recipe."""
+    def keep_out_heldout(
+        self, problems: list[Problem], what: str = "training problems"
+    ) -> list[Problem]:
+        """Without the rows whose prompt or trace overlaps with an evaluation set of the recipe;
+        how many that are is added to the stage's record."""
         heldout = [
             problem
             for other in self.recipe.stages
@@ -77,14 +80,17 @@ class StageContext:
         if not heldout:
             return problems
         result = decontaminate(problems, heldout, self.recipe.ngram)
-        self.facts["overlap_dropped"] = result.num_dropped
-        self.facts["overlap_dropped_for_trace"] = result.num_dropped_for_trace
-        self.facts["overlap_rate"] = round(result.overlap_rate, 6)
+        for fact, count in (
+            ("overlap_dropped", result.num_dropped),
+            ("overlap_dropped_for_trace", result.num_dropped_for_trace),
+        ):
+            self.facts[fact] = self.facts.get(fact, 0) + count
+        self.facts.setdefault("overlap_rate", round(result.overlap_rate, 6))
         say(
-            f"{self.stage_name}: {len(problems)} training problems, {result.num_dropped} dropped "
+            f"{self.stage_name}: {len(problems)} {what}, {result.num_dropped} dropped "
             f"for overlap with {len(heldout)} held-out ones"
         )
-        self.record_left("overlap with evaluation", len(result.kept))
+        self.record_left(f"{what} without overlap", len(result.kept))
         return result.kept
 
     def load(self, source: ProblemSet) -> list[Problem]:

@@ -72,9 +72,12 @@ def compute_stamp() -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
-def read_requirements() -> list[str]:
-    lines = (line.partition(" #")[0].strip() for line in REQUIREMENTS.read_text().splitlines())
-    return [line for line in lines if line and not line.startswith("#")]
+def read_requirements(optional: bool = False) -> list[str]:
+    """The pinned packages that are needed, or those that are not."""
+    lines = [line.strip() for line in REQUIREMENTS.read_text().splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    chosen = (line for line in lines if line.endswith("# optional") == optional)
+    return [line.partition(" #")[0].strip() for line in chosen]
 
 
 def install() -> None:
@@ -101,6 +104,10 @@ def install() -> None:
             file.write_text("\n".join(lines) + "\n")
             pip("--no-deps", *options, "-r", file)
     pip("--no-deps", "--no-build-isolation", "-e", ROOT)
+    try:
+        pip("--no-deps", *read_requirements(optional=True), quiet_errors=True)
+    except subprocess.CalledProcessError:
+        print("set-up: no reasoning-gym (pycosat needs a C compiler and Python's headers)")
 
 
 def pip(*arguments: object, quiet_errors: bool = False) -> None:

@@ -45,14 +45,14 @@ OVERLAPS = [
 def test_overlap(prompt: str, trace: str, expected: set[str]) -> None:
     index = OverlapIndex([HELDOUT, CHINESE, SHORT, TINY], ngram=6)
     row = make_problem(prompt, solution=trace)
-    assert index.find(row) == expected
+    assert index.find_rows([row]) == [expected]
     # The same in one batch among others as on its own.
     others = [make_problem("Nothing to see here, as it seems, of barns"), row, row]
     result = decontaminate(others, [HELDOUT, CHINESE, SHORT, TINY], ngram=6)
     assert len(result.kept) == (1 if expected else 3)
     assert result.num_dropped == (2 if expected else 0)
     assert result.overlap_rate == pytest.approx(2 / 3 if expected else 0)
-    in_prompt = index.find(make_problem(prompt))
+    (in_prompt,) = index.find_texts([prompt])
     assert result.num_dropped_for_trace == (2 if expected and not in_prompt else 0)
 
 

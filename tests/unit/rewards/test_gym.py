@@ -1,4 +1,4 @@
-"""reasoning-gym's tasks: its own golds score 1, other answers do not, and none runs as a program."""
+"""reasoning-gym's tasks: its own golds score 1, others do not, and none runs as a program."""
 
 import json
 
@@ -119,7 +119,8 @@ def test_unusable_tests_are_not_judged(tests: object) -> None:
 
 def test_recipe_s_splits_and_errors() -> None:
     def questions(split: str) -> set[str]:
-        return {p.question for p in load("basic_arithmetic", split, size=200, config={"min_terms": 4})}
+        problems = load("basic_arithmetic", split, size=200, config={"min_terms": 4})
+        return {problem.question for problem in problems}
 
     assert not questions("train") & questions("test")
     assert questions("train") == questions("train")
