@@ -453,6 +453,9 @@ class Traces(Strict):
         Reward(function="rewards.format"),
     ]
     """A sample is accepted if every one of these gives it its full reward, 1."""
+    min_pass_rate: Share = 0.0
+    max_pass_rate: Share = 1.0
+    """Problems of whose samples fewer, or more, are accepted make no traces."""
     filters: TraceFilters = TraceFilters()
     max_per_problem: PositiveInt = 1
     """Kept samples per problem; equal ones count once."""

@@ -26,7 +26,7 @@ ENDS = ("truncated", "unjudged", "wrong")
 """Why a sample is not accepted."""
 FLAWS = ("no_format", "mixed_language", "long_paragraph", "code_block")
 """What `find_flaw` finds."""
-DROPS = (*FLAWS, "duplicate", "over_cap")
+DROPS = ("too_hard", "too_easy", *FLAWS, "duplicate", "over_cap")
 """Why an accepted one makes no trace all the same."""
 SHINGLE = 3
 """Words in a row that two traces are compared by."""
@@ -134,8 +134,10 @@ def select_samples(
     """The samples of one problem that become traces; adds to `counts` what became of the others."""
     left: dict[str, Rollout] = {}
     pairs = sorted(zip(rollouts, scores, strict=True), key=lambda pair: measure_length(pair[0]))
-    for rollout, score in pairs:
-        reason = find_end(rollout, score) or find_flaw(rollout.completion, settings.filters)
+    ends = [find_end(rollout, score) for rollout, score in pairs]
+    difficulty = judge_difficulty(ends.count(None) / len(ends), settings)
+    for (rollout, _), end in zip(pairs, ends):
+        reason = end or difficulty or find_flaw(rollout.completion, settings.filters)
         if reason is None and rollout.completion in left:
             reason = "duplicate"
         if reason is None:
@@ -147,6 +149,13 @@ def select_samples(
     counts["over_cap"] += len(left) - len(kept)
     counts["problems_with_traces"] += bool(kept)
     return kept
+
+
+def judge_difficulty(pass_rate: float, settings: Traces) -> str | None:
+    """Why a problem makes no traces, however good its accepted samples are."""
+    if pass_rate < settings.min_pass_rate:
+        return "too_hard"
+    return "too_easy" if pass_rate > settings.max_pass_rate else None
 
 
 def measure_length(rollout: Rollout) -> tuple[int, int, int]:

@@ -98,6 +98,24 @@ def select(completions: list[str], **changes: object) -> tuple[list[str], dict[s
     return [rollout.completion for rollout in kept], {k: n for k, n in counts.items() if n}
 
 
+# limits, accepted samples of 4, why the problem makes no traces
+DIFFICULTIES = [
+    ({}, 1, None),
+    ({"min_pass_rate": 0.25, "max_pass_rate": 0.75}, 1, None),
+    ({"min_pass_rate": 0.3}, 1, "too_hard"),
+    ({"max_pass_rate": 0.75}, 3, None),
+    ({"max_pass_rate": 0.75}, 4, "too_easy"),
+]
+
+
+@pytest.mark.parametrize(("limits", "num_right", "reason"), DIFFICULTIES)
+def test_problems_are_chosen_by_pass_rate(limits: dict, num_right: int, reason: str | None) -> None:
+    completions = ["two", "one and one", "a pair", "1 + 1"][:num_right] + ["!"] * (4 - num_right)
+    kept, counts = select(completions, **limits)
+    assert bool(kept) == (reason is None)
+    assert counts.get(reason, 0) == (num_right if reason else 0)
+
+
 def test_every_sample_is_counted_once() -> None:
     completions = ["1 + 1 = 2", "!", "?", "...", "two", "1 + 1 = 2", "```", "one and one"]
     kept, counts = select(completions, filters={"drop_code_blocks": True})
