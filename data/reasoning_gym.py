@@ -3,7 +3,7 @@ task's own scorer: `rewards.reasoning_gym_score`.
 
 Needs the package reasoning-gym (Apache-2.0). `task` is one of its about 100 names (`sudoku`,
 `basic_arithmetic`, `propositional_logic`, ...); `config` holds that task's own settings, but for
-seed and size. The splits train and test are generated from different seeds: of tasks with few
+seed and size. The splits train and test are generated from seeds far apart: of tasks with few
 different questions both may have the same one, which decontamination then drops from training.
 
 `kind` is task, `answer` the task's own (None for tasks that many answers solve), and `tests` what
@@ -21,6 +21,9 @@ INSTRUCTION = (
     "within <answer> and </answer>."
 )
 SPLITS = {"train": 0, "test": 1}
+LICENSE = "apache-2.0"
+SEEDS_APART = 10**7
+"""Most tasks make their n-th question from seed + n: of neighbouring seeds they are the same."""
 
 
 def load(
@@ -44,9 +47,8 @@ def load(
         raise ValueError(f'no task "{task}"; {hint}')
     config = config or {}
     try:
-        problems = reasoning_gym.create_dataset(
-            task, **config, size=size, seed=2 * seed + SPLITS[split]
-        )
+        first = (2 * seed + SPLITS[split]) * SEEDS_APART
+        problems = reasoning_gym.create_dataset(task, **config, size=size, seed=first)
     except (TypeError, AssertionError) as error:
         raise ValueError(f"options.config of {task}: {error}") from error
     for number in range(size):
