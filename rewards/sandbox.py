@@ -260,6 +260,8 @@ def _make_bubblewrap(python: str, folders: Sequence[str]) -> list[str]:
         options += ["--ro-bind-try", path, path]
     for path in _list_package_folders():
         options += ["--tmpfs", path]
+    if folders:  # what is imported from them may want to write while it is
+        options += ["--size", str(16 << 20), "--tmpfs", "/tmp"]
     for path in folders:
         for folder in reversed(Path(path).parents[:-1]):
             options += ["--perms", "0755", "--dir", str(folder)]

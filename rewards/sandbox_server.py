@@ -22,6 +22,7 @@ import select
 import signal
 import socket
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -389,7 +390,9 @@ def _preload_package(module: str, folders: list[str]) -> None:
     sys.path += folders
     # Namespaces are entered, and programs forked, by a process of one thread.
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    importlib.import_module(module)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MPLCONFIGDIR"] = folder  # matplotlib, if it comes along, writes a cache
+        importlib.import_module(module)
     os.environ.clear()
 
 
