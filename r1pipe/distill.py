@@ -33,9 +33,9 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
         stage.traces,
         f"{stage.name}: samples",
     )
+    traces = context.keep_out_heldout(traces, "traces")
     if not traces:
         raise UserError(f'stage "{stage.name}": no sample of {teacher} was accepted')
-    traces = context.keep_out_heldout(traces, "traces")
     write_jsonl(context.folder / "traces.jsonl", traces)
 
     training = {"dtype": context.recipe.dtype, "sums_gradients": False}

@@ -120,4 +120,4 @@ class StageContext:
     def record_left(self, reason: str, num_left: int) -> None:
         """How many rows a filter left, in the stage's record."""
         if sizes := self.facts.get("sizes"):
-            sizes[-1][reason] = num_left
+            sizes[0][reason] = num_left  # the data to train on is loaded first

@@ -173,7 +173,8 @@ class Collector:
         stale = [p for p in self.prompts.problems if p.id not in self.prompts.noted]
         seed_parts = (self.seed, self.stage.name, "difficulty", step)
         seconds = {"sample": 0.0, "score": 0.0}
-        groups = self._sample(stale, difficulty.num_samples, seed_parts, seconds)
+        num_samples = difficulty.num_samples
+        groups = self._sample(stale, num_samples, seed_parts, seconds) if stale else []
         rates = {**self.prompts.noted, **self._measure(gather_groups(groups))}
         self.prompts.refresh(rates)
         return rates
@@ -199,7 +200,7 @@ class Collector:
             sampling = self.sampling.model_copy(update={"max_completion_length": 2})
             for count in (1, 4):
                 self.sampler.generate(
-                    self.problems[:1],
+                    self.prompts.problems[:1],
                     count,
                     sampling,
                     (self.seed, "warm-up"),
