@@ -6,7 +6,6 @@ without network and files, with limits of time and memory.
 """
 
 import functools
-import importlib.util
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -90,6 +89,8 @@ def _read_result(result: workers.Result) -> float | None:
 @functools.cache
 def find_packages() -> list[str]:
     """The folders that reasoning-gym and what it needs are imported from, without importing it."""
+    import importlib.util  # slow, and not needed to import this package
+
     spec = importlib.util.find_spec("reasoning_gym")
     if spec is None:
         raise ModuleNotFoundError("rewards.reasoning_gym_score needs the package reasoning-gym")
