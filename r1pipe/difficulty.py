@@ -65,7 +65,7 @@ def measure_difficulty(
             sampling=sampling,
             seed_parts=seed_parts,
             rewards=[reward],
-            origin=identify_weights(context.checkpoint(stage.from_)),
+            origin=identify_weights(context.checkpoint(stage.from_), context.recipe.dtype),
             folder=context.folder / JOURNAL / "difficulty",
             label=f"{stage.name}: difficulty",
         )
