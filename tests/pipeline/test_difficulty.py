@@ -22,6 +22,7 @@ def recipe(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     first = {**grpo, "name": "first", "difficulty": {**LIMITS, "refresh_steps": 2}}
     second = {**grpo, "name": "second", "difficulty": {**LIMITS, "order": "easy_first"}}
     values["stages"] = [by_name["random"], first, second | {"max_steps": 1}]
+    values["doctor"] = {"min_gold_share": 0.0}  # golds mean nothing to this reward
     path = tmp_path_factory.mktemp("difficulty") / "recipe.yaml"
     path.write_text(yaml.safe_dump({**values, "runs_dir": str(path.parent), "name": "run"}))
     return path
