@@ -114,9 +114,10 @@ def main() -> None:
         prompt = prose.write(rng.randint(60, 120))
         rows.append(make_problem(str(i), prompt, trace[start:] + trace[:start]))
 
-    started = time.perf_counter()
+    started, cpu_started = time.perf_counter(), time.process_time()
     result = decontaminate(rows, heldout, NGRAM)
     seconds = time.perf_counter() - started
+    print(f"{time.process_time() - cpu_started:.1f} s of one core's time")
     num_words = sum(len(split_words(row.question + " " + row.solution)) for row in rows[:1000])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print("\n| rows | words a row | held-out | seconds | rows/s | found (false) | peak GiB |")
