@@ -37,10 +37,13 @@ class Interrupt:
     _asked_at = 0.0
     _grace_s = 0.0
     _waiting = False
+    _again: threading.Timer | None = None
+    """The second signal, for when the grace period is over."""
 
     @classmethod
     def handle(cls, signal_number: int, frame: FrameType | None) -> None:
-        if cls._waiting and not alone() and time.monotonic() - cls._asked_at < ECHO_S:
+        since_s = time.monotonic() - cls._asked_at
+        if cls._waiting and not alone() and since_s < min(ECHO_S, cls._grace_s):
             return  # a scheduler tells every process, and torchrun hands on what it was told
         first, cls.asked, cls.signal_number = not cls.asked, True, signal_number
         cls._asked_at = time.monotonic()
@@ -50,9 +53,9 @@ class Interrupt:
         # Not say(): the signal may have come in the middle of a print.
         if is_first():
             os.write(2, b"ending after this step, to save it; once more to end at once\n")
-        again = threading.Timer(cls._grace_s, os.kill, (os.getpid(), signal_number))
-        again.daemon = True
-        again.start()
+        cls._again = threading.Timer(cls._grace_s, os.kill, (os.getpid(), signal_number))
+        cls._again.daemon = True
+        cls._again.start()
 
     @classmethod
     @contextmanager
@@ -63,6 +66,8 @@ class Interrupt:
             yield
         finally:
             cls._grace_s, cls._waiting = 0.0, False
+            if cls._again:
+                cls._again.cancel()
 
     @classmethod
     def check(cls) -> None:

@@ -5,6 +5,7 @@ import os
 import random
 import resource
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -238,5 +239,10 @@ def test_the_grace_period_ends(monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
             with pytest.raises(KeyboardInterrupt):
                 signal.pause()
+        # Not while the run, its step saved, is being closed.
+        monkeypatch.setattr(Interrupt, "asked", False)
+        with Interrupt.deferred(0.2):
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.4)
     finally:
         signal.signal(signal.SIGTERM, handler)
