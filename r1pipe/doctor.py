@@ -360,10 +360,9 @@ def find_turn_end(tokenizer: "PreTrainedTokenizerBase", name: str) -> str:
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     except TemplateError as error:
         raise UserError(f"{name}: the chat template cannot be used: {error}") from error
-    before, _, behind = text.rpartition(ANSWER)
-    if not before:
+    if ANSWER not in text:
         raise UserError(f"{name}: the chat template leaves out what the assistant says")
-    return behind
+    return text.rpartition(ANSWER)[2]
 
 
 # What commands call
@@ -421,19 +420,20 @@ class Preflight:
     and of what a stage starts from when that is there. Rank 0 looks, and every rank ends."""
 
     def __init__(self, recipe: Recipe, devices: "Devices", stages: list[Stage], skip: bool = False):
-        self._doctor = Doctor(recipe, devices, thorough=False)
-        self._skip = skip
+        self._recipe, self._devices = recipe, devices
         self._waiting: set[str] = set()
-        self._look(lambda: [*examine_machine(), *self._doctor.examine(stages)])
+        if not skip:
+            self._waiting = self._look(lambda d: [*examine_machine(), *d.examine(stages)])
 
     def begin(self, stage: Stage) -> None:
         """Raises UserError, as the constructor does, with a line for each FAIL."""
         if stage.name in self._waiting:
-            self._look(lambda: self._doctor.examine_inputs(stage))
+            self._look(lambda doctor: doctor.examine_inputs(stage))
 
-    def _look(self, examine: Callable[[], Iterable[Diagnosis]]) -> None:
-        if not self._skip:
-            self._waiting = distributed.on_first_rank(lambda: self._report(examine()))
+    def _look(self, examine: Callable[[Doctor], Iterable[Diagnosis]]) -> set[str]:
+        # A doctor of its own each time: what it has read is not held while a stage runs.
+        doctor = Doctor(self._recipe, self._devices, thorough=False)
+        return distributed.on_first_rank(lambda: self._report(examine(doctor)))
 
     def _report(self, diagnoses: Iterable[Diagnosis]) -> set[str]:
         """Names of the stages of which something could not be looked at."""

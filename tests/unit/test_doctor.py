@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -273,8 +274,8 @@ def test_end_token_that_does_not_end_a_turn(project: Path) -> None:
     assert "'<|end|>'" in trouble["grpo: tokenizers"]
 
 
-def write_template(template: str) -> None:
-    (file,) = Path("model").glob("chat_template*")
+def write_template(template: str, model: Path = Path("model")) -> None:
+    (file,) = model.glob("chat_template*")
     file.write_text(template)
 
 
@@ -412,22 +413,20 @@ def test_it_can_be_skipped(project: Path, capsys: pytest.CaptureFixture) -> None
     assert "neither a stage nor a folder" in err
 
 
-def test_a_stage_is_looked_at_again_when_its_parent_is_there(project: Path) -> None:
+def test_stages_are_looked_at_again_when_their_parent_is_there(project: Path) -> None:
     values = yaml.safe_load(Path("mine.yaml").read_text())
-    init = {
-        "kind": "init",
-        "model": MODEL,
-        "tokenizer": {"data": values["stages"][0]["data"]},
-    }
-    values["stages"][0]["from"] = "init"
-    values["stages"].insert(0, init)
+    (first,) = values["stages"]
+    init = {"kind": "init", "model": MODEL, "tokenizer": {"data": first["data"]}}
+    first["from"] = "init"
+    values["stages"] = [init, first, {**first, "name": "second"}]
     Path("mine.yaml").write_text(yaml.safe_dump(values))
     recipe = load()
     preflight = Preflight(recipe, LARGE, recipe.stages)
-    write_template("{{ raise_exception('broken') }}")
+    preflight.begin(recipe.stage("init"))
     (project / "runs" / "mine").mkdir(parents=True)
-    (project / "model").rename(project / "runs" / "mine" / "init")
+    shutil.copytree(project / "model", project / "runs" / "mine" / "init")
     (project / "runs" / "mine" / "init" / "stage.json").write_text("{}")
-    preflight.begin(recipe.stages[0])
-    with pytest.raises(UserError, match=r"grpo: tokenizers: .*broken"):
-        preflight.begin(recipe.stages[1])
+    preflight.begin(recipe.stage("grpo"))
+    write_template("{{ raise_exception('broken') }}", project / "runs" / "mine" / "init")
+    with pytest.raises(UserError, match=r"second: tokenizers: .*broken"):
+        preflight.begin(recipe.stage("second"))
