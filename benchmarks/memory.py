@@ -24,7 +24,7 @@ from types import SimpleNamespace
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from r1pipe import distributed
+from r1pipe import distributed, models
 from r1pipe.config import ProblemSet, Recipe
 from r1pipe.grpo.logprobs import Policy
 from r1pipe.grpo.packing import Sample
@@ -149,14 +149,15 @@ def run_rank(folder: Path) -> None:
             updater = Updater(root, None, stage, dtype=dtype, seed=0)
             measure("train", lambda: [updater.step(make_samples(), n, check) for n in (1, 2)])
         else:
-            out = folder / f"out-{distributed.rank()}"
-            out.mkdir(exist_ok=True)
-            context = SimpleNamespace(recipe=recipe, folder=out)
+            out = Path(tempfile.mkdtemp(dir=folder))
+            context = SimpleNamespace(recipe=recipe, folder=out, shared_folder=folder / "shared")
             rows = make_rows(tokenizer)
             measure(
                 "train",
                 lambda: train_on_traces(model, tokenizer, rows, stage.train, context, "sft"),
             )
+        # In several files, as a model of more than 4 GiB.
+        models.MAX_FILE_BYTES = 2**27
         saved = folder / "saved" / str(distributed.rank())
         saved.mkdir(parents=True, exist_ok=True)
         measure("save", lambda: save_checkpoint(model, tokenizer, saved))
