@@ -76,6 +76,7 @@ class Breaker:
                 f"{self.stage.name}, step {step}: the update was skipped in "
                 f"{self._skips_in_a_row} steps in a row (breaker.max_skips "
                 f"{self.settings.max_skips}): {', '.join(sorted(self._tripped))}",
+                step,
                 rollback=True,
             )
         self._told, self._tripped, self._skips = self._tripped, set(), 0
@@ -121,13 +122,13 @@ class Breaker:
             self._tripped.add(name)
             skips = skips or limit.action == "skip"
         if ends:
-            raise self._end(ends[0][0], rollback=any(rollback for _, rollback in ends))
+            raise self._end(ends[0][0], step, rollback=any(rollback for _, rollback in ends))
         self._skips += skips
         return skips
 
-    def _end(self, line: str, rollback: bool) -> Tripped:
-        rollouts = self.folder / "rollouts.jsonl"
-        return Tripped(f"{line}; look at the step's rollouts in {rollouts}", rollback)
+    def _end(self, line: str, step: int, rollback: bool) -> Tripped:
+        look = f"r1pipe rollouts {self.folder} --step {step}"
+        return Tripped(f"{line}; look at the step's rollouts: {look}", rollback)
 
     @property
     def first_suspect(self) -> int:

@@ -6,6 +6,7 @@ from r1pipe.config import Grpo, Recipe, Stage
 from r1pipe.errors import UserError
 from r1pipe.problems import read_problems
 from r1pipe.scoring import Scorer, list_rewards
+from r1pipe.tracking import check_tracking
 
 
 def check_recipe(recipe: Recipe, devices: str | None = None) -> Iterator[str]:
@@ -13,6 +14,7 @@ def check_recipe(recipe: Recipe, devices: str | None = None) -> Iterator[str]:
     or this machine. Raises UserError at the first thing that is wrong."""
     from r1pipe.memory import Devices, estimate_stage
 
+    check_tracking(recipe)
     given = Devices.parse(devices) if devices else Devices.here(recipe.device)
     yield f"{recipe.name}: {len(recipe.stages)} stages, run folder {recipe.run_dir}"
     for stage in recipe.stages:

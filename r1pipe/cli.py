@@ -61,6 +61,8 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--redo", action="store_true", help="make it again if it is finished")
         if kind == "eval":
             add_eval_options(command)
+        if kind == "grpo":
+            add_replay_options(command)
         add_skip(command)
     check = add("check", "read a recipe and its data, say whether it fits, and run nothing")
     check.add_argument(
@@ -79,6 +81,17 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("run", metavar="RUN", help="its folder, or its name in runs/")
     add_publish(commands)
 
+    cost = commands.add_parser("cost", help="what a run has cost, stage by stage, or costs so far")
+    cost.add_argument("run", metavar="RUN", help="its folder, or its name in runs/")
+
+    rollouts = commands.add_parser("rollouts", help="read what a run's grpo stage has sampled")
+    rollouts.add_argument("run", metavar="RUN", help="its folder, or its name in runs/")
+    rollouts.add_argument("--stage", help="one of several grpo stages")
+    rollouts.add_argument("--step", type=int, help="this step's; without, a line for each step")
+    for end in ("best", "worst"):
+        help_text = f"the {end} by reward, 3 or as many as given"
+        rollouts.add_argument(f"--{end}", type=int, nargs="?", const=3, metavar="N", help=help_text)
+
     gguf = commands.add_parser("import-gguf", help="turn a GGUF file into a checkpoint folder")
     gguf.add_argument("file", type=Path, metavar="FILE")
     gguf.add_argument("out", type=Path, metavar="OUT")
@@ -87,6 +100,18 @@ def build_parser() -> argparse.ArgumentParser:
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), metavar="bash|zsh|fish")
     add_examples(parser)
     return parser
+
+
+def add_replay_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--replay",
+        metavar="STEP[:STEP]",
+        help="train on the rollouts that were kept of these steps, without a sampler",
+    )
+    command.add_argument("--stage", help="with --replay: one of several grpo stages")
+    command.add_argument(
+        "--from-run", metavar="RUN", help="with --replay: the run that has sampled them"
+    )
 
 
 def add_eval_options(command: argparse.ArgumentParser) -> None:
@@ -212,6 +237,10 @@ def run_command(options: argparse.Namespace) -> int:
         return 0
     if options.command == "doctor":
         return call_doctor(options)
+    if options.command == "cost":
+        return show_cost(options.run)
+    if options.command == "rollouts":
+        return show_rollouts(options)
     recipe = load_recipe(options.config, options.overrides)
     if options.command == "check":
         from r1pipe.check import check_recipe
@@ -219,12 +248,15 @@ def run_command(options: argparse.Namespace) -> int:
         for line in check_recipe(recipe, options.devices):
             print(line)
         return 0
-    from r1pipe.pipeline import evaluate_checkpoints, run_one, run_recipe
+    from r1pipe.pipeline import evaluate_checkpoints, replay_stage, run_one, run_recipe
 
     if options.command == "run":
         run_recipe(recipe, options.redo, options.skip_doctor)
     elif options.command == "eval" and options.checkpoints:
         evaluate_checkpoints(recipe, options.checkpoints, options.redo, options.skip_doctor)
+    elif options.command == "grpo" and options.replay:
+        source = find_folder(options.from_run) if options.from_run else None
+        replay_stage(recipe, options.stage, parse_steps(options.replay), source)
     else:
         run_one(recipe, options.command, options.redo, options.skip_doctor)
     return 0
@@ -262,6 +294,40 @@ def split_pairs(texts: list[str]) -> dict[str, str]:
     """SOURCE=VALUE by source; a VALUE alone under ""."""
     parts = (text.rpartition("=") for text in texts)
     return {source: value for source, _, value in parts}
+
+
+def parse_steps(text: str) -> range:
+    """ "12", or "1:16" with both ends."""
+    first, colon, last = text.partition(":")
+    numbers = [first, last if colon else first]
+    if not all(number.isdigit() for number in numbers) or not 0 < int(first) <= int(numbers[1]):
+        raise UserError(f"--replay {text}: give a step, such as 12, or a range, such as 1:16")
+    return range(int(first), int(numbers[1]) + 1)
+
+
+def find_folder(run: str) -> Path:
+    """Of a run that may have no finished stage yet, by its path or by its name in runs/."""
+    return next((f for f in (Path(run), Path("runs") / run) if f.is_dir()), Path(run))
+
+
+def show_cost(name: str) -> int:
+    from r1pipe.costs import describe_costs
+
+    print(describe_costs(find_folder(name)))
+    return 0
+
+
+def show_rollouts(options: argparse.Namespace) -> int:
+    """A table of the steps that are kept, or some of a step's rollouts in full."""
+    from r1pipe.rollout_view import describe_step, describe_steps, find_rollouts
+
+    folder = find_rollouts(find_folder(options.run), options.stage)
+    if options.step is None:
+        print(describe_steps(folder))
+    else:
+        for text in describe_step(folder, options.step, options.best, options.worst):
+            print(text)
+    return 0
 
 
 if __name__ == "__main__":

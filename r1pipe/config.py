@@ -109,6 +109,17 @@ class DoctorLimits(Strict):
     """What must be left when the checkpoints are written."""
 
 
+class KeptRollouts(Strict):
+    """How much is kept of what a grpo stage samples; all of it can be trained on again with
+    --replay."""
+
+    keep_gib: PositiveFloat = 10.0
+    """Per stage, compressed; beyond it the oldest steps go."""
+    routes: bool = True
+    """With routing_replay, the routes as well, which a replay needs. A large model's take more room
+    than all the rest: layers x experts per token bytes for each token."""
+
+
 class Saving(Strict):
     """When a training stage saves what it needs to go on exactly where it was."""
 
@@ -645,6 +656,13 @@ class Recipe(Strict):
     """Words that a training and an evaluation problem must share in a row to count as overlap."""
     engine: Engine = Engine()
     doctor: DoctorLimits = DoctorLimits()
+    rollouts: KeptRollouts = KeptRollouts()
+    price_per_device_hour: NonNegativeFloat | None = None
+    """Of a GPU, or of a CPU core where there is none: what `r1pipe cost` reckons with."""
+    currency: str = "USD"
+    tracking: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
+    """Where metrics go beside metrics.jsonl; each needs its package."""
+    tracking_project: str = "r1pipe"
     stages: Annotated[list[AnyStage], Field(min_length=1)]
 
     @model_validator(mode="after")

@@ -119,6 +119,17 @@ def gather(value: T, lane: str = "main") -> list[T]:
     return values
 
 
+def gather_to_first(value: T) -> list[T]:
+    """As `gather`, for what only rank 0 needs; the others get an empty list."""
+    if alone():
+        return [value]
+    import torch.distributed as dist
+
+    values: list | None = [None] * world_size() if is_first() else None
+    dist.gather_object(value, values, group=_lanes["main"])
+    return values or []
+
+
 def sum_counts(counts: dict[str, float]) -> dict[str, float]:
     """Sums over ranks, name by name; a rank may lack a name. Every rank gets the same bits."""
     total: dict[str, float] = {}

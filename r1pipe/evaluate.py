@@ -47,7 +47,12 @@ def run(stage: Eval, context: StageContext) -> dict[str, Any]:
     summary = order_by_set(summary)
     compare_in_order(summary, results)
     write_results(stage, context, summary, results)
-    return {"checkpoints": len(stage.checkpoints), "problems": sum(len(s.problems) for s in sets)}
+    everything = [result for found in results.values() for result in found]
+    return {
+        "checkpoints": len(stage.checkpoints),
+        "problems": sum(len(heldout.problems) for heldout in sets),
+        "tokens_sampled": round(sum(r.mean_tokens * r.num_samples for r in everything)),
+    }
 
 
 class HeldOut:

@@ -7,13 +7,19 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 from r1pipe import distributed
 from r1pipe.config import Eval, Recipe, Stage
+from r1pipe.costs import describe_costs
 from r1pipe.doctor import Preflight
 from r1pipe.errors import FULL, Tripped, UserError, is_disk_full
+from r1pipe.ledger import Hardware, Ledger
 from r1pipe.progress import say
+from r1pipe.rollout_view import find_rollouts
 from r1pipe.runs import RunFolder
+from r1pipe.tracking import Tracking, check_tracking
 
 STAGE_MODULES = {
     "init": "r1pipe.init",
@@ -42,8 +48,10 @@ def run_recipe(recipe: Recipe, redo: str | None = None, skip_doctor: bool = Fals
         for name in names:
             if name in finished:
                 say(f"{name}: finished before")
-        stages = [stage for stage in recipe.stages if stage.name not in finished]
-        run_stages(run, stages, redone, skip_doctor)
+        unfinished = [stage for stage in recipe.stages if stage.name not in finished]
+        run_stages(run, unfinished, redone, skip_doctor)
+        if unfinished and distributed.is_first():
+            print(describe_costs(run.path))
 
 
 def run_one(recipe: Recipe, kind: str, redo: bool, skip_doctor: bool = False) -> None:
@@ -107,12 +115,40 @@ def open_run(recipe: Recipe) -> Iterator[RunFolder]:
         yield run
 
 
+def replay_stage(recipe: Recipe, name: str | None, steps: range, source: Path | None) -> None:
+    """Train the grpo stage `name`, or the only one, on rollouts that it, or that of the run folder
+    `source`, has kept, into a stage folder of its own: `<name>-replay`, made anew each time."""
+    stages = {stage.name: stage for stage in recipe.stages if stage.kind == "grpo"}
+    if not stages:
+        raise UserError(f'recipe "{recipe.name}" has no grpo stage to replay')
+    if name is None and len(stages) == 1:
+        (name,) = stages
+    if name not in stages:
+        raise UserError(f"--replay: choose with --stage: {', '.join(stages)}")
+    stage = stages[name]
+    folder = find_rollouts(source or recipe.run_dir, None if source else stage.name)
+    replayed = stage.model_copy(update={"name": f"{stage.name}-replay"})
+    if recipe.stage(replayed.name):
+        raise UserError(f'--replay: the recipe has a stage of the name "{replayed.name}"')
+    with open_run(recipe) as run:
+        from r1pipe.grpo.loop import replay
+
+        make = partial(replay, source=folder, steps=steps)
+        run_stages(run, [replayed], {replayed.name}, skip_doctor=True, make=make)
+
+
 def run_stages(
-    run: RunFolder, stages: list[Stage], redone: Collection[str] = (), skip_doctor: bool = False
+    run: RunFolder,
+    stages: list[Stage],
+    redone: Collection[str] = (),
+    skip_doctor: bool = False,
+    make: Callable | None = None,
 ) -> None:
-    """Those in `redone` from their beginning, the others from where they were interrupted."""
+    """Those in `redone` from their beginning, the others from where they were interrupted; by
+    `make`, or by what their kind says."""
     if not stages:
         return
+    check_tracking(run.recipe)
     silence_libraries()
     from r1pipe.memory import Devices, estimate_stage
     from r1pipe.models import pick_device
@@ -125,6 +161,7 @@ def run_stages(
     # A misspelt reward of the last stage is worth knowing before the first one has run for hours.
     preflight = Preflight(recipe, devices, stages, skip_doctor)
     engines = Engines(recipe.engine, recipe.dtype, device)
+    ledger = Ledger(run.path, recipe, Hardware.here(recipe, device.type))
     started = time.monotonic()
     try:
         for stage in stages:
@@ -132,6 +169,7 @@ def run_stages(
             preflight.begin(stage)
             if distributed.is_first() and (line := estimate_stage(stage, recipe, devices)):
                 say(line)
+            tracking = Tracking(recipe, stage)
             context = StageContext(
                 recipe=recipe,
                 run=run,
@@ -140,15 +178,20 @@ def run_stages(
                 engines=engines,
                 device=device,
                 facts={},
+                ledger=ledger,
+                listeners=[ledger.note_step, tracking.log],
             )
-            try:
-                facts = find_stage(stage.kind)(stage, context)
-            except BaseException as error:
-                if step := run.abandon(context.folder, keep=isinstance(error, Tripped)):
-                    say(f"{stage.name}: step {step} is saved")
-                if is_disk_full(error) and not isinstance(error, UserError):
-                    raise UserError(f"{context.folder}: {FULL}") from error
-                raise
+            with ledger.stage(stage.name):
+                try:
+                    with tracking:
+                        facts = (make or find_stage(stage.kind))(stage, context)
+                except BaseException as error:
+                    if step := run.abandon(context.folder, keep=isinstance(error, Tripped)):
+                        say(f"{stage.name}: step {step} is saved")
+                    if is_disk_full(error) and not isinstance(error, UserError):
+                        raise UserError(f"{context.folder}: {FULL}") from error
+                    raise
+                ledger.finish(facts, context.folder)
             wall_s = time.monotonic() - stage_started
             facts = {**context.facts, **facts, "peak_memory_gib": round(peak_memory_gib(), 2)}
             run.finish(stage, context.folder, facts, wall_s)

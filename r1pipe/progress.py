@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 
@@ -79,11 +79,12 @@ class Interrupt:
 class StageProgress:
     """Progress of one stage over `total` steps. Use as a context manager.
 
-    `advance(reward=0.5)` counts a step and shows the given figures beside it.
+    `advance(reward=0.5)` counts a step and shows the given figures beside it; `note(seconds left)`
+    has a word to add.
     """
 
-    def __init__(self, label: str, total: int):
-        self.label, self.total, self.done = label, total, 0
+    def __init__(self, label: str, total: int, note: Callable[[float], str] | None = None):
+        self.label, self.total, self.done, self.note = label, total, 0, note
         self._done_before = 0
         self._started = self._last_line = time.monotonic()
         self._bar = None
@@ -124,15 +125,15 @@ class StageProgress:
         Interrupt.check()
         self.done += steps
         text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        if self._bar:
-            self._bar.update(self._task, advance=steps, figures=text)
-            return
         now = time.monotonic()
-        if now - self._last_line > SECONDS_BETWEEN_LINES or self.done >= self.total:
+        pace = (now - self._started) / (self.done - self._done_before)
+        left = pace * (self.total - self.done)
+        note = f"  {self.note(left)}" if self.note else ""
+        if self._bar:
+            self._bar.update(self._task, advance=steps, figures=text + note)
+        elif now - self._last_line > SECONDS_BETWEEN_LINES or self.done >= self.total:
             self._last_line = now
-            pace = (now - self._started) / (self.done - self._done_before)
-            left = pace * (self.total - self.done)
-            say(f"{self.label}: {self.done}/{self.total}  {text}  {left:.0f} s left")
+            say(f"{self.label}: {self.done}/{self.total}  {text}  {left:.0f} s left{note}")
 
 
 def say(text: str) -> None:

@@ -4,6 +4,7 @@ Imports no torch, so that data can be looked at without a training environment.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -107,8 +108,22 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 def dump_row(row: Any) -> str:
-    """One record or dict as a JSON line, without the line's end."""
-    return json.dumps(row if isinstance(row, dict) else asdict(row), ensure_ascii=False)
+    """One record or dict as a JSON line, without the line's end. What is not a finite number, such
+    as the mean of no rewards, is null: JSON has no NaN."""
+    row = row if isinstance(row, dict) else asdict(row)
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(replace_nan(row), ensure_ascii=False, allow_nan=False)
+
+
+def replace_nan(value: Any) -> Any:
+    """None for every NaN and infinity in nested lists and dicts."""
+    if isinstance(value, dict):
+        return {key: replace_nan(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [replace_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

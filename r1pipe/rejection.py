@@ -67,6 +67,7 @@ def collect_traces(
     say(f"{label}: {len(rollouts)} samples, {describe(reasons)}: {len(traces)} traces")
     return traces, {
         "samples": len(rollouts),
+        "tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts),
         "samples_accepted": len(rollouts) - sum(reasons[end] for end in ENDS),
         **{f"dropped/{reason}": n for reason, n in reasons.items()},
         "problems_with_traces": counts["problems_with_traces"],

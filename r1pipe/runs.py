@@ -17,6 +17,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -298,10 +299,21 @@ class JsonlLog:
 
 
 class MetricsLog(JsonlLog):
-    """`metrics.jsonl` of a stage: one object per step."""
+    """`metrics.jsonl` of a stage: one object per step. Figures that there are not, such as the
+    reward of a step that nothing could judge, are null.
 
-    def __init__(self, folder: Path):
+    `listeners` are given each step's metrics after that.
+    """
+
+    def __init__(self, folder: Path, listeners: Sequence[Callable[[dict[str, Any]], None]] = ()):
         super().__init__(folder / "metrics.jsonl")
+        self.listeners = listeners
+
+    def write(self, *rows: dict[str, Any]) -> None:
+        super().write(*rows)
+        for row in rows:
+            for listener in self.listeners:
+                listener(row)
 
 
 def read_metrics(folder: Path) -> list[dict]:

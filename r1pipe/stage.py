@@ -1,5 +1,6 @@
 """What every stage is given: the recipe, its folder, its inputs, the shared engine."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 from r1pipe.config import Eval, ProblemSet, Recipe, TrainingStage
 from r1pipe.decontamination import decontaminate
 from r1pipe.errors import UserError
+from r1pipe.ledger import Ledger
 from r1pipe.problems import Loaded, read_problems, read_traces
-from r1pipe.progress import say
+from r1pipe.progress import StageProgress, say
 from r1pipe.records import Problem, dump_row, write_text
-from r1pipe.runs import RunFolder
+from r1pipe.runs import MetricsLog, RunFolder
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +37,16 @@ class StageContext:
     device: "torch.device"
     facts: dict[str, Any]
     """Facts that shared steps add to the stage's record."""
+    ledger: Ledger
+    listeners: Sequence[Callable[[dict[str, Any]], None]]
+    """Functions that are given each step's metrics."""
+
+    def open_log(self) -> MetricsLog:
+        return MetricsLog(self.folder, self.listeners)
+
+    def open_progress(self, label: str, num_steps: int) -> StageProgress:
+        """With what the stage costs beside the steps."""
+        return StageProgress(label, num_steps, self.ledger.project)
 
     @property
     def shared_folder(self) -> Path:

@@ -35,7 +35,7 @@ from r1pipe.moe import ExpertLoad, number_padded
 from r1pipe.optimizer import OffloadedAdamW
 from r1pipe.progress import Interrupt, StageProgress
 from r1pipe.records import Problem, write_text
-from r1pipe.runs import MetricsLog
+from r1pipe.runs import MetricsLog, read_metrics
 from r1pipe.sharding import (
     computes_by_autocast,
     put_optimizer,
@@ -90,6 +90,8 @@ class ReportProgress(TrainerCallback):
     def __init__(self, progress: StageProgress, log: MetricsLog, load: ExpertLoad):
         self.progress, self.log, self.load = progress, log, load
         self.last_loss = float("nan")
+        self.num_tokens: int | None = None
+        """As TRL counts them, from the stage's beginning."""
 
     def on_train_begin(
         self,
@@ -109,6 +111,8 @@ class ReportProgress(TrainerCallback):
         **kwargs: object,
     ) -> None:
         self.progress.advance(loss=self.last_loss)
+        if state.global_step == state.max_steps:
+            control.should_log = True  # the last steps, too few for a log of their own
 
     def on_log(
         self,
@@ -120,7 +124,12 @@ class ReportProgress(TrainerCallback):
     ) -> None:
         if logs and "loss" in logs:
             self.last_loss = float(logs["loss"])
-            self.log.write({"step": state.global_step, **logs, **self.load.metrics()})
+            if self.num_tokens is None:
+                rows = read_metrics(self.log.path.parent)  # of the run that this one goes on with
+                self.num_tokens = rows[-1]["num_tokens"] if rows else 0
+            tokens = {"tokens_trained": logs["num_tokens"] - self.num_tokens}
+            self.num_tokens = logs["num_tokens"]
+            self.log.write({"step": state.global_step, **logs, **tokens, **self.load.metrics()})
 
 
 class BalanceExperts(TrainerCallback):
@@ -308,7 +317,7 @@ def train_on_traces(
         data_seed=context.recipe.seed,
         dataloader_pin_memory=model.device.type != "cpu",
     )
-    log = MetricsLog(context.folder)
+    log = context.open_log()
     load = ExpertLoad(
         model,
         bias_update_rate=settings.bias_update_rate,
@@ -317,7 +326,7 @@ def train_on_traces(
     with (
         fast_training_kernels(model.device, context.recipe.dtype),
         Interrupt.deferred(settings.save_grace_s),
-        StageProgress(label, settings.max_steps or 1) as progress,
+        context.open_progress(label, settings.max_steps or 1) as progress,
     ):
         trainer = ResumableTrainer(
             model=model,

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -28,11 +29,48 @@ class Group:
     rollouts: list[Rollout]
     scores: list[Score]
     advantages: list[float] = field(default_factory=list)
+    takes_part: bool = True
+    """False where dynamic sampling has put it aside."""
 
     @property
     def rewards(self) -> list[float]:
         """Totals, NaN where no reward could judge."""
         return [float("nan") if s.total is None else s.total for s in self.scores]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "problem": asdict(self.problem),
+            "rollouts": [flatten_rollout(rollout) for rollout in self.rollouts],
+            "scores": [asdict(score) for score in self.scores],
+            "advantages": self.advantages,
+            "takes_part": self.takes_part,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Group":
+        return cls(
+            Problem(**state["problem"]),
+            [restore_rollout(rollout) for rollout in state["rollouts"]],
+            [Score(**score) for score in state["scores"]],
+            state["advantages"],
+            state["takes_part"],
+        )
+
+    def records(self) -> list[dict]:
+        return [
+            {
+                **describe_rollout(self.problem, rollout, score),
+                "advantage": advantage,
+                "takes_part": self.takes_part,
+                "prompt_ids": rollout.prompt_ids,
+                "completion_ids": rollout.completion_ids,
+                "logprobs": rollout.logprobs,
+                "routes": rollout.routes,
+            }
+            for rollout, score, advantage in zip(
+                self.rollouts, self.scores, self.advantages, strict=True
+            )
+        ]
 
 
 @dataclass
@@ -44,14 +82,24 @@ class Batch:
     """The step before which the sampling policy was the current one: `step`, or one less."""
     groups: list[Group]
     """All that were sampled, by every rank; what others sampled lacks prompts and log-probs."""
-    samples: list[Sample]
-    """Of this rank's groups that take part."""
+    own_groups: list[Group]
+    """This rank's part of them, whole."""
     rounds: int
     seconds: dict[str, float]
 
     @property
     def rollouts(self) -> list[Rollout]:
         return [rollout for group in self.groups for rollout in group.rollouts]
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """Of this rank's groups that take part."""
+        return [
+            Sample(rollout, advantage)
+            for group in self.own_groups
+            if group.takes_part
+            for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
+        ]
 
     def metrics(self) -> dict[str, Any]:
         """Rewards and lengths of everything that was sampled: dynamic sampling hides nothing."""
@@ -64,6 +112,7 @@ class Batch:
             "groups_sampled": len(self.groups),
             "sampling_rounds": self.rounds,
             "staleness": self.step - self.made_at,
+            "tokens_sampled": num_tokens,
             "completions/mean_length": num_tokens / len(rollouts),
             "completions/truncated": mean([float(r.truncated) for r in rollouts]),
             **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
@@ -74,45 +123,27 @@ class Batch:
         """As plain values and tensors, of a batch that has not been trained on."""
         return {
             **{name: getattr(self, name) for name in ("step", "made_at", "rounds", "seconds")},
-            "groups": [
-                {
-                    "problem": asdict(group.problem),
-                    "rollouts": [flatten_rollout(rollout) for rollout in group.rollouts],
-                    "scores": [asdict(score) for score in group.scores],
-                    "advantages": group.advantages,
-                }
-                for group in self.groups
-            ],
-            "samples": [(flatten_rollout(s.rollout), s.advantage) for s in self.samples],
+            "groups": [group.state_dict() for group in self.groups],
+            "own_groups": [group.state_dict() for group in self.own_groups],
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Batch":
-        groups = [
-            Group(
-                Problem(**group["problem"]),
-                [restore_rollout(rollout) for rollout in group["rollouts"]],
-                [Score(**score) for score in group["scores"]],
-                group["advantages"],
-            )
-            for group in state["groups"]
-        ]
-        samples = [Sample(restore_rollout(r), advantage) for r, advantage in state["samples"]]
-        return cls(**{**state, "groups": groups, "samples": samples})
+        groups, own_groups = (
+            [Group.from_state(group) for group in state[name]] for name in ("groups", "own_groups")
+        )
+        return cls(**{**state, "groups": groups, "own_groups": own_groups})
+
+    def facts(self) -> dict[str, int]:
+        """What is kept with the rows of `records`."""
+        return {"made_at": self.made_at, "rounds": self.rounds}
 
     def records(self) -> list[dict]:
-        """The step's lines of rollouts.jsonl."""
-        return [
-            {
-                "step": self.step,
-                **describe_rollout(group.problem, rollout, score),
-                "advantage": round(advantage, 4),
-            }
-            for group in self.groups
-            for rollout, score, advantage in zip(
-                group.rollouts, group.scores, group.advantages, strict=True
-            )
-        ]
+        """The step's rows of rollout_files, of all ranks' groups on the first rank and none on
+        the others. Every rank must call it."""
+        by_rank = distributed.gather_to_first([group.records() for group in self.own_groups])
+        groups = [group for part in by_rank for group in part]
+        return [{"group": i, **row} for i, group in enumerate(groups) for row in group]
 
 
 class Collector:
@@ -138,7 +169,7 @@ class Collector:
     def collect(self, step: int, made_at: int) -> Batch:
         """`prompts_per_step` groups; under dynamic sampling, of those whose rewards differ."""
         stage = self.stage
-        groups, taking_part, rounds = [], [], 0
+        groups, rounds = [], 0
         missing = stage.prompts_per_step
         seconds = {"sample": 0.0, "score": 0.0}
         while not rounds or (
@@ -146,25 +177,21 @@ class Collector:
         ):
             problems = self.prompts.draw(missing)
             seed_parts = (self.seed, stage.name, step) + ((f"round {rounds}",) if rounds else ())
-            new = self._sample(
+            groups += self._sample(
                 problems, stage.num_generations, seed_parts, seconds, stage.routing_replay
             )
-            groups += new
-            taking_part += self._pick(new) if stage.dynamic_sampling else new
+            if stage.dynamic_sampling:
+                put_aside_silent(groups)
+            taking_part = [group for group in groups if group.takes_part]
             missing = stage.prompts_per_step - sum(distributed.gather(len(taking_part), "sampling"))
             rounds += 1
         give_advantages(taking_part, stage.scale_rewards)
         for group in groups:
             group.advantages = group.advantages or [0.0] * len(group.rollouts)
-        samples = [
-            Sample(rollout, advantage)
-            for group in taking_part
-            for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
-        ]
         everything = gather_groups(groups)
         if stage.difficulty and stage.difficulty.refresh_steps:
             self.prompts.note(self._measure(everything))
-        return Batch(step, made_at, everything, samples, rounds, seconds)
+        return Batch(step, made_at, everything, groups, rounds, seconds)
 
     def refresh_difficulty(self, step: int) -> PassRates:
         """Choose the prompts anew: by the rollouts since the last time and, of problems that had
@@ -251,15 +278,6 @@ class Collector:
         seconds["score"] += time.perf_counter() - sampled  # what was left of it
         return groups
 
-    @staticmethod
-    def _pick(groups: list[Group]) -> list[Group]:
-        """The groups that can teach something: DAPO's dynamic sampling (arXiv:2503.14476, eq. 11),
-        where rewards need not be 0 or 1."""
-        if not groups:
-            return []
-        silent = find_silent_groups(torch.tensor([group.rewards for group in groups]))
-        return [group for group, is_silent in zip(groups, silent.tolist()) if not is_silent]
-
 
 class Lookahead:
     """Batches in order. With `async_steps` 1 the next one is sampled while the caller trains.
@@ -302,6 +320,15 @@ class Lookahead:
         if state["ahead"]:
             self._next = Future()
             self._next.set_result(Batch.from_state(state["ahead"]))
+
+
+def put_aside_silent(groups: list[Group]) -> None:
+    """Those that can teach nothing: DAPO's dynamic sampling (arXiv:2503.14476, eq. 11), where
+    rewards need not be 0 or 1."""
+    if groups:
+        silent = find_silent_groups(torch.tensor([group.rewards for group in groups]))
+        for group, is_silent in zip(groups, silent.tolist()):
+            group.takes_part = not is_silent
 
 
 def give_advantages(groups: list[Group], scale_rewards: str) -> None:

@@ -5,6 +5,7 @@ Run it with `r1pipe grpo configs/demo.yaml`.
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from r1pipe.breaker import Breaker
@@ -14,14 +15,16 @@ from r1pipe.difficulty import FILE as DIFFICULTY
 from r1pipe.difficulty import measure_difficulty
 from r1pipe.errors import Tripped
 from r1pipe.grpo.collect import Batch, Collector, Lookahead, sampling_of
+from r1pipe.grpo.kept import KeptBatches, NoSampler
 from r1pipe.grpo.logprobs import Policy
 from r1pipe.grpo.packing import Sample
 from r1pipe.grpo.update import Updater
-from r1pipe.models import export_weights, save_checkpoint
+from r1pipe.models import export_weights, load_tokenizer, save_checkpoint
 from r1pipe.progress import Interrupt, StageProgress, say
 from r1pipe.records import Problem
 from r1pipe.rollout import Sampler
-from r1pipe.runs import JsonlLog, MetricsLog
+from r1pipe.rollout_files import RolloutFiles
+from r1pipe.runs import JsonlLog
 from r1pipe.scoring import Scorer, mean
 from r1pipe.sharding import load_sharded
 from r1pipe.stage import StageContext
@@ -31,37 +34,27 @@ PROBE_PROMPTS, PROBE_TOKENS = 4, 16
 
 
 def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
-    """Train the policy; write its checkpoint, metrics.jsonl and rollouts.jsonl."""
+    """Train the policy; write its checkpoint, metrics.jsonl and rollouts."""
     scorer = Scorer(stage.rewards)
     problems = context.training_problems(stage)
     checkpoint = context.checkpoint(stage.from_)
     sampler = context.engines.open(checkpoint, with_routes=stage.routing_replay)
     sampler.encode(problems, stage.max_completion_length)
 
-    source = (checkpoint, context.device, context.recipe.attn_implementation, Policy)
-    dtype = context.recipe.dtype
-    updater = Updater(
-        load_sharded(*source, dtype=dtype),
-        load_sharded(*source, dtype=dtype, trained=False) if stage.beta else None,
-        stage,
-        dtype=dtype,
-        seed=context.recipe.seed,
-    )
+    updater = make_updater(stage, context, checkpoint)
     rates, measured = measure_difficulty(
         stage, context, problems, sampling_of(stage), lambda: sampler
     )
     collector = Collector(stage, sampler, scorer, problems, context.recipe.seed, rates)
     breaker = Breaker(stage, JsonlLog(context.folder / "events.jsonl"), context.shared_folder)
-    logs = {
-        "metrics": MetricsLog(context.folder),
-        "rollouts": JsonlLog(context.folder / "rollouts.jsonl"),
-    }
+    rollout_files = RolloutFiles(context.folder, context.recipe.rollouts)
+    logs = {"metrics": context.open_log(), "rollouts": rollout_files}
     if stage.difficulty:
         logs["difficulty"] = JsonlLog(context.folder / DIFFICULTY)
     with (
         Lookahead(collector.collect, stage.max_steps, stage.async_steps) as batches,
         Interrupt.deferred(stage.save_grace_s),
-        StageProgress(stage.name, stage.max_steps) as progress,
+        context.open_progress(stage.name, stage.max_steps) as progress,
     ):
         checkpoints = Checkpoints(
             context.shared_folder,
@@ -83,19 +76,16 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
             logs["difficulty"].write(*measured)
         steps = train(stage, updater, sampler, collector, batches, breaker, done + 1)
         try:
-            for metrics, records in steps:
+            for metrics, batch in steps:
                 if is_refresh_step(stage, metrics["step"]):
                     metrics |= refresh_difficulty(collector, metrics["step"], logs["difficulty"])
                 logs["metrics"].write(metrics)
-                logs["rollouts"].write(*records)
-                progress.advance(
-                    reward=metrics["reward"],
-                    length=metrics["completions/mean_length"],
-                    dlogp=metrics.get("sampler/logprob_diff_mean", float("nan")),
-                )
+                rollout_files.write(batch.step, batch.records(), batch.facts())
+                show(progress, metrics)
                 checkpoints.end_step(metrics["step"], metrics["reward"])
         except Tripped as error:
-            logs["rollouts"].write(*breaker.batch.records())
+            batch = breaker.batch
+            rollout_files.write(batch.step, batch.records(), batch.facts())
             if error.rollback:
                 checkpoints.discard_from(breaker.first_suspect)
             raise
@@ -125,16 +115,63 @@ def refresh_difficulty(collector: Collector, step: int, log: JsonlLog) -> dict[s
     }
 
 
+def replay(stage: Grpo, context: StageContext, source: Path, steps: range) -> dict[str, Any]:
+    """Train on the rollouts of these steps that the stage in the folder `source` has kept, without
+    a sampler, from the checkpoint that the stage starts from; write checkpoint and metrics.jsonl.
+
+    From step 1 on these are the losses and weights of the run that has sampled them. Later steps
+    were sampled by weights that nobody has any more: they are trained on as if by a stale sampler.
+    """
+    checkpoint = context.checkpoint(stage.from_)
+    updater = make_updater(stage, context, checkpoint)
+    has_old_weights = steps[0] > 1
+    if has_old_weights:
+        say(f"{stage.name}: begins at step {steps[0]} with the weights from before step 1")
+    batches = KeptBatches(
+        source, needs_routes=stage.routing_replay, has_old_weights=has_old_weights
+    )
+    # The learning rate's schedule, in the updater, is that of the whole stage.
+    part = stage.model_copy(update={"max_steps": steps[-1], "verify_sync": False})
+    breaker = Breaker(stage, JsonlLog(context.folder / "events.jsonl"), context.shared_folder)
+    log = context.open_log()
+    with context.open_progress(stage.name, len(steps)) as progress:
+        for metrics, _ in train(part, updater, NoSampler(), None, batches, breaker, steps[0]):
+            log.write(metrics)
+            show(progress, metrics)
+    save_checkpoint(updater.model, load_tokenizer(checkpoint), context.folder)
+    return {"replayed": str(source), "optimizer_steps": len(steps)}
+
+
+def make_updater(stage: Grpo, context: StageContext, checkpoint: str) -> Updater:
+    source = (checkpoint, context.device, context.recipe.attn_implementation, Policy)
+    dtype = context.recipe.dtype
+    return Updater(
+        load_sharded(*source, dtype=dtype),
+        load_sharded(*source, dtype=dtype, trained=False) if stage.beta else None,
+        stage,
+        dtype=dtype,
+        seed=context.recipe.seed,
+    )
+
+
+def show(progress: StageProgress, metrics: dict[str, Any]) -> None:
+    progress.advance(
+        reward=metrics["reward"],
+        length=metrics["completions/mean_length"],
+        dlogp=metrics.get("sampler/logprob_diff_mean", float("nan")),
+    )
+
+
 def train(
     stage: Grpo,
     updater: Updater,
-    sampler: Sampler,
-    collector: Collector,
-    batches: Lookahead,
+    sampler: Sampler | NoSampler,
+    collector: Collector | None,
+    batches: Lookahead | KeptBatches,
     breaker: Breaker,
     first_step: int,
-) -> Iterator[tuple[dict[str, Any], list[dict]]]:
-    """The algorithm. Yields each step's metrics and rollout records, its weights synced."""
+) -> Iterator[tuple[dict[str, Any], Batch]]:
+    """The algorithm. Yields each step's metrics and its batch, the weights synced."""
     for step in range(first_step, stage.max_steps + 1):
         clock = Clock()
         batch = batches.take(step)  # rolled out, scored, with advantages
@@ -156,7 +193,7 @@ def train(
             metrics |= probe_sync(stage, updater, sampler, breaker, batch, collector.seed)
         clock.lap("sync")
         breaker.close_step(metrics)
-        yield metrics | clock.metrics(metrics["tokens_trained"]), batch.records()
+        yield metrics | clock.metrics(metrics["tokens_trained"]), batch
 
 
 def check_last_sync(

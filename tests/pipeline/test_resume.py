@@ -1,5 +1,6 @@
 """Runs that are killed (SIGKILL) and started again, against the run that was not."""
 
+import json
 import os
 import random
 import re
@@ -16,7 +17,7 @@ from test_run import ROOT, read_lines, run, start
 
 HERE = Path(__file__).parent
 TIMES = ("seconds/", "tokens_per_s/")
-OWN_OF_A_RUN = {"stage.json", "lineage.json"}
+OWN_OF_A_RUN = {"stage.json", "lineage.json", "ledger.json", "ledger.jsonl"}
 
 
 def run_and_kill(
@@ -88,6 +89,12 @@ def test_a_killed_stage_goes_on_bit_equal(stage: str, finished: tuple, tiny_reci
     if stage == "distill":
         assert "40 of 40 samples are there from before" in result.stderr
     assert_equal(folder / stage, other / stage)
+    cost = json.loads((other / stage / "ledger.json").read_text())
+    assert (cost["attempts"], cost["outcome"]) == (2, "finished")
+    assert cost["lost_s"] > 0
+    whole = json.loads((folder / stage / "ledger.json").read_text())
+    assert cost["tokens_trained"] >= whole["tokens_trained"] > 0
+    assert cost["steps"] == whole["steps"]
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from r1pipe.records import read_jsonl
+from r1pipe.rollout_files import read_rollouts
 
 ROOT = Path(__file__).parents[2]
 SUMMARY_KEYS = {
@@ -23,6 +24,7 @@ SUMMARY_KEYS = {
     "ci_low", "ci_high", "pass_at_k", "pass_at", "maj_at_k", "format_rate", "mean_tokens",
     "truncated", "unjudged", "by_category", "by_length", "compared_with", "wall_s",
 }  # fmt: skip
+KEPT = ("grpo/rollouts/step_000001.parquet", "grpo/rollouts/step_000002.parquet")
 
 
 def start(
@@ -72,7 +74,10 @@ def test_summary(finished: tuple) -> None:
     )
     report = (folder / "summary.md").read_text()
     assert "## pass@1 by category" in report
-    assert result.stdout.strip() in report
+    table, costs = result.stdout.split("\n| stage ")
+    assert table.strip() in report
+    assert "\n| grpo " in costs
+    assert "147K H800 GPU-hours" in costs
     assert len(read_lines(folder / "eval" / "results.jsonl")) == 4 * 10
     assert not (folder / "eval" / "journal").exists()
     samples = read_lines(folder / "eval" / "samples_1.jsonl")
@@ -133,11 +138,36 @@ def test_sampler_and_trainer_agree_at_each_step_and_after_the_last_sync(finished
 
 def test_rollouts_are_kept(finished: tuple) -> None:
     folder, _ = finished
-    rollouts = read_lines(folder / "grpo" / "rollouts.jsonl")
+    shown = run("rollouts", folder, "--step", 2, "--best", 1)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stdout.count("step 2, arithmetic-") == shown.stdout.count("completion:") == 1
+    rollouts = list(read_rollouts(folder / "grpo"))
     assert len(rollouts) == 2 * 8 * 4
     for group in (rollouts[i : i + 4] for i in range(0, len(rollouts), 4)):
         assert len({row["problem_id"] for row in group}) == 1
         assert sum(row["advantage"] for row in group) == pytest.approx(0, abs=1e-2)
+
+
+def test_replayed_rollouts_give_the_same_losses_and_weights(
+    finished: tuple, tiny_recipe: Path
+) -> None:
+    """Bit by bit, without vLLM; the stage itself stays as it is."""
+    folder, _ = finished
+    before = (folder / "grpo" / "stage.json").read_bytes()
+    code = "import sys, r1pipe.cli; r1pipe.cli.main(); assert 'vllm' not in sys.modules"
+    process = start("grpo", tiny_recipe, "--replay", "1:2", module=("-c", code))
+    result = process.communicate(timeout=300)
+    assert process.returncode == 0, result[1][-3000:]
+    both = [read_lines(folder / name / "metrics.jsonl") for name in ("grpo", "grpo-replay")]
+    keys = ("step", "loss", "grad_norm", "reward", "entropy", "learning_rate", "tokens_trained")
+    keys = (*keys, "sampler/logprob_diff_mean", "sampler/logprob_diff_max", "experts/entropy")
+    original, replayed = ([[row[key] for key in keys] for row in rows] for rows in both)
+    assert replayed == original
+    weights = [
+        (folder / name / "model.safetensors").read_bytes() for name in ("grpo", "grpo-replay")
+    ]
+    assert weights[0] == weights[1]
+    assert (folder / "grpo" / "stage.json").read_bytes() == before
 
 
 def test_training_never_sees_a_held_out_problem(finished: tuple) -> None:
@@ -227,7 +257,8 @@ def test_same_seed_gives_the_same_weights(finished: tuple, tiny_recipe: Path) ->
         result = run(command, tiny_recipe, "--set", "name=again")
         assert result.returncode == 0, result.stderr[-3000:]
     other = folder.parent / "again"
-    for file in ("sft/model.safetensors", "grpo/rollouts.jsonl", "grpo/model.safetensors"):
+    assert len(KEPT) == len(list(folder.glob("grpo/rollouts/*")))
+    for file in ("sft/model.safetensors", "grpo/model.safetensors", *KEPT):
         assert (other / file).read_bytes() == (folder / file).read_bytes(), file
 
 
@@ -286,6 +317,12 @@ USER_ERRORS = {
     "predecessor": (["grpo"], ["name=new"], ['"sft", which has not run', "r1pipe sft"]),
     "other settings": (["run"], ["seed=5"], ["other settings (seed)", "--redo random"]),
     "no such stage": (["run", "--redo", "rl"], [], ["--redo rl", "grpo"]),
+    "replay of a step that is not kept": (
+        ["grpo", "--replay", "9"],
+        [],
+        ["no rollouts of step 9", "1 to 2"],
+    ),
+    "replay of no step": (["grpo", "--replay", "2:1"], [], ["--replay 2:1", "such as 1:16"]),
     "no such kind": (["reject"], [], ["no reject stage"]),
     "prompt too long": (
         ["grpo", "--redo"],
@@ -325,8 +362,8 @@ def test_user_errors_are_one_line_and_change_nothing(
     left = folder / ".grpo.partial"
     assert list(folder.glob(".*.partial")) == ([left] if "breaker." in line else [])
     if "breaker." in line:  # to be looked at
-        assert str(left / "rollouts.jsonl") in line
-        assert len(read_lines(left / "rollouts.jsonl")) == 8 * 4
+        assert line.endswith(f"r1pipe rollouts {left} --step 1")
+        assert len(list(read_rollouts(left, [1]))) == 8 * 4
         assert read_lines(left / "events.jsonl")[-1]["step"] == 1
         shutil.rmtree(left)
     assert not (folder.parent / "new" / "random").exists()

@@ -78,7 +78,7 @@ def make_run(*overrides: str) -> tuple[Recipe, Path]:
     with RunFolder(recipe) as run:
         for stage in recipe.stages:
             folder = run.begin(stage)
-            context = StageContext(recipe, run, stage.name, folder, None, None, {})
+            context = StageContext(recipe, run, stage.name, folder, None, None, {}, None, ())
             if stage.trains:
                 context.training_problems(stage)
             else:

@@ -33,7 +33,9 @@ from r1pipe.moe import (
     update_bias,
 )
 from r1pipe.problems import load_problems
+from r1pipe.progress import StageProgress
 from r1pipe.records import Rollout, read_jsonl
+from r1pipe.runs import MetricsLog
 
 CPU = torch.device("cpu")
 COMMON = {
@@ -474,8 +476,14 @@ class StageStub:
     """What supervised training reads of a stage's context."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder = self.shared_folder = folder
         self.recipe = SimpleNamespace(dtype="float32", seed=0)
+
+    def open_log(self) -> MetricsLog:
+        return MetricsLog(self.folder)
+
+    def open_progress(self, label: str, num_steps: int) -> StageProgress:
+        return StageProgress(label, num_steps)
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "qwen3_moe"])

@@ -1,5 +1,6 @@
 """The run folder: one writer, stages whole or not at all, changed settings noticed."""
 
+import json
 import multiprocessing
 import os
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 from r1pipe.config import Recipe, load_recipe
 from r1pipe.errors import UserError
 from r1pipe.records import read_jsonl, write_jsonl, write_text
-from r1pipe.runs import RunFolder, find_steps
+from r1pipe.runs import MetricsLog, RunFolder, find_steps, read_metrics
+from r1pipe.summary import plot_curves
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
@@ -129,7 +131,7 @@ def test_an_interrupted_stage_is_kept_for_the_same_settings_only(tmp_path: Path)
             run.begin(run.recipe.stage("sft"))
         assert find_steps(partial / "checkpoints") == [5]
         run.begin(run.recipe.stage("sft"), redo=True)
-        assert [path.name for path in partial.iterdir()] == ["stage.json"]
+        assert {path.name for path in partial.iterdir()} == {"lineage.json", "stage.json"}
 
 
 def test_a_parent_that_was_made_again_is_another(
@@ -182,3 +184,28 @@ def test_files_are_written_whole(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="row 2: not JSON"):
         list(read_jsonl(path))
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def test_figures_that_there_are_not_are_null_and_can_be_plotted(tmp_path: Path) -> None:
+    """Such as the reward of a step that nothing could judge."""
+    heard = []
+    with RunFolder(make_recipe(tmp_path)) as run:
+        folder = run.stage_dir("grpo")
+        folder.mkdir()
+        log = MetricsLog(folder, [heard.append])
+        for step, reward in ((1, 0.5), (2, float("nan")), (3, float("inf"))):
+            rewards = {"rewards/r.x/mean": reward, "reward": reward}
+            log.write({"step": step, "completions/mean_length": 7.0, "nested": [reward], **rewards})
+        for line in log.path.read_text().splitlines():
+            json.loads(line, parse_constant=refuse_constant)
+        assert [row["reward"] for row in read_metrics(folder)] == [0.5, None, None]
+        assert [row["nested"] for row in read_metrics(folder)] == [[0.5], [None], [None]]
+        assert [row["step"] for row in heard] == [1, 2, 3]
+        entry = {"stage": "grpo", "dataset": "x", "pass_at_1": 0.5, "ci_low": 0.4, "ci_high": 0.6}
+        entry |= {"num_problems": 1, "num_samples": 1, "temperature": 1.0}
+        plot_curves(run, [entry], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()

@@ -2,18 +2,21 @@
 
 import copy
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from grpo_settings import make_grpo
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from r1pipe.breaker import Breaker
 from r1pipe.config import Sampling
 from r1pipe.errors import UserError
 from r1pipe.grpo.collect import Batch, Group
 from r1pipe.grpo.loop import PROBE_PROMPTS, PROBE_TOKENS, probe_sync
 from r1pipe.grpo.update import Updater
 from r1pipe.records import Problem, Rollout
+from r1pipe.runs import JsonlLog
 
 TINY = {
     "vocab_size": 50,
@@ -60,19 +63,20 @@ class WrongBy:
 
 
 @pytest.mark.parametrize("error", [0.0, 0.01])
-def test_probe(error: float) -> None:
+def test_probe(error: float, tmp_path: Path) -> None:
     config = AutoConfig.for_model("qwen3", **TINY)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     stage = make_settings(name="grpo")
     sampler = WrongBy(copy.deepcopy(model), error)
     updater = Updater(model, None, stage, dtype="float32", seed=0)
     problems = [Problem(id=str(i), kind="math", prompt=[]) for i in range(6)]
+    breaker = Breaker(stage, JsonlLog(tmp_path / "events.jsonl"), tmp_path)
     batch = Batch(3, 3, [Group(p, [], []) for p in problems], [], 1, {})
     if error:
         with pytest.raises(UserError, match=r"step 3: sampler and trainer disagree.* 1.00e-02 >"):
-            probe_sync(stage, updater, sampler, batch, seed=7)
+            probe_sync(stage, updater, sampler, breaker, batch, seed=7)
     else:
-        metrics = probe_sync(stage, updater, sampler, batch, seed=7)
+        metrics = probe_sync(stage, updater, sampler, breaker, batch, seed=7)
         assert metrics["sync/logprob_diff_mean"] < 1e-5
 
 

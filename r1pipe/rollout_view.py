@@ -1,0 +1,91 @@
+"""Kept rollouts for people to read: `r1pipe rollouts RUN`."""
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from r1pipe.errors import UserError
+from r1pipe.rollout_files import list_steps, read_rollouts
+from r1pipe.summary import draw_table
+
+
+def find_rollouts(run_dir: Path, stage: str | None = None) -> Path:
+    """The folder of the run's stage that keeps rollouts, finished or running; without a `stage`
+    there must be one only. A stage's own folder is found as well.
+
+    Raises UserError if there is none.
+    """
+    if stage is None and list_steps(run_dir):
+        return run_dir
+    folders = {
+        folder.name.removeprefix(".").removesuffix(".partial"): folder
+        # A stage that is made again is found where it is finished.
+        for folder in (*sorted(run_dir.glob(".*.partial")), *sorted(run_dir.glob("[!.]*")))
+        if list_steps(folder)
+    }
+    if not folders:
+        raise UserError(f"{run_dir}: no stage of it has kept rollouts")
+    if stage is None and len(folders) == 1:
+        return next(iter(folders.values()))
+    if stage not in folders:
+        raise UserError(f"{run_dir}: choose with --stage: {', '.join(folders)} have rollouts")
+    return folders[stage]
+
+
+def describe_steps(stage_dir: Path) -> str:
+    """A table of the kept steps."""
+    rows = [["step", "rollouts", "reward", "best", "unjudged", "tokens", "truncated"]]
+    for step in list_steps(stage_dir):
+        columns = ("reward", "num_tokens", "finish_reason")
+        rollouts = list(read_rollouts(stage_dir, [step], columns))
+        rewards = [row["reward"] for row in rollouts if row["reward"] is not None]
+        cut = sum(row["finish_reason"] == "length" for row in rollouts)
+        rows.append(
+            [
+                str(step),
+                str(len(rollouts)),
+                f"{sum(rewards) / len(rewards):.3f}" if rewards else "-",
+                f"{max(rewards):.3f}" if rewards else "-",
+                str(len(rollouts) - len(rewards)),
+                f"{sum(row['num_tokens'] for row in rollouts) / len(rollouts):.1f}",
+                f"{cut / len(rollouts):.1%}",
+            ]
+        )
+    return draw_table(rows)
+
+
+def describe_step(
+    stage_dir: Path, step: int, best: int | None = None, worst: int | None = None
+) -> Iterator[str]:
+    """A step's rollouts: the `best` and the `worst` so many by reward, or all as they were sampled.
+    Those that nothing could judge come last of all."""
+    rollouts = list(read_rollouts(stage_dir, [step]))
+    if best is None and worst is None:
+        yield from map(describe, rollouts)
+        return
+    judged = sorted(
+        (row for row in rollouts if row["reward"] is not None), key=lambda row: -row["reward"]
+    )
+    ranked = judged + [row for row in rollouts if row["reward"] is None]
+    shown = [*range(best or 0), *range(len(ranked) - (worst or 0), len(ranked))]
+    for place in dict.fromkeys(place for place in shown if 0 <= place < len(ranked)):
+        yield describe(ranked[place])
+
+
+def describe(row: dict[str, Any]) -> str:
+    rewards = {name.rpartition(".")[2]: value for name, value in row["rewards"].items()}
+    parts = ", ".join(f"{name} {format_reward(value)}" for name, value in rewards.items())
+    aside = "" if row["takes_part"] else ", put aside"
+    head = (
+        f"step {row['step']}, {row['problem_id']}, sample {row['sample']}: reward "
+        f"{format_reward(row['reward'])} ({parts}), advantage {row['advantage']:+.3f}{aside}, "
+        f"{row['num_tokens']} tokens, {row['finish_reason']}"
+    )
+    blocks = {"prompt": row["prompt"], "answer": row["answer"], "completion": row["completion"]}
+    lines = [f"  {name}:\n{textwrap.indent(text, '    ')}" for name, text in blocks.items() if text]
+    return "\n".join([head, *lines, ""])
+
+
+def format_reward(value: float | None) -> str:
+    return "unjudged" if value is None else f"{value:g}"
