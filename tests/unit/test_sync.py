@@ -73,7 +73,9 @@ def test_probe(error: float, tmp_path: Path) -> None:
     breaker = Breaker(stage, JsonlLog(tmp_path / "events.jsonl"), tmp_path)
     batch = Batch(3, 3, [Group(p, [], []) for p in problems], [], 1, {})
     if error:
-        with pytest.raises(UserError, match=r"step 3: sampler and trainer disagree.* 1.00e-02 >"):
+        with pytest.raises(
+            UserError, match=r"step 3: sampler and trainer disagree.* 1.00e-02 \(breaker"
+        ):
             probe_sync(stage, updater, sampler, breaker, batch, seed=7)
     else:
         metrics = probe_sync(stage, updater, sampler, breaker, batch, seed=7)
