@@ -27,6 +27,7 @@ import torch
 from r1pipe import distributed
 from r1pipe.config import Saving
 from r1pipe.errors import FULL, UserError, is_disk_full
+from r1pipe.phases import phase
 from r1pipe.progress import Interrupt, say
 from r1pipe.records import write_text
 from r1pipe.runs import CHECKPOINTS, find_steps
@@ -94,6 +95,7 @@ class Checkpoints:
         if self._asked:
             raise KeyboardInterrupt
 
+    @phase("saving")
     def save(self, step: int, score: float | None = None) -> None:
         """Raises UserError if the disk is full; the checkpoints before stay as they are."""
         started = time.perf_counter()

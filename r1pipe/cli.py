@@ -9,14 +9,11 @@ from pathlib import Path
 from r1pipe import __version__
 from r1pipe.config import STAGE_TYPES, load_recipe
 from r1pipe.distributed import alone, has_launcher, speaks_first
-from r1pipe.errors import LostRank, UserError
+from r1pipe.errors import GOES_ON, LOST, LostRank, UserError
 from r1pipe.guide import add_examples
 from r1pipe.progress import Interrupt
 
 DEFAULT_CONFIG = "configs/demo.yaml"
-LOST = 3
-"""Exit code of a process of several that ends because another one is gone."""
-GOES_ON = "the same command goes on from the last checkpoint or finished stage"
 STAGE_HELP = {
     "init": "make a policy from random weights",
     "sft": "cold start: supervised training on written-out reasoning",

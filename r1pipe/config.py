@@ -654,6 +654,9 @@ class Recipe(Strict):
     own: `publish` needs them."""
     ngram: PositiveInt = 13
     """Words that a training and an evaluation problem must share in a row to count as overlap."""
+    phase_timeout_s: PositiveFloat | None = 1800.0
+    """Seconds without a step of vLLM, a group judged, a micro-batch, a collective, after which the
+    run counts as hung and ends. Starting vLLM is one such piece. null: never."""
     engine: Engine = Engine()
     doctor: DoctorLimits = DoctorLimits()
     rollouts: KeptRollouts = KeptRollouts()

@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from r1pipe.errors import LostRank, UserError
+from r1pipe.phases import phase
 
 if TYPE_CHECKING:
     import torch
@@ -30,9 +31,10 @@ LANES = ("main", "sampling")
 processes would meet in another order on every rank."""
 _lanes: dict[str, Any] = {}
 
-PATIENCE = timedelta(hours=1)
-"""How long a rank waits for a living but slower one, which may still be sampling. A dead one is
-noticed at once: its connections close, and torchrun ends the others."""
+PATIENCE_S = 60.0
+"""Seconds beyond the recipe's `phase_timeout_s` that a collective waits for a living but slower
+rank: the hang guard is to be the first, because it tells where each rank is. A dead one is noticed
+at once: its connections close, and torchrun ends the others."""
 
 
 def rank() -> int:
@@ -65,9 +67,9 @@ def is_first() -> bool:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[None]:
-    """Within it, the ranks can talk to each other: gloo, and NCCL beside it for GPUs. `device` is
-    the recipe's: "auto", "cpu" or "cuda".
+def joined(device: str, phase_timeout_s: float | None = None) -> Iterator[None]:
+    """Within it, the ranks can talk to each other: gloo, and NCCL beside it for GPUs. Both are the
+    recipe's: "auto", "cpu" or "cuda", and how long nothing may go on (None: a year).
 
     A collective that fails because another rank has gone raises LostRank.
     """
@@ -86,8 +88,9 @@ def joined(device: str) -> Iterator[None]:
             )
         torch.cuda.set_device(local_rank())
     # Objects and numbers always go through gloo: they must not wait for a GPU's queue.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=PATIENCE)
-    _lanes.update({lane: dist.new_group(backend="gloo", timeout=PATIENCE) for lane in LANES})
+    timeout = timedelta(seconds=phase_timeout_s + PATIENCE_S if phase_timeout_s else 365 * 86400)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
+    _lanes.update({lane: dist.new_group(backend="gloo", timeout=timeout) for lane in LANES})
     try:
         yield
     except RuntimeError as error:
@@ -115,7 +118,8 @@ def gather(value: T, lane: str = "main") -> list[T]:
     import torch.distributed as dist
 
     values: list = [None] * world_size()
-    dist.all_gather_object(values, value, group=_lanes[lane])
+    with phase("waiting for other ranks"):
+        dist.all_gather_object(values, value, group=_lanes[lane])
     return values
 
 
@@ -172,7 +176,8 @@ def on_first_rank(function: Callable[[], T]) -> T:
             answer[0] = function()
         except UserError as error:
             answer[1] = str(error)
-    dist.broadcast_object_list(answer)
+    with phase("waiting for other ranks"):
+        dist.broadcast_object_list(answer)
     if answer[1] is not None:
         raise UserError(answer[1])
     return answer[0]

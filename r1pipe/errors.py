@@ -9,6 +9,12 @@ FULL = (
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+GOES_ON = "the same command goes on from the last checkpoint or finished stage"
+LOST, HUNG = 3, 4
+"""Exit codes of a process that ends because another one of the run is gone, or because nothing went
+on for too long. What a user can put right is 2."""
+
+
 class UserError(Exception):
     """What a user can put right: what is wrong, where (file, key, row), what to do. The CLI exits
     with 2."""

@@ -19,9 +19,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import get_args_parser, run
 
-from r1pipe.cli import GOES_ON, LOST
 from r1pipe.config import STAGE_TYPES
 from r1pipe.distributed import LAUNCHER
+from r1pipe.errors import GOES_ON, HUNG, LOST
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -58,6 +58,8 @@ def explain(failures: dict[int, ProcessFailure]) -> int:
     rank, cause = min(
         failures.items(), key=lambda item: (rank_cause(item[1].exitcode), item[1].timestamp)
     )
+    if cause.exitcode == -signal.SIGALRM:
+        return HUNG  # its guardian has told; see watchdog.py
     if cause.exitcode < 0:
         name = signal.Signals(-cause.exitcode).name
         why = f"{name}; out of memory?" if name == "SIGKILL" else name

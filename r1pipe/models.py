@@ -32,6 +32,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from r1pipe.distributed import is_first, local_rank
 from r1pipe.errors import UserError
+from r1pipe.phases import phase
 from r1pipe.quirks import find_quirks
 from r1pipe.records import Problem, write_text
 
@@ -182,6 +183,7 @@ def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int
     return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
 
 
+@phase("saving")
 def save_checkpoint(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:

@@ -16,10 +16,12 @@ from r1pipe.costs import describe_costs
 from r1pipe.doctor import Preflight
 from r1pipe.errors import FULL, Tripped, UserError, is_disk_full
 from r1pipe.ledger import Hardware, Ledger
+from r1pipe.phases import phase
 from r1pipe.progress import say
 from r1pipe.rollout_view import find_rollouts
 from r1pipe.runs import RunFolder
 from r1pipe.tracking import Tracking, check_tracking
+from r1pipe.watchdog import Watchdog, clear_stacks
 
 STAGE_MODULES = {
     "init": "r1pipe.init",
@@ -111,8 +113,11 @@ def open_run(recipe: Recipe) -> Iterator[RunFolder]:
     """The run's folder, and in a run of several processes the connection between them."""
     if not distributed.alone():
         silence_libraries()
-    with distributed.joined(recipe.device), RunFolder(recipe) as run:
-        yield run
+    stacks = recipe.run_dir / ".stacks"
+    with distributed.joined(recipe.device, recipe.phase_timeout_s), RunFolder(recipe) as run:
+        distributed.on_first_rank(lambda: clear_stacks(stacks))
+        with Watchdog(stacks, recipe.phase_timeout_s):
+            yield run
 
 
 def replay_stage(recipe: Recipe, name: str | None, steps: range, source: Path | None) -> None:
@@ -183,7 +188,7 @@ def run_stages(
             )
             with ledger.stage(stage.name):
                 try:
-                    with tracking:
+                    with tracking, phase(stage.name):
                         facts = (make or find_stage(stage.kind))(stage, context)
                 except BaseException as error:
                     if step := run.abandon(context.folder, keep=isinstance(error, Tripped)):

@@ -19,6 +19,7 @@ from rich.progress import (
 )
 
 from r1pipe.distributed import alone, is_first
+from r1pipe.phases import beat
 
 console = Console(stderr=True, highlight=False)
 
@@ -123,6 +124,7 @@ class StageProgress:
 
     def advance(self, steps: int = 1, **figures: float) -> None:
         Interrupt.check()
+        beat()
         self.done += steps
         text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         now = time.monotonic()

@@ -25,6 +25,7 @@ from r1pipe.config import Engine, Sampling
 from r1pipe.errors import UserError
 from r1pipe.models import check_length, encode_prompt, first_line, load_tokenizer
 from r1pipe.moe import find_moe_layers
+from r1pipe.phases import beat, phase
 from r1pipe.quirks import find_quirks
 from r1pipe.records import Problem, Rollout
 from r1pipe.routes import RouteCapture
@@ -101,6 +102,7 @@ class Sampler:
             encoded.append(ids)
         return encoded
 
+    @phase("sampling")
     def generate(
         self,
         problems: list[Problem],
@@ -209,7 +211,9 @@ class Sampler:
                 engine.add_request(str(place), tokens_input(ids), wanted)
                 waiting.add(str(place))
             while engine.has_unfinished_requests():
-                for result in engine.step():
+                results = engine.step()
+                beat()
+                for result in results:
                     if result.finished:
                         waiting.remove(result.request_id)
                         yield int(result.request_id), result
@@ -267,6 +271,7 @@ class Sampler:
         size = 1 if distributed.alone() else self.settings.tensor_parallel_size
         return distributed.cut(num_problems, distributed.rank() % size, size)
 
+    @phase("sync")
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take over weights under a checkpoint's names (`models.export_weights`)."""
         if self.device.type == "cpu":
@@ -306,6 +311,7 @@ class Engines:
         self.settings, self.dtype, self.device = settings, dtype, device
         self._sampler: Sampler | None = None
 
+    @phase("starting vLLM")
     def open(self, checkpoint: str, with_routes: bool = False) -> Sampler:
         """A sampler with this checkpoint's weights, `with_routes` one that can return routes."""
         if self._sampler is not None and Path(checkpoint).is_dir():

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from r1pipe.config import Distill, Eval, Grpo, Reject, Reward, Stage
 from r1pipe.errors import UserError
+from r1pipe.phases import phase
 from r1pipe.records import Problem, Rollout, Score
 
 RewardFunction = Callable[..., list[float | None]]
@@ -53,6 +54,7 @@ class Scorer:
                 if option not in parameters:
                     raise UserError(f'reward "{reward.function}": no option "{option}"')
 
+    @phase("scoring")
     def score(self, problems: list[Problem], rollouts: list[Rollout]) -> list[Score]:
         """One Score per rollout; `problems[i]` is the problem of `rollouts[i]`."""
         columns = {

@@ -24,6 +24,7 @@ from r1pipe.grpo.packing import PackedBatch, Sample, cut_batches, pack
 from r1pipe.models import fast_training_kernels, whole
 from r1pipe.moe import ExpertLoad, number_packed, pack_routes, replaying
 from r1pipe.optimizer import OffloadedAdamW
+from r1pipe.phases import beat, phase
 from r1pipe.records import Rollout
 from r1pipe.sharding import (
     computes_by_autocast,
@@ -110,9 +111,9 @@ class Updater:
         on_gpu = self.model.device.type == "cuda"
         parts = cut_batches(samples, self.settings.tokens_per_micro_batch(on_gpu=on_gpu))
         num_batches = max(distributed.gather(len(parts)))
-        for part in parts:
-            yield pack(part, self.model.device)
-        yield from [None] * (num_batches - len(parts))
+        for number in range(num_batches):
+            yield pack(parts[number], self.model.device) if number < len(parts) else None
+            beat()
 
     def keep_company(self, *, measure_reference: bool) -> None:
         """Takes part in the other ranks' forward and, with gradients, backward passes, adding
@@ -132,6 +133,7 @@ class Updater:
     def is_informative(self, sample: Sample) -> bool:
         return bool(self.settings.beta) or sample.advantage != 0
 
+    @phase("update")
     def step(self, samples: list[Sample], step: int, check: Check) -> dict[str, float]:
         """`steps_per_generation` x `num_iterations` optimizer steps over the samples.
 

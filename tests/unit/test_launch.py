@@ -5,7 +5,7 @@ import signal
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from r1pipe.cli import LOST
+from r1pipe.errors import HUNG, LOST
 from r1pipe.launch import explain
 
 # (exit codes of ranks 0 and 1, in the order of their ends; exit code of the command; words)
@@ -14,6 +14,8 @@ FAILURES = [
     ((-signal.SIGABRT, 2), 2, ""),  # rank 1 has told of the user's error
     ((-signal.SIGABRT, LOST), 1, "rank 0 was killed (SIGABRT)"),
     ((-signal.SIGTERM, -signal.SIGSEGV), 1, "rank 1 was killed (SIGSEGV)"),
+    ((HUNG, HUNG), HUNG, ""),  # the first of them has told
+    ((130, -signal.SIGALRM), HUNG, ""),
     ((LOST, LOST), 1, "rank 0 lost a rank of another machine"),
 ]
 
