@@ -8,6 +8,7 @@
 Every rank makes every check, on the same numbers, and so decides alike.
 """
 
+import json
 import math
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from r1pipe.checks import CHECKS, Facts, Moment
-from r1pipe.config import Grpo
+from r1pipe.config import Grpo, Limit
 from r1pipe.errors import Tripped
 from r1pipe.progress import say
 from r1pipe.records import Score
@@ -30,6 +31,24 @@ MIN_PROMPTS = 4
 """Of fewer prompts nobody can say that their completions are the same whatever the prompt."""
 
 
+ENDS = ("stop", "rollback")
+
+
+class EventLog(JsonlLog):
+    """`events.jsonl` of a stage: one object for each time that a check tripped."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder / "events.jsonl")
+
+    def cut(self, position: int | None) -> None:
+        """What ended the stage stays: it is why the stage goes on from an earlier step."""
+        with self.path.open("rb") as file:
+            file.seek(position or 0)
+            later = [json.loads(line) for line in file]
+        super().cut(position)
+        self.write(*(event for event in later if event["action"] in ENDS))
+
+
 class Breaker:
     """Call `examine_batch`, then `examine_update` before each optimizer step, then `close_step`.
 
@@ -37,7 +56,7 @@ class Breaker:
     Tripped if the stage must end. `folder`: the stage's, for a person to look at.
     """
 
-    def __init__(self, stage: Grpo, log: JsonlLog, folder: Path):
+    def __init__(self, stage: Grpo, log: EventLog, folder: Path):
         self.stage, self.settings, self.log, self.folder = stage, stage.breaker, log, folder
         self.batch: Batch | None = None
         """What is being examined: for a person to read if a check ends the stage."""
@@ -102,20 +121,10 @@ class Breaker:
             value = None if limit.action == "ignore" else check.measure(facts, past)
             if value is None or not check.trips(value, limit.limit):
                 continue
-            bound = "at least " if check.floor else ""
-            says = f"{check.says.format(value=value)} (breaker.{name} {bound}{limit.limit:g})"
-            event = {
-                "step": step,
-                "check": name,
-                "value": value if math.isfinite(value) else str(value),
-                "limit": limit.limit,
-                "action": limit.action,
-                "says": says,
-                "hint": check.hint,
-            }
+            event = describe_event(name, step, value, limit)
             self.log.write(event)
-            line = f"{self.stage.name}, step {step}: {says}; {check.hint}"
-            if limit.action in ("stop", "rollback"):
+            line = say_event(self.stage.name, event)
+            if limit.action in ENDS:
                 ends.append((line, limit.action == "rollback"))
             elif name not in self._told | self._tripped:
                 say(f"{limit.action}: {line}")
@@ -135,6 +144,33 @@ class Breaker:
         """The step whose policy made the rollouts at hand: a checkpoint from there on may be as bad
         as they are."""
         return self.batch.made_at - 1
+
+
+def describe_event(name: str, step: int, value: float, limit: Limit) -> dict[str, Any]:
+    """A row of events.jsonl."""
+    check = CHECKS[name]
+    bound = "at least " if check.floor else ""
+    return {
+        "step": step,
+        "check": name,
+        "value": value if math.isfinite(value) else str(value),
+        "limit": limit.limit,
+        "action": limit.action,
+        "says": f"{check.says.format(value=value)} (breaker.{name} {bound}{limit.limit:g})",
+        "hint": check.hint,
+    }
+
+
+def say_event(label: str, event: dict[str, Any]) -> str:
+    return f"{label}, step {event['step']}: {event['says']}; {event['hint']}"
+
+
+def stop_unless_finite(label: str, step: int, grad_norm: float, log: EventLog) -> None:
+    """For supervised stages, whose gradient is NaN or infinite if the loss is. Raises Tripped."""
+    if not math.isfinite(grad_norm):
+        event = describe_event("nonfinite", step, grad_norm, Limit(limit=0.0, action="stop"))
+        log.write(event)
+        raise Tripped(say_event(label, event), rollback=False)
 
 
 def find_checks(moment: Moment) -> list[str]:

@@ -27,6 +27,7 @@ from transformers.trainer_utils import TrainOutput
 from trl import SFTConfig, SFTTrainer
 
 from r1pipe import distributed
+from r1pipe.breaker import EventLog, stop_unless_finite
 from r1pipe.checkpoints import Checkpoints, RandomStates
 from r1pipe.config import Supervised
 from r1pipe.errors import UserError
@@ -169,14 +170,23 @@ class ResumableTrainer(SFTTrainer):
     """
 
     checkpoints: Checkpoints
+    events: EventLog
     restored: dict[str, Any] | None = None
 
-    def train_on(self, checkpoints: Checkpoints) -> TrainOutput:
+    def train_on(self, checkpoints: Checkpoints, events: EventLog) -> TrainOutput:
         """Train from the newest whole checkpoint, or from the beginning."""
-        self.checkpoints = checkpoints
+        self.checkpoints, self.events = checkpoints, events
         self.add_callback(SaveInTime(self))
         done = checkpoints.restore_last_good()
         return self.train(resume_from_checkpoint=self.args.output_dir if done else None)
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """TRL asks before each optimizer step, and gets the norm over all ranks."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        stop_unless_finite(
+            self.checkpoints.label, self.state.global_step + 1, float(grad_norm), self.events
+        )
+        return grad_norm
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -307,6 +317,7 @@ def train_on_traces(
         completion_only_loss=True,
         pad_to_multiple_of=PAD_TO_MULTIPLE_OF,
         logging_steps=5,
+        logging_nan_inf_filter=False,  # it would log the mean of earlier losses instead
         save_strategy="no",
         report_to=[],
         disable_tqdm=True,
@@ -317,7 +328,7 @@ def train_on_traces(
         data_seed=context.recipe.seed,
         dataloader_pin_memory=model.device.type != "cpu",
     )
-    log = context.open_log()
+    log, events = context.open_log(), EventLog(context.folder)
     load = ExpertLoad(
         model,
         bias_update_rate=settings.bias_update_rate,
@@ -348,9 +359,9 @@ def train_on_traces(
             settings,
             label,
             parts={"trainer": trainer, "experts": load},
-            logs={"metrics": log},
+            logs={"metrics": log, "events": events},
         )
-        result = trainer.train_on(checkpoints)
+        result = trainer.train_on(checkpoints, events)
     model.eval()
     # TRL makes its output folder although nothing is saved there.
     shutil.rmtree(arguments.output_dir, ignore_errors=True)

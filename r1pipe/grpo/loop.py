@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from r1pipe.breaker import Breaker
+from r1pipe.breaker import Breaker, EventLog
 from r1pipe.checkpoints import Checkpoints
 from r1pipe.config import Grpo, Sampling
 from r1pipe.difficulty import FILE as DIFFICULTY
@@ -46,9 +46,13 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
         stage, context, problems, sampling_of(stage), lambda: sampler
     )
     collector = Collector(stage, sampler, scorer, problems, context.recipe.seed, rates)
-    breaker = Breaker(stage, JsonlLog(context.folder / "events.jsonl"), context.shared_folder)
+    breaker = Breaker(stage, EventLog(context.folder), context.shared_folder)
     rollout_files = RolloutFiles(context.folder, context.recipe.rollouts)
-    logs = {"metrics": context.open_log(), "rollouts": rollout_files}
+    logs = {
+        "metrics": context.open_log(),
+        "rollouts": rollout_files,
+        "events": breaker.log,
+    }
     if stage.difficulty:
         logs["difficulty"] = JsonlLog(context.folder / DIFFICULTY)
     with (

@@ -14,7 +14,7 @@ import torch
 from grpo_settings import make_grpo
 from test_engine import ARCHITECTURES, CPU, SETTINGS
 
-from r1pipe.breaker import Breaker
+from r1pipe.breaker import Breaker, EventLog
 from r1pipe.config import Grpo, ProblemSet
 from r1pipe.errors import Tripped
 from r1pipe.grpo.collect import Collector, Lookahead
@@ -26,7 +26,6 @@ from r1pipe.moe import find_routers
 from r1pipe.problems import load_problems
 from r1pipe.records import read_jsonl
 from r1pipe.rollout import Sampler
-from r1pipe.runs import JsonlLog
 from r1pipe.scoring import Scorer
 
 PROBLEMS = load_problems(ProblemSet(recipe="arithmetic", options={"size": 40}))
@@ -214,7 +213,7 @@ def begin(
     sampler.load_checkpoint(str(checkpoint))
     collector = Collector(stage, sampler, Scorer(stage.rewards), PROBLEMS, seed=0)
     batches = Lookahead(collector.collect, stage.max_steps, stage.async_steps)
-    breaker = Breaker(stage, JsonlLog(folder / "events.jsonl"), folder)
+    breaker = Breaker(stage, EventLog(folder), folder)
     world = World(stage, updater, sampler, patch)
     return world, train(stage, updater, sampler, collector, batches, breaker, first_step=1)
 

@@ -334,6 +334,11 @@ USER_ERRORS = {
         ["stages.grpo.breaker.logprob_diff.limit=1e-12"],
         ["grpo, step 1: sampler and trainer disagree", "breaker.logprob_diff"],
     ),
+    "divergence": (
+        ["sft", "--redo"],
+        ["stages.sft.train.learning_rate=1e30", "stages.sft.train.warmup_steps=0"],
+        ["sft, step 2: loss, gradient", "NaN", "breaker.nonfinite"],
+    ),
     "rewards that cannot judge": (
         ["grpo", "--redo"],
         ["stages.grpo.rewards=[{function: reward_of_tests.never_judges}]"],
@@ -359,12 +364,13 @@ def test_user_errors_are_one_line_and_change_nothing(
     for word in words:
         assert word in line
     assert (folder / "grpo" / "model.safetensors").read_bytes() == kept
-    left = folder / ".grpo.partial"
+    left = folder / f".{command[0]}.partial"
     assert list(folder.glob(".*.partial")) == ([left] if "breaker." in line else [])
     if "breaker." in line:  # to be looked at
-        assert line.endswith(f"r1pipe rollouts {left} --step 1")
-        assert len(list(read_rollouts(left, [1]))) == 8 * 4
-        assert read_lines(left / "events.jsonl")[-1]["step"] == 1
+        assert read_lines(left / "events.jsonl")[-1]["action"] == "stop"
+        if command[0] == "grpo":
+            assert line.endswith(f"r1pipe rollouts {left} --step 1")
+            assert len(list(read_rollouts(left, [1]))) == 8 * 4
         shutil.rmtree(left)
     assert not (folder.parent / "new" / "random").exists()
 

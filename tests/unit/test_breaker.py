@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from grpo_settings import make_grpo
 
-from r1pipe.breaker import Breaker, describe_batch
+from r1pipe.breaker import Breaker, EventLog, describe_batch
 from r1pipe.checks import CHECKS, Facts
-from r1pipe.config import Limit
+from r1pipe.config import Limit, Recipe
 from r1pipe.errors import Tripped
 from r1pipe.grpo.collect import Batch, Group
 from r1pipe.records import Problem, Rollout, Score, read_jsonl
-from r1pipe.runs import JsonlLog
+from r1pipe.runs import RunFolder
 
 NAN, INF = math.nan, math.inf
 
@@ -209,7 +209,7 @@ METRICS = {"reward_unjudged": 0.0, "completions/truncated": 0.0}
 
 
 def make_breaker(folder: Path, **breaker: object) -> Breaker:
-    return Breaker(make_grpo(name="rl", breaker=breaker), JsonlLog(folder / "events.jsonl"), folder)
+    return Breaker(make_grpo(name="rl", breaker=breaker), EventLog(folder), folder)
 
 
 def read_events(folder: Path) -> list[dict]:
@@ -310,6 +310,17 @@ def test_a_fall_is_held_against_the_window(tmp_path: Path) -> None:
             take_step(one, 5, groups=bad)
 
 
+def test_what_ended_the_run_stays_when_it_goes_on(tmp_path: Path) -> None:
+    log = EventLog(tmp_path)
+    log.write({"step": 1, "action": "warn"})
+    position = log.position()
+    log.write({"step": 2, "action": "warn"}, {"step": 2, "action": "rollback"})
+    log.cut(position)
+    log.write({"step": 2, "action": "skip"})
+    kept = [(event["step"], event["action"]) for event in read_events(tmp_path)]
+    assert kept == [(1, "warn"), (2, "rollback"), (2, "skip")]
+
+
 def test_a_stale_sampler_is_no_fault(tmp_path: Path) -> None:
     breaker = make_breaker(tmp_path)
     apart = {"sampler/logprob_diff_mean": 0.1, "entropy": 1.0}
@@ -320,6 +331,15 @@ def test_a_stale_sampler_is_no_fault(tmp_path: Path) -> None:
     breaker.examine_batch(make_batch(3, GOOD), METRICS)
     with pytest.raises(Tripped, match="disagree"):
         breaker.examine_update(apart)
+
+
+def test_a_run_can_go_on_with_other_limits(tmp_path: Path) -> None:
+    one, other = (
+        Recipe(name="x", stages=[make_grpo(**changes)])
+        for changes in ({}, {"breaker": {"truncated": {"limit": 0.9}}})
+    )
+    folders = [RunFolder(recipe) for recipe in (one, other)]
+    assert folders[0].fingerprint(one.stages[0]) == folders[1].fingerprint(other.stages[0])
 
 
 def test_what_a_recipe_leaves_out_is_the_checks_own() -> None:

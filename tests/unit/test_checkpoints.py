@@ -246,3 +246,12 @@ def test_the_grace_period_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         time.sleep(0.4)
     finally:
         signal.signal(signal.SIGTERM, handler)
+
+
+def test_what_is_suspect_is_not_gone_on_from(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, save_steps=1, save_total_limit=9)
+    stage.run(5)
+    stage.checkpoints.discard_from(4)
+    assert stage.steps_kept() == [1, 2, 3]
+    again = Stage(tmp_path, save_steps=1)
+    assert (again.step, again.part.text) == (3, "after 3")
