@@ -89,15 +89,15 @@ class Breaker:
         step = self.batch.step
         self._examine(find_checks("step"), metrics, step)
         self._past.append({**self._facts, **metrics})
-        self._skips_in_a_row = self._skips_in_a_row + 1 if self._skips else 0
-        if self._skips_in_a_row > self.settings.max_skips:
+        if self._skips and self._skips_in_a_row >= self.settings.max_skips:
             raise self._end(
                 f"{self.stage.name}, step {step}: the update was skipped in "
-                f"{self._skips_in_a_row} steps in a row (breaker.max_skips "
+                f"{self._skips_in_a_row + 1} steps in a row (breaker.max_skips "
                 f"{self.settings.max_skips}): {', '.join(sorted(self._tripped))}",
                 step,
                 rollback=True,
             )
+        self._skips_in_a_row = self._skips_in_a_row + 1 if self._skips else 0
         self._told, self._tripped, self._skips = self._tripped, set(), 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,9 +141,9 @@ class Breaker:
 
     @property
     def first_suspect(self) -> int:
-        """The step whose policy made the rollouts at hand: a checkpoint from there on may be as bad
-        as they are."""
-        return self.batch.made_at - 1
+        """The step that made the policy of the rollouts at hand: a checkpoint from there on may be
+        as bad as they are. Steps that were skipped have made nothing."""
+        return self.batch.made_at - 1 - self._skips_in_a_row
 
 
 def describe_event(name: str, step: int, value: float, limit: Limit) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from r1pipe.grpo.collect import Batch, Group
 from r1pipe.records import Problem, Rollout, Score, read_jsonl
 from r1pipe.runs import RunFolder
 
+ROOT = Path(__file__).parents[2]
 NAN, INF = math.nan, math.inf
 
 
@@ -158,6 +160,14 @@ def test_the_demo_trips_nothing() -> None:
             assert value is None or not check.trips(value, check.limit), (name, row["step"], value)
 
 
+def test_the_readme_has_every_check() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| .* \| ([0-9.]+) \| (\w+) \|$", (ROOT / "README.md").read_text(), re.M
+    )
+    told = {name: (float(limit), action) for name, limit, action in rows}
+    assert told == {name: (check.limit, check.action) for name, check in CHECKS.items()}
+
+
 # --- Facts of a batch ---------------------------------------------------------------------------
 
 
@@ -267,6 +277,7 @@ def test_skip_says_so_and_ends_when_it_is_the_rule(tmp_path: Path) -> None:
     with pytest.raises(Tripped, match=r"rl, step 6: .* 3 steps in a row .* nonfinite") as error:
         take_step(breaker, 6, broken)
     assert error.value.rollback
+    assert breaker.first_suspect == 3, "its weights are those of steps 4 and 5"
     assert read_events(tmp_path)[0]["value"] == 2.0
 
 
@@ -286,6 +297,7 @@ def test_the_end_is_one_line_that_says_where_to_look(action: str, tmp_path: Path
     assert line.endswith(f"r1pipe rollouts {tmp_path} --step 7")
     assert "\n" not in line
     assert error.value.rollback == (action == "rollback")
+    assert breaker.first_suspect == 6
     assert [event["check"] for event in read_events(tmp_path)] == ["unjudged", "truncated"]
 
 
