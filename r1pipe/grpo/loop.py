@@ -136,7 +136,7 @@ def replay(stage: Grpo, context: StageContext, source: Path, steps: range) -> di
     )
     # The learning rate's schedule, in the updater, is that of the whole stage.
     part = stage.model_copy(update={"max_steps": steps[-1], "verify_sync": False})
-    breaker = Breaker(stage, JsonlLog(context.folder / "events.jsonl"), context.shared_folder)
+    breaker = Breaker(stage, EventLog(context.folder), context.shared_folder)
     log = context.open_log()
     with context.open_progress(stage.name, len(steps)) as progress:
         for metrics, _ in train(part, updater, NoSampler(), None, batches, breaker, steps[0]):
