@@ -11,7 +11,9 @@ import yaml
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from r1pipe import __version__
+from r1pipe.costs import describe_costs
 from r1pipe.finished import Evaluation, FinishedRun, FinishedStage
+from r1pipe.ledger import LEDGER
 from r1pipe.licences import Source
 from r1pipe.lineage import FILE as LINEAGE
 from r1pipe.lineage import hash_file, hide_places, read_lineage
@@ -274,6 +276,10 @@ def describe_overlap(facts: Facts) -> str:
 
 
 def describe_cost(facts: Facts) -> str:
+    """Of the whole run, by its ledger; of a run without one what the stages have noted."""
+    if (facts.run.path / LEDGER).exists():
+        table, notes = describe_costs(facts.run.path).split("\n\n", 1)
+        return f"{table}\n\n" + "\n".join(f"- {note}" for note in notes.splitlines())
     rows = [
         [s.name, s.kind, f"{s.record['wall_s']:.0f} s", f"{s.record['peak_memory_gib']} GiB"]
         for s in facts.lineage

@@ -33,6 +33,11 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     ),
     "check": ("r1pipe check configs/r1.yaml --devices 8x80GB", "r1pipe run configs/r1.yaml"),
     "doctor": ("r1pipe doctor configs/demo.yaml", "r1pipe run configs/demo.yaml"),
+    "cost": ("r1pipe cost runs/demo", "r1pipe publish runs/demo --repo user/name --dry-run"),
+    "rollouts": (
+        "r1pipe rollouts runs/demo --step 3 --worst",
+        "r1pipe grpo configs/demo.yaml --redo --set stages.grpo.max_steps=24",
+    ),
     "verify": ("r1pipe verify runs/demo", "r1pipe publish runs/demo --repo user/name --dry-run"),
     "publish": (
         "r1pipe publish runs/demo/distill --repo user/name --dry-run",

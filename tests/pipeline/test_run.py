@@ -217,6 +217,7 @@ def test_a_stage_can_be_published(stage: str, finished: tuple) -> None:
     card = (published / "README.md").read_text()
     assert f"| {stage} " in card
     assert "10 problems x 2 samples, T = 0.6" in card
+    assert "- hours: core-hours, all attempts" in card
 
 
 def test_doctor_of_a_finished_run(finished: tuple, tiny_recipe: Path, tmp_path: Path) -> None:
