@@ -17,7 +17,7 @@ else
 R1PIPE = .venv/bin/python -m r1pipe.launch --nproc-per-node $(NPROC)
 endif
 
-.PHONY: help setup doctor demo run init sft grpo reject distill eval publish test test-slow test-unit test-gpu lint format bench clean
+.PHONY: help setup doctor demo run init sft grpo reject distill eval publish report serve test test-slow test-unit test-gpu lint format bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -37,6 +37,9 @@ run init sft grpo reject distill eval: setup
 
 publish: setup
 	@.venv/bin/r1pipe publish $(RUN) --repo "$(REPO)" $(ARGS)
+
+report serve: setup
+	@.venv/bin/r1pipe $@ $(RUN) $(ARGS)
 
 test: setup
 	@.venv/bin/python -m pytest $(ARGS)

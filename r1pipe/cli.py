@@ -88,6 +88,17 @@ def build_parser() -> argparse.ArgumentParser:
     for end in ("best", "worst"):
         help_text = f"the {end} by reward, 3 or as many as given"
         rollouts.add_argument(f"--{end}", type=int, nargs="?", const=3, metavar="N", help=help_text)
+    report = commands.add_parser("report", help="write a run's report: one HTML file to look at it")
+    report.add_argument("run", metavar="RUN", help="its folder, or its name in runs/")
+    report.add_argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html")
+    report.add_argument(
+        "--watch",
+        type=float,
+        nargs="?",
+        const=10.0,
+        metavar="SECONDS",
+        help="go on, and write it again when the run has gone on (looks every 10 seconds)",
+    )
 
     gguf = commands.add_parser("import-gguf", help="turn a GGUF file into a checkpoint folder")
     gguf.add_argument("file", type=Path, metavar="FILE")
@@ -238,6 +249,8 @@ def run_command(options: argparse.Namespace) -> int:
         return show_cost(options.run)
     if options.command == "rollouts":
         return show_rollouts(options)
+    if options.command == "report":
+        return report(options)
     recipe = load_recipe(options.config, options.overrides)
     if options.command == "check":
         from r1pipe.check import check_recipe
@@ -270,6 +283,16 @@ def call_doctor(options: argparse.Namespace) -> int:
         print(diagnosis, flush=True)
         code |= diagnosis.status == "FAIL"
     return code
+
+
+def report(options: argparse.Namespace) -> int:
+    from r1pipe.report import locate_run, watch, write_report
+
+    run = locate_run(options.run)
+    if options.watch:
+        watch(run, options.out, options.watch)
+    print(f"written: {write_report(run, options.out)}")
+    return 0
 
 
 def verify(name: str) -> int:

@@ -333,9 +333,10 @@ def update_bias(router: Router, counts_E: Tensor, rate: float) -> None:
         router.bias.add_((counts_E.mean() - counts_E).sign(), alpha=rate)
 
 
-def describe_load(counts_LE: Tensor, layers: list[int]) -> dict[str, float]:
+def describe_load(counts_LE: Tensor, layers: list[int]) -> dict[str, float | list[float]]:
     """Per layer, and as a mean over layers, from the tokens that each expert got:
 
+    - load: of each expert, over the mean load;
     - max_violation: (largest load - mean load) / mean load, 0 if even (arXiv:2408.15664, eq. 4);
     - entropy: of the loads as shares, divided by that of even loads: 1 if even;
     - dead: the share of experts, over all layers, that get less than DEAD of the mean load.
@@ -356,6 +357,8 @@ def describe_load(counts_LE: Tensor, layers: list[int]) -> dict[str, float]:
     for layer, violation, entropy in zip(layers, violations, entropies, strict=True):
         metrics[f"experts/layer_{layer}/max_violation"] = violation
         metrics[f"experts/layer_{layer}/entropy"] = entropy
+    for layer, load_E in zip(layers, load_LE / load_LE.mean(-1, keepdim=True)):
+        metrics[f"experts/layer_{layer}/load"] = [round(load, 3) for load in load_E.tolist()]
     return metrics
 
 

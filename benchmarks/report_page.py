@@ -1,0 +1,71 @@
+"""How long the report of a large run takes to write and to open in chromium.
+
+    .venv/bin/python benchmarks/report_page.py
+
+100,000 rollouts of about 120 words, each of its own; opening is timed from the start of the page's
+loading until the first rollout stands on it, five times.
+"""
+
+import random
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from r1pipe.config import KeptRollouts
+from r1pipe.report import write_report
+from r1pipe.rollout_files import RolloutFiles
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+from browser import CHROMIUM, Browser
+from report_run import add_tokens, describe_sample, write_run
+
+STEPS, PROMPTS, SAMPLES, WORDS = 100, 125, 8, 120
+OPENED = "document.querySelector('#detail .rollout') && document.body.dataset.ready"
+
+
+def main() -> None:
+    if CHROMIUM is None:
+        sys.exit("no chromium here (Debian's package of that name)")
+    with tempfile.TemporaryDirectory() as folder:
+        run = write_large_run(Path(folder) / "large")
+        started = time.perf_counter()
+        page = write_report(run)
+        written = time.perf_counter() - started
+        with Browser(Path(folder) / "profile") as browser:
+            seconds = [open_page(browser, page) for _ in range(5)]
+            if browser.errors:
+                sys.exit(f"the page has errors: {browser.errors}")
+        print(
+            f"{STEPS * PROMPTS * SAMPLES:,} rollouts: written in {written:.1f} s, "
+            f"{page.stat().st_size / 2**20:.0f} MiB, open in {statistics.median(seconds):.2f} s "
+            f"(median of 5; {min(seconds):.2f} to {max(seconds):.2f})"
+        )
+
+
+def write_large_run(run: Path) -> Path:
+    write_run(run, num_steps=1)
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(3000)]
+    files = RolloutFiles(run / "grpo", KeptRollouts())
+    for step in range(2, STEPS + 2):
+        rows = []
+        for problem in range(PROMPTS):
+            for sample in range(SAMPLES):
+                row = describe_sample(1000 * step + problem, sample, right=rng.random() < 0.5)
+                row["completion"] = " ".join(rng.choices(words, k=WORDS)) + row["completion"]
+                rows.append(add_tokens(row))
+        files.write(step, rows, {})
+    return run
+
+
+def open_page(browser: Browser, page: Path) -> float:
+    started = time.perf_counter()
+    browser.open(page.as_uri(), f"document.body && {OPENED}")
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""A run's folder with the files that stages write, made without running any."""
+
+import json
+from pathlib import Path
+
+from r1pipe.config import KeptRollouts
+from r1pipe.records import write_jsonl, write_text
+from r1pipe.rollout_files import RolloutFiles
+
+FUNCTIONS = ("rewards.math_correct", "rewards.format")
+
+
+def write_run(run: Path, num_steps: int = 6, num_prompts: int = 4, num_samples: int = 4) -> Path:
+    """sft, then grpo whose samples of a problem are right ever more often, then eval."""
+    write_stage(run / "sft", "sft", {"from": "random"}, wall_s=12.5)
+    metrics = [{"step": step, "loss": 3 / step} for step in range(1, num_steps + 1)]
+    write_jsonl(run / "sft" / "metrics.jsonl", metrics)
+
+    grpo = write_stage(run / "grpo", "grpo", {"from": "sft"}, wall_s=90.0)
+    files = RolloutFiles(grpo, KeptRollouts())
+    metrics = []
+    for step in range(1, num_steps + 1):
+        rows = [
+            describe_sample(problem, sample, right=sample * num_steps < step * num_samples)
+            for problem in range(num_prompts)
+            for sample in range(num_samples)
+        ]
+        files.write(step, [add_tokens(row) for row in rows], {})
+        reward = sum(row["reward"] for row in rows) / len(rows)
+        load = {"experts/max_violation": 0.5, "experts/layer_1/load": [1.5, 0.5, 1.0, 1.0]}
+        metrics.append({"step": step, "reward": reward, "entropy": None, **load})
+    write_jsonl(grpo / "metrics.jsonl", metrics)
+    event = {"step": 2, "check": "kl", "value": 0.5, "limit": 0.1, "action": "warn", "says": "far"}
+    write_jsonl(grpo / "events.jsonl", [event])
+
+    measured = write_stage(run / "eval", "eval", {"checkpoints": ["sft", "grpo"]}, wall_s=5.0)
+    summary = []
+    for name, right in (("sft", False), ("grpo", True)):
+        samples = [describe_sample(problem, 0, right) for problem in range(num_prompts)]
+        write_jsonl(measured / f"samples_{name}.jsonl", samples)
+        summary.append(describe_evaluation(name, float(right)))
+    for folder in (measured, run):
+        write_text(folder / "summary.json", json.dumps(summary))
+    return run
+
+
+def write_stage(folder: Path, kind: str, settings: dict, wall_s: float) -> Path:
+    folder.mkdir(parents=True)
+    record = {"stage": kind, "kind": kind, "settings": settings, "wall_s": wall_s}
+    write_text(folder / "stage.json", json.dumps(record))
+    return folder
+
+
+def describe_sample(problem: int, sample: int, right: bool) -> dict:
+    ending = f"</think>\\boxed{{{problem}}}" if right else "</think>a guess </script><b>"
+    return {
+        "problem_id": f"p{problem}",
+        "sample": sample,
+        "prompt": f"How many apples are {problem} apples?",
+        "answer": str(problem),
+        "completion": f"<think>I count {problem} & more.{ending}",
+        "finish_reason": "stop",
+        "num_tokens": 20 + sample,
+        "rewards": dict(zip(FUNCTIONS, (float(right), 1.0))),
+        "reward": 0.2 + right,
+    }
+
+
+def add_tokens(row: dict) -> dict:
+    tokens = {"prompt_ids": [1], "completion_ids": [2], "logprobs": [-0.5], "routes": None}
+    return {**row, "group": 0, "advantage": 0.0, "takes_part": True, **tokens}
+
+
+def describe_evaluation(name: str, pass_at_1: float) -> dict:
+    return {
+        "stage": name,
+        "dataset": "arithmetic/test",
+        "num_problems": 4,
+        "num_samples": 1,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "k": 1,
+        "pass_at_1": pass_at_1,
+        "ci_low": 0.0,
+        "ci_high": 1.0,
+        "pass_at_k": pass_at_1,
+        "maj_at_k": pass_at_1,
+        "format_rate": 1.0,
+        "mean_tokens": 20.0,
+        "truncated": 0.0,
+        "overlap": None,
+        "samples": f"samples_{name}.jsonl",
+        "compared_with": None,
+    }
