@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from r1pipe import __version__
-from r1pipe.config import STAGE_TYPES, load_recipe
+from r1pipe.config import STAGE_TYPES, Sampling, load_recipe
 from r1pipe.distributed import alone, has_launcher, speaks_first
 from r1pipe.errors import GOES_ON, LOST, LostRank, UserError
 from r1pipe.guide import add_examples
@@ -100,6 +100,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="go on, and write it again when the run has gone on (looks every 10 seconds)",
     )
 
+    add_serving(commands)
+
     gguf = commands.add_parser("import-gguf", help="turn a GGUF file into a checkpoint folder")
     gguf.add_argument("file", type=Path, metavar="FILE")
     gguf.add_argument("out", type=Path, metavar="OUT")
@@ -120,6 +122,20 @@ def add_replay_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--from-run", metavar="RUN", help="with --replay: the run that has sampled them"
     )
+
+
+def add_serving(commands: argparse._SubParsersAction) -> None:
+    serve = commands.add_parser("serve", help="vLLM's OpenAI-compatible server for a stage")
+    chat = commands.add_parser("chat", help="talk to a stage here; or: echo QUESTION | r1pipe chat")
+    for command in (serve, chat):
+        command.add_argument("target", metavar="RUN[/STAGE]", help="or a folder, or a hub id")
+        command.add_argument("--max-model-len", type=int, metavar="TOKENS", help="context")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    chat.add_argument("--temperature", type=float, default=0.6)
+    chat.add_argument("--top-p", type=float, default=0.95)
+    chat.add_argument("--max-completion-length", type=int, default=4096, metavar="TOKENS")
+    chat.add_argument("--thinking", action="store_true", help="show it through a pipe, too")
 
 
 def add_eval_options(command: argparse.ArgumentParser) -> None:
@@ -249,6 +265,12 @@ def run_command(options: argparse.Namespace) -> int:
         return show_cost(options.run)
     if options.command == "rollouts":
         return show_rollouts(options)
+    if options.command == "serve":
+        from r1pipe.serve import serve
+
+        serve(options.target, options.host, options.port, options.max_model_len)
+    if options.command == "chat":
+        return chat(options)
     if options.command == "report":
         return report(options)
     recipe = load_recipe(options.config, options.overrides)
@@ -283,6 +305,18 @@ def call_doctor(options: argparse.Namespace) -> int:
         print(diagnosis, flush=True)
         code |= diagnosis.status == "FAIL"
     return code
+
+
+def chat(options: argparse.Namespace) -> int:
+    from r1pipe.serve import chat
+
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_completion_length=options.max_completion_length,
+    )
+    chat(options.target, options.max_model_len, sampling, show_thinking=options.thinking)
+    return 0
 
 
 def report(options: argparse.Namespace) -> int:

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -216,10 +217,34 @@ class Sampler:
                 for result in results:
                     if result.finished:
                         waiting.remove(result.request_id)
-                        yield int(result.request_id), result
+                    yield int(result.request_id), result
         finally:
             if waiting:  # interrupted: the next call must not meet these requests
                 engine.abort_request(list(waiting))
+
+    @property
+    def opens_thinking(self) -> bool:
+        """Whether the chat template has the model think, so that completions begin inside."""
+        ids = encode_prompt(self.tokenizer, [{"role": "user", "content": ""}])
+        return self.tokenizer.decode(ids).rstrip().endswith("<think>")
+
+    def stream(
+        self, messages: list[dict[str, str]], sampling: Sampling, seed: int
+    ) -> Iterator[str]:
+        """One completion, piece by piece as it is sampled. Raises UserError for a conversation that
+        has outgrown the context."""
+        from vllm.sampling_params import RequestOutputKind
+
+        ids = encode_prompt(self.tokenizer, messages)
+        room = self.max_model_len - len(ids)
+        if room < 1:
+            raise UserError(f"the conversation does not fit the context of {self.max_model_len}")
+        parameters = self._parameters(sampling, seed, with_routes=False)
+        parameters.max_tokens = min(parameters.max_tokens, room)
+        parameters.output_kind = RequestOutputKind.DELTA
+        parameters.detokenize = True
+        for _, result in self._run({0: (ids, parameters)}):
+            yield result.outputs[0].text
 
     def _read(self, result: Any, problem: Problem, prompt_ids: list[int], number: int) -> Rollout:
         output = result.outputs[0]
@@ -374,6 +399,40 @@ def engine_arguments(
     elif with_routes:
         arguments["enable_return_routed_experts"] = True
     return arguments
+
+
+def server_command(
+    checkpoint: str,
+    settings: Engine,
+    dtype: str,
+    device: torch.device,
+    name: str,
+    host: str,
+    port: int,
+) -> list[str]:
+    """vLLM's OpenAI-compatible server, with the model's quirks; the environment is set for it.
+
+    Thinking is returned separately where `<think>` and `</think>` are tokens of the model: vLLM's
+    parser works on ids."""
+    config = read_config(checkpoint)
+    set_environment(config, device)
+    os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING")  # the server's engine has its own process
+    arguments = engine_arguments(config, settings, dtype, device)
+    # It serves: what its log-probs are of is the caller's business, who expects the model's own.
+    del arguments["logprobs_mode"], arguments["disable_log_stats"]
+    if {"<think>", "</think>"} <= set(load_tokenizer(checkpoint).get_vocab()):
+        arguments["reasoning_parser"] = "deepseek_r1"
+    arguments |= {"served_model_name": name, "host": host, "port": port}
+    arguments |= {"uvicorn_log_level": "warning", "disable_uvicorn_access_log": True}
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint]
+    for key, value in arguments.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            command += [f"--{flag}", text]
+    return command
 
 
 def set_environment(config: Any, device: torch.device, with_routes: bool = False) -> None:

@@ -1,0 +1,141 @@
+"""A finished stage to talk to: vLLM's OpenAI-compatible server, or a conversation in the terminal.
+
+r1pipe serve runs/demo/grpo
+r1pipe chat runs/demo/grpo
+echo "Tom has 3 books and gets 4." | r1pipe chat demo
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from r1pipe.config import Engine, Sampling
+from r1pipe.errors import UserError
+from r1pipe.finished import find_checkpoint
+from r1pipe.models import pick_device
+from r1pipe.progress import say
+from r1pipe.rollout import Sampler, derive_seed, server_command
+from r1pipe.thinking import ThinkingSplitter
+
+
+@dataclass(frozen=True)
+class Served:
+    """A checkpoint, what to call it, and in which numbers to run it."""
+
+    checkpoint: str
+    name: str
+    dtype: str
+
+
+def find_served(target: str) -> Served:
+    """RUN[/STAGE], a checkpoint folder, or a hub id. Raises UserError."""
+    default = "bfloat16" if pick_device("auto").type == "cuda" else "float32"
+    folder = Path(target).expanduser()
+    if (folder / "config.json").exists() and not (folder / "stage.json").exists():
+        return Served(str(folder), folder.resolve().name, default)
+    looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", target) is not None
+    if looks_like_id and not any(path.exists() for path in (folder.parent, "runs" / folder.parent)):
+        return Served(target, target, default)
+    run, stage = find_checkpoint(folder)
+    name = f"{run.path.resolve().name}/{stage.name}"
+    return Served(str(stage.folder), name, stage.settings.get("dtype", default))
+
+
+def engine_settings(max_model_len: int | None) -> Engine:
+    """For a few conversations: a small machine's memory is not to be filled with KV cache."""
+    on_gpu = pick_device("auto").type == "cuda"
+    return Engine(max_model_len=max_model_len, kv_cache_gib=None if on_gpu else 1.0)
+
+
+def serve(target: str, host: str, port: int, max_model_len: int | None) -> None:
+    """Become vLLM's server, which ends with Ctrl-C. Does not return."""
+    served = find_served(target)
+    settings, device = engine_settings(max_model_len), pick_device("auto")
+    command = server_command(
+        served.checkpoint, settings, served.dtype, device, served.name, host, port
+    )
+    thinking = "--reasoning-parser" in command
+    say(
+        f"model {served.name} at http://{host}:{port}/v1, ready in a moment; "
+        + (
+            "thinking comes as `reasoning`, the answer as `content`"
+            if thinking
+            else "thinking comes within `content`: <think> and </think> are no tokens of this model"
+        )
+    )
+    os.execv(command[0], command)
+
+
+def chat(
+    target: str, max_model_len: int | None, sampling: Sampling, *, show_thinking: bool
+) -> None:
+    """Answer questions from the terminal, or the one that comes through a pipe. Of the latter only
+    the answer goes to stdout, unless `show_thinking`."""
+    served = find_served(target)
+    at_terminal = sys.stdin.isatty()
+    questions = ask_questions() if at_terminal else iter([sys.stdin.read().strip()])
+    settings, device = engine_settings(max_model_len), pick_device("auto")
+    sampler = Sampler(served.checkpoint, settings, served.dtype, device)
+    try:
+        if at_terminal:
+            say(f"{served.name}: ask; an empty line or Ctrl-D ends, /new forgets what was said")
+        history: list[dict[str, str]] = []
+        for number, question in enumerate(questions):
+            if question == "/new":
+                history.clear()
+                continue
+            history.append({"role": "user", "content": question})
+            pieces = sampler.stream(history, sampling, derive_seed("chat", number))
+            answer = show(split(pieces, sampler.opens_thinking), show_thinking or at_terminal)
+            # A model does not see what it has thought before: R1's template drops it, too.
+            history.append({"role": "assistant", "content": answer})
+    finally:
+        sampler.close()
+
+
+def ask_questions() -> Iterator[str]:
+    import readline  # noqa: F401 input() then knows arrow keys and what was asked before
+
+    while True:
+        try:
+            question = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        if not question:
+            return
+        yield question
+
+
+def split(pieces: Iterator[str], opened: bool) -> Iterator[tuple[bool, str]]:
+    splitter = ThinkingSplitter(opened)
+    for piece in pieces:
+        yield from splitter.feed(piece)
+    yield from splitter.finish()
+
+
+def show(parts: Iterator[tuple[bool, str]], show_thinking: bool) -> str:
+    """Print as it comes, thinking dimmed; returns the answer."""
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    answer, thought = "", False
+    for thinking, text in parts:
+        if thinking:
+            thought = True
+            if show_thinking:
+                console.print(text, end="", style="dim")
+            continue
+        if not answer:
+            text = text.lstrip("\n")
+            if thought and show_thinking:
+                console.print()
+        answer += text
+        console.print(text, end="")
+    console.print()
+    if not answer and thought and not show_thinking:
+        raise UserError("the model was still thinking at --max-completion-length; raise it")
+    return answer.strip()

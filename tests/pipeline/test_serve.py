@@ -1,0 +1,130 @@
+"""A finished stage behind vLLM's OpenAI-compatible server, and in a conversation."""
+
+import os
+import pty
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+ROOT = Path(__file__).parents[2]
+QUESTION = "Tom has 14 books. Monday brings 5. Tuesday drops 5. How many books now?"
+COMMAND = [sys.executable, "-m", "r1pipe"]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(scope="module")
+def client(finished: tuple) -> Iterator[openai.OpenAI]:
+    """Of a server for the cold start of the tiny recipe, which writes <think> ... </think>."""
+    folder, _ = finished
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [*COMMAND, "serve", str(folder / "sft"), "--port", str(port)]
+    server = subprocess.Popen(
+        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_until_ready(server, port)
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
+
+
+def wait_until_ready(server: subprocess.Popen, port: int) -> None:
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        if server.poll() is not None:
+            raise RuntimeError(f"the server has ended: {server.stderr.read()[-2000:]}")
+        try:
+            if httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200:
+                return
+        except httpx.TransportError:
+            time.sleep(0.5)
+    raise TimeoutError("the server does not become ready")
+
+
+def test_thinking_is_returned_separately(client: openai.OpenAI) -> None:
+    (model,) = client.models.list().data
+    assert model.id == "tiny/sft"
+    messages = [{"role": "user", "content": QUESTION}]
+    done = client.chat.completions.create(
+        model=model.id, messages=messages, max_tokens=60, temperature=0, n=1
+    )
+    (choice,) = done.choices
+    assert choice.finish_reason == "stop"
+    assert choice.message.model_extra["reasoning"]
+    assert "\\boxed" in choice.message.content
+    assert "think>" not in choice.message.content + choice.message.model_extra["reasoning"]
+
+
+def test_a_stream_gives_the_same_answer(client: openai.OpenAI) -> None:
+    arguments = {
+        "model": "tiny/sft",
+        "messages": [{"role": "user", "content": QUESTION}],
+        "max_tokens": 60,
+        "temperature": 0,
+    }
+    whole = client.chat.completions.create(**arguments).choices[0].message
+    deltas = [
+        chunk.choices[0].delta for chunk in client.chat.completions.create(**arguments, stream=True)
+    ]
+    assert "".join(d.content or "" for d in deltas) == whole.content
+    thinking = "".join((d.model_extra or {}).get("reasoning") or "" for d in deltas)
+    assert thinking == whole.model_extra["reasoning"]
+
+
+def test_a_question_through_a_pipe_gets_the_answer_alone(finished: tuple) -> None:
+    command = [*COMMAND, "chat", str(finished[0] / "sft"), "--temperature", "0"]
+    done = subprocess.run(
+        command, input=QUESTION, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.startswith("\\boxed{")
+    assert "think" not in done.stdout
+
+
+def test_a_terminal_shows_the_thinking_dimmed(finished: tuple) -> None:
+    ours, theirs = pty.openpty()
+    command = [*COMMAND, "chat", str(finished[0] / "sft"), "--temperature", "0"]
+    with subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=subprocess.DEVNULL,
+        env={**environment(), "TERM": "xterm"},
+    ) as process:  # fmt: skip
+        os.close(theirs)
+        os.write(ours, f"{QUESTION}\n\n".encode())
+        shown = b""
+        while True:
+            try:
+                part = os.read(ours, 4096)
+            except OSError:  # the other end is closed
+                break
+            shown += part
+        assert process.wait(timeout=60) == 0
+    dim, answer = shown.find(b"\x1b[2m"), shown.find(b"\\boxed{")
+    assert 0 <= dim < answer
+
+
+@pytest.mark.parametrize("command", ["serve", "chat"])
+def test_a_stage_that_is_not_there_is_one_line(command: str, finished: tuple) -> None:
+    target = str(finished[0] / "grppo")
+    done = subprocess.run(
+        [*COMMAND, command, target],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode == 2
+    assert "did you mean grpo?" in done.stderr
+    assert done.stderr.count("\n") == 1
