@@ -100,6 +100,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="go on, and write it again when the run has gone on (looks every 10 seconds)",
     )
 
+    compare = commands.add_parser("compare", help="two runs: settings, curves, accuracy")
+    compare.add_argument("a", metavar="RUN_A")
+    compare.add_argument("b", metavar="RUN_B")
+    compare.add_argument("--out", type=Path, metavar="FILE", help="a page with the curves of both")
     add_serving(commands)
 
     gguf = commands.add_parser("import-gguf", help="turn a GGUF file into a checkpoint folder")
@@ -271,6 +275,8 @@ def run_command(options: argparse.Namespace) -> int:
         serve(options.target, options.host, options.port, options.max_model_len)
     if options.command == "chat":
         return chat(options)
+    if options.command == "compare":
+        return compare(options)
     if options.command == "report":
         return report(options)
     recipe = load_recipe(options.config, options.overrides)
@@ -316,6 +322,16 @@ def chat(options: argparse.Namespace) -> int:
         max_completion_length=options.max_completion_length,
     )
     chat(options.target, options.max_model_len, sampling, show_thinking=options.thinking)
+    return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    from r1pipe.compare import compare_runs
+    from r1pipe.report import locate_run
+
+    print(compare_runs(locate_run(options.a), locate_run(options.b), options.out))
+    if options.out:
+        print(f"\nwritten: {options.out}")
     return 0
 
 

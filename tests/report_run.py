@@ -10,13 +10,15 @@ from r1pipe.rollout_files import RolloutFiles
 FUNCTIONS = ("rewards.math_correct", "rewards.format")
 
 
-def write_run(run: Path, num_steps: int = 6, num_prompts: int = 4, num_samples: int = 4) -> Path:
+def write_run(
+    run: Path, num_steps: int = 6, num_prompts: int = 4, num_samples: int = 4, beta: float = 0.0
+) -> Path:
     """sft, then grpo whose samples of a problem are right ever more often, then eval."""
     write_stage(run / "sft", "sft", {"from": "random"}, wall_s=12.5)
     metrics = [{"step": step, "loss": 3 / step} for step in range(1, num_steps + 1)]
     write_jsonl(run / "sft" / "metrics.jsonl", metrics)
 
-    grpo = write_stage(run / "grpo", "grpo", {"from": "sft"}, wall_s=90.0)
+    grpo = write_stage(run / "grpo", "grpo", {"from": "sft", "beta": beta}, wall_s=90.0)
     files = RolloutFiles(grpo, KeptRollouts())
     metrics = []
     for step in range(1, num_steps + 1):
@@ -34,11 +36,13 @@ def write_run(run: Path, num_steps: int = 6, num_prompts: int = 4, num_samples: 
     write_jsonl(grpo / "events.jsonl", [event])
 
     measured = write_stage(run / "eval", "eval", {"checkpoints": ["sft", "grpo"]}, wall_s=5.0)
-    summary = []
+    summary, results = [], []
     for name, right in (("sft", False), ("grpo", True)):
         samples = [describe_sample(problem, 0, right) for problem in range(num_prompts)]
         write_jsonl(measured / f"samples_{name}.jsonl", samples)
         summary.append(describe_evaluation(name, float(right)))
+        results += [describe_result(name, problem, right) for problem in range(num_prompts)]
+    write_jsonl(measured / "results.jsonl", results)
     for folder in (measured, run):
         write_text(folder / "summary.json", json.dumps(summary))
     return run
@@ -63,6 +67,19 @@ def describe_sample(problem: int, sample: int, right: bool) -> dict:
         "num_tokens": 20 + sample,
         "rewards": dict(zip(FUNCTIONS, (float(right), 1.0))),
         "reward": 0.2 + right,
+    }
+
+
+def describe_result(checkpoint: str, problem: int, right: bool) -> dict:
+    return {
+        "stage": checkpoint,
+        "dataset": "arithmetic/test",
+        "problem_id": f"p{problem}",
+        "category": "",
+        "num_samples": 1,
+        "num_right": int(right),
+        "majority_right": right,
+        "mean_tokens": 20.0,
     }
 
 

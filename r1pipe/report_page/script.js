@@ -47,7 +47,7 @@ function remember(name, value) {
 
 function showHeader() {
   $("name").textContent = data.name;
-  $("state").textContent = `${data.running ? "running, " : ""}written ${data.written}`;
+  $("state").textContent = data.written ? `${data.running ? "running, " : ""}written ${data.written}` : "the first run in full lines, the second (B) in dashes";
   for (const section of document.querySelectorAll("main > section")) {
     if (section.hidden) continue;
     const title = section.querySelector("h2").textContent.split(" ")[0];
@@ -70,7 +70,14 @@ function showHeader() {
   });
 }
 
+function showDifferences() {
+  if (!data.differences?.rows.length) return hide("differences");
+  const { columns, rows } = data.differences;
+  $("differences-table").append(table(columns, rows.map(([stage, ...rest]) => [stage, ...rest.map((text) => ({ text }))])));
+}
+
 function showRecipe() {
+  if (!data.stages.length) return hide("recipe");
   const measured = new Map(data.summary.map((entry) => [entry.stage, entry]));
   for (const stage of data.stages) {
     const entry = measured.get(stage.name);
@@ -166,7 +173,7 @@ function showCurves() {
     const box = make("div", { class: "charts" });
     const shown = new Set(["experts/entropy"]);
     for (const [title, wanted, options] of CHARTS) {
-      const chosen = names.filter((name) => wanted(name) && curves.series[name].some((v) => v != null));
+      const chosen = names.filter((name) => wanted(name.replace(/^B: /, "")) && curves.series[name].some((v) => v != null));
       chosen.forEach((name) => shown.add(name));
       if (chosen.length) box.append(chart(title, curves, chosen, options));
     }
@@ -224,15 +231,15 @@ function chart(title, curves, names, { log = false } = {}) {
   points.forEach((series, number) => {
     let pen = false;
     const path = series.map((v, i) => {
-      if (v == null) { pen = false; return ""; }
+      if (v == null) return "";
       const command = `${pen ? "L" : "M"}${x(steps[i]).toFixed(1)} ${y(v).toFixed(1)}`;
       pen = true;
       return command;
     }).join("");
-    svg.append(draw("path", { d: path, fill: "none", stroke: `var(--c${number % 7})`, "stroke-width": 1.6, "stroke-linejoin": "round", "vector-effect": "non-scaling-stroke", ...(dashed(names, number) && { "stroke-dasharray": "5 3" }) }));
+    svg.append(draw("path", { d: path, fill: "none", stroke: colorOf(names, number), "stroke-width": 1.6, "stroke-linejoin": "round", "vector-effect": "non-scaling-stroke", ...(dashed(names, number) && { "stroke-dasharray": "5 3" }) }));
     if (series.filter((v) => v != null).length === 1) {
       const i = series.findIndex((v) => v != null);
-      svg.append(draw("circle", { cx: x(steps[i]), cy: y(series[i]), r: 2.5, fill: `var(--c${number % 7})` }));
+      svg.append(draw("circle", { cx: x(steps[i]), cy: y(series[i]), r: 2.5, fill: colorOf(names, number) }));
     }
   });
   const cursor = draw("line", { y1: top, y2: height - bottom, stroke: "var(--quiet)", visibility: "hidden" });
@@ -240,7 +247,7 @@ function chart(title, curves, names, { log = false } = {}) {
   const legend = make("div", { class: "legend" });
   const tell = (i) => {
     legend.replaceChildren(...names.map((name, number) => make("span",
-      { style: `--c: var(--c${number % 7})`, class: dashed(names, number) ? "dashed" : null },
+      { style: `--c: ${colorOf(names, number)}`, class: dashed(names, number) ? "dashed" : null },
       `${labels[number]} ${i == null ? "" : format(curves.series[name][i])}`)),
       ...(i == null ? [] : [`step ${steps[i]}`]));
   };
@@ -260,8 +267,12 @@ function chart(title, curves, names, { log = false } = {}) {
   return make("figure", {}, make("figcaption", {}, title), svg, legend);
 }
 
-// A second run beside the first is drawn in dashes.
+// A second run beside the first is drawn in dashes, in the first one's colours.
 const dashed = (names, number) => names[number].startsWith("B: ");
+function colorOf(names, number) {
+  const first = names.indexOf(names[number].replace(/^B: /, ""));
+  return `var(--c${(first < 0 ? number : first) % 7})`;
+}
 
 // --- Expert load --------------------------------------------------------------------------------
 
@@ -478,6 +489,7 @@ function followRun() {
 }
 
 showRecipe();
+showDifferences();
 showAccuracy();
 showCurves();
 showExperts();

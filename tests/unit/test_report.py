@@ -120,7 +120,7 @@ def set_filter(page: Browser, name: str, value: str) -> None:
 @needs_browser
 def test_the_page_shows_every_section_without_an_error(page: Browser) -> None:
     hidden = "[...document.querySelectorAll('main > section')].filter(s => s.hidden).map(s => s.id)"
-    assert page.evaluate(hidden) == ["cost"]
+    assert page.evaluate(hidden) == ["differences", "cost"]
     assert page.evaluate("document.querySelectorAll('#flow li').length") == 3
     assert page.evaluate("document.querySelectorAll('#charts svg path').length") >= 3
     assert page.evaluate("document.querySelectorAll('#heatmaps canvas').length") == 1
