@@ -10,9 +10,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from r1pipe.finished import FinishedStage
 from r1pipe.measures import ProblemResult, compare
 from r1pipe.records import read_jsonl, write_text
-from r1pipe.report import Rollouts, StageFolder, collect_curves, find_stages, read_json, render
+from r1pipe.report import (
+    Rollouts,
+    collect_curves,
+    find_stages,
+    read_if_there,
+    read_rows,
+    render,
+)
 from r1pipe.summary import draw_table
 
 
@@ -39,7 +47,7 @@ def compare_runs(a: Path, b: Path, out: Path | None = None) -> str:
 
 
 def list_differences(
-    a: dict[str, StageFolder], b: dict[str, StageFolder]
+    a: dict[str, FinishedStage], b: dict[str, FinishedStage]
 ) -> Iterator[tuple[str, str, str, str]]:
     """(stage, key, value in a, value in b) of every setting that is not the same."""
     for name in {**a, **b}:
@@ -65,13 +73,13 @@ def flatten(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def compare_accuracy(
-    a: Path, b: Path, stages_a: dict[str, StageFolder], stages_b: dict[str, StageFolder]
+    a: Path, b: Path, stages_a: dict[str, FinishedStage], stages_b: dict[str, FinishedStage]
 ) -> Iterator[tuple[str, ...]]:
     """pass@1 of every checkpoint that both runs evaluated on the same set, and the difference over
     the problems that both were asked."""
     results = [read_results(stages) for stages in (stages_a, stages_b)]
     entries = [
-        {(e["dataset"], e["stage"]): e for e in read_json(run / "summary.json") or []}
+        {(e["dataset"], e["stage"]): e for e in read_if_there(run / "summary.json") or []}
         for run in (a, b)
     ]
     for key in entries[0]:
@@ -88,7 +96,7 @@ def compare_accuracy(
         )
 
 
-def read_results(stages: dict[str, StageFolder]) -> dict[tuple[str, str], list[ProblemResult]]:
+def read_results(stages: dict[str, FinishedStage]) -> dict[tuple[str, str], list[ProblemResult]]:
     """Per set and checkpoint, problem by problem, of the eval stages."""
     results: dict[tuple[str, str], list[ProblemResult]] = {}
     for stage in stages.values():
@@ -103,10 +111,10 @@ LAST_STEP = ("step", "reward", "loss", "completions/mean_length", "entropy", "kl
 
 
 def compare_last_steps(
-    a: dict[str, StageFolder], b: dict[str, StageFolder]
+    a: dict[str, FinishedStage], b: dict[str, FinishedStage]
 ) -> Iterator[tuple[str, ...]]:
     for name in a.keys() & b.keys():
-        last = [(run[name].read_rows("metrics.jsonl") or [{}])[-1] for run in (a, b)]
+        last = [(read_rows(run[name], "metrics.jsonl") or [{}])[-1] for run in (a, b)]
         for metric in LAST_STEP:
             values = [row.get(metric) for row in last]
             if values != [None, None]:
@@ -114,7 +122,7 @@ def compare_last_steps(
 
 
 def collect(
-    names: list[str], stages: list[dict[str, StageFolder]], settings: list[tuple]
+    names: list[str], stages: list[dict[str, FinishedStage]], settings: list[tuple]
 ) -> dict[str, Any]:
     """What the report's page shows, of two runs: their curves over each other."""
     return {
@@ -133,7 +141,7 @@ def collect(
 
 
 def overlay_curves(
-    a: dict[str, StageFolder], b: dict[str, StageFolder]
+    a: dict[str, FinishedStage], b: dict[str, FinishedStage]
 ) -> Iterator[dict[str, Any]]:
     """The second run's series under names that begin with "B: "."""
     for name in a:

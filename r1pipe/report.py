@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from r1pipe.errors import UserError
+from r1pipe.finished import FinishedStage, read_json, sort_stages
+from r1pipe.lineage import list_stages
 from r1pipe.progress import say
 from r1pipe.records import read_jsonl, write_text
 from r1pipe.rollout_files import list_steps, read_rollouts
@@ -30,41 +32,6 @@ MAX_ROLLOUTS = 100_000
 MAX_POINTS = 1_000
 """Of a curve: more than a screen has."""
 EVENTS = "events.jsonl"
-
-
-@dataclass
-class StageFolder:
-    """One stage of a run, finished or being made."""
-
-    name: str
-    folder: Path
-    record: dict[str, Any]
-    """`stage.json`."""
-    state: str
-    """"finished" or "running"."""
-
-    @property
-    def kind(self) -> str:
-        return self.record.get("kind", "")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self.record.get("settings", {})
-
-    @property
-    def parents(self) -> list[str]:
-        own = self.settings
-        named = [own.get("from"), own.get("student"), (own.get("data") or {}).get("stage")]
-        named += own.get("checkpoints") or []
-        return [name for name in named if isinstance(name, str)]
-
-    def read_rows(self, name: str) -> list[dict[str, Any]]:
-        """The whole lines of a JSONL file, which may still be growing; none if it is not there."""
-        path = self.folder / name
-        if not path.exists():
-            return []
-        text = path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
@@ -79,12 +46,17 @@ def watch(run: Path, out: Path | None, every_s: float) -> None:
     """Write the report whenever the run has gone on, until the user interrupts."""
     seen: float | None = None
     while True:
-        newest = find_newest(run)
-        if newest != seen:
-            path = write_report(run, out)
+        try:
+            newest = find_newest(run)
+            if newest != seen:
+                path = write_report(run, out)
+                if seen is None:
+                    say(f"written: {path}; looks every {every_s:g} s whether the run has gone on")
+                seen = newest
+        except (UserError, FileNotFoundError):
             if seen is None:
-                say(f"written: {path}; again every {every_s:g} s while the run goes on")
-            seen = newest
+                raise
+            # A stage was moving to its place: it is there the next time.
         time.sleep(every_s)
 
 
@@ -108,76 +80,74 @@ def find_newest(run: Path) -> float:
 # --- What there is to show ----------------------------------------------------------------------
 
 
-def find_stages(run: Path) -> list[StageFolder]:
-    """In the order in which they were begun: each after those that it starts from."""
-    found = {}
-    for path in sorted(run.glob("*/stage.json"), key=lambda path: path.stat().st_mtime):
-        being_made = path.parent.name.startswith(".") and path.parent.name.endswith(".partial")
-        if path.parent.name.startswith(".") and not being_made:
-            continue
-        record = json.loads(path.read_text(encoding="utf-8"))
-        state = "running" if being_made else "finished"
-        stage = StageFolder(record["stage"], path.parent, record, state)
-        if state == "running" or record["stage"] not in found:
-            found[record["stage"]] = stage
-    if not found:
+def find_stages(run: Path) -> list[FinishedStage]:
+    """Those that are finished and those being made, each after those that it starts from. Raises
+    UserError if there is none."""
+    folders = [run / name for name in list_stages(run)]
+    folders += [path.parent for path in sorted(run.glob(".*.partial/stage.json"))]
+    stages = [FinishedStage(folder, read_json(folder / "stage.json")) for folder in folders]
+    if not stages:
         raise UserError(f"{run}: no run to report on: a run's folder holds stages")
-    ordered: dict[str, StageFolder] = {}
-
-    def visit(stage: StageFolder) -> None:
-        for parent in stage.parents:
-            if parent in found and parent not in ordered:
-                visit(found[parent])
-        ordered[stage.name] = stage
-
-    for stage in found.values():
-        if stage.name not in ordered:
-            visit(stage)
-    return list(ordered.values())
+    stages.sort(key=lambda stage: "~" if is_running(stage) else stage.record.get("finished", ""))
+    by_name = {stage.name: stage for stage in stages}  # one being made again replaces the old one
+    return sort_stages(by_name, list(by_name))
 
 
-def collect(run: Path, stages: list[StageFolder]) -> dict[str, Any]:
+def is_running(stage: FinishedStage) -> bool:
+    return stage.folder.name.startswith(".")
+
+
+def read_rows(stage: FinishedStage, name: str) -> list[dict[str, Any]]:
+    """The whole lines of a JSONL file, which may still be growing; none if it is not there."""
+    path = stage.folder / name
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
+
+
+def read_if_there(path: Path) -> Any:
+    return read_json(path) if path.exists() else None
+
+
+def collect(run: Path, stages: list[FinishedStage]) -> dict[str, Any]:
     """All that the page shows; the rollouts packed."""
     rollouts = Rollouts()
     for stage in stages:
         for row in find_rollouts(stage):
             rollouts.add(**row)
-    summary = read_json(run / "summary.json") or []
+    summary = read_if_there(run / "summary.json") or []
     return {
         "name": run.resolve().name,
         "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "running": any(stage.state == "running" for stage in stages),
+        "running": any(map(is_running, stages)),
         "stages": [describe_stage(stage) for stage in stages],
         "summary": summary,
         "curves": [curves for stage in stages if (curves := collect_curves(stage))],
         "experts": [load for stage in stages if (load := collect_expert_load(stage))],
         "events": [
-            {"stage": stage.name, **event} for stage in stages for event in stage.read_rows(EVENTS)
+            {"stage": stage.name, **event} for stage in stages for event in read_rows(stage, EVENTS)
         ],
-        "cost": read_json(run / "ledger.json"),
+        "cost": read_if_there(run / "ledger.json"),
         "rollouts": rollouts.pack(),
     }
 
 
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-
-
-def describe_stage(stage: StageFolder) -> dict[str, Any]:
+def describe_stage(stage: FinishedStage) -> dict[str, Any]:
     hidden = ("stage", "kind", "settings", "fingerprint", "parents")
     return {
         "name": stage.name,
         "kind": stage.kind,
-        "state": stage.state,
-        "parents": stage.parents,
+        "state": "running" if is_running(stage) else "finished",
+        "parents": stage.parents or stage.settings.get("checkpoints", []),
         "facts": {key: value for key, value in stage.record.items() if key not in hidden},
         "settings": stage.settings,
     }
 
 
-def collect_curves(stage: StageFolder) -> dict[str, Any] | None:
+def collect_curves(stage: FinishedStage) -> dict[str, Any] | None:
     """`{"stage", "steps", "series": {name: values}}` with null where there is no number."""
-    rows = thin(stage.read_rows("metrics.jsonl"), MAX_POINTS)
+    rows = thin(read_rows(stage, "metrics.jsonl"), MAX_POINTS)
     if not rows:
         return None
     names = dict.fromkeys(
@@ -194,9 +164,9 @@ def collect_curves(stage: StageFolder) -> dict[str, Any] | None:
     }
 
 
-def collect_expert_load(stage: StageFolder) -> dict[str, Any] | None:
+def collect_expert_load(stage: FinishedStage) -> dict[str, Any] | None:
     """Each layer's load over the steps, `load[layer][expert][step]`, as a share of an even one."""
-    rows = [row for row in stage.read_rows("metrics.jsonl") if "experts/max_violation" in row]
+    rows = [row for row in read_rows(stage, "metrics.jsonl") if "experts/max_violation" in row]
     rows = thin(rows, MAX_POINTS // 4)
     names = [name for name in (rows[0] if rows else ()) if name.endswith("/load")]
     if not names:
@@ -225,14 +195,14 @@ def shorten(value: Any) -> float | None:
 # --- Rollouts -----------------------------------------------------------------------------------
 
 
-def find_rollouts(stage: StageFolder) -> Iterator[dict[str, Any]]:
+def find_rollouts(stage: FinishedStage) -> Iterator[dict[str, Any]]:
     """Arguments of `Rollouts.add`, of a stage that trains by sampling or one that evaluates."""
     if stage.kind == "grpo":
         steps = list(list_steps(stage.folder))
         for row in read_rollouts(stage.folder, steps):
             yield {"source": stage.name, "row": row}
     elif stage.kind == "eval":
-        entries = read_json(stage.folder / "summary.json") or []
+        entries = read_if_there(stage.folder / "summary.json") or []
         several = len({entry["dataset"] for entry in entries}) > 1
         for entry in entries:
             dataset = f" on {entry['dataset']}" if several else ""

@@ -8,17 +8,18 @@ from r1pipe.records import write_jsonl, write_text
 from r1pipe.rollout_files import RolloutFiles
 
 FUNCTIONS = ("rewards.math_correct", "rewards.format")
+SOURCE = {"data": {"recipe": "arithmetic", "stage": None}}
 
 
 def write_run(
     run: Path, num_steps: int = 6, num_prompts: int = 4, num_samples: int = 4, beta: float = 0.0
 ) -> Path:
     """sft, then grpo whose samples of a problem are right ever more often, then eval."""
-    write_stage(run / "sft", "sft", {"from": "random"}, wall_s=12.5)
+    write_stage(run / "sft", "sft", {**SOURCE, "from": "random"}, wall_s=12.5)
     metrics = [{"step": step, "loss": 3 / step} for step in range(1, num_steps + 1)]
     write_jsonl(run / "sft" / "metrics.jsonl", metrics)
 
-    grpo = write_stage(run / "grpo", "grpo", {"from": "sft", "beta": beta}, wall_s=90.0)
+    grpo = write_stage(run / "grpo", "grpo", {**SOURCE, "from": "sft", "beta": beta}, wall_s=90.0)
     files = RolloutFiles(grpo, KeptRollouts())
     metrics = []
     for step in range(1, num_steps + 1):
@@ -50,7 +51,9 @@ def write_run(
 
 def write_stage(folder: Path, kind: str, settings: dict, wall_s: float) -> Path:
     folder.mkdir(parents=True)
+    finished = f"2026-01-0{1 + ('sft', 'grpo', 'eval').index(kind)}T00:00:00Z"
     record = {"stage": kind, "kind": kind, "settings": settings, "wall_s": wall_s}
+    record["finished"] = finished
     write_text(folder / "stage.json", json.dumps(record))
     return folder
 
