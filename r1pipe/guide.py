@@ -10,6 +10,11 @@ first steps:
   r1pipe doctor configs/demo.yaml   what would go wrong, of this machine and of the recipe
   r1pipe run configs/demo.yaml      the whole recipe: minutes on two cores, no GPU
   r1pipe verify runs/demo           is everything still as it was made?
+  r1pipe check configs/demo.yaml   reads the recipe, says whether it fits this machine
+  r1pipe run configs/demo.yaml     the whole recipe: minutes on two cores, no GPU
+  r1pipe report runs/demo          curves, cost and every rollout on one page
+  r1pipe chat runs/demo            talk to what came out
+  r1pipe verify runs/demo          is everything still as it was made?
   r1pipe publish runs/demo --repo user/name --dry-run
 
 Each command has a --help with an example; README.md tells the rest."""
@@ -17,7 +22,7 @@ Each command has a --help with an example; README.md tells the rest."""
 EXAMPLES: dict[str, tuple[str, str]] = {
     "run": (
         "r1pipe run configs/demo.yaml --set seed=1 --set name=seed1",
-        "r1pipe publish runs/seed1 --repo user/name --dry-run",
+        "r1pipe report runs/seed1",
     ),
     "init": ("r1pipe init configs/demo.yaml", "r1pipe sft configs/demo.yaml"),
     "sft": ("r1pipe sft configs/demo.yaml", "r1pipe grpo configs/demo.yaml"),
@@ -42,6 +47,19 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "publish": (
         "r1pipe publish runs/demo/distill --repo user/name --dry-run",
         "r1pipe publish runs/demo/distill --repo user/name",
+    ),
+    "report": ("r1pipe report runs/demo --watch", "r1pipe compare runs/demo runs/seed1"),
+    "compare": (
+        "r1pipe compare runs/demo runs/seed1 --out compare.html",
+        "r1pipe eval configs/demo.yaml --compare sft grpo",
+    ),
+    "serve": (
+        "r1pipe serve runs/demo/grpo --port 8000",
+        "r1pipe chat runs/demo/grpo",
+    ),
+    "chat": (
+        "r1pipe chat runs/demo/grpo --temperature 0.6",
+        "r1pipe publish runs/demo/grpo --repo user/name --dry-run",
     ),
     "import-gguf": (
         "r1pipe import-gguf model.Q4_1.gguf models/mine",
