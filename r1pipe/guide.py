@@ -9,12 +9,9 @@ FIRST_STEPS = """\
 first steps:
   r1pipe doctor configs/demo.yaml   what would go wrong, of this machine and of the recipe
   r1pipe run configs/demo.yaml      the whole recipe: minutes on two cores, no GPU
+  r1pipe report runs/demo           curves, cost and every rollout on one page
+  r1pipe chat runs/demo             talk to what came out
   r1pipe verify runs/demo           is everything still as it was made?
-  r1pipe check configs/demo.yaml   reads the recipe, says whether it fits this machine
-  r1pipe run configs/demo.yaml     the whole recipe: minutes on two cores, no GPU
-  r1pipe report runs/demo          curves, cost and every rollout on one page
-  r1pipe chat runs/demo            talk to what came out
-  r1pipe verify runs/demo          is everything still as it was made?
   r1pipe publish runs/demo --repo user/name --dry-run
 
 Each command has a --help with an example; README.md tells the rest."""
