@@ -198,7 +198,7 @@ CHECKS: dict[str, Check] = {
     ),
     # PPO's early stopping, which is at 0.015 in Spinning Up (target_kl 0.01).
     "update_kl": Check(
-        read("update_kl"), "update", 0.1, "skip",
+        read("update_kl"), "update", 0.1, "warn",
         "these optimizer steps have moved the policy by a KL of {value:.2f} nats per token",
         "a lower learning_rate, or fewer steps_per_generation",
     ),

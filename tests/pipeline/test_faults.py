@@ -170,6 +170,7 @@ def ignoring(*checks: str) -> dict:
     return {"breaker": {"window": 2 * GOOD_STEPS, **dict.fromkeys(checks, ignore)}}
 
 
+SKIPPING = {"breaker": {"update_kl": {"action": "skip"}}}
 # (fault, check that trips, its action, settings of the stage)
 FAULTS = [
     (judge_with_nan, "nonfinite_rewards", "stop", {}),
@@ -183,7 +184,7 @@ FAULTS = [
     (explode_the_gradient, "nonfinite", "skip", {}),
     (corrupt_the_sync, "logprob_diff", "stop", {}),
     (leave_the_reference, "kl", "warn", {"beta": 0.01}),
-    (learn_too_fast, "update_kl", "skip", {"steps_per_generation": 2}),
+    (learn_too_fast, "update_kl", "skip", {"steps_per_generation": 2, **SKIPPING}),
     (sharpen(SHARP), "entropy", "warn", ignoring("logprob_diff", "entropy_collapse")),
     (sharpen(100.0), "entropy_collapse", "rollback", {}),
     (starve_experts, "dead_experts", "warn", {}),
