@@ -57,7 +57,7 @@ TOKENIZER = (
 TERMS = re.compile(r"(LICEN[SC]E|NOTICE|USE_POLICY|COPYING)[\w.-]*", re.IGNORECASE)
 """Files of a base model that belong to its licence and go on with it."""
 
-ROLLOUTS = ("rollouts.jsonl", "rollouts/*.parquet", "traces.jsonl")
+ROLLOUTS = ("rollouts/*.parquet", "traces.jsonl")
 
 MAX_TOLD = 3
 """Objections in an error's one line."""

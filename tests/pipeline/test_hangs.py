@@ -8,6 +8,7 @@ from test_processes import run_two
 from test_run import read_lines, run
 
 from r1pipe.errors import HUNG
+from r1pipe.rollout_files import read_rollouts
 from r1pipe.runs import find_steps
 
 LIMIT_S = 90
@@ -80,10 +81,10 @@ def test_a_collapse_goes_back_to_a_checkpoint_that_was_good(recipe: Path) -> Non
     partial = folder / ".grpo.partial"
     line = result.stderr.splitlines()[-1]
     assert line.startswith("r1pipe: grpo, step 5: the mean reward lost 100%")
-    assert str(partial / "rollouts.jsonl") in line
+    assert line.endswith(f"r1pipe rollouts {partial} --step 5")
     assert "grpo: step 3 is saved" in result.stderr
     assert find_steps(partial / "checkpoints") == [1, 2, 3]
-    assert read_lines(partial / "rollouts.jsonl")[-1]["step"] == 5
+    assert {row["step"] for row in read_rollouts(partial, [5])} == {5}
     result = run(*command, "--set", "stages.grpo.breaker.reward_collapse.action=warn")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "grpo: goes on after step 3" in result.stderr

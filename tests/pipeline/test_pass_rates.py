@@ -7,6 +7,8 @@ import pytest
 import yaml
 from test_run import read_lines, run
 
+from r1pipe.rollout_files import read_rollouts
+
 LIMITS = {"num_samples": 4, "min_pass_rate": 0.1, "max_pass_rate": 0.9}
 
 
@@ -46,7 +48,7 @@ def test_difficulty(recipe: Path) -> None:
     assert record["pass_rate_before"] == pytest.approx(sum(rates.values()) / 100, abs=1e-3)
     assert f"{len(chosen)} of 100 problems have a pass rate from 0.1 to 0.9" in result.stderr
 
-    rollouts = read_lines(folder / "first" / "rollouts.jsonl")
+    rollouts = list(read_rollouts(folder / "first"))
     assert {row["problem_id"] for row in rollouts if row["step"] < 3} <= chosen
     newer = {row["problem_id"]: row["pass_rate"] for row in rows if row["step"] == 2}
     assert set(newer) == set(rates)
@@ -63,6 +65,6 @@ def test_difficulty(recipe: Path) -> None:
     again = read_lines(folder / "second" / "difficulty.jsonl")
     assert again == [row for row in rows if row["step"] == 0]
     assert "second: difficulty" not in result.stderr
-    order = [row["problem_id"] for row in read_lines(folder / "second" / "rollouts.jsonl")][::4]
+    order = [row["problem_id"] for row in read_rollouts(folder / "second")][::4]
     drawn = [rates[name] for name in order]
     assert drawn == sorted((rates[name] for name in chosen), reverse=True)[: len(drawn)]
