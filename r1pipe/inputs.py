@@ -96,7 +96,9 @@ def list_samplings(stage: Stage) -> list[tuple[str, Sampling]]:
     if isinstance(stage, Eval):
         return [(name, stage.sampling) for name in stage.checkpoints]
     traces = getattr(stage, "traces", None)
-    return [(stage.from_, traces.sampling)] if traces is not None else []
+    if traces is None or stage.from_ is None:  # a teacher behind an endpoint samples elsewhere
+        return []
+    return [(stage.from_, traces.sampling)]
 
 
 def describe(source: ProblemSet) -> str:
