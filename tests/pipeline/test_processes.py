@@ -19,7 +19,7 @@ TIMES = ("seconds/", "tokens_per_s", "train_", "wall_s", "eval_s", "checkpoint")
 
 
 def start_two(*arguments: object) -> subprocess.Popen:
-    return start(*arguments, module=("r1pipe.launch", "--nproc-per-node", "2"))
+    return start(*arguments, program=("-m", "r1pipe.launch", "--nproc-per-node", "2"))
 
 
 def run_two(*arguments: object) -> subprocess.CompletedProcess:

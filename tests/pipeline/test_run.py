@@ -28,11 +28,11 @@ KEPT = ("grpo/rollouts/step_000001.parquet", "grpo/rollouts/step_000002.parquet"
 
 
 def start(
-    *arguments: object, module: tuple[str, ...] = ("r1pipe",), **options: object
+    *arguments: object, program: tuple[str, ...] = ("-m", "r1pipe"), **options: object
 ) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
     return subprocess.Popen(
-        [sys.executable, "-m", *module, *map(str, arguments)],
+        [sys.executable, *program, *map(str, arguments)],
         cwd=ROOT,
         env=environment,
         text=True,
@@ -154,8 +154,8 @@ def test_replayed_rollouts_give_the_same_losses_and_weights(
     """Bit by bit, without vLLM; the stage itself stays as it is."""
     folder, _ = finished
     before = (folder / "grpo" / "stage.json").read_bytes()
-    code = "import sys, r1pipe.cli; r1pipe.cli.main(); assert 'vllm' not in sys.modules"
-    process = start("grpo", tiny_recipe, "--replay", "1:2", module=("-c", code))
+    code = "import sys, r1pipe.cli; assert r1pipe.cli.main() == 0; assert 'vllm' not in sys.modules"
+    process = start("grpo", tiny_recipe, "--replay", "1:2", program=("-c", code))
     result = process.communicate(timeout=300)
     assert process.returncode == 0, result[1][-3000:]
     both = [read_lines(folder / name / "metrics.jsonl") for name in ("grpo", "grpo-replay")]
