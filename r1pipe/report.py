@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from r1pipe.errors import UserError
-from r1pipe.finished import FinishedStage, read_json, sort_stages
+from r1pipe.finished import FinishedStage, read_json
 from r1pipe.lineage import list_stages
 from r1pipe.progress import say
 from r1pipe.records import read_jsonl, write_text
@@ -81,16 +81,25 @@ def find_newest(run: Path) -> float:
 
 
 def find_stages(run: Path) -> list[FinishedStage]:
-    """Those that are finished and those being made, each after those that it starts from. Raises
-    UserError if there is none."""
+    """Those that are finished and those being made, each after those that it starts from: these
+    were finished before it. Raises UserError if there is none."""
     folders = [run / name for name in list_stages(run)]
     folders += [path.parent for path in sorted(run.glob(".*.partial/stage.json"))]
     stages = [FinishedStage(folder, read_json(folder / "stage.json")) for folder in folders]
     if not stages:
         raise UserError(f"{run}: no run to report on: a run's folder holds stages")
     stages.sort(key=lambda stage: "~" if is_running(stage) else stage.record.get("finished", ""))
-    by_name = {stage.name: stage for stage in stages}  # one being made again replaces the old one
-    return sort_stages(by_name, list(by_name))
+    # One being made again replaces the old one.
+    return list({stage.name: stage for stage in stages}.values())
+
+
+def find_parents(stage: FinishedStage) -> list[str]:
+    """Whatever it starts from; also of a run whose settings this version no longer knows."""
+    own = stage.settings
+    data = own.get("data")
+    traces = data.get("stage") if isinstance(data, dict) else None
+    named = (own.get("from"), own.get("student"), traces, *own.get("checkpoints", ()))
+    return [name for name in named if isinstance(name, str)]
 
 
 def is_running(stage: FinishedStage) -> bool:
@@ -139,9 +148,8 @@ def describe_stage(stage: FinishedStage) -> dict[str, Any]:
         "name": stage.name,
         "kind": stage.kind,
         "state": "running" if is_running(stage) else "finished",
-        "parents": stage.parents or stage.settings.get("checkpoints", []),
+        "parents": find_parents(stage),
         "facts": {key: value for key, value in stage.record.items() if key not in hidden},
-        "settings": stage.settings,
     }
 
 
