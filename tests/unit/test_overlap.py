@@ -38,7 +38,7 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def make_context(recipe: Recipe, run: RunFolder, number: int) -> StageContext:
     stage = recipe.stages[number]
-    return StageContext(recipe, run, stage.name, run.begin(stage), None, None, {})
+    return StageContext(recipe, run, stage.name, run.begin(stage), None, None, {}, None, ())
 
 
 def test_training_loses_the_rows_that_overlap(recipe: Recipe) -> None:
