@@ -51,7 +51,8 @@ PRELOADED = (
     "typing", "unicodedata", "uuid", "zlib",
 )  # fmt: skip
 MODULES = os.path.dirname(os.path.realpath(os.__file__))
-SCRATCH = "/scratch" if MODULES.startswith("/tmp/") else "/tmp"  # it must not hide the modules
+# The programs' own folder; it must not hide the modules, nor the packages that are shown.
+SCRATCH = "/scratch" if any(p.startswith("/tmp/") for p in (MODULES, *sys.argv[4:])) else "/tmp"
 LIBRARIES = ("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random")
 
