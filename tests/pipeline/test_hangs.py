@@ -46,22 +46,23 @@ HANGS = {
 @pytest.mark.parametrize("case", HANGS)
 def test_a_hang_ends_resumable(case: str, recipe: Path) -> None:
     reward, num_processes, code, words, function = HANGS[case]
-    limit = ("--set", f"phase_timeout_s={LIMIT_S}")
+    name = ("--set", f"name=hang-{case}")
+    assert run("init", recipe, *name).returncode == 0
     start = run if num_processes == 1 else run_two
-    result = start("grpo", recipe, *set_reward(reward), *limit)
+    limit = ("--set", f"phase_timeout_s={LIMIT_S}")
+    result = start("grpo", recipe, *name, *set_reward(reward), *limit)
     assert result.returncode == code, result.stderr[-3000:]
     lines = [line for line in result.stderr.splitlines() if line.startswith("r1pipe: ")]
     assert len(lines) == 1, result.stderr
     assert words in lines[0]
     assert "the same command goes on" in lines[0]
-    stacks = recipe.parent / "runs" / "hang" / ".stacks"
+    stacks = recipe.parent / "runs" / f"hang-{case}" / ".stacks"
     written = [(stacks / f"rank-{rank}.txt").read_text() for rank in range(num_processes)]
     assert all("Thread" in text for text in written)
     assert function in written[-1]
-    again = run("grpo", recipe)
+    again = run("grpo", recipe, *name)
     assert again.returncode == 0, again.stderr[-3000:]
     assert not stacks.exists()
-    run("grpo", recipe, "--redo")
 
 
 @pytest.mark.slow
