@@ -327,18 +327,17 @@ def chat(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     from r1pipe.compare import compare_runs
-    from r1pipe.report import locate_run
 
-    print(compare_runs(locate_run(options.a), locate_run(options.b), options.out))
+    print(compare_runs(find_folder(options.a), find_folder(options.b), options.out))
     if options.out:
         print(f"\nwritten: {options.out}")
     return 0
 
 
 def report(options: argparse.Namespace) -> int:
-    from r1pipe.report import locate_run, watch, write_report
+    from r1pipe.report import watch, write_report
 
-    run = locate_run(options.run)
+    run = find_folder(options.run)
     if options.watch:
         watch(run, options.out, options.watch)
     print(f"written: {write_report(run, options.out)}")

@@ -60,15 +60,6 @@ def watch(run: Path, out: Path | None, every_s: float) -> None:
         time.sleep(every_s)
 
 
-def locate_run(name: str) -> Path:
-    """The folder of a run, begun or finished, by its path or by its name in runs/. Raises
-    UserError."""
-    for folder in (Path(name), Path("runs") / name):
-        if any(folder.glob("*/stage.json")):
-            return folder
-    raise UserError(f"{name}: no such run, here or in runs/: a run's folder holds stages")
-
-
 def find_newest(run: Path) -> float:
     """When anything that the report shows was last written."""
     names = ("metrics.jsonl", "stage.json", EVENTS, "summary.json", "rollouts")
@@ -87,7 +78,7 @@ def find_stages(run: Path) -> list[FinishedStage]:
     folders += [path.parent for path in sorted(run.glob(".*.partial/stage.json"))]
     stages = [FinishedStage(folder, read_json(folder / "stage.json")) for folder in folders]
     if not stages:
-        raise UserError(f"{run}: no run to report on: a run's folder holds stages")
+        raise UserError(f"{run}: no such run, here or in runs/: a run's folder holds stages")
     stages.sort(key=lambda stage: "~" if is_running(stage) else stage.record.get("finished", ""))
     # One being made again replaces the old one.
     return list({stage.name: stage for stage in stages}.values())
