@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from r1pipe.cli import build_parser, main
-from r1pipe.guide import EXAMPLES, FIRST_STEPS
+from r1pipe.cli import FIRST_STEPS, build_parser, main
+from r1pipe.commands import COMMANDS
+from r1pipe.config import STAGE_TYPES
 
-COMMANDS = build_parser()._subparsers._group_actions[0].choices
+
+def test_every_kind_of_stage_is_a_command() -> None:
+    assert set(STAGE_TYPES) <= set(COMMANDS)
 
 
 def test_without_arguments_it_says_where_to_begin(capsys: pytest.CaptureFixture) -> None:
@@ -30,7 +33,7 @@ def test_help_has_an_example_that_parses(name: str, capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as end:
         main([name, "--help"])
     assert end.value.code == 0
-    example, then = EXAMPLES[name]
+    example, then = COMMANDS[name].example, COMMANDS[name].then
     help_text = capsys.readouterr().out
     assert f"example:\n  {example}\n\nnext:\n  {then}\n" in help_text
     assert shlex.split(example)[1] == name

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 STAGES = {"init", "sft", "reject", "distill", "evaluate", "grpo.loop"}
-ABOVE = {"cli", "doctor", "launch", "pipeline", "__main__"}
+ABOVE = {"cli", "commands", "doctor", "launch", "pipeline", "__main__"}
 
 
 def imported_modules(path: Path) -> set[str]:

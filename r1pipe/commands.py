@@ -1,0 +1,512 @@
+"""What r1pipe can be asked to do: one entry of COMMANDS each.
+
+An entry has what the command's --help says, its arguments, an example that a test parses, what
+comes after it, and the function that does it. That function imports what it needs when it is
+called: the command line answers without torch.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from r1pipe.config import Recipe, Sampling, load_recipe
+from r1pipe.errors import UserError
+
+DEFAULT_CONFIG = "configs/demo.yaml"
+
+
+@dataclass(frozen=True)
+class Argument:
+    """Of argparse's add_argument."""
+
+    names: tuple[str, ...]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Command:
+    help: str
+    run: Callable[[argparse.Namespace], int | None]
+    """Given the parsed arguments; returns the exit code, 0 for None."""
+    arguments: tuple[Argument, ...]
+    example: str
+    then: str
+    """A command that somebody may want next."""
+
+
+def argument(*names: str, **settings: Any) -> Argument:
+    return Argument(names, settings)
+
+
+# --- What they do -------------------------------------------------------------------------------
+
+
+def read_recipe(options: argparse.Namespace) -> Recipe:
+    return load_recipe(options.config, options.overrides)
+
+
+def run_all(options: argparse.Namespace) -> None:
+    recipe = read_recipe(options)
+    from r1pipe.pipeline import run_recipe
+
+    run_recipe(recipe, options.redo, options.skip_doctor)
+
+
+def run_stage(options: argparse.Namespace) -> None:
+    recipe = read_recipe(options)
+    from r1pipe.pipeline import run_one
+
+    run_one(recipe, options.command, options.redo, options.skip_doctor)
+
+
+def run_grpo(options: argparse.Namespace) -> None:
+    if not options.replay:
+        return run_stage(options)
+    recipe = read_recipe(options)
+    from r1pipe.pipeline import replay_stage
+
+    source = find_folder(options.from_run) if options.from_run else None
+    return replay_stage(recipe, options.stage, parse_steps(options.replay), source)
+
+
+def run_eval(options: argparse.Namespace) -> None:
+    if not options.checkpoints:
+        return run_stage(options)
+    recipe = read_recipe(options)
+    from r1pipe.pipeline import evaluate_checkpoints
+
+    return evaluate_checkpoints(recipe, options.checkpoints, options.redo, options.skip_doctor)
+
+
+def check(options: argparse.Namespace) -> None:
+    recipe = read_recipe(options)
+    from r1pipe.check import check_recipe
+
+    for line in check_recipe(recipe, options.devices):
+        print(line)
+
+
+def diagnose(options: argparse.Namespace) -> int:
+    """One line per check; 1 if any has failed."""
+    from r1pipe.doctor import diagnose
+    from r1pipe.pipeline import silence_libraries
+
+    silence_libraries()
+    recipe = read_recipe(options) if options.config else None
+    code = 0
+    for diagnosis in diagnose(recipe, options.devices, options.parity):
+        print(diagnosis, flush=True)
+        code |= diagnosis.status == "FAIL"
+    return code
+
+
+def verify(options: argparse.Namespace) -> int:
+    """One line per stage that is as it was, or per thing that is not; 1 if there is any."""
+    from r1pipe.lineage import find_run, verify_run
+
+    code = 0
+    for stage, findings in verify_run(find_run(options.run)):
+        for finding in findings:
+            print(f"{'FAIL' if finding.is_problem else 'skipped'}  {stage}: {finding.what}")
+        if any(finding.is_problem for finding in findings):
+            code = 1
+        else:
+            print(f"ok  {stage}")
+    return code
+
+
+def publish(options: argparse.Namespace) -> None:
+    from r1pipe.publish import Options, publish
+
+    publish(
+        Options(
+            target=options.target,
+            repo_id=options.repo,
+            public=options.public,
+            dry_run=options.dry_run,
+            force=options.force,
+            max_overlap=options.max_overlap,
+            licences=split_pairs(options.license),
+            base_models=split_pairs(options.base_model),
+            rollouts=options.rollouts,
+            collection=options.collection,
+        )
+    )
+
+
+def show_cost(options: argparse.Namespace) -> None:
+    from r1pipe.costs import describe_costs
+
+    print(describe_costs(find_folder(options.run)))
+
+
+def show_rollouts(options: argparse.Namespace) -> None:
+    """A table of the steps that are kept, or some of a step's rollouts in full."""
+    from r1pipe.rollout_view import describe_step, describe_steps, find_rollouts
+
+    folder = find_rollouts(find_folder(options.run), options.stage)
+    if options.step is None:
+        print(describe_steps(folder))
+    else:
+        for text in describe_step(folder, options.step, options.best, options.worst):
+            print(text)
+
+
+def report(options: argparse.Namespace) -> None:
+    from r1pipe.report import watch, write_report
+
+    run = find_folder(options.run)
+    if options.watch:
+        watch(run, options.out, options.watch)
+    print(f"written: {write_report(run, options.out)}")
+
+
+def compare(options: argparse.Namespace) -> None:
+    from r1pipe.compare import compare_runs
+
+    print(compare_runs(find_folder(options.a), find_folder(options.b), options.out))
+    if options.out:
+        print(f"\nwritten: {options.out}")
+
+
+def serve(options: argparse.Namespace) -> None:
+    from r1pipe.serve import serve
+
+    serve(options.target, options.host, options.port, options.max_model_len)
+
+
+def chat(options: argparse.Namespace) -> None:
+    from r1pipe.serve import chat
+
+    sampling = Sampling(
+        temperature=options.temperature,
+        top_p=options.top_p,
+        max_completion_length=options.max_completion_length,
+    )
+    chat(options.target, options.max_model_len, sampling, show_thinking=options.thinking)
+
+
+def import_gguf(options: argparse.Namespace) -> None:
+    from r1pipe.models import import_gguf
+
+    import_gguf(options.file, options.out)
+    print(f"written: {options.out}")
+
+
+def complete(options: argparse.Namespace) -> None:
+    import argcomplete
+
+    print(argcomplete.shellcode(["r1pipe"], shell=options.shell))
+
+
+def split_pairs(texts: list[str]) -> dict[str, str]:
+    """SOURCE=VALUE by source; a VALUE alone under ""."""
+    parts = (text.rpartition("=") for text in texts)
+    return {source: value for source, _, value in parts}
+
+
+def parse_steps(text: str) -> range:
+    """ "12", or "1:16" with both ends."""
+    first, colon, last = text.partition(":")
+    numbers = [first, last if colon else first]
+    if not all(number.isdigit() for number in numbers) or not 0 < int(first) <= int(numbers[1]):
+        raise UserError(f"--replay {text}: give a step, such as 12, or a range, such as 1:16")
+    return range(int(first), int(numbers[1]) + 1)
+
+
+def find_folder(run: str) -> Path:
+    """Of a run that may have no finished stage yet, by its path or by its name in runs/."""
+    return next((f for f in (Path(run), Path("runs") / run) if f.is_dir()), Path(run))
+
+
+# --- How they are called ------------------------------------------------------------------------
+
+
+def recipe_arguments(default: str | None = DEFAULT_CONFIG) -> tuple[Argument, ...]:
+    return (
+        argument("config", nargs="?", default=default, metavar="CONFIG"),
+        argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            dest="overrides",
+            help="change a key of the recipe: seed=1, stages.grpo.max_steps=2",
+        ),
+    )
+
+
+RUN = argument("run", metavar="RUN", help="its folder, or its name in runs/")
+SKIP_DOCTOR = argument(
+    "--skip-doctor", action="store_true", help="begin without looking for what would fail"
+)
+SERVED = (
+    argument("target", metavar="RUN[/STAGE]", help="or a folder, or a hub id"),
+    argument("--max-model-len", type=int, metavar="TOKENS", help="context"),
+)
+
+
+def stage_command(
+    help: str,
+    example: str,
+    then: str,
+    arguments: tuple[Argument, ...] = (),
+    run: Callable[[argparse.Namespace], None] = run_stage,
+) -> Command:
+    redo = argument("--redo", action="store_true", help="make it again if it is finished")
+    return Command(help, run, (*recipe_arguments(), redo, *arguments, SKIP_DOCTOR), example, then)
+
+
+COMMANDS: dict[str, Command] = {
+    "run": Command(
+        "run all stages of a recipe that are not finished",
+        run_all,
+        (
+            *recipe_arguments(),
+            argument("--redo", metavar="STAGE", help="make this stage and what follows again"),
+            SKIP_DOCTOR,
+        ),
+        example="r1pipe run configs/demo.yaml --set seed=1 --set name=seed1",
+        then="r1pipe report runs/seed1",
+    ),
+    "init": stage_command(
+        "make a policy from random weights",
+        example="r1pipe init configs/demo.yaml",
+        then="r1pipe sft configs/demo.yaml",
+    ),
+    "sft": stage_command(
+        "cold start: supervised training on written-out reasoning",
+        example="r1pipe sft configs/demo.yaml",
+        then="r1pipe grpo configs/demo.yaml",
+    ),
+    "grpo": stage_command(
+        "reinforcement learning",
+        example="r1pipe grpo configs/demo.yaml --set stages.grpo.max_steps=8",
+        then="r1pipe eval configs/demo.yaml",
+        run=run_grpo,
+        arguments=(
+            argument(
+                "--replay",
+                metavar="STEP[:STEP]",
+                help="train on the rollouts that were kept of these steps, without a sampler",
+            ),
+            argument("--stage", help="with --replay: one of several grpo stages"),
+            argument(
+                "--from-run", metavar="RUN", help="with --replay: the run that has sampled them"
+            ),
+        ),
+    ),
+    "reject": stage_command(
+        "sample traces for a later sft stage",
+        example="r1pipe reject configs/r1.yaml",
+        then="r1pipe sft configs/r1.yaml",
+    ),
+    "distill": stage_command(
+        "teach a dense student",
+        example="r1pipe distill configs/demo.yaml",
+        then="r1pipe eval configs/demo.yaml",
+    ),
+    "eval": stage_command(
+        "measure checkpoints on held-out problems",
+        example="r1pipe eval configs/demo.yaml --compare sft grpo",
+        then="r1pipe publish runs/demo/grpo --repo user/name --dry-run",
+        run=run_eval,
+        arguments=(
+            argument(
+                "--checkpoint",
+                action="append",
+                default=[],
+                metavar="STAGE|FOLDER|ID",
+                dest="checkpoints",
+                help="evaluate this instead of the recipe's checkpoints; may be given again",
+            ),
+            argument(
+                "--compare",
+                nargs=2,
+                action="extend",
+                metavar=("A", "B"),
+                dest="checkpoints",
+                help="evaluate these two, if that is not done, and give their difference",
+            ),
+        ),
+    ),
+    "check": Command(
+        "read a recipe and its data, say whether it fits, and run nothing",
+        check,
+        (
+            *recipe_arguments(),
+            argument(
+                "--devices",
+                metavar="8x80GB",
+                help="that the recipe is to fit on; default: this machine's",
+            ),
+        ),
+        example="r1pipe check configs/r1.yaml --devices 8x80GB",
+        then="r1pipe run configs/r1.yaml",
+    ),
+    "doctor": Command(
+        "look for what would go wrong, of this machine and of a recipe",
+        diagnose,
+        (
+            *recipe_arguments(default=None),
+            argument("--devices", metavar="8x80GB", help="that the recipe is to fit on"),
+            argument(
+                "--parity",
+                action="store_true",
+                help="compare sampler and trainer as well; takes an engine",
+            ),
+        ),
+        example="r1pipe doctor configs/demo.yaml",
+        then="r1pipe run configs/demo.yaml",
+    ),
+    "verify": Command(
+        "compute the hashes of a run's lineage again: is everything as it was?",
+        verify,
+        (RUN,),
+        example="r1pipe verify runs/demo",
+        then="r1pipe publish runs/demo --repo user/name --dry-run",
+    ),
+    "publish": Command(
+        "put a finished stage on the Hugging Face hub",
+        publish,
+        (
+            argument("target", type=Path, metavar="RUN[/STAGE]"),
+            argument("--repo", default="", metavar="USER/NAME"),
+            argument("--public", action="store_true", help="default: private"),
+            argument(
+                "--dry-run",
+                action="store_true",
+                help="write the folder, show what would change, stop",
+            ),
+            argument(
+                "--force",
+                action="store_true",
+                help="in spite of objections, which the card then names",
+            ),
+            argument(
+                "--max-overlap",
+                type=float,
+                default=0.0,
+                metavar="SHARE",
+                help="of the held-out problems",
+            ),
+            argument(
+                "--license",
+                action="append",
+                default=[],
+                metavar="[SOURCE=]ID",
+                help="of a base model or data whose licence is not known; without SOURCE: the "
+                "model's own",
+            ),
+            argument(
+                "--base-model",
+                action="append",
+                default=[],
+                metavar="FOLDER=HUB_ID",
+                help="the hub's name of a base model that the recipe reads from a folder",
+            ),
+            argument("--rollouts", action="store_true", help="and the samples, as a dataset"),
+            argument("--collection", metavar="TITLE", help="add it to this collection"),
+        ),
+        example="r1pipe publish runs/demo/distill --repo user/name --dry-run",
+        then="r1pipe publish runs/demo/distill --repo user/name",
+    ),
+    "cost": Command(
+        "what a run has cost, stage by stage, or costs so far",
+        show_cost,
+        (RUN,),
+        example="r1pipe cost runs/demo",
+        then="r1pipe publish runs/demo --repo user/name --dry-run",
+    ),
+    "rollouts": Command(
+        "read what a run's grpo stage has sampled",
+        show_rollouts,
+        (
+            RUN,
+            argument("--stage", help="one of several grpo stages"),
+            argument("--step", type=int, help="this step's; without, a line for each step"),
+            *(
+                argument(
+                    f"--{end}",
+                    type=int,
+                    nargs="?",
+                    const=3,
+                    metavar="N",
+                    help=f"the {end} by reward, 3 or as many as given",
+                )
+                for end in ("best", "worst")
+            ),
+        ),
+        example="r1pipe rollouts runs/demo --step 3 --worst",
+        then="r1pipe grpo configs/demo.yaml --redo --set stages.grpo.max_steps=24",
+    ),
+    "report": Command(
+        "write a run's report: one HTML file to look at it",
+        report,
+        (
+            RUN,
+            argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html"),
+            argument(
+                "--watch",
+                type=float,
+                nargs="?",
+                const=10.0,
+                metavar="SECONDS",
+                help="go on, and write it again when the run has gone on (looks every 10 seconds)",
+            ),
+        ),
+        example="r1pipe report runs/demo --watch",
+        then="r1pipe compare runs/demo runs/seed1",
+    ),
+    "compare": Command(
+        "two runs: settings, curves, accuracy",
+        compare,
+        (
+            argument("a", metavar="RUN_A"),
+            argument("b", metavar="RUN_B"),
+            argument("--out", type=Path, metavar="FILE", help="a page with the curves of both"),
+        ),
+        example="r1pipe compare runs/demo runs/seed1 --out compare.html",
+        then="r1pipe eval configs/demo.yaml --compare sft grpo",
+    ),
+    "serve": Command(
+        "vLLM's OpenAI-compatible server for a stage",
+        serve,
+        (
+            *SERVED,
+            argument("--host", default="127.0.0.1"),
+            argument("--port", type=int, default=8000),
+        ),
+        example="r1pipe serve runs/demo/grpo --port 8000",
+        then="r1pipe chat runs/demo/grpo",
+    ),
+    "chat": Command(
+        "talk to a stage here; or: echo QUESTION | r1pipe chat",
+        chat,
+        (
+            *SERVED,
+            argument("--temperature", type=float, default=0.6),
+            argument("--top-p", type=float, default=0.95),
+            argument("--max-completion-length", type=int, default=4096, metavar="TOKENS"),
+            argument("--thinking", action="store_true", help="show it through a pipe, too"),
+        ),
+        example="r1pipe chat runs/demo/grpo --temperature 0.6",
+        then="r1pipe publish runs/demo/grpo --repo user/name --dry-run",
+    ),
+    "import-gguf": Command(
+        "turn a GGUF file into a checkpoint folder",
+        import_gguf,
+        (argument("file", type=Path, metavar="FILE"), argument("out", type=Path, metavar="OUT")),
+        example="r1pipe import-gguf model.Q4_1.gguf models/mine",
+        then="r1pipe run configs/gsm8k_smollm2.yaml --set stages.sft.from=models/mine",
+    ),
+    "completion": Command(
+        "print a script that completes by TAB",
+        complete,
+        (argument("shell", choices=("bash", "zsh", "fish"), metavar="bash|zsh|fish"),),
+        example="r1pipe completion bash >> ~/.bashrc",
+        then="r1pipe <TAB>, in a new shell",
+    ),
+}
