@@ -8,7 +8,6 @@
 Every rank makes every check, on the same numbers, and so decides alike.
 """
 
-import json
 import math
 from collections import Counter, deque
 from collections.abc import Iterable
@@ -21,7 +20,7 @@ from r1pipe.checks import CHECKS, Facts, Moment
 from r1pipe.config import Grpo, Limit
 from r1pipe.errors import Tripped
 from r1pipe.progress import say
-from r1pipe.records import Score
+from r1pipe.records import Score, read_jsonl
 from r1pipe.runs import JsonlLog
 
 if TYPE_CHECKING:
@@ -42,9 +41,7 @@ class EventLog(JsonlLog):
 
     def cut(self, position: int | None) -> None:
         """What ended the stage stays: it is why the stage goes on from an earlier step."""
-        with self.path.open("rb") as file:
-            file.seek(position or 0)
-            later = [json.loads(line) for line in file]
+        later = [row for _, row in read_jsonl(self.path, growing=True, begin=position or 0)]
         super().cut(position)
         self.write(*(event for event in later if event["action"] in ENDS))
 

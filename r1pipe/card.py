@@ -12,13 +12,13 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from r1pipe import __version__
 from r1pipe.costs import describe_costs
-from r1pipe.finished import Evaluation, FinishedRun, FinishedStage
 from r1pipe.ledger import LEDGER
 from r1pipe.licences import Source
 from r1pipe.lineage import FILE as LINEAGE
 from r1pipe.lineage import hash_file, hide_places, read_lineage
 from r1pipe.problems import read_constants
 from r1pipe.quirks import find_quirks
+from r1pipe.stage_folders import Evaluation, FinishedRun, StageFolder
 from r1pipe.summary import draw_table, format_table
 
 SHARES = {
@@ -36,7 +36,7 @@ THINKS = " It was trained to write its reasoning between `<think>` and `</think>
 class TrainingData:
     """One data recipe of a stage, as the card shows it."""
 
-    stage: FinishedStage
+    stage: StageFolder
     name: str
     """The recipe's, or the path of the rows that it was given."""
     split: str
@@ -51,7 +51,7 @@ class Facts:
 
     repo_id: str
     run: FinishedRun
-    stage: FinishedStage
+    stage: StageFolder
     model_type: str
     num_parameters: int
     dtype: str
@@ -74,7 +74,7 @@ class Facts:
         return self.repo_id.split("/")[1]
 
     @property
-    def lineage(self) -> list[FinishedStage]:
+    def lineage(self) -> list[StageFolder]:
         return self.run.lineage(self.stage.name)
 
 

@@ -10,17 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from r1pipe.finished import FinishedStage
 from r1pipe.measures import ProblemResult, compare
-from r1pipe.records import read_jsonl, write_text
+from r1pipe.records import read_json, read_jsonl, write_text
 from r1pipe.report import (
     Rollouts,
     collect_curves,
-    find_stages,
-    read_if_there,
     read_rows,
     render,
 )
+from r1pipe.stage_folders import StageFolder, find_stages
 from r1pipe.summary import draw_table
 
 
@@ -47,7 +45,7 @@ def compare_runs(a: Path, b: Path, out: Path | None = None) -> str:
 
 
 def list_differences(
-    a: dict[str, FinishedStage], b: dict[str, FinishedStage]
+    a: dict[str, StageFolder], b: dict[str, StageFolder]
 ) -> Iterator[tuple[str, str, str, str]]:
     """(stage, key, value in a, value in b) of every setting that is not the same."""
     for name in {**a, **b}:
@@ -73,15 +71,13 @@ def flatten(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def compare_accuracy(
-    a: Path, b: Path, stages_a: dict[str, FinishedStage], stages_b: dict[str, FinishedStage]
+    a: Path, b: Path, stages_a: dict[str, StageFolder], stages_b: dict[str, StageFolder]
 ) -> Iterator[tuple[str, ...]]:
     """pass@1 of every checkpoint that both runs evaluated on the same set, and the difference over
     the problems that both were asked."""
     results = [read_results(stages) for stages in (stages_a, stages_b)]
-    entries = [
-        {(e["dataset"], e["stage"]): e for e in read_if_there(run / "summary.json") or []}
-        for run in (a, b)
-    ]
+    summaries = (read_json(run / "summary.json", missing_ok=True) or [] for run in (a, b))
+    entries = [{(e["dataset"], e["stage"]): e for e in summary} for summary in summaries]
     for key in entries[0]:
         if key not in entries[1] or not all(key in found for found in results):
             continue
@@ -96,12 +92,11 @@ def compare_accuracy(
         )
 
 
-def read_results(stages: dict[str, FinishedStage]) -> dict[tuple[str, str], list[ProblemResult]]:
+def read_results(stages: dict[str, StageFolder]) -> dict[tuple[str, str], list[ProblemResult]]:
     """Per set and checkpoint, problem by problem, of the eval stages."""
     results: dict[tuple[str, str], list[ProblemResult]] = {}
     for stage in stages.values():
-        path = stage.folder / "results.jsonl"
-        for _, row in read_jsonl(path) if path.exists() else ():
+        for _, row in read_jsonl(stage.folder / "results.jsonl", missing_ok=True):
             key = row.pop("dataset"), row.pop("stage")
             results.setdefault(key, []).append(ProblemResult(**row))
     return results
@@ -111,7 +106,7 @@ LAST_STEP = ("step", "reward", "loss", "completions/mean_length", "entropy", "kl
 
 
 def compare_last_steps(
-    a: dict[str, FinishedStage], b: dict[str, FinishedStage]
+    a: dict[str, StageFolder], b: dict[str, StageFolder]
 ) -> Iterator[tuple[str, ...]]:
     for name in a.keys() & b.keys():
         last = [(read_rows(run[name], "metrics.jsonl") or [{}])[-1] for run in (a, b)]
@@ -122,7 +117,7 @@ def compare_last_steps(
 
 
 def collect(
-    names: list[str], stages: list[dict[str, FinishedStage]], settings: list[tuple]
+    names: list[str], stages: list[dict[str, StageFolder]], settings: list[tuple]
 ) -> dict[str, Any]:
     """What the report's page shows, of two runs: their curves over each other."""
     return {
@@ -141,7 +136,7 @@ def collect(
 
 
 def overlay_curves(
-    a: dict[str, FinishedStage], b: dict[str, FinishedStage]
+    a: dict[str, StageFolder], b: dict[str, StageFolder]
 ) -> Iterator[dict[str, Any]]:
     """The second run's series under names that begin with "B: "."""
     for name in a:

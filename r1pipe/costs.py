@@ -1,11 +1,11 @@
 """What a run has cost, as a table, with what a point of accuracy has cost: `r1pipe cost RUN`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from r1pipe.errors import UserError
 from r1pipe.ledger import LEDGER, summarize_run
+from r1pipe.records import read_json
 from r1pipe.summary import draw_table, group_by_set
 
 PAPER = {
@@ -68,9 +68,8 @@ def find_gains(run_dir: Path, stages: list[str]) -> dict[str, float]:
     """Points of pass@1, on the first set of problems, that each stage has gained over the
     checkpoint that it trains, where both were evaluated; under "" the last checkpoint's over the
     first one's."""
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except OSError:
+    summary = read_json(run_dir / "summary.json", missing_ok=True)
+    if summary is None:
         return {}
     summary = group_by_set(summary)[0]
     accuracy = {entry["stage"]: entry["pass_at_1"] for entry in summary}
@@ -86,10 +85,10 @@ def find_gains(run_dir: Path, stages: list[str]) -> dict[str, float]:
 
 def find_parent(stage_dir: Path) -> str | None:
     """The checkpoint that a finished stage has trained further; None where there was none."""
-    try:
-        settings = json.loads((stage_dir / "stage.json").read_text(encoding="utf-8"))["settings"]
-    except OSError:
+    record = read_json(stage_dir / "stage.json", missing_ok=True)
+    if record is None:
         return None
+    settings = record["settings"]
     parent = settings.get("student") if settings["kind"] == "distill" else settings.get("from")
     return parent if isinstance(parent, str) else None
 

@@ -142,7 +142,7 @@ def read_known(context: StageContext, weights: str, protocol: str) -> PassRates:
     known: PassRates = {}
     for stage in context.recipe.stages:
         path = context.run.stage_dir(stage.name) / FILE
-        for _, row in read_jsonl(path) if path.exists() else ():
+        for _, row in read_jsonl(path, missing_ok=True):
             if row["step"] == 0 and (row["checkpoint"], row["protocol"]) == (weights, protocol):
                 known[row["problem"]] = row["pass_rate"]
     return known

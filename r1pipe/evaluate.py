@@ -23,7 +23,7 @@ from r1pipe.measures import (
     sum_up_problems,
 )
 from r1pipe.progress import say
-from r1pipe.records import Problem, describe_rollout, read_jsonl, write_jsonl, write_text
+from r1pipe.records import Problem, describe_rollout, read_json, read_jsonl, write_jsonl, write_text
 from r1pipe.runs import JOURNAL
 from r1pipe.sampling import SamplingJob, identify_weights, sample_and_score
 from r1pipe.stage import StageContext
@@ -143,8 +143,8 @@ def join_evaluations(folders: dict[str, Path]) -> str:
     same protocol."""
     summary, results = [], {}
     for name, folder in folders.items():
-        text = (folder / "summary.json").read_text(encoding="utf-8")
-        summary += [entry for entry in json.loads(text) if entry["stage"] == name]
+        entries = read_json(folder / "summary.json")
+        summary += [entry for entry in entries if entry["stage"] == name]
         for _, row in read_jsonl(folder / "results.jsonl"):
             key = row.pop("dataset"), row.pop("stage")
             if key[1] == name:
@@ -226,7 +226,7 @@ class TrainingOverlap:
             if self._context.recipe.stage(stage_name).makes_checkpoint:
                 paths.append(folder / "traces.jsonl")  # else a later stage chooses what to train on
             rows = [
-                Problem(**row) for path in paths if path.exists() for _, row in read_jsonl(path)
+                Problem(**row) for path in paths for _, row in read_jsonl(path, missing_ok=True)
             ]
             self._ids_of_stage[stage_name] = set().union(*self._index.find_rows(rows))
         return self._ids_of_stage[stage_name]

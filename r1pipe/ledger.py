@@ -263,7 +263,7 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
     """All that were ever made of the run's stages, the last of them perhaps still running."""
     path = run_dir / LEDGER
     attempts: list[Attempt] = []
-    for _, row in read_jsonl(path) if path.exists() else ():
+    for _, row in read_jsonl(path, missing_ok=True, growing=True):
         if row["event"] == "begin":
             price, currency = row["price_per_device_hour"], row["currency"]
             attempts.append(

@@ -34,7 +34,7 @@ from r1pipe.config import EvalSet, Grpo, ProblemSet, Recipe, Stage
 from r1pipe.environment import PACKAGE, describe_machine, list_versions, read_commit
 from r1pipe.errors import UserError
 from r1pipe.problems import COLUMNS, find_recipe, load_problems
-from r1pipe.records import Problem, write_text
+from r1pipe.records import Problem, read_json, write_text
 from r1pipe.scoring import find_reward, list_rewards
 
 FILE = "lineage.json"
@@ -381,9 +381,9 @@ def find_revision(files: dict[str, Path]) -> str | None:
 def read_lineage(folder: Path) -> dict[str, Any] | None:
     """None if there is none, or nothing that is one."""
     try:
-        record = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+        record = read_json(folder / FILE)
+    except UserError:
+        return None  # `verify` reports it, with what else is wrong
     return record if isinstance(record, dict) else None
 
 
@@ -394,8 +394,8 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 def read_settings(folder: Path) -> dict[str, Any]:
     """A stage's settings with the paths that its lineage leaves out."""
     try:
-        return json.loads((folder / "stage.json").read_text(encoding="utf-8"))["settings"]
-    except (OSError, ValueError, KeyError):
+        return read_json(folder / "stage.json")["settings"]
+    except (UserError, KeyError):
         return {}
 
 

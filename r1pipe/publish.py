@@ -24,13 +24,6 @@ from huggingface_hub import ModelCard
 
 from r1pipe.card import Facts, TrainingData, write_dataset_card, write_model_card
 from r1pipe.errors import UserError
-from r1pipe.finished import (
-    Evaluation,
-    FinishedRun,
-    FinishedStage,
-    find_checkpoint,
-    read_json,
-)
 from r1pipe.hub import (
     MAX_DIFF_BYTES,
     Hub,
@@ -45,7 +38,8 @@ from r1pipe.licences import Source, settle_licence
 from r1pipe.lineage import hash_file, verify_stage
 from r1pipe.problems import read_constants
 from r1pipe.progress import say
-from r1pipe.records import read_jsonl, write_text
+from r1pipe.records import read_json, read_jsonl, write_text
+from r1pipe.stage_folders import Evaluation, FinishedRun, StageFolder, find_checkpoint
 
 TOKENIZER = (
     "tokenizer*",
@@ -142,7 +136,7 @@ def publish(options: Options) -> None:
 
 
 def find_objections(
-    run: FinishedRun, stage: FinishedStage, evaluations: list[Evaluation], max_overlap: float
+    run: FinishedRun, stage: StageFolder, evaluations: list[Evaluation], max_overlap: float
 ) -> list[str]:
     """Why the stage should not be published."""
     objections = []
@@ -168,7 +162,7 @@ def find_objections(
     return objections
 
 
-def list_data(run: FinishedRun, stage: FinishedStage) -> Iterator[TrainingData]:
+def list_data(run: FinishedRun, stage: StageFolder) -> Iterator[TrainingData]:
     """The data recipes of everything that the stage comes from."""
     for ancestor in run.lineage(stage.name):
         for source in ancestor.section.problem_sets():
@@ -187,7 +181,7 @@ def list_data(run: FinishedRun, stage: FinishedStage) -> Iterator[TrainingData]:
 
 def list_sources(
     run: FinishedRun,
-    stage: FinishedStage,
+    stage: StageFolder,
     data: list[TrainingData],
     options: Options,
     hub: Hub,
@@ -297,7 +291,7 @@ def round_weights(source: Path, target: Path, dtype: str) -> None:
 
 def write_configs(
     config: dict[str, Any],
-    stage: FinishedStage,
+    stage: StageFolder,
     folder: Path,
     evaluations: list[Evaluation],
 ) -> None:
@@ -342,7 +336,7 @@ def count_parameters(file: Path) -> int:
     return sum(math.prod(tensor["shape"]) for tensor in list_tensors(file).values())
 
 
-def find_prompt(run: FinishedRun, stage: FinishedStage) -> list[dict[str, str]]:
+def find_prompt(run: FinishedRun, stage: StageFolder) -> list[dict[str, str]]:
     """A prompt of the kind that the stage, or the nearest before it, was trained on."""
     for ancestor in reversed(run.lineage(stage.name)):
         file = ancestor.folder / "problems.jsonl"

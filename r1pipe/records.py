@@ -7,9 +7,10 @@ import json
 import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from r1pipe.errors import UserError
 
@@ -83,15 +84,34 @@ def describe_rollout(problem: Problem, rollout: Rollout, score: Score) -> dict[s
     }
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """Yield (row number from 1, row). A line that is not a JSON object is a UserError."""
-    try:
-        lines = path.open(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    with lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
+def read_json(path: Path, missing_ok: bool = False) -> Any:
+    """What a JSON file holds; None if it is not there and that is `missing_ok`.
+
+    Raises UserError if it cannot be read or is not JSON.
+    """
+    with open_to_read(path, missing_ok) as file:
+        if file is None:
+            return None
+        try:
+            return json.loads(file.read())
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON: {error}") from error
+
+
+def read_jsonl(
+    path: Path, missing_ok: bool = False, growing: bool = False, begin: int = 0
+) -> Iterator[tuple[int, dict]]:
+    """Yield (row number from 1, row); nothing if there is no file and that is `missing_ok`. Of a
+    file that is still `growing`, or whose writer was killed, the last line is left out unless it is
+    whole. `begin`: bytes to leave out; rows are counted from there.
+
+    Raises UserError if the file cannot be read or a line is not a JSON object.
+    """
+    with open_to_read(path, missing_ok) as lines:
+        if lines is not None:
+            lines.seek(begin)
+        for number, line in enumerate(lines or (), 1):
+            if not line.strip() or (growing and not line.endswith(b"\n")):
                 continue
             try:
                 row = json.loads(line)
@@ -100,6 +120,20 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
             if not isinstance(row, dict):
                 raise UserError(f"{path}: row {number}: not a JSON object")
             yield number, row
+
+
+@contextmanager
+def open_to_read(path: Path, missing_ok: bool) -> Iterator[BinaryIO | None]:
+    """In bytes: text that is not UTF-8 then fails in json.loads, where the row is known."""
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        if not (missing_ok and isinstance(error, FileNotFoundError)):
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        yield None
+        return
+    with file:
+        yield file
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:

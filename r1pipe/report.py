@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from r1pipe.errors import UserError
-from r1pipe.finished import FinishedStage, read_json
-from r1pipe.lineage import list_stages
 from r1pipe.progress import say
-from r1pipe.records import read_jsonl, write_text
+from r1pipe.records import read_json, read_jsonl, write_text
 from r1pipe.rollout_files import list_steps, read_rollouts
+from r1pipe.stage_folders import StageFolder, find_stages
 
 PAGE = Path(__file__).with_name("report_page")
 CHUNK = 256
@@ -71,20 +70,7 @@ def find_newest(run: Path) -> float:
 # --- What there is to show ----------------------------------------------------------------------
 
 
-def find_stages(run: Path) -> list[FinishedStage]:
-    """Those that are finished and those being made, each after those that it starts from: these
-    were finished before it. Raises UserError if there is none."""
-    folders = [run / name for name in list_stages(run)]
-    folders += [path.parent for path in sorted(run.glob(".*.partial/stage.json"))]
-    stages = [FinishedStage(folder, read_json(folder / "stage.json")) for folder in folders]
-    if not stages:
-        raise UserError(f"{run}: no such run, here or in runs/: a run's folder holds stages")
-    stages.sort(key=lambda stage: "~" if is_running(stage) else stage.record.get("finished", ""))
-    # One being made again replaces the old one.
-    return list({stage.name: stage for stage in stages}.values())
-
-
-def find_parents(stage: FinishedStage) -> list[str]:
+def find_parents(stage: StageFolder) -> list[str]:
     """Whatever it starts from; also of a run whose settings this version no longer knows."""
     own = stage.settings
     data = own.get("data")
@@ -93,34 +79,22 @@ def find_parents(stage: FinishedStage) -> list[str]:
     return [name for name in named if isinstance(name, str)]
 
 
-def is_running(stage: FinishedStage) -> bool:
-    return stage.folder.name.startswith(".")
+def read_rows(stage: StageFolder, name: str) -> list[dict[str, Any]]:
+    """Of a JSONL file, which may still be growing, or not be there yet."""
+    return [row for _, row in read_jsonl(stage.folder / name, missing_ok=True, growing=True)]
 
 
-def read_rows(stage: FinishedStage, name: str) -> list[dict[str, Any]]:
-    """The whole lines of a JSONL file, which may still be growing; none if it is not there."""
-    path = stage.folder / name
-    if not path.exists():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
-
-
-def read_if_there(path: Path) -> Any:
-    return read_json(path) if path.exists() else None
-
-
-def collect(run: Path, stages: list[FinishedStage]) -> dict[str, Any]:
+def collect(run: Path, stages: list[StageFolder]) -> dict[str, Any]:
     """All that the page shows; the rollouts packed."""
     rollouts = Rollouts()
     for stage in stages:
         for row in find_rollouts(stage):
             rollouts.add(**row)
-    summary = read_if_there(run / "summary.json") or []
+    summary = read_json(run / "summary.json", missing_ok=True) or []
     return {
         "name": run.resolve().name,
         "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "running": any(map(is_running, stages)),
+        "running": any(stage.is_running for stage in stages),
         "stages": [describe_stage(stage) for stage in stages],
         "summary": summary,
         "curves": [curves for stage in stages if (curves := collect_curves(stage))],
@@ -128,23 +102,23 @@ def collect(run: Path, stages: list[FinishedStage]) -> dict[str, Any]:
         "events": [
             {"stage": stage.name, **event} for stage in stages for event in read_rows(stage, EVENTS)
         ],
-        "cost": read_if_there(run / "ledger.json"),
+        "cost": read_json(run / "ledger.json", missing_ok=True),
         "rollouts": rollouts.pack(),
     }
 
 
-def describe_stage(stage: FinishedStage) -> dict[str, Any]:
+def describe_stage(stage: StageFolder) -> dict[str, Any]:
     hidden = ("stage", "kind", "settings", "fingerprint", "parents")
     return {
         "name": stage.name,
         "kind": stage.kind,
-        "state": "running" if is_running(stage) else "finished",
+        "state": "running" if stage.is_running else "finished",
         "parents": find_parents(stage),
         "facts": {key: value for key, value in stage.record.items() if key not in hidden},
     }
 
 
-def collect_curves(stage: FinishedStage) -> dict[str, Any] | None:
+def collect_curves(stage: StageFolder) -> dict[str, Any] | None:
     """`{"stage", "steps", "series": {name: values}}` with null where there is no number."""
     rows = thin(read_rows(stage, "metrics.jsonl"), MAX_POINTS)
     if not rows:
@@ -163,7 +137,7 @@ def collect_curves(stage: FinishedStage) -> dict[str, Any] | None:
     }
 
 
-def collect_expert_load(stage: FinishedStage) -> dict[str, Any] | None:
+def collect_expert_load(stage: StageFolder) -> dict[str, Any] | None:
     """Each layer's load over the steps, `load[layer][expert][step]`, as a share of an even one."""
     rows = [row for row in read_rows(stage, "metrics.jsonl") if "experts/max_violation" in row]
     rows = thin(rows, MAX_POINTS // 4)
@@ -194,14 +168,14 @@ def shorten(value: Any) -> float | None:
 # --- Rollouts -----------------------------------------------------------------------------------
 
 
-def find_rollouts(stage: FinishedStage) -> Iterator[dict[str, Any]]:
+def find_rollouts(stage: StageFolder) -> Iterator[dict[str, Any]]:
     """Arguments of `Rollouts.add`, of a stage that trains by sampling or one that evaluates."""
     if stage.kind == "grpo":
         steps = list(list_steps(stage.folder))
         for row in read_rollouts(stage.folder, steps):
             yield {"source": stage.name, "row": row}
     elif stage.kind == "eval":
-        entries = read_if_there(stage.folder / "summary.json") or []
+        entries = read_json(stage.folder / "summary.json", missing_ok=True) or []
         several = len({entry["dataset"] for entry in entries}) > 1
         for entry in entries:
             dataset = f" on {entry['dataset']}" if several else ""

@@ -25,7 +25,7 @@ from r1pipe import distributed
 from r1pipe.config import Recipe, Saving, Stage
 from r1pipe.errors import UserError
 from r1pipe.lineage import Lineage
-from r1pipe.records import dump_row, read_jsonl, write_text
+from r1pipe.records import dump_row, read_json, read_jsonl, write_text
 
 SHARED_KEYS = ("seed", "dtype", "attn_implementation", "ngram")
 """Settings of the recipe that change what a stage makes. The engine's bound only what fits."""
@@ -260,12 +260,7 @@ def find_steps(checkpoints: Path) -> list[int]:
 
 
 def read_record(folder: Path) -> dict | None:
-    try:
-        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / RECORD}: cannot be read: {error}") from error
+    return read_json(folder / RECORD, missing_ok=True)
 
 
 class JsonlLog:
@@ -317,5 +312,4 @@ class MetricsLog(JsonlLog):
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    return [row for _, row in read_jsonl(path)] if path.exists() else []
+    return [row for _, row in read_jsonl(folder / "metrics.jsonl", missing_ok=True)]

@@ -115,7 +115,8 @@ class Journal:
 
 
 def read_whole_lines(path: Path) -> list[dict]:
-    """The rows of a file whose writer may have been killed in the middle of the last one."""
+    """The rows of a file whose writer may have been killed in the middle of the last one. What
+    comes after a broken line is left out as well, and no error: it is sampled again."""
     rows = []
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:

@@ -16,10 +16,10 @@ from rich.console import Console
 
 from r1pipe.config import Engine, Sampling
 from r1pipe.errors import UserError
-from r1pipe.finished import find_checkpoint
 from r1pipe.models import pick_device
 from r1pipe.progress import say
 from r1pipe.rollout import Sampler, derive_seed, server_command
+from r1pipe.stage_folders import find_checkpoint
 from r1pipe.thinking import ThinkingSplitter
 
 

@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from r1pipe.config import Recipe
 from r1pipe.errors import UserError
-from r1pipe.finished import find_checkpoint
 from r1pipe.models import build_model, build_tokenizer, save_checkpoint
 from r1pipe.publish import find_objections
 from r1pipe.records import write_jsonl, write_text
 from r1pipe.runs import RunFolder
+from r1pipe.stage_folders import find_checkpoint
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "hf_TokenOfTheTestsThatMustNotAppear"

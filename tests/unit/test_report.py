@@ -14,6 +14,8 @@ from report_run import write_run
 
 from r1pipe import report
 from r1pipe.cli import main
+from r1pipe.records import write_jsonl
+from r1pipe.stage_folders import find_stages
 
 READY = "document.body?.dataset.ready"
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (Debian's package)")
@@ -37,6 +39,27 @@ def test_the_report_is_one_file_without_links(run: Path, tmp_path: Path) -> None
     assert "http" not in page.replace("http://www.w3.org/2000/svg", "")
 
 
+@pytest.mark.parametrize("command", ["report", "compare", "cost"])
+@pytest.mark.parametrize("name", ["summary.json", "grpo/stage.json"])
+def test_a_broken_file_is_one_line(
+    command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = write_run(tmp_path / "run")
+    write_jsonl(
+        run / "ledger.jsonl",
+        [
+            {"event": "begin", "stage": "grpo", "time": 0.0, "unit": "core", "devices": 1}
+            | {"price_per_device_hour": None, "currency": "USD"},
+            {"event": "end", "outcome": "finished", "wall_s": 1.0}
+            | dict.fromkeys(("tokens_sampled", "tokens_trained", "energy_kwh"), 0),
+        ],
+    )
+    (run / name).write_text('{"cut')
+    assert main([command, str(run), *([str(run)] if command == "compare" else [])]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{run / name}: not JSON" in line
+
+
 def test_stages_come_in_the_order_of_the_recipe(run: Path, tmp_path: Path) -> None:
     data = read_data(report.write_report(run, tmp_path / "r.html"))
     assert [stage["name"] for stage in data["stages"]] == ["sft", "grpo", "eval"]
@@ -46,7 +69,7 @@ def test_stages_come_in_the_order_of_the_recipe(run: Path, tmp_path: Path) -> No
 
 def test_rollouts_are_packed_whole(run: Path) -> None:
     rollouts = report.Rollouts()
-    for stage in report.find_stages(run):
+    for stage in find_stages(run):
         for row in report.find_rollouts(stage):
             rollouts.add(**row)
     packed = rollouts.pack()
@@ -65,7 +88,7 @@ def test_too_many_rollouts_are_thinned_and_counted(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(report, "MAX_ROLLOUTS", 30)
-    data = report.collect(run, report.find_stages(run))
+    data = report.collect(run, find_stages(run))
     assert data["rollouts"]["total"] == 104
     assert 15 <= data["rollouts"]["kept"] <= 30
 
@@ -75,7 +98,7 @@ def test_a_stage_being_made_is_shown_with_its_whole_lines(tmp_path: Path) -> Non
     (run / "grpo").rename(run / ".grpo.partial")
     with (run / ".grpo.partial" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "rew')
-    data = report.collect(run, report.find_stages(run))
+    data = report.collect(run, find_stages(run))
     assert data["running"]
     assert {s["name"]: s["state"] for s in data["stages"]}["grpo"] == "running"
     curves = {curve["stage"]: curve for curve in data["curves"]}["grpo"]

@@ -9,7 +9,7 @@ import pytest
 
 from r1pipe.config import Recipe, load_recipe
 from r1pipe.errors import UserError
-from r1pipe.records import read_jsonl, write_jsonl, write_text
+from r1pipe.records import read_jsonl, write_jsonl
 from r1pipe.runs import MetricsLog, RunFolder, find_steps, read_metrics
 from r1pipe.summary import plot_curves
 
@@ -180,9 +180,6 @@ def test_files_are_written_whole(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_jsonl(path, [{"a": object()}])
     assert len(list(read_jsonl(path))) == 2
-    write_text(path, "{}\nnot json\n")
-    with pytest.raises(UserError, match="row 2: not JSON"):
-        list(read_jsonl(path))
     assert [p.name for p in tmp_path.iterdir()] == ["a.jsonl"]
 
 

@@ -1,11 +1,11 @@
-"""A finished run, read from its folder: its stages, what each comes from, how each was measured.
+"""A run as it lies on the disk: its stages' folders, what each comes from, how each was measured.
 
 For commands that look at what a run has left, without its recipe and without holding it. Imports no
 torch.
 """
 
 import difflib
-import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,12 +26,13 @@ from r1pipe.config import (
 )
 from r1pipe.errors import UserError
 from r1pipe.lineage import find_run, list_stages, read_lineage
+from r1pipe.records import read_json
 from r1pipe.runs import SHARED_KEYS
 
 
 @dataclass(frozen=True)
-class FinishedStage:
-    """One stage's folder and its `stage.json`."""
+class StageFolder:
+    """A stage's folder, finished or being made, and its `stage.json`."""
 
     folder: Path
     record: dict[str, Any]
@@ -43,6 +44,11 @@ class FinishedStage:
     @property
     def kind(self) -> str:
         return self.record["kind"]
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is being made, or was when its process ended."""
+        return self.folder.name.startswith(".")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -104,7 +110,7 @@ class FinishedStage:
 class Evaluation:
     """One entry of an `eval` stage's summary, a checkpoint on a set of problems, and the stage."""
 
-    stage: FinishedStage
+    stage: StageFolder
     entry: dict[str, Any]
 
     @property
@@ -119,9 +125,9 @@ class FinishedRun:
     """The finished stages of a run, in the order in which they were made."""
 
     path: Path
-    stages: dict[str, FinishedStage]
+    stages: dict[str, StageFolder]
 
-    def lineage(self, name: str) -> list[FinishedStage]:
+    def lineage(self, name: str) -> list[StageFolder]:
         """The stage and all that it comes from, each after what it comes from itself."""
         return sort_stages(self.stages, [name])
 
@@ -148,8 +154,7 @@ class FinishedRun:
 
 def read_run(path: Path) -> FinishedRun:
     """Raises UserError if the folder holds no finished stage."""
-    folders = [path / name for name in list_stages(path)]
-    stages = [FinishedStage(folder, read_json(folder / "stage.json")) for folder in folders]
+    stages = list(read_stages(path / name for name in list_stages(path)))
     if not stages:
         raise UserError(f"{path}: no such run: a run's folder holds finished stages")
     stages.sort(key=lambda stage: stage.record["finished"])
@@ -157,9 +162,26 @@ def read_run(path: Path) -> FinishedRun:
     return FinishedRun(path, {s.name: s for s in sort_stages(by_name, list(by_name))})
 
 
-def sort_stages(stages: dict[str, FinishedStage], names: list[str]) -> list[FinishedStage]:
+def find_stages(run: Path) -> list[StageFolder]:
+    """Those that are finished and those being made, each after those that it starts from: these
+    were finished before it. Raises UserError if there is none."""
+    folders = [run / name for name in list_stages(run)]
+    folders += [path.parent for path in sorted(run.glob(".*.partial/stage.json"))]
+    stages = list(read_stages(folders))
+    if not stages:
+        raise UserError(f"{run}: no such run, here or in runs/: a run's folder holds stages")
+    stages.sort(key=lambda stage: "~" if stage.is_running else stage.record.get("finished", ""))
+    # One being made again replaces the old one.
+    return list({stage.name: stage for stage in stages}.values())
+
+
+def read_stages(folders: Iterable[Path]) -> Iterator[StageFolder]:
+    return (StageFolder(folder, read_json(folder / "stage.json")) for folder in folders)
+
+
+def sort_stages(stages: dict[str, StageFolder], names: list[str]) -> list[StageFolder]:
     """The named stages in this order, each after all that it comes from."""
-    found: dict[str, FinishedStage] = {}
+    found: dict[str, StageFolder] = {}
 
     def visit(name: str) -> None:
         if name in stages and name not in found:
@@ -172,7 +194,7 @@ def sort_stages(stages: dict[str, FinishedStage], names: list[str]) -> list[Fini
     return list(found.values())
 
 
-def find_checkpoint(target: Path) -> tuple[FinishedRun, FinishedStage]:
+def find_checkpoint(target: Path) -> tuple[FinishedRun, StageFolder]:
     """The run and the stage that RUN or RUN/STAGE names, in runs/ if not here; of a run, the last
     stage that made a checkpoint.
 
@@ -194,11 +216,3 @@ def find_checkpoint(target: Path) -> tuple[FinishedRun, FinishedStage]:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(made)}"
         raise UserError(f"{run.path / name}: no finished stage of that name; {hint}")
     return run, made[name]
-
-
-def read_json(path: Path) -> Any:
-    """Raises UserError if the file is missing or is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
