@@ -114,8 +114,8 @@ def evaluate(
         **measure(results, rollouts, scores, stage.sampling, k, reward, stage.format_reward),
         "overlap": heldout.overlap.share(name),
         "overlap_dropped": heldout.overlap.num_dropped(name),
-        # Of the stage that made the checkpoint; its evaluation took eval_s.
-        "wall_s": record["wall_s"] if record else 0.0,
+        # Of the stage that made the checkpoint, if one did; its evaluation took eval_s.
+        "wall_s": record["wall_s"] if record else None,
         "eval_s": round(time.monotonic() - started, 1),
         "samples": samples,
     }

@@ -21,7 +21,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "tokens": lambda entry: f"{entry['mean_tokens']:.1f}",
     "truncated": lambda entry: percent(entry["truncated"]),
     "unjudged": lambda entry: percent(entry["unjudged"]),
-    "wall": lambda entry: f"{entry['wall_s']:.0f} s",
+    "wall": lambda entry: "-" if entry["wall_s"] is None else f"{entry['wall_s']:.0f} s",
 }
 
 
@@ -146,7 +146,8 @@ def plot_curves(run: RunFolder, summary: list[dict], path: Path) -> None:
         length_axis.plot(steps, lengths, color="tab:gray", lw=1)
         offset += len(metrics)
     left.set(title="GRPO: rewards of the sampled groups", xlabel="step", ylabel="mean reward")
-    left.legend(loc="lower right")
+    if left.lines:
+        left.legend(loc="lower right")
     length_axis.set_ylabel("mean completion length (tokens)", color="tab:gray")
 
     summary = group_by_set(summary)[0]

@@ -69,5 +69,8 @@ def stops_the_engine(completion_ids: list[list[int]], **columns: object) -> list
     """From the next step on, vLLM does not answer."""
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    LLMEngine.step = lambda engine: time.sleep(10**6)
+    def never_answers(engine: LLMEngine) -> None:
+        time.sleep(10**6)
+
+    LLMEngine.step = never_answers
     return own_tokens(completion_ids)

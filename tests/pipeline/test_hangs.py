@@ -37,8 +37,9 @@ def set_reward(name: str) -> tuple[str, str]:
 HANGS = {
     "reward": ("never_returns", 1, HUNG, "scoring", "never_returns"),
     "interpreter": ("backtracks", 1, -14, "interpreter was held", "backtracks"),
-    "engine": ("stops_the_engine", 1, HUNG, "sampling", "engine"),
-    "rank": ("never_returns_on_rank_1", 2, HUNG, "waiting for other ranks", "never_returns"),
+    "engine": ("stops_the_engine", 1, HUNG, "sampling", "never_answers"),
+    # Either rank may be the first to notice.
+    "rank": ("never_returns_on_rank_1", 2, HUNG, "nothing went on", "never_returns"),
 }
 
 
@@ -60,6 +61,7 @@ def test_a_hang_ends_resumable(case: str, recipe: Path) -> None:
     written = [(stacks / f"rank-{rank}.txt").read_text() for rank in range(num_processes)]
     assert all("Thread" in text for text in written)
     assert function in written[-1]
+    assert num_processes == 1 or "waiting for other ranks" in written[0]
     again = run("grpo", recipe, *name)
     assert again.returncode == 0, again.stderr[-3000:]
     assert not stacks.exists()

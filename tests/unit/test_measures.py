@@ -121,7 +121,9 @@ def test_report_has_every_table() -> None:
         entries.append({"stage": name, "dataset": "set", "overlap": 0.0, "wall_s": 1.0})
         entries[-1] |= {"compared_with": None, **sum_up(groups, 2)}
     entries[1]["compared_with"] = {"difference": 0.25, "ci_low": -0.1, "ci_high": 0.6}
+    entries[0]["wall_s"] = None  # made by no stage of this run
     table = format_table(entries)
+    assert [row.split("|")[-2].strip() for row in table.splitlines()[2:4]] == ["-", "1 s"]
     assert "| grpo       | 50.0% | " in table.replace("50.0%  ", "50.0% ")
     assert "+25.0 (-10.0 to +60.0)" in table
     assert "set: 2 problems x 2 samples, T = 0.6, top-p = 0.95, k = 2" in table
