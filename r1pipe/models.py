@@ -332,6 +332,11 @@ def import_gguf(file: Path, out: Path) -> None:
     config.dtype = "float32"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
+    # The config has the file's own ids. The tokenizer of transformers 5.17 has not: its converter
+    # for llama takes the token that begins a text for the one that ends it.
+    for name in ("bos_token", "eos_token", "pad_token"):
+        if (number := getattr(config, f"{name}_id", None)) is not None:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     save_checkpoint(model, tokenizer, out)

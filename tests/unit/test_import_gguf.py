@@ -59,7 +59,7 @@ def write_gguf(path: Path, model: PreTrainedModel, tokens: list[str], merges: li
     writer.add_token_list(tokens)
     writer.add_token_merges(merges)
     writer.add_token_types([3 if t.startswith("<|") else 1 for t in tokens])
-    writer.add_bos_token_id(tokens.index("<|end|>"))
+    writer.add_bos_token_id(tokens.index("<|user|>"))
     writer.add_eos_token_id(tokens.index("<|end|>"))
     writer.add_chat_template(CHAT_TEMPLATE)
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
@@ -102,7 +102,7 @@ def test_imported_checkpoint_is_the_same_model(source: tuple, tmp_path: Path) ->
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
     own = AutoTokenizer.from_pretrained(out)
     assert own.chat_template == CHAT_TEMPLATE
-    assert own.eos_token == "<|end|>"
+    assert (own.bos_token, own.eos_token) == ("<|user|>", "<|end|>")
     assert own.pad_token is not None
     assert own.decode(own.encode("more words")) == "more words"
 
