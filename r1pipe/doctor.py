@@ -21,7 +21,14 @@ from r1pipe.check import check_functions
 from r1pipe.config import Grpo, Recipe, Sampling, Stage
 from r1pipe.errors import UserError
 from r1pipe.golds import pick_judging, spread, try_golds
-from r1pipe.inputs import Inputs, count_characters, describe, list_models, list_samplings
+from r1pipe.inputs import (
+    Inputs,
+    ProblemSets,
+    count_characters,
+    describe,
+    list_models,
+    list_samplings,
+)
 from r1pipe.machine import Diagnosis, Status, examine_machine, examine_sandbox
 from r1pipe.progress import say
 from r1pipe.scoring import list_rewards
@@ -42,11 +49,18 @@ GIB = 2**30
 
 
 class Doctor:
-    """Looks at a recipe. `thorough`: every row, and what takes an import of vLLM."""
+    """Looks at a recipe. `thorough`: every row, and what takes an import of vLLM. `problem_sets`:
+    where others have read, or will read, the same ones."""
 
-    def __init__(self, recipe: Recipe, devices: "Devices", thorough: bool):
+    def __init__(
+        self,
+        recipe: Recipe,
+        devices: "Devices",
+        thorough: bool,
+        problem_sets: ProblemSets | None = None,
+    ):
         self.recipe, self.devices, self.thorough = recipe, devices, thorough
-        self.inputs = Inputs(recipe)
+        self.inputs = Inputs(recipe, problem_sets)
 
     def examine(self, stages: list[Stage]) -> Iterator[Diagnosis]:
         """Everything about these stages that can be known now."""
@@ -419,8 +433,15 @@ class Preflight:
     """What the doctor says before stages run, quickly: of all of them when the first one begins,
     and of what a stage starts from when that is there. Rank 0 looks, and every rank ends."""
 
-    def __init__(self, recipe: Recipe, devices: "Devices", stages: list[Stage], skip: bool = False):
-        self._recipe, self._devices = recipe, devices
+    def __init__(
+        self,
+        recipe: Recipe,
+        devices: "Devices",
+        stages: list[Stage],
+        problem_sets: ProblemSets,
+        skip: bool = False,
+    ):
+        self._recipe, self._devices, self._problem_sets = recipe, devices, problem_sets
         self._waiting: set[str] = set()
         if not skip:
             self._waiting = self._look(lambda d: [*examine_machine(), *d.examine(stages)])
@@ -431,8 +452,8 @@ class Preflight:
             self._look(lambda doctor: doctor.examine_inputs(stage))
 
     def _look(self, examine: Callable[[Doctor], Iterable[Diagnosis]]) -> set[str]:
-        # A doctor of its own each time: what it has read is not held while a stage runs.
-        doctor = Doctor(self._recipe, self._devices, thorough=False)
+        # A doctor of its own each time: a stage that is made again has another tokenizer.
+        doctor = Doctor(self._recipe, self._devices, False, self._problem_sets)
         return distributed.on_first_rank(lambda: self._report(examine(doctor)))
 
     def _report(self, diagnoses: Iterable[Diagnosis]) -> set[str]:

@@ -4,7 +4,7 @@ Each is read once, however many stages and checks ask for it.
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,24 +18,68 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class ProblemSets:
+    """The sets of problems of a run, each read once by a process and kept until no stage needs it:
+    200,000 rows take minutes to read, and every stage that trains looks at every held-out set."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir
+        self._loaded: dict[str, tuple[Hashable, Loaded]] = {}
+
+    def read(self, source: ProblemSet) -> Loaded:
+        """Callers must not change what they get. Raises UserError."""
+        key, version = describe_rows(source), None
+        if source.stage is not None:
+            # Made anew when their stage is.
+            path = self.run_dir / source.stage / "traces.jsonl"
+            version = find_version(path)
+        if key not in self._loaded or self._loaded[key][0] != version:
+            loaded = read_problems(source) if source.stage is None else read_traces(path)
+            self._loaded[key] = version, loaded
+        return self._loaded[key][1]
+
+    def keep(self, sources: Iterable[ProblemSet]) -> None:
+        """Forget all others."""
+        needed = set(map(describe_rows, sources))
+        self._loaded = {key: kept for key, kept in self._loaded.items() if key in needed}
+
+
+def describe_rows(source: ProblemSet) -> str:
+    """What decides which rows are read; not what an eval stage adds to it."""
+    return source.model_dump_json(include=set(ProblemSet.model_fields))
+
+
+def find_version(path: Path) -> tuple[int, ...] | None:
+    """Another one for every file that was put there; None for none."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_ino, facts.st_mtime_ns, facts.st_size
+
+
+def list_needed(stages: Iterable[Stage], recipe: Recipe) -> Iterator[ProblemSet]:
+    """The sets that these stages read: a stage that trains is kept apart from every held-out set of
+    the recipe."""
+    for stage in stages:
+        yield from stage.problem_sets()
+        if not isinstance(stage, Eval):
+            for other in recipe.stages:
+                if isinstance(other, Eval):
+                    yield from other.problem_sets()
+
+
 class Inputs:
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, problem_sets: ProblemSets | None = None):
         self.recipe = recipe
-        self._loaded: dict[str, Loaded] = {}
+        self._problem_sets = problem_sets or ProblemSets(recipe.run_dir)
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
 
     def read(self, source: ProblemSet) -> Loaded | None:
         """None for the traces of a stage that has not run. Raises UserError."""
-        key = source.model_dump_json(include=set(ProblemSet.model_fields))
-        if key not in self._loaded:
-            if source.recipe is not None:
-                self._loaded[key] = read_problems(source)
-            else:
-                path = self.recipe.run_dir / source.stage / "traces.jsonl"
-                if not path.exists():
-                    return None
-                self._loaded[key] = read_traces(path)
-        return self._loaded[key]
+        if source.stage and not (self.recipe.run_dir / source.stage / "traces.jsonl").exists():
+            return None
+        return self._problem_sets.read(source)
 
     def list_problems(self, stage: Stage) -> Iterator[tuple[ProblemSet, list[Problem]]]:
         """The stage's problems, without the sets that cannot be read."""

@@ -15,6 +15,7 @@ from r1pipe.config import Eval, Recipe, Stage
 from r1pipe.costs import describe_costs
 from r1pipe.doctor import Preflight
 from r1pipe.errors import FULL, Tripped, UserError, is_disk_full
+from r1pipe.inputs import ProblemSets, list_needed
 from r1pipe.ledger import Hardware, Ledger
 from r1pipe.phases import phase
 from r1pipe.progress import say
@@ -164,13 +165,15 @@ def run_stages(
     device = pick_device(recipe.device)
     devices = Devices.here(recipe.device)
     # A misspelt reward of the last stage is worth knowing before the first one has run for hours.
-    preflight = Preflight(recipe, devices, stages, skip_doctor)
+    problem_sets = ProblemSets(run.path)
+    preflight = Preflight(recipe, devices, stages, problem_sets, skip_doctor)
     engines = Engines(recipe.engine, recipe.dtype, device)
     ledger = Ledger(run.path, recipe, Hardware.here(recipe, device.type))
     started = time.monotonic()
     try:
-        for stage in stages:
+        for number, stage in enumerate(stages):
             stage_started = time.monotonic()
+            problem_sets.keep(list_needed(stages[number:], recipe))
             preflight.begin(stage)
             if distributed.is_first() and (line := estimate_stage(stage, recipe, devices)):
                 say(line)
@@ -185,6 +188,7 @@ def run_stages(
                 facts={},
                 ledger=ledger,
                 listeners=[ledger.note_step, tracking.log],
+                problem_sets=problem_sets,
             )
             with ledger.stage(stage.name):
                 try:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from r1pipe.config import Eval, ProblemSet, Recipe, TrainingStage
 from r1pipe.decontamination import decontaminate
 from r1pipe.errors import UserError
+from r1pipe.inputs import ProblemSets
 from r1pipe.ledger import Ledger
-from r1pipe.problems import Loaded, read_problems, read_traces
+from r1pipe.problems import Loaded
 from r1pipe.progress import StageProgress, say
 from r1pipe.records import Problem, dump_row, write_text
 from r1pipe.runs import MetricsLog, RunFolder
@@ -40,6 +41,8 @@ class StageContext:
     ledger: Ledger
     listeners: Sequence[Callable[[dict[str, Any]], None]]
     """Functions that are given each step's metrics."""
+    problem_sets: ProblemSets
+    """What this process has read for the run's other stages, too."""
 
     def open_log(self) -> MetricsLog:
         return MetricsLog(self.folder, self.listeners)
@@ -119,13 +122,10 @@ class StageContext:
         say(f"{name}: {loaded.describe()}")
         sizes = {"data": f"{source.recipe or source.stage}/{source.split}", **dict(loaded.steps())}
         self.facts.setdefault("sizes", []).append(sizes)
-        return loaded.problems
+        return list(loaded.problems)
 
     def read(self, source: ProblemSet) -> Loaded:
-        if source.recipe is not None:
-            loaded = read_problems(source)
-        else:
-            loaded = read_traces(self.run.stage_dir(source.stage) / "traces.jsonl")
+        loaded = self.problem_sets.read(source)
         self.run.lineages[self.stage_name].add_data(source, loaded.problems)
         return loaded
 

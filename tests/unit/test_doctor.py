@@ -15,6 +15,7 @@ from r1pipe.cli import main
 from r1pipe.config import Recipe, load_recipe
 from r1pipe.doctor import Doctor, Preflight
 from r1pipe.errors import UserError
+from r1pipe.inputs import ProblemSets
 from r1pipe.machine import Diagnosis, examine_packages, examine_sandbox, judge_gpu
 from r1pipe.memory import GIB, Devices, make_estimate
 from r1pipe.models import build_model, build_tokenizer, save_checkpoint
@@ -421,7 +422,7 @@ def test_stages_are_looked_at_again_when_their_parent_is_there(project: Path) ->
     values["stages"] = [init, first, {**first, "name": "second"}]
     Path("mine.yaml").write_text(yaml.safe_dump(values))
     recipe = load()
-    preflight = Preflight(recipe, LARGE, recipe.stages)
+    preflight = Preflight(recipe, LARGE, recipe.stages, ProblemSets(recipe.run_dir))
     preflight.begin(recipe.stage("init"))
     (project / "runs" / "mine").mkdir(parents=True)
     shutil.copytree(project / "model", project / "runs" / "mine" / "init")

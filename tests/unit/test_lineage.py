@@ -13,6 +13,7 @@ import yaml
 
 from r1pipe.cli import main
 from r1pipe.config import Recipe, load_recipe
+from r1pipe.inputs import ProblemSets
 from r1pipe.lineage import verify_run, verify_stage
 from r1pipe.runs import RunFolder
 from r1pipe.stage import StageContext
@@ -78,7 +79,9 @@ def make_run(*overrides: str) -> tuple[Recipe, Path]:
     with RunFolder(recipe) as run:
         for stage in recipe.stages:
             folder = run.begin(stage)
-            context = StageContext(recipe, run, stage.name, folder, None, None, {}, None, ())
+            context = StageContext(
+                recipe, run, stage.name, folder, None, None, {}, None, (), ProblemSets(run.path)
+            )
             if stage.trains:
                 context.training_problems(stage)
             else:

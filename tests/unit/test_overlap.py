@@ -8,6 +8,7 @@ import pytest
 from r1pipe.config import Recipe
 from r1pipe.errors import UserError
 from r1pipe.evaluate import HeldOut, refuse_overlap
+from r1pipe.inputs import ProblemSets
 from r1pipe.records import dump_row, read_jsonl
 from r1pipe.runs import RunFolder
 from r1pipe.stage import StageContext
@@ -38,7 +39,8 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def make_context(recipe: Recipe, run: RunFolder, number: int) -> StageContext:
     stage = recipe.stages[number]
-    return StageContext(recipe, run, stage.name, run.begin(stage), None, None, {}, None, ())
+    sets = ProblemSets(run.path)
+    return StageContext(recipe, run, stage.name, run.begin(stage), None, None, {}, None, (), sets)
 
 
 def test_training_loses_the_rows_that_overlap(recipe: Recipe) -> None:
