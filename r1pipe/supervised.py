@@ -90,7 +90,7 @@ class ReportProgress(TrainerCallback):
 
     def __init__(self, progress: StageProgress, log: MetricsLog, load: ExpertLoad):
         self.progress, self.log, self.load = progress, log, load
-        self.last_loss = float("nan")
+        self.figures: dict[str, float] = {}
         self.num_tokens: int | None = None
         """As TRL counts them, from the stage's beginning."""
 
@@ -111,7 +111,7 @@ class ReportProgress(TrainerCallback):
         control: TrainerControl,
         **kwargs: object,
     ) -> None:
-        self.progress.advance(loss=self.last_loss)
+        self.progress.advance(**self.figures)
         if state.global_step == state.max_steps:
             control.should_log = True  # the last steps, too few for a log of their own
 
@@ -124,7 +124,7 @@ class ReportProgress(TrainerCallback):
         **kwargs: object,
     ) -> None:
         if logs and "loss" in logs:
-            self.last_loss = float(logs["loss"])
+            self.figures = {"loss": float(logs["loss"])}
             if self.num_tokens is None:
                 rows = read_metrics(self.log.path.parent)  # of the run that this one goes on with
                 self.num_tokens = rows[-1]["num_tokens"] if rows else 0
