@@ -5,7 +5,7 @@ Nothing in it is typed by hand, so nothing in it can differ from what was run. I
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
@@ -20,6 +20,9 @@ from r1pipe.problems import read_constants
 from r1pipe.quirks import find_quirks
 from r1pipe.stage_folders import Evaluation, FinishedRun, StageFolder
 from r1pipe.summary import draw_table, format_table
+
+if TYPE_CHECKING:
+    from r1pipe.export_gguf import Splitting
 
 SHARES = {
     "pass_at_1": "pass@1",
@@ -68,6 +71,9 @@ class Facts:
     """SHA-256 of the published weights, by file."""
     messages: list[dict[str, str]]
     """A prompt, for the examples."""
+    gguf_type: str | None
+    """Of the GGUF file, if there is one."""
+    gguf_splitting: "Splitting | None"
 
     @property
     def name(self) -> str:
@@ -101,6 +107,7 @@ def write_model_card(facts: Facts) -> str:
         "## How to run it",
         fence("python", write_transformers_example(facts)),
         fence("python", write_vllm_example(facts)),
+        *describe_gguf(facts),
         "## What it was made from",
         describe_sources(facts),
         "## Training data",
@@ -222,6 +229,31 @@ if __name__ == "__main__":
     [output] = llm.chat(messages, sampling)
     print(output.outputs[0].text)
 """
+
+
+def describe_gguf(facts: Facts) -> list[str]:
+    if facts.gguf_type is None:
+        return []
+    generation = facts.evaluations[0].entry if facts.evaluations else {}
+    sampling = "".join(
+        f" --{option} {generation[key]}"
+        for option, key in (("temp", "temperature"), ("top-p", "top_p"))
+        if key in generation
+    )
+    splitting = facts.gguf_splitting
+    note = (
+        f"text is split as the tokenizer splits it (llama.cpp's `{splitting.name}`)"
+        if splitting.is_exact
+        else "llama.cpp has not the tokenizer's own splitting of text; its "
+        f"`{splitting.name}` gave the same tokens for {splitting.num_texts} prompts and "
+        "completions of the evaluation, and may give others for text of another kind"
+    )
+    place = f"{facts.repo_id}:{facts.gguf_type}"
+    return [
+        fence("bash", f"llama-cli -hf {place} --jinja{sampling}\nollama run hf.co/{place}\n"),
+        f"`{facts.name}-{facts.gguf_type}.gguf` is for llama.cpp and what is built on it: {note}. "
+        "The figures above were not measured with it.",
+    ]
 
 
 def format_messages(messages: list[dict[str, str]]) -> str:

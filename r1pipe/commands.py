@@ -131,6 +131,7 @@ def publish(options: argparse.Namespace) -> None:
             licences=split_pairs(options.license),
             base_models=split_pairs(options.base_model),
             rollouts=options.rollouts,
+            gguf=options.gguf,
             collection=options.collection,
         )
     )
@@ -408,6 +409,15 @@ COMMANDS: dict[str, Command] = {
                 help="the hub's name of a base model that the recipe reads from a folder",
             ),
             argument("--rollouts", action="store_true", help="and the samples, as a dataset"),
+            argument(
+                "--gguf",
+                nargs="?",
+                const="Q8_0",
+                type=str.upper,
+                choices=("Q8_0", "F16", "F32"),
+                metavar="TYPE",
+                help="and a file for llama.cpp, of a dense model: Q8_0, or F16 or F32",
+            ),
             argument("--collection", metavar="TITLE", help="add it to this collection"),
         ),
         example="r1pipe publish runs/demo/distill --repo user/name --dry-run",

@@ -33,9 +33,10 @@ from r1pipe.errors import UserError
 from r1pipe.progress import console
 
 RepoType = Literal["model", "dataset"]
-STALE = (".safetensors", ".safetensors.index.json", ".parquet")
+STALE = (".safetensors", ".safetensors.index.json", ".parquet", ".gguf")
 """Files of these kinds that are not published again are deleted: left beside new weights or
-rollouts, they would be loaded with them. Whatever else somebody has added stays."""
+rollouts, they would be loaded with them, or be another model's. Whatever else somebody has added
+stays."""
 MAX_DIFF_BYTES = 200_000
 """Of a text file whose changed lines are shown."""
 

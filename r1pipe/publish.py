@@ -17,8 +17,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard
 
@@ -41,6 +42,9 @@ from r1pipe.progress import say
 from r1pipe.records import read_json, read_jsonl, write_text
 from r1pipe.stage_folders import Evaluation, FinishedRun, StageFolder, find_checkpoint
 
+if TYPE_CHECKING:
+    from r1pipe.export_gguf import Splitting
+
 TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -52,6 +56,9 @@ TERMS = re.compile(r"(LICEN[SC]E|NOTICE|USE_POLICY|COPYING)[\w.-]*", re.IGNORECA
 """Files of a base model that belong to its licence and go on with it."""
 
 ROLLOUTS = ("rollouts/*.parquet", "traces.jsonl")
+
+MAX_TEXTS = 2_000
+"""That llama.cpp's splitting of text is tried on, where it has not the tokenizer's own."""
 
 MAX_TOLD = 3
 """Objections in an error's one line."""
@@ -72,6 +79,8 @@ class Options:
     base_models: dict[str, str] = field(default_factory=dict)
     """Hub ids by the folders that the recipe names."""
     rollouts: bool = False
+    gguf: str | None = None
+    """F32, F16 or Q8_0; None: no such file."""
     collection: str | None = None
 
 
@@ -107,6 +116,13 @@ def publish(options: Options) -> None:
         write_configs(config, stage, folder, evaluations)
         write_terms(base, base_hub_id, folder, hub)
         weights = sorted(folder.glob("*.safetensors"))
+        published = list(weights)
+        splitting = None
+        if options.gguf:
+            file = folder / f"{options.repo_id.split('/')[1]}-{options.gguf}.gguf"
+            texts = find_texts(run, stage, evaluations)
+            splitting = write_gguf(folder, file, options, licence, base_hub_id, texts)
+            published.append(file)
         facts = Facts(
             repo_id=options.repo_id,
             run=run,
@@ -121,7 +137,9 @@ def publish(options: Options) -> None:
             data=data,
             evaluations=evaluations,
             objections=objections,
-            hashes={file.name: hash_file(file) for file in weights},
+            hashes={file.name: hash_file(file) for file in published},
+            gguf_type=options.gguf,
+            gguf_splitting=splitting,
             messages=find_prompt(run, stage),
         )
         write_text(folder / "README.md", write_model_card(facts))
@@ -311,6 +329,24 @@ def write_configs(
     write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
 
+def write_gguf(
+    folder: Path,
+    out: Path,
+    options: Options,
+    licence: str,
+    base_hub_id: str | None,
+    texts: list[str],
+) -> "Splitting":
+    """The folder's model as a file for llama.cpp, with the protocol that it was measured under."""
+    try:
+        from r1pipe.export_gguf import Description, export_gguf
+    except ImportError as error:
+        raise UserError(f'--gguf: {error}: pip install "r1pipe[gguf]"') from error
+    sampling = read_json(folder / "generation_config.json")
+    about = Description(out.stem, licence, base_hub_id, sampling)
+    return export_gguf(folder, out, options.gguf, about, texts)
+
+
 def write_terms(base: str | None, hub_id: str | None, folder: Path, hub: Hub) -> None:
     """The base model's licence files, which its licence may ask to be handed on."""
     local = Path(base).expanduser() if base else None
@@ -346,6 +382,19 @@ def find_prompt(run: FinishedRun, stage: StageFolder) -> list[dict[str, str]]:
     return [{"role": "user", "content": "What is 7 + 5?"}]
 
 
+def find_texts(run: FinishedRun, stage: StageFolder, evaluations: list[Evaluation]) -> list[str]:
+    """What the model has read and written when it was measured; else a prompt that it learnt."""
+    rows = (
+        row
+        for evaluation in evaluations
+        for _, row in read_jsonl(evaluation.stage.folder / evaluation.entry["samples"])
+    )
+    texts = (row[key] for row in rows for key in ("prompt", "completion") if key in row)
+    if found := list(islice(texts, MAX_TEXTS)):
+        return list(dict.fromkeys(found))
+    return [message["content"] for message in find_prompt(run, stage)]
+
+
 def write_rollouts(facts: Facts, folder: Path) -> None:
     """What the policies sampled, by stage, and the samples that the checkpoint was measured by."""
     wanted = [(stage, pattern) for stage in facts.lineage for pattern in ROLLOUTS]
@@ -370,7 +419,7 @@ def count_rows(file: Path) -> int:
     return sum(1 for _ in read_jsonl(file))
 
 
-BINARY = (".safetensors", ".parquet")
+BINARY = (".safetensors", ".parquet", ".gguf")
 
 
 def check_no_token(folder: Path) -> None:
@@ -429,7 +478,11 @@ def print_changed_lines(
     hub: Hub, file: Path, repo_id: str, repo_type: RepoType, remote: Remote
 ) -> None:
     there = remote.files[file.name]
-    if there.lfs is not None or max(there.size, file.stat().st_size) > MAX_DIFF_BYTES:
+    if (
+        file.suffix in BINARY
+        or there.lfs is not None
+        or max(there.size, file.stat().st_size) > MAX_DIFF_BYTES
+    ):
         return
     before = hub.read_text(repo_id, repo_type, file.name, remote).splitlines()
     after = file.read_text(encoding="utf-8").splitlines()

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 import yaml
 
-LARGE = (".safetensors", ".parquet")
+LARGE = (".safetensors", ".parquet", ".gguf")
 
 
 @dataclass

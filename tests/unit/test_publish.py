@@ -471,6 +471,29 @@ def test_rollouts_and_collection(hub: FakeHub, run: Path) -> None:
     ]
 
 
+def test_gguf(hub: FakeHub, run: Path) -> None:
+    result = publish(hub, run, "--gguf")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^\+ mini-Q8_0.gguf \(\d+", result.stdout, re.MULTILINE)
+    files = hub.repos["model", "ana/mini"].files
+    assert files["mini-Q8_0.gguf"].startswith(b"GGUF")
+    _, text = read_card(files)
+    assert hashlib.sha256(files["mini-Q8_0.gguf"]).hexdigest() in text
+    assert "llama-cli -hf ana/mini:Q8_0 --jinja --temp 0.6 --top-p 0.95\n" in text
+    assert "its `gpt-2` gave the same tokens for 1 prompts and completions" in text
+    # Left there, it would be another model's file one day.
+    without = publish(hub, run, "--dry-run")
+    assert re.search(r"^- mini-Q8_0.gguf", without.stdout, re.MULTILINE)
+
+
+def test_a_model_that_gguf_cannot_hold(hub: FakeHub, run: Path) -> None:
+    edit_json(run / "sft" / "config.json", lambda values: values.update(model_type="olmoe"))
+    line = refuse(hub, run, "--gguf", "--force")
+    assert "--gguf: cannot write a olmoe model, only llama, qwen2, qwen3" in line
+    assert ("model", "ana/mini") not in hub.repos
+    assert not list((run / "publish").iterdir())
+
+
 def test_a_token_in_the_recipe_is_not_published(
     hub: FakeHub, tmp_path: Path, checkpoint: Path
 ) -> None:
