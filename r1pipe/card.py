@@ -215,14 +215,22 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 def write_vllm_example(facts: Facts) -> str:
     """The dtype is said, because vLLM's own choice turns float32 into bfloat16."""
     quirks = find_quirks(facts.model_type)
-    hints = [f"{name}={value} in the environment" for name, value in quirks.cpu_environment.items()]
-    hints += [f"LLM(..., {name}={value!r})" for name, value in quirks.cpu_engine.items()]
-    hint = f"    # On a CPU vLLM also needs {' and '.join(hints)}.\n" if hints else ""
+    imports, on_cpu, settings = "", "", f'dtype="{facts.dtype}"'
+    if quirks.cpu_engine or quirks.cpu_environment:
+        lines = [f'os.environ["{name}"] = "{v}"' for name, v in quirks.cpu_environment.items()]
+        lines += [f'settings["{name}"] = {v!r}' for name, v in quirks.cpu_engine.items()]
+        imports = "import os\n\nimport torch\n"
+        on_cpu = (
+            f'    settings = {{"dtype": "{facts.dtype}"}}\n'
+            "    if not torch.cuda.is_available():  # what vLLM's kernels for CPUs need\n"
+            + "".join(f"        {line}\n" for line in lines)
+        )
+        settings = "**settings"
     return f"""\
-from vllm import LLM
+{imports}from vllm import LLM
 
 if __name__ == "__main__":
-{hint}    llm = LLM("{facts.repo_id}", dtype="{facts.dtype}")
+{on_cpu}    llm = LLM("{facts.repo_id}", {settings})
     sampling = llm.get_default_sampling_params()
     sampling.max_tokens = {longest_completion(facts)}
     messages = {format_messages(facts.messages)}

@@ -41,6 +41,7 @@ QWEN3 = {
     "max_position_embeddings": 64,
     "initializer_range": 0.3,
 }
+DEEPSEEK = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["stages"][0]["model"]
 ENTRY = {
     "dataset": "arithmetic/test", "num_problems": 40, "num_samples": 2, "temperature": 0.6,
     "top_p": 0.95, "max_completion_length": 8, "pass_at_1": 0.525, "ci_low": 0.44,
@@ -517,9 +518,24 @@ def test_the_token_is_nowhere(hub: FakeHub, run: Path) -> None:
         assert all(TOKEN.encode() not in content for content in repo.files.values())
 
 
-@pytest.mark.parametrize("number", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_examples_of_the_card_run(number: int, hub: FakeHub, run: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "model"),
+    [
+        (0, QWEN3),
+        pytest.param(1, QWEN3, marks=pytest.mark.slow),
+        pytest.param(1, DEEPSEEK, marks=pytest.mark.slow),
+    ],
+    ids=["transformers", "vllm", "vllm-moe"],
+)
+def test_examples_of_the_card_run(
+    number: int, model: dict, hub: FakeHub, tmp_path: Path, checkpoint: Path
+) -> None:
     """As they stand, transformers' and vLLM's, loading the model from where it was published."""
+    if model is not QWEN3:
+        checkpoint = tmp_path / "checkpoint"
+        tokenizer = build_tokenizer(["What is 3 + 4? 7"], 300)
+        save_checkpoint(build_model(model, tokenizer, seed=0), tokenizer, checkpoint)
+    run = make_run(tmp_path / "runs", checkpoint, STAGES)
     assert publish(hub, run, "--public").returncode == 0
     _, text = read_card(hub.repos["model", "ana/mini"].files)
     code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number]
