@@ -17,7 +17,7 @@ else
 R1PIPE = .venv/bin/python -m r1pipe.launch --nproc-per-node $(NPROC)
 endif
 
-.PHONY: help setup doctor demo run init sft grpo reject distill eval publish report serve test test-slow test-unit test-gpu lint format bench clean
+.PHONY: help setup doctor demo run init sft grpo reject distill on_policy_distill eval publish report serve test test-slow test-unit test-gpu lint format bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -32,7 +32,7 @@ doctor:
 demo: setup
 	@$(R1PIPE) run configs/demo.yaml $(ARGS)
 
-run init sft grpo reject distill eval: setup
+run init sft grpo reject distill on_policy_distill eval: setup
 	@$(R1PIPE) $@ $(CONFIG) $(ARGS)
 
 publish: setup

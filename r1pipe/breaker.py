@@ -1,4 +1,5 @@
-"""The circuit breaker of a grpo stage: holds every step to the checks of checks.py, and acts.
+"""The circuit breaker of a stage that trains on its own samples: holds every step to the checks of
+checks.py, and acts.
 
     warn      a line on the terminal, and one in the stage's events.jsonl as for all others
     skip      the update is not applied: the whole step's, or one optimizer step for its gradient
@@ -17,7 +18,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from r1pipe.checks import CHECKS, Facts, Moment
-from r1pipe.config import Grpo, Limit
+from r1pipe.config import Limit, OnPolicy
 from r1pipe.errors import Tripped
 from r1pipe.progress import say
 from r1pipe.records import Score, read_jsonl
@@ -53,7 +54,7 @@ class Breaker:
     Tripped if the stage must end. `folder`: the stage's, for a person to look at.
     """
 
-    def __init__(self, stage: Grpo, log: EventLog, folder: Path):
+    def __init__(self, stage: OnPolicy, log: EventLog, folder: Path):
         self.stage, self.settings, self.log, self.folder = stage, stage.breaker, log, folder
         self.batch: Batch | None = None
         """What is being examined: for a person to read if a check ends the stage."""
@@ -193,7 +194,8 @@ def describe_batch(groups: "list[Group]") -> dict[str, float]:
         values = [[s.rewards[name] for s in part] for part in scores]
         facts |= describe_values(f"rewards/{name}", values)
     texts = [[tuple(rollout.completion_ids) for rollout in group.rollouts] for group in groups]
-    facts["identical_groups"] = share(len(set(part)) == 1 for part in texts)
+    if any(len(part) > 1 for part in texts):
+        facts["identical_groups"] = share(len(set(part)) == 1 for part in texts)
     if len({group.problem.id for group in groups}) >= MIN_PROMPTS:
         counts = Counter(chain.from_iterable(texts))
         facts["same_completion"] = max(counts.values()) / counts.total()

@@ -163,6 +163,7 @@ def describe_model(facts: Facts) -> str:
         "sft": "supervised training",
         "grpo": "reinforcement learning (GRPO)",
         "distill": "supervised training on samples of a policy",
+        "on_policy_distill": "on-policy distillation",
     }[facts.stage.kind]
     start = (
         f"trained from `{hide_places(facts.base_model)}`"

@@ -1,9 +1,9 @@
 """The circuit breaker's checks: pure functions of what a step shows, and the table of them.
 
 A check is one function and one line in CHECKS; its limit and its action can then be set under
-`breaker:` in a grpo stage. The function gets the facts of the step so far and those of the
-`breaker.window` steps before it, and returns a value to hold against the limit, or None where there
-is nothing to judge. Imports no torch.
+`breaker:` in a stage that trains on its own samples. The function gets the facts of the step so far
+and those of the `breaker.window` steps before it, and returns a value to hold against the limit, or
+None where there is nothing to judge. Imports no torch.
 
 Facts are numbers by name: the step's metrics, and what `breaker.describe_batch` adds to them.
 """

@@ -61,14 +61,15 @@ def run_stage(options: argparse.Namespace) -> None:
     run_one(recipe, options.command, options.redo, options.skip_doctor)
 
 
-def run_grpo(options: argparse.Namespace) -> None:
+def run_on_policy(options: argparse.Namespace) -> None:
     if not options.replay:
         return run_stage(options)
     recipe = read_recipe(options)
     from r1pipe.pipeline import replay_stage
 
     source = find_folder(options.from_run) if options.from_run else None
-    return replay_stage(recipe, options.stage, parse_steps(options.replay), source)
+    steps = parse_steps(options.replay)
+    return replay_stage(recipe, options.command, options.stage, steps, source)
 
 
 def run_eval(options: argparse.Namespace) -> None:
@@ -248,6 +249,16 @@ SERVED = (
     argument("--max-model-len", type=int, metavar="TOKENS", help="context"),
 )
 
+REPLAY = (
+    argument(
+        "--replay",
+        metavar="STEP[:STEP]",
+        help="train on the rollouts that were kept of these steps, without a sampler",
+    ),
+    argument("--stage", help="with --replay: one of several such stages"),
+    argument("--from-run", metavar="RUN", help="with --replay: the run that has sampled them"),
+)
+
 
 def stage_command(
     help: str,
@@ -286,18 +297,8 @@ COMMANDS: dict[str, Command] = {
         "reinforcement learning",
         example="r1pipe grpo configs/demo.yaml --set stages.grpo.max_steps=8",
         then="r1pipe eval configs/demo.yaml",
-        run=run_grpo,
-        arguments=(
-            argument(
-                "--replay",
-                metavar="STEP[:STEP]",
-                help="train on the rollouts that were kept of these steps, without a sampler",
-            ),
-            argument("--stage", help="with --replay: one of several grpo stages"),
-            argument(
-                "--from-run", metavar="RUN", help="with --replay: the run that has sampled them"
-            ),
-        ),
+        run=run_on_policy,
+        arguments=REPLAY,
     ),
     "reject": stage_command(
         "sample traces for a later sft stage",
@@ -305,9 +306,16 @@ COMMANDS: dict[str, Command] = {
         then="r1pipe sft configs/r1.yaml",
     ),
     "distill": stage_command(
-        "teach a dense student",
+        "teach a dense student the right samples of a policy",
         example="r1pipe distill configs/demo.yaml",
         then="r1pipe eval configs/demo.yaml",
+    ),
+    "on_policy_distill": stage_command(
+        "teach a student on its own samples",
+        example="r1pipe on_policy_distill configs/on_policy.yaml",
+        then="r1pipe eval configs/on_policy.yaml",
+        run=run_on_policy,
+        arguments=REPLAY,
     ),
     "eval": stage_command(
         "measure checkpoints on held-out problems",
@@ -431,11 +439,11 @@ COMMANDS: dict[str, Command] = {
         then="r1pipe publish runs/demo --repo user/name --dry-run",
     ),
     "rollouts": Command(
-        "read what a run's grpo stage has sampled",
+        "read what a stage has sampled to train on",
         show_rollouts,
         (
             RUN,
-            argument("--stage", help="one of several grpo stages"),
+            argument("--stage", help="one of several such stages"),
             argument("--step", type=int, help="this step's; without, a line for each step"),
             *(
                 argument(

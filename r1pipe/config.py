@@ -8,6 +8,7 @@ own where those have one. Imports no torch.
 import difflib
 import hashlib
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -110,8 +111,8 @@ class DoctorLimits(Strict):
 
 
 class KeptRollouts(Strict):
-    """How much is kept of what a grpo stage samples; all of it can be trained on again with
-    --replay."""
+    """How much is kept of what a stage samples that trains on its own samples; all of it can be
+    trained on again with --replay."""
 
     keep_gib: PositiveFloat = 10.0
     """Per stage, compressed; beyond it the oldest steps go."""
@@ -126,8 +127,8 @@ class Saving(Strict):
     save_steps: PositiveInt | None = None
     """Every so many steps; None: only when the run is told to end."""
     save_total_limit: PositiveInt = 2
-    """How many checkpoints are kept while the stage runs, the newest, and of grpo the best one
-    (by reward) besides."""
+    """How many checkpoints are kept while the stage runs, the newest, and besides the best one: of
+    grpo by reward, of on_policy_distill by divergence."""
     save_grace_s: NonNegativeFloat = 20.0
     """After SIGTERM or Ctrl-C: seconds that the running step may take to end and be saved. A second
     signal ends the run at once."""
@@ -287,17 +288,27 @@ class BreakerSettings(Strict):
     """Steps in a row whose update may be skipped."""
 
 
-Breaker: type[BreakerSettings] = create_model(
-    "Breaker",
-    __base__=BreakerSettings,
-    __doc__="When training must not go on as it does: a Limit for each of checks.CHECKS.",
-    **{
-        name: (
-            Annotated[Limit, BeforeValidator(partial(complete_limit, check))],
-            Limit(limit=check.limit, action=check.action),
-        )
-        for name, check in CHECKS.items()
-    },
+def make_breaker(name: str, checks: dict[str, Check]) -> type[BreakerSettings]:
+    return create_model(
+        name,
+        __base__=BreakerSettings,
+        __doc__="When training must not go on as it does: a Limit for each of checks.CHECKS.",
+        **{
+            name: (
+                Annotated[Limit, BeforeValidator(partial(complete_limit, check))],
+                Limit(limit=check.limit, action=check.action),
+            )
+            for name, check in checks.items()
+        },
+    )
+
+
+Breaker = make_breaker("Breaker", CHECKS)
+# A student becomes as sure as its teacher is: that its entropy falls is no collapse.
+DistillBreaker = make_breaker(
+    "DistillBreaker",
+    CHECKS
+    | {name: replace(CHECKS[name], action="ignore") for name in ("entropy", "entropy_collapse")},
 )
 
 
@@ -324,61 +335,22 @@ class Difficulty(Strict):
         return self
 
 
-class Grpo(TrainingStage, Saving):
-    """Reinforcement learning with group-relative advantages."""
+class OnPolicy(TrainingStage, Saving):
+    """What the stages have in common that train a model on its own samples."""
 
-    kind: Literal["grpo"]
     save_steps: PositiveInt | None = 10
-    rewards: Annotated[list[Reward], Field(min_length=1)]
+    rewards: list[Reward] = []
+    """Of the samples. In on_policy_distill for the log and the breaker: its loss does without."""
     max_steps: PositiveInt
     prompts_per_step: PositiveInt
-    num_generations: Annotated[int, Field(ge=2)]
-    """Samples per prompt: the group."""
+    num_generations: PositiveInt
+    """Samples per prompt."""
     temperature: PositiveFloat = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    """0: no limit. Where top_p or top_k cut the distribution, the trainer cuts its own alike."""
     max_completion_length: PositiveInt
-    dynamic_sampling: bool = False
-    """Groups whose rewards are all equal are replaced by groups of further prompts (DAPO)."""
-    max_sampling_rounds: PositiveInt = 4
-    """Rounds of sampling in a step before it goes on with the groups that it has."""
-    difficulty: Difficulty | None = None
-    """Default: all problems, in any order."""
     async_steps: Annotated[int, Field(ge=0, le=1)] = 0
     """1: the next batch is sampled, by the policy of the step before, while this one trains."""
-
-    loss_type: str = "grpo"
-    """One of LOSS_TYPES, or the dotted path of a loss of your own."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What the advantages are divided by: the group's std, the batch's, or nothing."""
-    beta: NonNegativeFloat = 0.0
-    """Weight of the KL term to the reference policy; 0 keeps no reference."""
-    kl_estimator: Literal["k1", "k3"] = "k3"
-    use_bias_correction_kl: bool = False
-    """KL term times pi / pi_old, so that its gradient is the KL's (DeepSeek-V3.2)."""
-    reference_refresh_steps: PositiveInt | None = None
-    """Every so many steps the reference becomes the current policy."""
-    epsilon: PositiveFloat = 0.2
-    epsilon_high: PositiveFloat | None = None
-    """Upper clip range; default: epsilon. For cispo the largest weight itself."""
-    delta: PositiveFloat | None = None
-    """Largest ratio where the advantage is negative (two-sided clipping); above 1 + epsilon."""
     steps_per_generation: PositiveInt = 1
     """Optimizer steps (minibatches) per pass over a batch of rollouts."""
-    num_iterations: PositiveInt = 1
-    """Passes over a batch of rollouts (mu in the GRPO paper)."""
-    mask_truncated_completions: bool = False
-
-    vllm_importance_sampling_correction: bool = True
-    """Weigh tokens by pi_old / pi_sampler: 1 up to rounding in float32, not so in bf16."""
-    vllm_importance_sampling_mode: Literal[
-        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
-    ] = "token_truncate"
-    vllm_importance_sampling_clip_min: NonNegativeFloat = 0.0
-    vllm_importance_sampling_clip_max: PositiveFloat = 2.0
-    off_policy_mask_threshold: PositiveFloat | None = None
-    """Mean log(pi_sampler / pi) above which a completion of negative advantage is dropped."""
 
     learning_rate: PositiveFloat = 1e-6
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
@@ -407,6 +379,11 @@ class Grpo(TrainingStage, Saving):
     """After each weight sync, sample a few tokens and hold them to breaker.logprob_diff at once.
     Default: if async_steps; otherwise the next batch, all of it, is held to it anyway."""
 
+    @property
+    def policy(self) -> str:
+        """The checkpoint that samples and is trained."""
+        return self.from_
+
     def tokens_per_micro_batch(self, *, on_gpu: bool) -> int:
         return self.micro_batch_tokens or (16384 if on_gpu else 1024)
 
@@ -415,12 +392,60 @@ class Grpo(TrainingStage, Saving):
         return bool(self.async_steps) if self.verify_sync is None else self.verify_sync
 
     @model_validator(mode="after")
-    def split_evenly(self) -> "Grpo":
+    def split_evenly(self) -> "OnPolicy":
         if (self.prompts_per_step * self.num_generations) % self.steps_per_generation:
             raise ValueError(
                 "prompts_per_step x num_generations must be a multiple of steps_per_generation"
             )
         return self
+
+
+class Grpo(OnPolicy):
+    """Reinforcement learning with group-relative advantages."""
+
+    kind: Literal["grpo"]
+    rewards: Annotated[list[Reward], Field(min_length=1)]
+    num_generations: Annotated[int, Field(ge=2)]
+    """Samples per prompt: the group."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0: no limit. Where top_p or top_k cut the distribution, the trainer cuts its own alike."""
+    dynamic_sampling: bool = False
+    """Groups whose rewards are all equal are replaced by groups of further prompts (DAPO)."""
+    max_sampling_rounds: PositiveInt = 4
+    """Rounds of sampling in a step before it goes on with the groups that it has."""
+    difficulty: Difficulty | None = None
+    """Default: all problems, in any order."""
+
+    loss_type: str = "grpo"
+    """One of LOSS_TYPES, or the dotted path of a loss of your own."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What the advantages are divided by: the group's std, the batch's, or nothing."""
+    beta: NonNegativeFloat = 0.0
+    """Weight of the KL term to the reference policy; 0 keeps no reference."""
+    kl_estimator: Literal["k1", "k3"] = "k3"
+    use_bias_correction_kl: bool = False
+    """KL term times pi / pi_old, so that its gradient is the KL's (DeepSeek-V3.2)."""
+    reference_refresh_steps: PositiveInt | None = None
+    """Every so many steps the reference becomes the current policy."""
+    epsilon: PositiveFloat = 0.2
+    epsilon_high: PositiveFloat | None = None
+    """Upper clip range; default: epsilon. For cispo the largest weight itself."""
+    delta: PositiveFloat | None = None
+    """Largest ratio where the advantage is negative (two-sided clipping); above 1 + epsilon."""
+    num_iterations: PositiveInt = 1
+    """Passes over a batch of rollouts (mu in the GRPO paper)."""
+    mask_truncated_completions: bool = False
+
+    vllm_importance_sampling_correction: bool = True
+    """Weigh tokens by pi_old / pi_sampler: 1 up to rounding in float32, not so in bf16."""
+    vllm_importance_sampling_mode: Literal[
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "token_truncate"
+    vllm_importance_sampling_clip_min: NonNegativeFloat = 0.0
+    vllm_importance_sampling_clip_max: PositiveFloat = 2.0
+    off_policy_mask_threshold: PositiveFloat | None = None
+    """Mean log(pi_sampler / pi) above which a completion of negative advantage is dropped."""
 
     @field_validator("loss_type")
     @classmethod
@@ -546,14 +571,63 @@ class Distill(TrainingStage):
 
     kind: Literal["distill"]
     student: str | dict[str, Any]
-    """A folder or hub id; or, as in `init`, a config for a student from random weights, which
-    takes over the teacher's tokenizer."""
+    """An earlier stage, a folder or a hub id; or, as in `init`, a config for a student from random
+    weights, which takes over the teacher's tokenizer."""
     traces: Traces
     train: Supervised
+
+    def parents(self) -> list[str]:
+        student = [self.student] if isinstance(self.student, str) else []
+        return [*super().parents(), *student]
 
     def problem_sets(self) -> list[ProblemSet]:
         few_shot = self.traces.few_shot
         return [self.data, *([few_shot.data] if few_shot else [])]
+
+
+class OnPolicyDistill(OnPolicy):
+    """Distillation on the student's own samples: at each of their tokens its distribution over the
+    vocabulary is pulled to that of the teacher `from`. Both must have one vocabulary."""
+
+    kind: Literal["on_policy_distill"]
+    student: str
+    """An earlier stage, a folder or a hub id. Not from random weights: its samples are noise, of
+    which the teacher has nothing to say."""
+    beta: Share = 1.0
+    """The divergence: 1 reverse KL, KL(student || teacher); 0 forward KL; between them the
+    generalized Jensen-Shannon divergence. Not grpo's `beta`: there is no reference."""
+    num_generations: PositiveInt = 1
+    temperature: PositiveFloat = 1.0
+    """Of the samples, and of both distributions in the divergence."""
+    breaker: DistillBreaker = DistillBreaker()
+
+    # What grpo can choose and this stage cannot: its samples are the student's own distribution,
+    # of which nothing is cut off, and each is trained on once, whatever it was worth.
+    top_p: ClassVar[float] = 1.0
+    top_k: ClassVar[int] = 0
+    dynamic_sampling: ClassVar[bool] = False
+    difficulty: ClassVar[None] = None
+    scale_rewards: ClassVar[None] = None
+    reference_refresh_steps: ClassVar[None] = None
+    num_iterations: ClassVar[int] = 1
+    mask_truncated_completions: ClassVar[bool] = False
+
+    @property
+    def policy(self) -> str:
+        return self.student
+
+    def parents(self) -> list[str]:
+        return [*super().parents(), self.student]
+
+    @field_validator("student", mode="before")
+    @classmethod
+    def have_weights(cls, student: Any) -> Any:
+        if isinstance(student, dict):
+            raise ValueError(
+                "a student from random weights samples noise: train it by a distill stage first, "
+                "and give that stage's name"
+            )
+        return student
 
 
 class EvalSet(ProblemSet):
@@ -635,7 +709,9 @@ class Eval(Stage):
         return data
 
 
-AnyStage = Annotated[Init | Sft | Grpo | Reject | Distill | Eval, Field(discriminator="kind")]
+AnyStage = Annotated[
+    Init | Sft | Grpo | Reject | Distill | OnPolicyDistill | Eval, Field(discriminator="kind")
+]
 STAGE_TYPES: dict[str, type[Stage]] = {
     get_args(t.model_fields["kind"].annotation)[0]: t for t in get_args(get_args(AnyStage)[0])
 }

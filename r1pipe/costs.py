@@ -89,7 +89,7 @@ def find_parent(stage_dir: Path) -> str | None:
     if record is None:
         return None
     settings = record["settings"]
-    parent = settings.get("student") if settings["kind"] == "distill" else settings.get("from")
+    parent = settings.get("student", settings.get("from"))
     return parent if isinstance(parent, str) else None
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from r1pipe import distributed
 from r1pipe.check import check_functions
-from r1pipe.config import Grpo, Recipe, Sampling, Stage
+from r1pipe.config import OnPolicy, OnPolicyDistill, Recipe, Sampling, Stage
 from r1pipe.errors import UserError
 from r1pipe.golds import pick_judging, spread, try_golds
 from r1pipe.inputs import (
@@ -81,7 +81,7 @@ class Doctor:
 
     def examine_inputs(self, stage: Stage) -> Iterator[Diagnosis]:
         """What depends on the checkpoints that the stage starts from."""
-        for check in (self.examine_tokenizers, self.examine_prompts):
+        for check in (self.examine_tokenizers, self.examine_vocabulary, self.examine_prompts):
             yield from self.ask(stage, check)
 
     def ask(
@@ -173,7 +173,7 @@ class Doctor:
             except ValueError:
                 missing.append(name)
                 continue
-            if isinstance(stage, Grpo) and stage.routing_replay:
+            if isinstance(stage, OnPolicy) and stage.routing_replay:
                 layers = f"; {len(require_moe_layers(config))} layers replayed"
             device = pick_device(self.recipe.device)
             if device.type == "cpu":
@@ -221,6 +221,22 @@ class Doctor:
             yield Diagnosis("", "ok", f"chat template and its end token: {', '.join(good)}")
         if missing:
             yield Diagnosis("", "skipped", f"not here yet: {', '.join(missing)}")
+
+    def examine_vocabulary(self, stage: Stage) -> Iterator[Diagnosis]:
+        """Of teacher and student, whose distributions are compared."""
+        if not isinstance(stage, OnPolicyDistill):
+            return
+        from r1pipe.vocabulary import require_same_vocabulary
+
+        try:
+            pair = [self.inputs.find_tokenizer(name) for name in (stage.from_, stage.student)]
+        except UserError:
+            return  # `examine_tokenizers` tells
+        if None in pair:
+            yield Diagnosis("", "skipped", "teacher and student are not both here yet")
+            return
+        require_same_vocabulary(stage, *pair)
+        yield Diagnosis("", "ok", f"{len(pair[0])} tokens, the same of teacher and student")
 
     def examine_prompts(self, stage: Stage) -> Iterator[Diagnosis]:
         from r1pipe.memory import find_config
@@ -316,8 +332,9 @@ class Doctor:
     # Sampler and trainer
 
     def examine_parity(self, stage: Stage) -> Iterator[Diagnosis]:
-        """The gate of a grpo stage, on a few tokens of the checkpoint that it starts from."""
-        if not isinstance(stage, Grpo):
+        """The gate of a stage that trains on its samples, on a few tokens of the checkpoint that it
+        starts from."""
+        if not isinstance(stage, OnPolicy):
             return
         from r1pipe.grpo.logprobs import Policy
         from r1pipe.grpo.loop import compare, sampling_of
@@ -327,9 +344,9 @@ class Doctor:
         from r1pipe.sharding import load_sharded
 
         recipe = self.recipe
-        place = self.inputs.find_checkpoint(stage.from_)
+        place = self.inputs.find_checkpoint(stage.policy)
         if place is None:
-            yield Diagnosis("", "skipped", f'"{stage.from_}" is not here yet')
+            yield Diagnosis("", "skipped", f'"{stage.policy}" is not here yet')
             return
         problems = [problem for _, some in self.inputs.list_problems(stage) for problem in some]
         if not problems:
@@ -399,7 +416,7 @@ def diagnose(
     if parity:
         for stage in recipe.stages:
             yield from doctor.ask(stage, doctor.examine_parity)
-    elif any(isinstance(stage, Grpo) for stage in recipe.stages):
+    elif any(isinstance(stage, OnPolicy) for stage in recipe.stages):
         yield Diagnosis("parity", "skipped", "takes an engine: add --parity")
 
 

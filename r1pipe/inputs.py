@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r1pipe.config import Distill, Eval, Grpo, ProblemSet, Recipe, Sampling, Stage
+from r1pipe.config import Eval, OnPolicy, ProblemSet, Recipe, Sampling, Stage
 from r1pipe.errors import UserError
 from r1pipe.lineage import find_snapshot
 from r1pipe.problems import Loaded, read_problems, read_traces
@@ -118,8 +118,9 @@ class Inputs:
 
 def find_origin(stage: Stage) -> str | None:
     """The checkpoint that a stage takes its tokenizer from."""
-    if isinstance(stage, Distill) and isinstance(stage.student, str):
-        return stage.student
+    student = getattr(stage, "student", None)
+    if isinstance(student, str):
+        return student
     return getattr(stage, "from_", None)
 
 
@@ -133,10 +134,10 @@ def list_models(stage: Stage) -> list[str]:
 
 def list_samplings(stage: Stage) -> list[tuple[str, Sampling]]:
     """The checkpoints that a stage samples from, and how."""
-    if isinstance(stage, Grpo):
+    if isinstance(stage, OnPolicy):
         from r1pipe.grpo.collect import sampling_of
 
-        return [(stage.from_, sampling_of(stage))]
+        return [(stage.policy, sampling_of(stage))]
     if isinstance(stage, Eval):
         return [(name, stage.sampling) for name in stage.checkpoints]
     traces = getattr(stage, "traces", None)

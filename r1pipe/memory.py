@@ -20,7 +20,17 @@ from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from r1pipe import distributed
-from r1pipe.config import Distill, Grpo, Init, Recipe, Sft, Stage, Supervised
+from r1pipe.config import (
+    Distill,
+    Grpo,
+    Init,
+    OnPolicy,
+    OnPolicyDistill,
+    Recipe,
+    Sft,
+    Stage,
+    Supervised,
+)
 from r1pipe.errors import UserError
 
 GIB = 2**30
@@ -37,6 +47,9 @@ CPU_PROCESS, GPU_PROCESS = 1.0 * GIB, 2.0 * GIB
 """Python with torch, transformers and vLLM; CUDA's context, NCCL's buffers, fragmentation."""
 LOGIT_COPIES = 3
 """Of a chunk of logits: themselves, their log-softmax, the gradient."""
+TEACHER_LOGIT_COPIES = 4
+"""Of the teacher's chunk and the divergence: its logits, their log-softmax, the student's
+probabilities, the difference that these weigh."""
 NORM_BYTES = {4: 12, 2: 8}
 """Of each entry that goes through a norm in transformers, by the size of the residual stream's: its
 input in float32, that squared, and scaled, the last in the stream's dtype."""
@@ -201,7 +214,7 @@ class Estimate:
         )
 
 
-def estimate_grpo(stage: Grpo, recipe: Recipe, shape: Shape, devices: Devices) -> Estimate:
+def estimate_on_policy(stage: OnPolicy, recipe: Recipe, shape: Shape, devices: Devices) -> Estimate:
     """The trainer and the sampler share every device."""
     from r1pipe.grpo.logprobs import MAX_LOGITS
 
@@ -212,13 +225,26 @@ def estimate_grpo(stage: Grpo, recipe: Recipe, shape: Shape, devices: Devices) -
     num_tokens = max(budget, min(context, stage.max_completion_length + 1))
     share = shape.parameters / devices.count
     parts = trainer_parts(shape, devices, num_tokens, element, stage)
-    if stage.beta:
+    if isinstance(stage, Grpo) and stage.beta:
         # Sharded, it is held in the dtype that it computes in.
         parts["reference"] = (element if devices.count > 1 else MASTER) * share
     logits = min(MAX_LOGITS, num_tokens * shape.config.vocab_size)
     parts["logits"] = 4 * LOGIT_COPIES * logits
+    if isinstance(stage, OnPolicyDistill):
+        teacher = Shape.of(find_config(stage.from_, recipe))
+        parts["teacher"] = teacher_bytes(teacher, devices, element)
+        parts["logits"] += 4 * TEACHER_LOGIT_COPIES * logits
     sampler, problems = engine_parts(recipe, shape, devices)
     return Estimate(stage.name, shape, devices, parts | sampler, problems)
+
+
+def teacher_bytes(shape: Shape, devices: Devices, element: int) -> float:
+    """Weights that are not trained; sharded, with a layer on its way and the whole head."""
+    if devices.count == 1:
+        return MASTER * shape.parameters
+    head = shape.config.vocab_size * shape.config.hidden_size
+    share = shape.parameters / devices.count
+    return element * (share + shape.largest_layer + shape.outside_layers + head)
 
 
 def engine_parts(
@@ -266,7 +292,7 @@ def estimate_supervised(
 
 
 def trainer_parts(
-    shape: Shape, devices: Devices, num_tokens: int, element: int, settings: Grpo | Supervised
+    shape: Shape, devices: Devices, num_tokens: int, element: int, settings: OnPolicy | Supervised
 ) -> dict[str, float]:
     sharded, checkpointing = devices.count > 1, settings.gradient_checkpointing
     share = MASTER * shape.parameters / devices.count
@@ -299,7 +325,7 @@ def estimate_stage(stage: Stage, recipe: Recipe, devices: Devices) -> str | None
 
 def make_estimate(stage: Stage, recipe: Recipe, devices: Devices) -> Estimate | str | None:
     """Of a training stage, or why there is none; None for other stages."""
-    if not isinstance(stage, Sft | Grpo | Distill):
+    if not isinstance(stage, Sft | OnPolicy | Distill):
         return None
     try:
         return estimate_shape(stage, recipe, Shape.of(find_stage_config(stage, recipe)), devices)
@@ -333,18 +359,18 @@ def estimate_files(stage: Stage, recipe: Recipe) -> Files:
     model = MASTER * Shape.of(find_stage_config(stage, recipe)).parameters
     if isinstance(stage, Init):
         return Files(model, 0)
-    settings = stage if isinstance(stage, Grpo) else stage.train
+    settings = stage if isinstance(stage, OnPolicy) else stage.train
     # The optimizer's moments, and the reference; the newest ones, the best, and one being written.
     state = model * (4 if isinstance(stage, Grpo) and stage.beta else 3)
-    count = settings.save_total_limit + isinstance(stage, Grpo) + 1
+    count = settings.save_total_limit + isinstance(stage, OnPolicy) + 1
     return Files(model, state * (count if settings.save_steps else 1))
 
 
 def estimate_shape(
-    stage: Sft | Grpo | Distill, recipe: Recipe, shape: Shape, devices: Devices
+    stage: Sft | OnPolicy | Distill, recipe: Recipe, shape: Shape, devices: Devices
 ) -> Estimate:
-    if isinstance(stage, Grpo):
-        return estimate_grpo(stage, recipe, shape, devices)
+    if isinstance(stage, OnPolicy):
+        return estimate_on_policy(stage, recipe, shape, devices)
     estimate = estimate_supervised(stage.name, stage.train, recipe, shape, devices)
     if isinstance(stage, Distill):
         # The teacher's engine stays beside the student.
@@ -361,7 +387,7 @@ def find_stage_config(stage: Stage, recipe: Recipe) -> PretrainedConfig:
     if isinstance(stage, Distill) and not isinstance(stage.student, str):
         teacher = find_config(stage.from_, recipe)
         return make_config({"vocab_size": teacher.get_text_config().vocab_size, **stage.student})
-    return find_config(stage.student if isinstance(stage, Distill) else stage.from_, recipe)
+    return find_config(getattr(stage, "student", stage.from_), recipe)
 
 
 def find_config(source: str, recipe: Recipe) -> PretrainedConfig:

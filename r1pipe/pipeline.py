@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 from r1pipe import distributed
 from r1pipe.config import Eval, Recipe, Stage
@@ -27,12 +28,14 @@ from r1pipe.watchdog import Watchdog, clear_stacks
 STAGE_MODULES = {
     "init": "r1pipe.init",
     "sft": "r1pipe.sft",
-    "grpo": "r1pipe.grpo.loop",
+    "grpo": "r1pipe.grpo.stage",
     "reject": "r1pipe.reject",
     "distill": "r1pipe.distill",
+    "on_policy_distill": "r1pipe.on_policy_distill",
     "eval": "r1pipe.evaluate",
 }
-"""Where a kind of stage has its `run(stage, context)`; imported when its turn comes."""
+"""Where a kind of stage has its `run(stage, context)`, and `replay` if it can; imported when its
+turn comes."""
 
 
 def run_recipe(recipe: Recipe, redo: str | None = None, skip_doctor: bool = False) -> None:
@@ -121,12 +124,15 @@ def open_run(recipe: Recipe) -> Iterator[RunFolder]:
             yield run
 
 
-def replay_stage(recipe: Recipe, name: str | None, steps: range, source: Path | None) -> None:
-    """Train the grpo stage `name`, or the only one, on rollouts that it, or that of the run folder
-    `source`, has kept, into a stage folder of its own: `<name>-replay`, made anew each time."""
-    stages = {stage.name: stage for stage in recipe.stages if stage.kind == "grpo"}
+def replay_stage(
+    recipe: Recipe, kind: str, name: str | None, steps: range, source: Path | None
+) -> None:
+    """Train the stage `name`, or the only one of this kind, on rollouts that it, or that of the run
+    folder `source`, has kept, into a stage folder of its own: `<name>-replay`, made anew each
+    time."""
+    stages = {stage.name: stage for stage in recipe.stages if stage.kind == kind}
     if not stages:
-        raise UserError(f'recipe "{recipe.name}" has no grpo stage to replay')
+        raise UserError(f'recipe "{recipe.name}" has no {kind} stage to replay')
     if name is None and len(stages) == 1:
         (name,) = stages
     if name not in stages:
@@ -137,9 +143,7 @@ def replay_stage(recipe: Recipe, name: str | None, steps: range, source: Path | 
     if recipe.stage(replayed.name):
         raise UserError(f'--replay: the recipe has a stage of the name "{replayed.name}"')
     with open_run(recipe) as run:
-        from r1pipe.grpo.loop import replay
-
-        make = partial(replay, source=folder, steps=steps)
+        make = partial(find_module(kind).replay, source=folder, steps=steps)
         run_stages(run, [replayed], {replayed.name}, skip_doctor=True, make=make)
 
 
@@ -193,7 +197,7 @@ def run_stages(
             with ledger.stage(stage.name):
                 try:
                     with tracking, phase(stage.name):
-                        facts = (make or find_stage(stage.kind))(stage, context)
+                        facts = (make or find_module(stage.kind).run)(stage, context)
                 except BaseException as error:
                     if step := run.abandon(context.folder, keep=isinstance(error, Tripped)):
                         say(f"{stage.name}: step {step} is saved")
@@ -227,8 +231,8 @@ def silence_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def find_stage(kind: str) -> Callable:
-    return importlib.import_module(STAGE_MODULES[kind]).run
+def find_module(kind: str) -> ModuleType:
+    return importlib.import_module(STAGE_MODULES[kind])
 
 
 def peak_memory_gib() -> float:

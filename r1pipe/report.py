@@ -170,8 +170,7 @@ def shorten(value: Any) -> float | None:
 
 def find_rollouts(stage: StageFolder) -> Iterator[dict[str, Any]]:
     """Arguments of `Rollouts.add`, of a stage that trains by sampling or one that evaluates."""
-    if stage.kind == "grpo":
-        steps = list(list_steps(stage.folder))
+    if steps := list(list_steps(stage.folder)):
         for row in read_rollouts(stage.folder, steps):
             yield {"source": stage.name, "row": row}
     elif stage.kind == "eval":
@@ -187,7 +186,7 @@ def find_rollouts(stage: StageFolder) -> Iterator[dict[str, Any]]:
 class Rollouts:
     """Columns for filtering, and the text of each rollout in chunks.
 
-    A source is a grpo stage, or a checkpoint in an eval stage."""
+    A source is a stage that trains on its samples, or a checkpoint in an eval stage."""
 
     sources: dict[str, int] = field(default_factory=dict)
     problems: dict[tuple, int] = field(default_factory=dict)

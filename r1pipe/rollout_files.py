@@ -1,4 +1,4 @@
-"""Every rollout that a grpo stage has sampled: a file for each step,
+"""Every rollout that a stage has sampled to train on: a file for each step,
 `<stage>/rollouts/step_000012.parquet`.
 
 Parquet, because a reader can take the text without the tokens, float32 log-probs stay exact, token
@@ -37,7 +37,8 @@ TEXT = {
     "takes_part": pa.bool_(),
 }
 """What people read. `group` numbers the step's prompts; `rewards` has one value per function, null
-where it could not judge; of groups that dynamic sampling has put aside, `takes_part` is false."""
+where it could not judge, and is null itself in a stage without any; of groups that dynamic sampling
+has put aside, `takes_part` is false."""
 TOKENS = {
     "prompt_ids": pa.list_(pa.int32()),
     "completion_ids": pa.list_(pa.int32()),
@@ -68,13 +69,16 @@ class RolloutFiles:
         if not rows:
             return
         names = rows[0]["rewards"]
-        rewards = pa.struct([(name, pa.float64()) for name in names])
+        # Parquet has no structs without fields.
+        rewards = pa.struct([(name, pa.float64()) for name in names]) if names else pa.null()
         schema = pa.schema({**TEXT, "rewards": rewards, **TOKENS})
         columns = {
             name: [pack_routes(row[name]) if name == "routes" else row[name] for row in rows]
             for name in schema.names
             if name != "step"
         }
+        if not names:
+            columns["rewards"] = [None] * len(rows)
         if not self.settings.routes:
             columns["routes"] = [None] * len(rows)
         table = pa.table({"step": [step] * len(rows), **columns}, schema=schema)
@@ -133,6 +137,8 @@ def read_rollouts(
     for path in find_steps(stage_dir, steps):
         rows = read_table(path, columns).to_pylist()
         for row in rows:
+            if "rewards" in row:
+                row["rewards"] = row["rewards"] or {}
             if row.get("routes") is not None:
                 row["routes"] = np.load(BytesIO(row["routes"]))
         yield from rows

@@ -4,7 +4,7 @@ import importlib
 import inspect
 from collections.abc import Callable
 
-from r1pipe.config import Distill, Eval, Grpo, Reject, Reward, Stage
+from r1pipe.config import Distill, Eval, OnPolicy, Reject, Reward, Stage
 from r1pipe.errors import UserError
 from r1pipe.phases import phase
 from r1pipe.records import Problem, Rollout, Score
@@ -30,7 +30,7 @@ def find_reward(name: str) -> RewardFunction:
 
 def list_rewards(stage: Stage) -> list[Reward]:
     """The rewards that a stage calls."""
-    if isinstance(stage, Grpo):
+    if isinstance(stage, OnPolicy):
         return stage.rewards
     if isinstance(stage, Reject | Distill):
         return stage.traces.rewards

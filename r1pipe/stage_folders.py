@@ -19,7 +19,8 @@ from r1pipe.config import (
     Distill,
     Eval,
     EvalSet,
-    Grpo,
+    OnPolicy,
+    OnPolicyDistill,
     Reject,
     Sft,
     Stage,
@@ -81,12 +82,16 @@ class StageFolder:
         section = self.section
         if isinstance(section, Distill):
             return section.student if isinstance(section.student, str) else None
-        return section.from_ if isinstance(section, Sft | Grpo) else None
+        if isinstance(section, OnPolicy):
+            return section.policy
+        return section.from_ if isinstance(section, Sft) else None
 
     @property
     def taught_by(self) -> str | None:
-        """Whose samples the stage learnt from, or made for another stage to learn from."""
-        return self.section.from_ if isinstance(self.section, Distill | Reject) else None
+        """Whose samples, or whose distribution, the stage learnt from, or made for another stage to
+        learn from."""
+        teaches = isinstance(self.section, Distill | OnPolicyDistill | Reject)
+        return self.section.from_ if teaches else None
 
     @property
     def parents(self) -> list[str]:

@@ -1,10 +1,11 @@
 """What a run has to show for itself: the table of its summary, and the curves as a picture."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r1pipe.config import Grpo
+from r1pipe.config import OnPolicy
 from r1pipe.runs import RunFolder, read_metrics
 
 if TYPE_CHECKING:
@@ -121,7 +122,8 @@ def draw_table(rows: list[list[str]]) -> str:
 
 
 def plot_curves(run: RunFolder, summary: list[dict], path: Path) -> None:
-    """Reward and length over the steps of each grpo stage; pass@1 on the first set of problems."""
+    """Reward and length over the steps of the stages that train on their own samples, and for
+    on_policy_distill the divergence; pass@1 on the first set of problems."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -131,7 +133,7 @@ def plot_curves(run: RunFolder, summary: list[dict], path: Path) -> None:
     offset = 0
     length_axis = left.twinx()
     for stage in run.recipe.stages:
-        if not isinstance(stage, Grpo):
+        if not isinstance(stage, OnPolicy):
             continue
         metrics = read_metrics(run.stage_dir(stage.name))
         if not metrics:
@@ -141,11 +143,17 @@ def plot_curves(run: RunFolder, summary: list[dict], path: Path) -> None:
         for name in (n for n in names if n.endswith("/mean")):
             label = name.removeprefix("rewards/").removesuffix("/mean").rpartition(".")[2]
             left.plot(steps, [row[name] for row in metrics], label=label)
-        left.plot(steps, [row["reward"] for row in metrics], "k--", lw=1, label="reward")
+        totals = {"reward": "k--", "divergence": "r:"}
+        for name, style in totals.items():
+            if any(name in row for row in metrics):
+                values = [row.get(name) for row in metrics]
+                left.plot(
+                    steps, [math.nan if v is None else v for v in values], style, lw=1, label=name
+                )
         lengths = [row["completions/mean_length"] for row in metrics]
         length_axis.plot(steps, lengths, color="tab:gray", lw=1)
         offset += len(metrics)
-    left.set(title="GRPO: rewards of the sampled groups", xlabel="step", ylabel="mean reward")
+    left.set(title="on-policy: rewards of the samples", xlabel="step", ylabel="mean reward")
     if left.lines:
         left.legend(loc="lower right")
     length_axis.set_ylabel("mean completion length (tokens)", color="tab:gray")

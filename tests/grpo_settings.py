@@ -1,6 +1,6 @@
-"""A small grpo stage for tests of the loop and its parts."""
+"""Small stages that train on their own samples, for tests of the loop and its parts."""
 
-from r1pipe.config import Grpo
+from r1pipe.config import Grpo, OnPolicyDistill
 
 
 def make_grpo(**changes: object) -> Grpo:
@@ -16,3 +16,17 @@ def make_grpo(**changes: object) -> Grpo:
         "max_completion_length": 40,
     }
     return Grpo.model_validate({**values, **changes})
+
+
+def make_on_policy_distill(**changes: object) -> OnPolicyDistill:
+    """Twenty samples a step, changed as given."""
+    values = {
+        "kind": "on_policy_distill",
+        "from": "x",
+        "student": "y",
+        "data": {"recipe": "arithmetic"},
+        "max_steps": 2,
+        "prompts_per_step": 20,
+        "max_completion_length": 40,
+    }
+    return OnPolicyDistill.model_validate({**values, **changes})

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from r1pipe import distributed
-from r1pipe.config import Grpo, Sampling
+from r1pipe.config import OnPolicy, Sampling
 from r1pipe.difficulty import PassRates, compute_pass_rate, find_reward
 from r1pipe.grpo.advantage import compute_advantages, find_silent_groups
 from r1pipe.grpo.packing import Sample
@@ -103,12 +103,10 @@ class Batch:
 
     def metrics(self) -> dict[str, Any]:
         """Rewards and lengths of everything that was sampled: dynamic sampling hides nothing."""
-        rewards_NG = torch.tensor([group.rewards for group in self.groups])
         rollouts = self.rollouts
         num_tokens = sum(len(r.completion_ids) for r in rollouts)
         return {
-            **reward_metrics([score for group in self.groups for score in group.scores]),
-            "groups_without_spread": float(find_silent_groups(rewards_NG).float().mean()),
+            **self.reward_metrics(),
             "groups_sampled": len(self.groups),
             "sampling_rounds": self.rounds,
             "staleness": self.step - self.made_at,
@@ -118,6 +116,14 @@ class Batch:
             **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
             "tokens_per_s/sample": num_tokens / self.seconds["sample"],
         }
+
+    def reward_metrics(self) -> dict[str, float]:
+        """Nothing in a stage without rewards."""
+        scores = [score for group in self.groups for score in group.scores]
+        if not scores[0].rewards:
+            return {}
+        silent_N = find_silent_groups(torch.tensor([group.rewards for group in self.groups]))
+        return {**reward_metrics(scores), "groups_without_spread": float(silent_N.float().mean())}
 
     def state_dict(self) -> dict[str, Any]:
         """As plain values and tensors, of a batch that has not been trained on."""
@@ -155,7 +161,7 @@ class Collector:
 
     def __init__(
         self,
-        stage: Grpo,
+        stage: OnPolicy,
         sampler: Sampler,
         scorer: Scorer,
         problems: list[Problem],
@@ -185,7 +191,8 @@ class Collector:
             taking_part = [group for group in groups if group.takes_part]
             missing = stage.prompts_per_step - sum(distributed.gather(len(taking_part), "sampling"))
             rounds += 1
-        give_advantages(taking_part, stage.scale_rewards)
+        if stage.scale_rewards:
+            give_advantages(taking_part, stage.scale_rewards)
         for group in groups:
             group.advantages = group.advantages or [0.0] * len(group.rollouts)
         everything = gather_groups(groups)
@@ -368,7 +375,7 @@ def restore_rollout(values: dict[str, Any]) -> Rollout:
     return Rollout(**{**values, "routes": None if routes is None else routes.numpy()})
 
 
-def sampling_of(stage: Grpo) -> Sampling:
+def sampling_of(stage: OnPolicy) -> Sampling:
     return Sampling(
         temperature=stage.temperature,
         top_p=stage.top_p,

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from r1pipe.errors import UserError
+from r1pipe.grpo.divergence import TeacherStates
 from r1pipe.grpo.packing import PackedBatch, attention_arguments, use_packed_attention
 
 MAX_LOGITS = 2**25
@@ -54,11 +55,13 @@ class Support:
 
 class LogProbs(NamedTuple):
     """Of a batch's C completion tokens: log-probability; entropy of the distribution in nats
-    (no gradient); and, if asked for, what sampling could choose from."""
+    (no gradient); and, if asked for, what sampling could choose from, or the divergence from a
+    teacher."""
 
     logprobs_C: Tensor
     entropy_C: Tensor
     support: Support | None = None
+    divergence_C: Tensor | None = None
 
 
 class Truncation(NamedTuple):
@@ -94,12 +97,7 @@ class Policy(nn.Module):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()
-        for key in OWN_SCALES:
-            if getattr(model.config, key, None) not in (None, 1, 1.0):
-                raise UserError(
-                    f"{model.config.model_type}: {key} is not supported by this trainer"
-                )
-        use_packed_attention(model)
+        prepare(model)
         self.model = model
 
     def forward(
@@ -109,20 +107,16 @@ class Policy(nn.Module):
         *,
         support: Support | None = None,
         truncation: Truncation | None = None,
+        teacher: TeacherStates | None = None,
     ) -> LogProbs:
-        """Log-probabilities at the sampling temperature.
+        """Log-probabilities at the sampling temperature, and the divergence from a `teacher` that
+        has read the same batch.
 
         Of the full distribution; or, renormalised, of the tokens in `support`, or of those that
         `truncation` leaves, which are then returned. The sampled token always counts as left:
         rounding may put it on the other side of the border.
         """
-        hidden_ND = self.model.base_model(
-            input_ids=batch.ids_N.unsqueeze(0),
-            position_ids=batch.position_N.unsqueeze(0),
-            use_cache=False,
-            **attention_arguments(self.model, batch.lengths),
-        ).last_hidden_state.squeeze(0)
-        hidden_CD = hidden_ND[batch.predictor_C]
+        hidden_CD = compute_hidden(self.model, batch)
         sizes = chunk_sizes(len(hidden_CD), self.model.config.get_text_config().vocab_size)
         # Recomputing a chunk's logits in backward costs one product more; keeping them all, memory.
         recompute = torch.is_grad_enabled() and len(sizes) > 1
@@ -130,19 +124,21 @@ class Policy(nn.Module):
             hidden_CD.split(sizes),
             batch.target_C.split(sizes),
             support.split(sizes) if support else [None] * len(sizes),
+            teacher.split(sizes) if teacher else [None] * len(sizes),
         )
         parts = []
-        for hidden, target, kept in zip(*columns, strict=True):
-            arguments = (hidden, target, temperature, kept, truncation)
+        for hidden, target, kept, states in zip(*columns, strict=True):
+            arguments = (hidden, target, temperature, kept, truncation, states)
             if recompute:
                 parts.append(checkpoint(self.score, *arguments, use_reentrant=False))
             else:
                 parts.append(self.score(*arguments))
-        logprobs, entropies, supports = zip(*parts, strict=True)
+        logprobs, entropies, supports, divergences = zip(*parts, strict=True)
         return LogProbs(
             torch.cat(logprobs),
             torch.cat(entropies),
             Support.join(supports, hidden_CD.device) if supports[0] else None,
+            torch.cat(divergences) if teacher else None,
         )
 
     def score(
@@ -152,8 +148,10 @@ class Policy(nn.Module):
         temperature: float,
         support: Support | None,
         truncation: Truncation | None,
-    ) -> tuple[Tensor, Tensor, Support | None]:
-        """One chunk: log-probability, entropy, support if `truncation` is given."""
+        teacher: TeacherStates | None,
+    ) -> tuple[Tensor, Tensor, Support | None, Tensor | None]:
+        """One chunk: log-probability, entropy, support if `truncation` is given, divergence if a
+        `teacher` is."""
         logits_CV = self.model.get_output_embeddings()(hidden_CD).float() / temperature
         target_C1 = target_C.unsqueeze(-1)
         kept = None
@@ -168,7 +166,27 @@ class Policy(nn.Module):
         logprobs_C = all_logprobs_CV.gather(-1, target_C1).squeeze(-1)
         with torch.no_grad():
             entropy_C = torch.special.entr(all_logprobs_CV.exp()).sum(-1)
-        return logprobs_C, entropy_C, kept
+        divergence_C = teacher.measure(all_logprobs_CV, temperature) if teacher else None
+        return logprobs_C, entropy_C, kept, divergence_C
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """For packed batches. Raises UserError for a model that `Policy` cannot compute."""
+    for key in OWN_SCALES:
+        if getattr(model.config, key, None) not in (None, 1, 1.0):
+            raise UserError(f"{model.config.model_type}: {key} is not supported by this trainer")
+    use_packed_attention(model)
+
+
+def compute_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """The last hidden states from which the completions' tokens are predicted, `[C, D]`."""
+    hidden_ND = model.base_model(
+        input_ids=batch.ids_N.unsqueeze(0),
+        position_ids=batch.position_N.unsqueeze(0),
+        use_cache=False,
+        **attention_arguments(model, batch.lengths),
+    ).last_hidden_state.squeeze(0)
+    return hidden_ND[batch.predictor_C]
 
 
 def chunk_sizes(num_tokens: int, vocab_size: int) -> list[int]:

@@ -1,22 +1,21 @@
-"""The GRPO stage: roll out -> score -> advantage -> update -> sync.
+"""Roll out -> score -> advantage -> update -> sync: the loop of the stages that train a model on
+its own samples, and the gate that stops it if sampler and trainer disagree.
 
-Run it with `r1pipe grpo configs/demo.yaml`.
+`grpo` (stage.py) updates by advantages; `on_policy_distill` has no use for them, and updates by the
+divergence from a teacher.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from r1pipe.breaker import Breaker, EventLog
 from r1pipe.checkpoints import Checkpoints
-from r1pipe.config import Grpo, Sampling
-from r1pipe.difficulty import FILE as DIFFICULTY
-from r1pipe.difficulty import measure_difficulty
+from r1pipe.config import OnPolicy, Sampling
 from r1pipe.errors import Tripped
 from r1pipe.grpo.collect import Batch, Collector, Lookahead, sampling_of
 from r1pipe.grpo.kept import KeptBatches, NoSampler
-from r1pipe.grpo.logprobs import Policy
 from r1pipe.grpo.packing import Sample
 from r1pipe.grpo.update import Updater
 from r1pipe.models import export_weights, load_tokenizer, save_checkpoint
@@ -25,36 +24,46 @@ from r1pipe.records import Problem
 from r1pipe.rollout import Sampler
 from r1pipe.rollout_files import RolloutFiles
 from r1pipe.runs import JsonlLog
-from r1pipe.scoring import Scorer, mean
-from r1pipe.sharding import load_sharded
 from r1pipe.stage import StageContext
 
 PROBE_PROMPTS, PROBE_TOKENS = 4, 16
 """Of a probe after a weight sync: every layer, both prefill and decoding, in a moment."""
 
 
-def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
-    """Train the policy; write its checkpoint, metrics.jsonl and rollouts."""
-    scorer = Scorer(stage.rewards)
-    problems = context.training_problems(stage)
-    checkpoint = context.checkpoint(stage.from_)
-    sampler = context.engines.open(checkpoint, with_routes=stage.routing_replay)
-    sampler.encode(problems, stage.max_completion_length)
+class Goal(NamedTuple):
+    """The metric that says how well a stage does: shown, and what its best checkpoint goes by."""
 
-    updater = make_updater(stage, context, checkpoint)
-    rates, measured = measure_difficulty(
-        stage, context, problems, sampling_of(stage), lambda: sampler
-    )
-    collector = Collector(stage, sampler, scorer, problems, context.recipe.seed, rates)
+    metric: str
+    is_cost: bool = False
+
+    def score(self, metrics: Mapping[str, Any]) -> float | None:
+        """The higher the better; None of a step whose update was skipped before it was known."""
+        value = metrics.get(self.metric)
+        return -value if self.is_cost and value is not None else value
+
+
+def run_steps(
+    stage: OnPolicy,
+    context: StageContext,
+    updater: Updater,
+    sampler: Sampler,
+    collector: Collector,
+    goal: Goal,
+    *,
+    logs: Mapping[str, JsonlLog] | None = None,
+    begin: Callable[[], None] = lambda: None,
+    end_step: Callable[[int], dict[str, float]] = lambda step: {},
+) -> dict[str, Any]:
+    """Take all steps, or those that an interrupted run has left; write the checkpoint,
+    metrics.jsonl and the rollouts. Returns facts.
+
+    `begin` is called before the first step, but not where an interrupted run goes on; `end_step`
+    after each one, for further metrics. `logs` are cut back with those of every stage.
+    """
     breaker = Breaker(stage, EventLog(context.folder), context.shared_folder)
     rollout_files = RolloutFiles(context.folder, context.recipe.rollouts)
-    logs = {
-        "metrics": context.open_log(),
-        "rollouts": rollout_files,
-        "events": breaker.log,
-    }
-    if stage.difficulty:
-        logs["difficulty"] = JsonlLog(context.folder / DIFFICULTY)
+    metrics_log = context.open_log()
+    problems = collector.prompts.problems
     with (
         Lookahead(collector.collect, stage.max_steps, stage.async_steps) as batches,
         Interrupt.deferred(stage.save_grace_s),
@@ -70,23 +79,27 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
                 "batches": batches,
                 "breaker": breaker,
             },
-            logs=logs,
+            logs={
+                "metrics": metrics_log,
+                "rollouts": rollout_files,
+                "events": breaker.log,
+                **(logs or {}),
+            },
         )
         if done := checkpoints.restore_last_good():
             collector.warm_up()
             sampler.load_weights(export_weights(updater.model))
             progress.start_at(done)
-        elif stage.difficulty:
-            logs["difficulty"].write(*measured)
+        else:
+            begin()
         steps = train(stage, updater, sampler, collector, batches, breaker, done + 1)
         try:
             for metrics, batch in steps:
-                if is_refresh_step(stage, metrics["step"]):
-                    metrics |= refresh_difficulty(collector, metrics["step"], logs["difficulty"])
-                logs["metrics"].write(metrics)
+                metrics |= end_step(metrics["step"])
+                metrics_log.write(metrics)
                 rollout_files.write(batch.step, batch.records(), batch.facts())
-                show(progress, metrics)
-                checkpoints.end_step(metrics["step"], metrics["reward"])
+                show(progress, metrics, goal)
+                checkpoints.end_step(metrics["step"], goal.score(metrics))
         except Tripped as error:
             batch = breaker.batch
             rollout_files.write(batch.step, batch.records(), batch.facts())
@@ -103,31 +116,20 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
     }
 
 
-def is_refresh_step(stage: Grpo, step: int) -> bool:
-    every = stage.difficulty and stage.difficulty.refresh_steps
-    return bool(every) and step % every == 0 and step < stage.max_steps
-
-
-def refresh_difficulty(collector: Collector, step: int, log: JsonlLog) -> dict[str, float]:
-    """Choose the next prompts by what the policy can do now. Nothing is being sampled meanwhile."""
-    rates = collector.refresh_difficulty(step)
-    log.write(*({"problem_id": i, "step": step, "pass_rate": rate} for i, rate in rates.items()))
-    known = [rate for rate in rates.values() if rate is not None]
-    return {
-        "difficulty/prompts": collector.prompts.num_chosen,
-        "difficulty/mean_pass_rate": mean(known),
-    }
-
-
-def replay(stage: Grpo, context: StageContext, source: Path, steps: range) -> dict[str, Any]:
+def replay_steps(
+    stage: OnPolicy,
+    context: StageContext,
+    updater: Updater,
+    goal: Goal,
+    source: Path,
+    steps: range,
+) -> dict[str, Any]:
     """Train on the rollouts of these steps that the stage in the folder `source` has kept, without
     a sampler, from the checkpoint that the stage starts from; write checkpoint and metrics.jsonl.
 
     From step 1 on these are the losses and weights of the run that has sampled them. Later steps
     were sampled by weights that nobody has any more: they are trained on as if by a stale sampler.
     """
-    checkpoint = context.checkpoint(stage.from_)
-    updater = make_updater(stage, context, checkpoint)
     has_old_weights = steps[0] > 1
     if has_old_weights:
         say(f"{stage.name}: begins at step {steps[0]} with the weights from before step 1")
@@ -141,33 +143,23 @@ def replay(stage: Grpo, context: StageContext, source: Path, steps: range) -> di
     with context.open_progress(stage.name, len(steps)) as progress:
         for metrics, _ in train(part, updater, NoSampler(), None, batches, breaker, steps[0]):
             log.write(metrics)
-            show(progress, metrics)
-    save_checkpoint(updater.model, load_tokenizer(checkpoint), context.folder)
+            show(progress, metrics, goal)
+    tokenizer = load_tokenizer(context.checkpoint(stage.policy))
+    save_checkpoint(updater.model, tokenizer, context.folder)
     return {"replayed": str(source), "optimizer_steps": len(steps)}
 
 
-def make_updater(stage: Grpo, context: StageContext, checkpoint: str) -> Updater:
-    source = (checkpoint, context.device, context.recipe.attn_implementation, Policy)
-    dtype = context.recipe.dtype
-    return Updater(
-        load_sharded(*source, dtype=dtype),
-        load_sharded(*source, dtype=dtype, trained=False) if stage.beta else None,
-        stage,
-        dtype=dtype,
-        seed=context.recipe.seed,
-    )
-
-
-def show(progress: StageProgress, metrics: dict[str, Any]) -> None:
+def show(progress: StageProgress, metrics: dict[str, Any], goal: Goal) -> None:
+    nothing = float("nan")
     progress.advance(
-        reward=metrics["reward"],
+        **{goal.metric: metrics.get(goal.metric, nothing)},
         length=metrics["completions/mean_length"],
-        dlogp=metrics.get("sampler/logprob_diff_mean", float("nan")),
+        dlogp=metrics.get("sampler/logprob_diff_mean", nothing),
     )
 
 
 def train(
-    stage: Grpo,
+    stage: OnPolicy,
     updater: Updater,
     sampler: Sampler | NoSampler,
     collector: Collector | None,
@@ -201,7 +193,7 @@ def train(
 
 
 def check_last_sync(
-    stage: Grpo,
+    stage: OnPolicy,
     updater: Updater,
     sampler: Sampler,
     breaker: Breaker,
@@ -218,7 +210,7 @@ def check_last_sync(
 
 
 def probe_sync(
-    stage: Grpo, updater: Updater, sampler: Sampler, breaker: Breaker, batch: Batch, seed: int
+    stage: OnPolicy, updater: Updater, sampler: Sampler, breaker: Breaker, batch: Batch, seed: int
 ) -> dict[str, float]:
     """Sample a few tokens with the weights just synced, and compare with the trainer's.
 
@@ -234,7 +226,7 @@ def probe_sync(
 
 
 def compare(
-    stage: Grpo,
+    stage: OnPolicy,
     updater: Updater,
     sampler: Sampler,
     problems: list[Problem],

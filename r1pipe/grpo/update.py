@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, get_scheduler
 
 from r1pipe import distributed
-from r1pipe.config import Grpo
+from r1pipe.config import OnPolicy
 from r1pipe.grpo.balance import share_out
 from r1pipe.grpo.logprobs import LogProbs, Policy, Support, Truncation
 from r1pipe.grpo.losses import LossInputs, Totals, compute_loss
@@ -46,7 +46,7 @@ class Updater:
         self,
         policy: Policy | PreTrainedModel,
         reference: Policy | PreTrainedModel | None,
-        settings: Grpo,
+        settings: OnPolicy,
         *,
         dtype: str,
         seed: int,
@@ -81,6 +81,11 @@ class Updater:
         if settings.gradient_checkpointing:
             model.train()
             model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def needs_old_policy(self) -> bool:
+        """Whether later optimizer steps ask what the policy was before the first one."""
+        return self.num_updates > 1
 
     @contextlib.contextmanager
     def kernels(self) -> Iterator[None]:
@@ -118,13 +123,16 @@ class Updater:
     def keep_company(self, *, measure_reference: bool) -> None:
         """Takes part in the other ranks' forward and, with gradients, backward passes, adding
         nothing: two tokens, times zero."""
-        rollout = Rollout("", 0, [0], [0], [0.0], "", "stop")
-        batch = pack([Sample(rollout, 0.0)], self.model.device)
+        batch = self.make_idle_batch()
         nothing = self.policy(batch, self.settings.temperature).logprobs_C.sum() * 0
         if measure_reference and self.reference is not None:
             self.measure_reference(batch, None)
         if torch.is_grad_enabled():
             nothing.backward()
+
+    def make_idle_batch(self) -> PackedBatch:
+        rollout = Rollout("", 0, [0], [0], [0.0], "", "stop")
+        return pack([Sample(rollout, 0.0)], self.model.device)
 
     def informative(self, samples: list[Sample]) -> list[Sample]:
         """Without those that move nothing: a sample of advantage 0, unless a KL term is asked."""
@@ -151,11 +159,10 @@ class Updater:
         samples = list(own.values())
         active = self.informative(samples)
         any_active = any(distributed.gather(bool(active)))
-        # One optimizer step: the policy before it is the policy in it, and is computed once.
-        at_once = self.num_updates == 1 and any_active
-        if at_once:
-            agreement = Agreement()
-        else:
+        agreement = Agreement()
+        # The policy before the first optimizer step is the policy in it, and is computed once.
+        at_once = any_active and not self.needs_old_policy
+        if not at_once:
             agreement = self.evaluate(active if any_active else samples)
             if (metrics := agreement.metrics()) and check(metrics):
                 return {**metrics, "updates_skipped": self.num_updates, "tokens_trained": 0}
@@ -170,15 +177,17 @@ class Updater:
             for batch in self.batches(active):
                 if batch is None:
                     with self.kernels():
-                        self.keep_company(measure_reference=at_once)
+                        self.keep_company(measure_reference=not self.needs_old_policy)
                     continue
                 sequences_N = number_packed(batch.lengths, batch.ids_N.device)
                 counting = self.load.counting(sequences_N, num_sequences=num_active)
                 with self.kernels(), self.replaying(batch), counting:
-                    part.add_sums(self.backward(batch, totals, agreement))
+                    # In later steps the policy is another than the sampler's.
+                    part.add_sums(self.backward(batch, totals, agreement if at_once else None))
             grad_norm = clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
             part.add_step(float(whole(grad_norm)), active)
             skipped = check({**(agreement.metrics() if at_once else {}), **part.metrics()})
+            at_once = False
             if skipped:
                 num_skipped += 1
             else:
@@ -269,10 +278,11 @@ class Updater:
         return self.reference(batch, self.settings.temperature, support=support).logprobs_C
 
     def backward(
-        self, batch: PackedBatch, totals: Totals, agreement: "Agreement"
+        self, batch: PackedBatch, totals: Totals, agreement: "Agreement | None"
     ) -> dict[str, float]:
-        """Add the batch's share of the gradient; returns sums over its tokens."""
-        if batch.samples[0].old_logprobs is None:
+        """Add the batch's share of the gradient; returns sums over its tokens. `agreement`, if the
+        policy is still the sampler's, is to be told how it compares."""
+        if agreement is not None:
             now = self.measure(batch)
             agreement.add(batch, now)
             old_C, support = now.logprobs_C.detach(), now.support

@@ -30,7 +30,8 @@ def run_two(*arguments: object) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="module")
 def recipe(tiny_recipe: Path) -> Path:
-    """A policy from random weights, of an odd vocabulary; three steps of GRPO; a few of SFT."""
+    """A policy from random weights, of an odd vocabulary; three steps of GRPO; a few of SFT, whose
+    model then teaches the policy."""
     values = yaml.safe_load(tiny_recipe.read_text())
     stages = {s.get("name", s["kind"]): s for s in values["stages"]}
     stages["random"]["tokenizer"]["vocab_size"] = 401
@@ -48,7 +49,19 @@ def recipe(tiny_recipe: Path) -> Path:
     stages["sft"]["train"] |= {"max_steps": 10, "per_device_train_batch_size": 8}
     stages["eval"] |= {"checkpoints": ["grpo", "sft"]}
     stages["eval"]["sampling"]["max_completion_length"] = 16
-    values["stages"] = [stages[name] for name in ("random", "grpo", "sft", "eval")]
+    stages["taught"] = {
+        "kind": "on_policy_distill",
+        "name": "taught",
+        "from": "sft",
+        "student": "grpo",
+        "data": stages["grpo"]["data"],
+        "max_steps": 2,
+        "prompts_per_step": 5,
+        "max_completion_length": 16,
+        "steps_per_generation": 5,  # of a single sample each: one rank has none
+        "learning_rate": 1e-3,
+    }
+    values["stages"] = [stages[name] for name in ("random", "grpo", "sft", "taught", "eval")]
     values["name"] = "one"
     path = tiny_recipe.with_name("processes.yaml")
     path.write_text(yaml.safe_dump(values, sort_keys=False))
@@ -74,7 +87,7 @@ def without_times(row: dict) -> dict:
     }
 
 
-@pytest.mark.parametrize("stage", ["grpo", "sft"])
+@pytest.mark.parametrize("stage", ["grpo", "sft", "taught"])
 def test_metrics_are_those_of_one_process(stage: str, both: tuple) -> None:
     one, two = (read_lines(folder / stage / "metrics.jsonl") for folder in both[:2])
     assert len(one) == len(two) >= 2

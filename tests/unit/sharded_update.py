@@ -20,7 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from r1pipe import distributed
 from r1pipe.checkpoints import Checkpoints
+from r1pipe.config import OnPolicyDistill
 from r1pipe.grpo.logprobs import Policy
+from r1pipe.grpo.teaching import DistillUpdater, Teacher
 from r1pipe.grpo.update import Updater
 from r1pipe.models import load_tokenizer, pick_device, save_checkpoint
 from r1pipe.sharding import load_sharded
@@ -35,7 +37,7 @@ def run(folder: Path, name: str, case: dict, device: torch.device) -> dict:
     assert not all(same_weights(policy, reference))
     checkpoints.save(3)
     again = go_on(folder, name, case, device)
-    if updater.settings.beta:
+    if updater.reference is not None:
         updater.refresh_reference()
         assert all(same_weights(policy, reference))
     settings = updater.settings
@@ -63,14 +65,18 @@ def run(folder: Path, name: str, case: dict, device: torch.device) -> dict:
 
 def begin(
     folder: Path, name: str, case: dict, device: torch.device
-) -> tuple[Policy, Policy, Updater, Checkpoints]:
+) -> tuple[Policy, Policy | Teacher, Updater, Checkpoints]:
     start = str(folder / f"{name}-start")
     dtype, settings = case["dtype"], case["settings"]
-    policy, reference = (
-        load_sharded(start, device, "sdpa", Policy, dtype=dtype, trained=trained)
-        for trained in (True, False)
-    )
-    updater = Updater(policy, reference if settings.beta else None, settings, dtype=dtype, seed=0)
+    policy = load_sharded(start, device, "sdpa", Policy, dtype=dtype)
+    if isinstance(settings, OnPolicyDistill):
+        taught_by = str(folder / f"{name}-teacher")
+        reference = load_sharded(taught_by, device, "sdpa", Teacher, dtype=dtype, trained=False)
+        updater = DistillUpdater(policy, reference, settings, dtype=dtype, seed=0)
+    else:
+        reference = load_sharded(start, device, "sdpa", Policy, dtype=dtype, trained=False)
+        kept = reference if settings.beta else None
+        updater = Updater(policy, kept, settings, dtype=dtype, seed=0)
     partial = folder / f"{name}-partial"
     return policy, reference, updater, Checkpoints(partial, settings, name, {"it": updater}, {})
 

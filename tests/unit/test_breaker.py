@@ -199,6 +199,8 @@ def test_facts_of_a_batch() -> None:
     assert facts["identical_groups"] == 0.5
     assert facts["nonfinite_rewards"] == 0.0
     assert "same_completion" not in facts, "of two prompts"
+    alone = describe_batch(make_batch(1, [[("a", 1.0)], [("b", 1.0)]]).groups)
+    assert "identical_groups" not in alone, "of one sample each"
 
 
 def test_facts_of_a_batch_with_faults() -> None:

@@ -50,9 +50,15 @@ def write_demo(tmp_path: Path, **changes: object) -> Path:
 
 
 def stages_with(index: int, **changes: object) -> list[dict]:
+    """A change of None takes the key out."""
     stages = yaml.safe_load(DEMO.read_text())["stages"]
     stages[index].update(changes)
+    stages[index] = {key: value for key, value in stages[index].items() if value is not None}
     return stages
+
+
+ON_POLICY = {"kind": "on_policy_distill", "from": "sft", "num_generations": 1, "loss_type": None}
+"""In the place of the demo's grpo stage."""
 
 
 # (what is changed in the demo, words that the one-line error must contain)
@@ -83,6 +89,26 @@ MISTAKES = [
     (
         {"stages": stages_with(2, rewards=[{"function": "a.b", "wieght": 1}])},
         ["stages.grpo.rewards.0.wieght", "weight"],
+    ),
+    (
+        {"stages": stages_with(3, student="distill")},
+        ["stages", '"distill" starts from "distill"'],
+    ),
+    (
+        {"stages": stages_with(2, **ON_POLICY, student={"model_type": "qwen3"})},
+        ["stages.on_policy_distill.student", "random weights", "distill stage first"],
+    ),
+    (
+        {"stages": stages_with(2, **ON_POLICY, student="distill")},
+        ['"on_policy_distill" starts from "distill", a later one'],
+    ),
+    (
+        {"stages": stages_with(2, **ON_POLICY, student="sft", top_p=0.9)},
+        ["stages.on_policy_distill.top_p", "unknown key"],
+    ),
+    (
+        {"stages": stages_with(2, **ON_POLICY, student="sft", beta=1.5)},
+        ["stages.on_policy_distill.beta", "1.5"],
     ),
 ]
 

@@ -11,12 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from grpo_settings import make_on_policy_distill
 from test_training import MODELS, PROBLEMS, make_rollout, make_settings
 from transformers import AutoModelForCausalLM
 
 from r1pipe.checkpoints import Checkpoints
+from r1pipe.config import OnPolicy, OnPolicyDistill
 from r1pipe.errors import UserError
 from r1pipe.grpo.packing import Sample
+from r1pipe.grpo.teaching import DistillUpdater, Teacher
 from r1pipe.grpo.update import Updater
 from r1pipe.models import (
     build_model,
@@ -52,6 +55,13 @@ CASES = {
         (5, 0),
     ),
     "bf16": ("qwen3_moe", {}, {"beta": 0.1, "offload_optimizer": True}, (9, 11)),
+    # By a teacher; minibatches of a single sample, and a last one of two.
+    "taught": (
+        "qwen3",
+        {"tie_word_embeddings": True},
+        {"kind": "on_policy_distill", "steps_per_generation": 4},
+        (5, 0),
+    ),
 }
 FLOAT32 = [name for name in CASES if name != "bf16"]
 
@@ -64,6 +74,14 @@ def make_samples(tokenizer: object) -> list[Sample]:
         rollout = make_rollout(tokenizer, problem, length, -5.0, finish_reason)
         samples.append(Sample(rollout, rng.choice([-1.0, 0.0, 0.5, 2.0])))
     return samples
+
+
+def make_stage(**settings: object) -> OnPolicy:
+    if settings.get("kind") == "on_policy_distill":
+        return make_on_policy_distill(**settings)
+    return make_settings(
+        mask_truncated_completions=True, vllm_importance_sampling_correction=False, **settings
+    )
 
 
 def run_ranks(script: str, *arguments: object, ranks: int = 2) -> subprocess.CompletedProcess:
@@ -94,15 +112,11 @@ def run_cases(folder: Path, device: str) -> tuple[Path, dict]:
         checkpoint = folder / f"{name}-start"
         start = build_model({**MODELS[model], **changes}, tokenizer, 0)
         save_checkpoint(start, tokenizer, checkpoint)
+        teacher = build_model({**MODELS[model], **changes}, tokenizer, 1)
+        save_checkpoint(teacher, tokenizer, folder / f"{name}-teacher")
         cases[name] = {
             "dtype": "float32" if name in FLOAT32 else "bfloat16",
-            "settings": make_settings(
-                micro_batch_tokens=200,
-                max_grad_norm=0.1,
-                mask_truncated_completions=True,
-                vllm_importance_sampling_correction=False,
-                **settings,
-            ),
+            "settings": make_stage(micro_batch_tokens=200, max_grad_norm=0.1, **settings),
             "samples": (samples[:first], samples[first : first + second]),
         }
     (folder / "cases.pickle").write_bytes(pickle.dumps(cases))
@@ -175,6 +189,9 @@ def test_one_process_does_not_go_on_from_two(cases: tuple[Path, dict]) -> None:
 def make_updater(folder: Path, name: str, case: dict) -> Updater:
     model = load_model(str(folder / f"{name}-start"), CPU)
     settings, dtype = case["settings"], case["dtype"]
+    if isinstance(settings, OnPolicyDistill):
+        teacher = Teacher(load_model(str(folder / f"{name}-teacher"), CPU).requires_grad_(False))
+        return DistillUpdater(model, teacher, settings, dtype=dtype, seed=0)
     reference = copy.deepcopy(model) if settings.beta else None
     return Updater(model, reference, settings, dtype=dtype, seed=0)
 

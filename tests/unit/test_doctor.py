@@ -112,6 +112,22 @@ def test_a_sound_recipe(project: Path) -> None:
     assert "3 of 3 golds of mydata.py/train tried, all score 1" in str(diagnoses[4])
 
 
+def test_vocabularies_of_teacher_and_student(project: Path, tmp_path: Path) -> None:
+    student = tmp_path / "student"
+    tokenizer = build_tokenizer(["What is 3? Who is it?"], 290)
+    save_checkpoint(build_model(MODEL, tokenizer, 0), tokenizer, student)
+    values = yaml.safe_load(Path("mine.yaml").read_text())
+    values["stages"][0] |= {"kind": "on_policy_distill", "name": "taught", "num_generations": 1}
+    for name, trouble in (("model", None), ("later", "skipped"), ("student", "FAIL")):
+        values["stages"][0]["student"] = name
+        Path("mine.yaml").write_text(yaml.safe_dump(values))
+        found = find_trouble(examine()).get("taught: vocabulary", "None")
+        assert found.startswith(str(trouble)), name
+    assert "have not the same vocabulary" in found
+    with pytest.raises(UserError, match=r"taught: vocabulary: .*by a distill stage"):
+        Preflight(load(), LARGE, load().stages, ProblemSets(load().run_dir))
+
+
 def test_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In a fresh clone: what needs a checkpoint is left for later, nothing else."""
     recipe = load_recipe(ROOT / "configs" / "demo.yaml", [f"runs_dir={tmp_path}"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STAGES = {"init", "sft", "reject", "distill", "evaluate", "grpo.loop"}
+STAGES = {"init", "sft", "reject", "distill", "on_policy_distill", "evaluate", "grpo.stage"}
 ABOVE = {"cli", "commands", "doctor", "launch", "pipeline", "__main__"}
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from grpo_settings import make_on_policy_distill
 from test_training import MODELS, PROBLEMS, make_settings
 from transformers import AutoConfig, PreTrainedModel
 
@@ -12,7 +13,14 @@ from r1pipe.errors import UserError
 from r1pipe.grpo.logprobs import Policy
 from r1pipe.grpo.packing import Sample, pack
 from r1pipe.grpo.update import Updater
-from r1pipe.memory import GIB, Devices, Shape, estimate_grpo, estimate_stage
+from r1pipe.memory import (
+    GIB,
+    Devices,
+    Shape,
+    estimate_on_policy,
+    estimate_stage,
+    find_stage_config,
+)
 from r1pipe.models import build_model, build_tokenizer
 from r1pipe.records import Rollout
 
@@ -112,7 +120,7 @@ def test_activations(name: str, dtype: torch.dtype) -> None:
 def test_weights_gradients_and_optimizer() -> None:
     recipe = load_recipe(ROOT / "configs" / "demo.yaml")
     model, settings = make_model("deepseek_v3"), make_settings(beta=0.1)
-    parts = estimate_grpo(settings, recipe, Shape.of(model.config), Devices(1, GIB)).parts
+    parts = estimate_on_policy(settings, recipe, Shape.of(model.config), Devices(1, GIB)).parts
     updater = Updater(model, make_model("deepseek_v3"), settings, dtype="float32", seed=0)
     kept: dict[str, int] = {}
     updater.optimizer.register_step_pre_hook(
@@ -160,6 +168,23 @@ def test_the_large_recipe_fits_its_node(tmp_path: Path) -> None:
     assert "DOES NOT FIT" in resident
     whole = lines("engine.tensor_parallel_size=1")["grpo"]
     assert "vLLM has 0.0 GiB for its KV cache" in whole
+
+
+def test_the_teacher_counts() -> None:
+    """Whole in one process; of several, its share, the head, and a layer on its way."""
+    recipe = load_recipe(ROOT / "configs" / "demo.yaml")
+    stage = make_on_policy_distill(**{"from": "grpo", "student": "distill"})
+    student, teacher = (
+        Shape.of(find_stage_config(recipe.stage(name), recipe)) for name in ("distill", "grpo")
+    )
+    alone = estimate_on_policy(stage, recipe, student, Devices(1, GIB))
+    assert alone.parts["teacher"] == 4 * teacher.parameters
+    assert alone.parts["weights"] == 4 * student.parameters
+    shared = estimate_on_policy(stage, recipe, student, Devices(4, GIB)).parts
+    assert teacher.parameters < shared["teacher"] < alone.parts["teacher"]
+    lines = [estimate_stage(stage, recipe, Devices(1, size * GIB)) for size in (8, 1)]
+    assert lines[0].endswith("fits")
+    assert "DOES NOT FIT" in lines[1]
 
 
 def test_what_fits_and_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,16 @@ def make_rollout_rows(num: int = 4, seed: int = 0) -> list[dict]:
     return rows
 
 
+def test_a_stage_without_rewards(tmp_path: Path) -> None:
+    """Parquet has no struct without fields."""
+    rows = [{**row, "rewards": {}, "reward": None} for row in make_rollout_rows()]
+    RolloutFiles(tmp_path, KeptRollouts()).write(1, rows, FACTS)
+    read = list(read_rollouts(tmp_path, columns=("rewards", "reward", "completion")))
+    assert [row["rewards"] for row in read] == [{}] * 4
+    assert [row["reward"] for row in read] == [None] * 4
+    assert [row["completion"] for row in read] == [row["completion"] for row in rows]
+
+
 def write_steps(folder: Path, steps: range, **settings: object) -> RolloutFiles:
     files = RolloutFiles(folder, KeptRollouts(**settings))
     for step in steps:

@@ -1,0 +1,72 @@
+"""On-policy distillation: a student learns from its teacher what to make of its own samples. Run it
+with:
+
+    r1pipe on_policy_distill configs/on_policy.yaml
+
+The student samples (vLLM), the teacher reads every sample, and at each token the student's
+distribution is pulled to the teacher's: GKD with lambda = 1, by the reverse KL unless `beta` says
+otherwise (grpo/divergence.py has papers and equation).
+
+In our loop and not TRL's DistillationTrainer (1.16), which has the same loss: that one pads, takes
+equal sizes of two vocabularies for equal vocabularies, and neither goes on bit by bit after a kill,
+nor compares sampler and trainer, nor replays the routes of a mixture of experts.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from r1pipe.config import OnPolicyDistill
+from r1pipe.grpo.collect import Collector
+from r1pipe.grpo.logprobs import Policy
+from r1pipe.grpo.loop import Goal, replay_steps, run_steps
+from r1pipe.grpo.teaching import DistillUpdater, Teacher
+from r1pipe.models import check_length, load_tokenizer
+from r1pipe.scoring import Scorer
+from r1pipe.sharding import load_sharded
+from r1pipe.stage import StageContext
+from r1pipe.vocabulary import require_same_vocabulary
+
+GOAL = Goal("divergence", is_cost=True)
+
+
+def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
+    """Train the student; write its checkpoint, metrics.jsonl and rollouts."""
+    scorer = Scorer(stage.rewards)
+    problems = context.training_problems(stage)
+    check_vocabularies(stage, context)
+    sampler = context.engines.open(
+        context.checkpoint(stage.student), with_routes=stage.routing_replay
+    )
+    prompts = sampler.encode(problems, stage.max_completion_length)
+
+    updater = make_updater(stage, context)
+    context_size = updater.teacher.model.config.get_text_config().max_position_embeddings
+    for problem, ids in zip(problems, prompts, strict=True):
+        check_length(problem, len(ids), stage.max_completion_length, context_size)
+    collector = Collector(stage, sampler, scorer, problems, context.recipe.seed)
+    return run_steps(stage, context, updater, sampler, collector, GOAL)
+
+
+def replay(
+    stage: OnPolicyDistill, context: StageContext, source: Path, steps: range
+) -> dict[str, Any]:
+    """Train on kept rollouts, as `loop.replay_steps` says."""
+    check_vocabularies(stage, context)
+    return replay_steps(stage, context, make_updater(stage, context), GOAL, source, steps)
+
+
+def check_vocabularies(stage: OnPolicyDistill, context: StageContext) -> None:
+    teacher, student = context.checkpoint(stage.from_), context.checkpoint(stage.student)
+    require_same_vocabulary(stage, load_tokenizer(teacher), load_tokenizer(student))
+
+
+def make_updater(stage: OnPolicyDistill, context: StageContext) -> DistillUpdater:
+    place = (context.device, context.recipe.attn_implementation)
+    dtype = context.recipe.dtype
+    return DistillUpdater(
+        load_sharded(context.checkpoint(stage.student), *place, Policy, dtype=dtype),
+        load_sharded(context.checkpoint(stage.from_), *place, Teacher, dtype=dtype, trained=False),
+        stage,
+        dtype=dtype,
+        seed=context.recipe.seed,
+    )
