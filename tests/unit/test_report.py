@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,16 @@ def test_a_stage_being_made_is_shown_with_its_whole_lines(tmp_path: Path) -> Non
     assert {s["name"]: s["state"] for s in data["stages"]}["grpo"] == "running"
     curves = {curve["stage"]: curve for curve in data["curves"]}["grpo"]
     assert curves["steps"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_stage_before_its_first_step(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "grpo").rename(run / ".grpo.partial")
+    (run / ".grpo.partial" / "metrics.jsonl").unlink()
+    shutil.rmtree(run / ".grpo.partial" / "rollouts")
+    data = report.collect(run, find_stages(run))
+    assert [stage["name"] for stage in data["stages"]] == ["sft", "eval", "grpo"]
+    assert data["rollouts"]["sources"] == ["eval: sft", "eval: grpo"]
 
 
 def test_a_folder_without_stages_is_one_line(
