@@ -108,7 +108,7 @@ LAST_STEP = ("step", "reward", "loss", "completions/mean_length", "entropy", "kl
 def compare_last_steps(
     a: dict[str, StageFolder], b: dict[str, StageFolder]
 ) -> Iterator[tuple[str, ...]]:
-    for name in a.keys() & b.keys():
+    for name in (name for name in a if name in b):
         last = [(read_rows(run[name], "metrics.jsonl") or [{}])[-1] for run in (a, b)]
         for metric in LAST_STEP:
             values = [row.get(metric) for row in last]

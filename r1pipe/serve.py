@@ -2,7 +2,7 @@
 
 r1pipe serve runs/demo/grpo
 r1pipe chat runs/demo/grpo
-echo "Tom has 3 books and gets 4." | r1pipe chat demo
+echo "Tom has 3 books. Monday brings 4. Tuesday burns 2. How many books now?" | r1pipe chat demo
 """
 
 import os

@@ -24,6 +24,8 @@ def test_what_differs_is_told(runs: list[str], capsys: pytest.CaptureFixture[str
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]
     assert ["grpo", "beta", "0.0", "0.04"] in lines
     assert ["grpo", "step", "6", "4"] in lines
+    last_steps = lines[lines.index(["stage", "metric", "plain", "anchored"]) + 2 :]
+    assert list(dict.fromkeys(line[0] for line in last_steps)) == ["sft", "grpo"]
     (grpo,) = [line for line in lines if line[:2] == ["grpo", "arithmetic/test"]]
     assert grpo[2:4] == ["100.0%", "100.0%"]
     assert grpo[4].startswith("+0.0 (-")

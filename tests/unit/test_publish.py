@@ -487,14 +487,6 @@ def test_gguf(hub: FakeHub, run: Path) -> None:
     assert re.search(r"^- mini-Q8_0.gguf", without.stdout, re.MULTILINE)
 
 
-def test_a_model_that_gguf_cannot_hold(hub: FakeHub, run: Path) -> None:
-    edit_json(run / "sft" / "config.json", lambda values: values.update(model_type="olmoe"))
-    line = refuse(hub, run, "--gguf", "--force")
-    assert "--gguf: cannot write a olmoe model, only llama, qwen2, qwen3" in line
-    assert ("model", "ana/mini") not in hub.repos
-    assert not list((run / "publish").iterdir())
-
-
 def test_a_token_in_the_recipe_is_not_published(
     hub: FakeHub, tmp_path: Path, checkpoint: Path
 ) -> None:
