@@ -27,7 +27,13 @@ from r1pipe.records import Problem, describe_rollout, read_json, read_jsonl, wri
 from r1pipe.runs import JOURNAL
 from r1pipe.sampling import SamplingJob, identify_weights, sample_and_score
 from r1pipe.stage import StageContext
-from r1pipe.summary import format_report, format_table, plot_curves, plot_expert_load
+from r1pipe.summary import (
+    describe_lengths,
+    format_report,
+    format_table,
+    plot_curves,
+    plot_expert_load,
+)
 
 
 def run(stage: Eval, context: StageContext) -> dict[str, Any]:
@@ -160,9 +166,10 @@ def write_results(
     summary: list[dict],
     results: dict[tuple[str, str], list[ProblemResult]],
 ) -> None:
+    lengths = describe_lengths(context.run)
     texts = {
         "summary.json": json.dumps(summary, indent=2) + "\n",
-        "summary.md": format_report(summary),
+        "summary.md": format_report(summary, lengths),
     }
     write_jsonl(
         context.folder / "results.jsonl",
@@ -182,6 +189,8 @@ def write_results(
             write_text(context.run.path / file, text)
         plot_curves(context.run, summary, context.run.path / "curves.png")
         plot_expert_load(context.run, context.run.path / "experts.png")
+        for line in lengths:
+            say(line)
         say(f"written: {context.run.path}/summary.json, summary.md, curves.png")
 
 

@@ -1,7 +1,8 @@
 """What a run has to show for itself: the table of its summary, and the curves as a picture."""
 
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from r1pipe.runs import RunFolder, read_metrics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LENGTH = "completions/mean_length"
+"""Of metrics.jsonl: tokens per completion of a step."""
 COLUMNS: dict[str, Callable[[dict], str]] = {
     "checkpoint": lambda entry: entry["stage"],
     "pass@1": lambda entry: percent(entry["pass_at_1"]),
@@ -36,9 +39,10 @@ def format_table(summary: list[dict]) -> str:
     )
 
 
-def format_report(summary: list[dict]) -> str:
+def format_report(summary: list[dict], lengths: Sequence[str] = ()) -> str:
     """All that is in the summary as Markdown: the tables of `format_table`, and for each set
-    pass@k, pass@1 by category, and samples by length, with a column per checkpoint."""
+    pass@k, pass@1 by category, and samples by length, with a column per checkpoint; then the lines
+    of `describe_lengths`."""
     parts = []
     for entries in group_by_set(summary):
         parts += [f"# {entries[0]['dataset']}", format_table(entries)]
@@ -49,7 +53,49 @@ def format_report(summary: list[dict]) -> str:
             "## Samples by length: share right, and how many they are",
             draw_pivot("tokens", entries, list_lengths),
         ]
+    if lengths:
+        parts += ["# Response length", *(f"- {line}" for line in lengths)]
     return "\n\n".join(parts) + "\n"
+
+
+def describe_lengths(run: RunFolder) -> list[str]:
+    """The log of response length in short: a line for each stage that samples what it trains on, its
+    completions' mean tokens at the start and at the end, each over a tenth of the steps, and the
+    rewards beside it."""
+    lines = []
+    for stage, rows in read_on_policy_metrics(run):
+        longest = max(rows, key=lambda row: row[LENGTH])
+        rewards = (
+            f"{label} {describe_ends(rows, name, '.2f')}"
+            for name, label in list_rewards(rows).items()
+        )
+        lines.append(
+            f"{stage.name}: response length {describe_ends(rows, LENGTH, '.1f')} tokens in "
+            f"{len(rows)} steps (longest {longest[LENGTH]:.1f}, step {longest['step']})"
+            + "".join(f", {reward}" for reward in rewards)
+        )
+    return lines
+
+
+def describe_ends(rows: list[dict], name: str, style: str) -> str:
+    """A metric's mean over the first tenth of the steps and over the last."""
+    part = max(1, len(rows) // 10)
+    parts = rows[:part], rows[-part:]
+    ends = ([row[name] for row in some if row.get(name) is not None] for some in parts)
+    return " -> ".join(format(sum(end) / len(end), style) if end else "-" for end in ends)
+
+
+def read_on_policy_metrics(run: RunFolder) -> Iterator[tuple[OnPolicy, list[dict]]]:
+    """The stages that sample what they train on and have logged steps, and these."""
+    for stage in run.recipe.stages:
+        if isinstance(stage, OnPolicy) and (rows := read_metrics(run.stage_dir(stage.name))):
+            yield stage, rows
+
+
+def list_rewards(rows: list[dict]) -> dict[str, str]:
+    """The metrics that are mean rewards of a function, and its name without the module's."""
+    names = [name.split("/")[1] for name in rows[0] if re.fullmatch("rewards/[^/]+/mean", name)]
+    return {f"rewards/{name}/mean": name.rpartition(".")[2] for name in names}
 
 
 def group_by_set(summary: list[dict]) -> list[list[dict]]:
@@ -130,32 +176,29 @@ def plot_curves(run: RunFolder, summary: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    offset = 0
     length_axis = left.twinx()
-    for stage in run.recipe.stages:
-        if not isinstance(stage, OnPolicy):
-            continue
-        metrics = read_metrics(run.stage_dir(stage.name))
-        if not metrics:
-            continue
+    colors: dict[str, str] = {}
+    offset = 0
+    for stage, metrics in read_on_policy_metrics(run):
         steps = [offset + row["step"] for row in metrics]
-        names = [name for name in metrics[0] if name.startswith("rewards/")]
-        for name in (n for n in names if n.endswith("/mean")):
-            label = name.removeprefix("rewards/").removesuffix("/mean").rpartition(".")[2]
-            left.plot(steps, [row[name] for row in metrics], label=label)
+        lines = {name: (label, {}) for name, label in list_rewards(metrics).items()}
         totals = {"reward": "k--", "divergence": "r:"}
         for name, style in totals.items():
             if any(name in row for row in metrics):
-                values = [row.get(name) for row in metrics]
-                left.plot(
-                    steps, [math.nan if v is None else v for v in values], style, lw=1, label=name
-                )
-        lengths = [row["completions/mean_length"] for row in metrics]
-        length_axis.plot(steps, lengths, color="tab:gray", lw=1)
+                lines[name] = (name, {"lw": 1, "ls": style[1:], "color": style[0]})
+        for name, (label, style) in lines.items():
+            values = [math.nan if row.get(name) is None else row[name] for row in metrics]
+            known = label in colors  # of an earlier stage: the same colour, once in the legend
+            color = colors.setdefault(label, style.pop("color", f"C{len(colors)}"))
+            left.plot(steps, values, color=color, label=None if known else label, **style)
+        length_axis.plot(steps, [row[LENGTH] for row in metrics], color="tab:gray", lw=1)
+        if offset:
+            left.axvline(offset + 0.5, color="tab:gray", lw=0.5, ls=":")
+        left.text(offset + 0.6, 0.01, stage.name, fontsize=8, transform=left.get_xaxis_transform())
         offset += len(metrics)
     left.set(title="on-policy: rewards of the samples", xlabel="step", ylabel="mean reward")
     if left.lines:
-        left.legend(loc="lower right")
+        left.legend(loc="best")
     length_axis.set_ylabel("mean completion length (tokens)", color="tab:gray")
 
     summary = group_by_set(summary)[0]
@@ -165,7 +208,8 @@ def plot_curves(run: RunFolder, summary: list[dict], path: Path) -> None:
     high = [max(0.0, 100 * (entry["ci_high"] - entry["pass_at_1"])) for entry in summary]
     bars = right.bar(range(len(names)), values, yerr=[low, high], capsize=4, color="tab:blue")
     right.bar_label(bars, fmt="%.1f", padding=3)
-    right.set_xticks(range(len(names)), [Path(name).name for name in names])
+    slope = 20 if len(names) > 4 else 0  # more names than fit side by side
+    right.set_xticks(range(len(names)), [Path(name).name for name in names], rotation=slope)
     first = summary[0]
     right.set(
         title=f"held-out pass@1 ({first['num_problems']} x {first['num_samples']} samples, "

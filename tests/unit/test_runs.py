@@ -11,7 +11,7 @@ from r1pipe.config import Recipe, load_recipe
 from r1pipe.errors import UserError
 from r1pipe.records import read_jsonl, write_jsonl
 from r1pipe.runs import MetricsLog, RunFolder, find_steps, read_metrics
-from r1pipe.summary import plot_curves
+from r1pipe.summary import describe_lengths, format_report, plot_curves
 
 DEMO = Path(__file__).parents[2] / "configs" / "demo.yaml"
 
@@ -205,4 +205,26 @@ def test_figures_that_there_are_not_are_null_and_can_be_plotted(tmp_path: Path) 
         entry = {"stage": "grpo", "dataset": "x", "pass_at_1": 0.5, "ci_low": 0.4, "ci_high": 0.6}
         entry |= {"num_problems": 1, "num_samples": 1, "temperature": 1.0}
         plot_curves(run, [entry], tmp_path / "curves.png")
+        (line,) = describe_lengths(run)
+        assert line.startswith("grpo: response length 7.0 -> 7.0 tokens in 3 steps")
+        assert line.endswith(", x 0.50 -> -")
     assert (tmp_path / "curves.png").exists()
+
+
+def test_response_length_is_told_from_start_to_end(tmp_path: Path) -> None:
+    """Means of the first and last tenth of the steps, each reward's too, and the longest step."""
+    with RunFolder(make_recipe(tmp_path)) as run:
+        assert describe_lengths(run) == []
+        folder = run.stage_dir("grpo")
+        folder.mkdir()
+        log = MetricsLog(folder)
+        for step in range(1, 21):
+            rewards = {"rewards/a.right/mean": step / 25, "rewards/a.right/unjudged": 0.0}
+            length = 99.0 if step == 12 else 10.0 + step
+            log.write({"step": step, "completions/mean_length": length, "reward": 0.0, **rewards})
+        lines = describe_lengths(run)
+    assert lines == [
+        "grpo: response length 11.5 -> 29.5 tokens in 20 steps (longest 99.0, step 12), "
+        "right 0.06 -> 0.78"
+    ]
+    assert f"# Response length\n\n- {lines[0]}\n" in format_report([], lines)
