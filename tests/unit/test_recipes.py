@@ -63,6 +63,7 @@ NUMINA_ROW = {
     "problem_is_valid": "Yes",
     "solution_is_valid": "Yes",
 }
+TALK = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hi."}]
 CONTEST_TESTS = {"input": ["1 2\n"], "output": ["3\n"]}
 NO_TESTS = {"input": [], "output": []}
 
@@ -92,6 +93,20 @@ MAPPINGS = [
         "train",
         {"max_tokens": 9},
         {"kind": "text", "answer": None, "solution": "<think>\nHm.\n</think>\nSo."},
+    ),
+    (
+        "smoltalk",
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Hello?"},
+                {"role": "assistant", "content": "Hi."},
+            ],
+            "source": "everyday-conversations",
+        },
+        "train",
+        {},
+        {"kind": "text", "answer": None, "solution": "Hi.", "category": "everyday-conversations"},
     ),
     (
         "big_math",
@@ -136,7 +151,7 @@ def test_row_mapping(
     problem = read_one(recipe, path, split, **options)
     for column, value in expected.items():
         assert getattr(problem, column) == value, column
-    question = row.get("problem") or (row["messages"][0]["content"] if "messages" in row else "17")
+    question = row.get("problem") or (row["messages"][-2]["content"] if "messages" in row else "17")
     assert question in problem.question
     if problem.kind == "math" and problem.solution:
         assert rewards.math_correct(completions=[problem.solution], answer=[problem.answer]) == [
@@ -263,6 +278,24 @@ FILTERS = [
         ],
         {"sources": ["olympiads"]},
         {"no final answer", "not valid", "other sources"},
+    ),
+    (
+        "smoltalk",
+        [
+            {"messages": TALK, "source": "smol-summarize"},
+            {"messages": TALK, "source": "numina-cot-100k"},
+        ],
+        {},
+        {"other sources"},
+    ),
+    (
+        "smoltalk",
+        [
+            {"messages": TALK, "source": "systemchats-30k"},
+            {"messages": TALK, "source": "smol-summarize"},
+        ],
+        {"sources": ["systemchats-30k"]},
+        {"other sources"},
     ),
     (
         "big_math",
