@@ -1,10 +1,12 @@
 """Data recipes as files, and their rows."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+import rewards
 from r1pipe.config import ProblemSet
 from r1pipe.errors import UserError
 from r1pipe.problems import load_problems
@@ -35,6 +37,43 @@ def test_guess_share_changes_solutions_only() -> None:
     thinking, guessing = load_arithmetic(size=300), load_arithmetic(size=300, guess_share=1.0)
     assert [p.prompt for p in thinking] == [p.prompt for p in guessing]
     assert all(len(a.solution) > len(b.solution) for a, b in zip(thinking, guessing, strict=True))
+
+
+def test_mixed_and_plain_traces() -> None:
+    """Shares of them as asked for; the problems, and what else is drawn, stay as they are."""
+    pure = load_arithmetic(size=1000, guess_share=0.5)
+    mixed = load_arithmetic(size=1000, guess_share=0.5, mixed_share=0.4, plain_share=0.8)
+    assert [(p.prompt, p.answer) for p in mixed] == [(p.prompt, p.answer) for p in pure]
+    traces = [problem.solution for problem in mixed]
+    assert [t.count("=") for t in traces] == [p.solution.count("=") for p in pure]
+    plain = [trace for trace in traces if "<think>" not in trace]
+    assert sum(rewards.format(completions=plain)) == 0
+    assert 0.75 < len(plain) / 1000 < 0.85
+    shares = rewards.language_consistency(completions=[t for t in traces if "=" in t])
+    assert 0.25 < sum(share < 0.9 for share in shares) / len(shares) < 0.4
+    assert set(rewards.language_consistency(completions=[p.solution for p in pure])) == {0.0, 1.0}
+    right = rewards.math_correct(completions=traces, answer=[p.answer for p in mixed])
+    assert right == [1.0] * 1000
+
+
+def test_facts_are_asked_for_and_stand_in_the_story() -> None:
+    sums, facts = load_arithmetic(size=300), load_arithmetic(size=300, fact_share=1.0)
+    for problem, fact in zip(sums, facts, strict=True):
+        story, _, _ = problem.question.rpartition(". ")
+        question = fact.question.removeprefix(f"{story}. ")
+        assert question != fact.question
+        told = re.match(r"How many (at first|on (?P<day>\w+))\?$", question)
+        (sentence,) = (
+            s for s in story.split(". ") if s.startswith(told["day"] or f"{story[:3]} has")
+        )
+        assert fact.answer == re.search(r"\d+", sentence).group()
+        assert fact.solution == f"The answer is {fact.answer}."
+    right = rewards.math_correct(
+        completions=[fact.solution for fact in facts], answer=[fact.answer for fact in facts]
+    )
+    assert right == [1.0] * 300
+    some = [problem.category for problem in load_arithmetic(size=1000, fact_share=0.2)]
+    assert 0.15 < some.count("fact") / 1000 < 0.25
 
 
 def test_splits_share_no_sum() -> None:
