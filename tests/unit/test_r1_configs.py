@@ -13,7 +13,7 @@ R1 = ["cold_start", "rl", "reject", "sft", "rl_final", "student_small", "student
 R1_ZERO = ["grpo", "eval"]
 SAME = {
     Sft: {"filters", "data.stage", "train.lr_scheduler_type"},
-    Grpo: {"rewards", "beta", "temperature", "loss_type"},
+    Grpo: {"beta", "temperature", "loss_type"},
     Reject: {"traces.max_per_problem", "traces.filters", "traces.rewards", "mix.share"},
     Distill: {"traces.rewards", "traces.filters"},
     Eval: {"sampling.temperature", "sampling.top_p", "reward", "format_reward"},
@@ -41,6 +41,8 @@ def test_small_recipe_has_the_large_one_s_stages(large: str, stages: list[str]) 
         assert small.kind == stage.kind
         for key in SAME[type(stage)]:
             assert read(small, key) == read(stage, key), f"{stage.name}.{key}"
+        if isinstance(stage, Grpo):
+            assert [r.function for r in small.rewards] == [r.function for r in stage.rewards]
         parents = ["base" if name == base else name for name in stage.parents()]
         assert small.parents() == parents
 
@@ -57,7 +59,8 @@ def test_r1_is_the_paper_s(name: str) -> None:
     assert recipe.stage("reject").mix.share == 0.25
     for stage in ("rl", "rl_final"):
         rewards = {reward.function: reward.weight for reward in recipe.stage(stage).rewards}
-        assert rewards["rewards.language_consistency"] > 0
+        names = ("math_correct", "format", "language_consistency")
+        assert rewards == {f"rewards.{name}": 1.0 for name in names}
     assert {recipe.stage(s).from_ for s in ("student_small", "student_large")} == {"rl_final"}
     assert recipe.stage("eval").checkpoints == [
         base,
@@ -72,7 +75,8 @@ def test_r1_zero_has_no_cold_start_and_no_reward_for_language(name: str) -> None
     assert recipe.stage("eval").checkpoints == [grpo.from_, "grpo"]
     rewards = {reward.function: reward.weight for reward in grpo.rewards}
     assert rewards["rewards.language_consistency"] == 0.0
-    assert rewards["rewards.math_correct"] == rewards["rewards.format"] == 1.0
+    assert rewards["rewards.math_correct"] == 1.0
+    assert rewards["rewards.format"] == (1.0 if name == "r1_zero" else 0.2)
 
 
 def test_general_questions_are_evaluated_where_they_are_mixed_in() -> None:
