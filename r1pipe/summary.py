@@ -59,9 +59,9 @@ def format_report(summary: list[dict], lengths: Sequence[str] = ()) -> str:
 
 
 def describe_lengths(run: RunFolder) -> list[str]:
-    """The log of response length in short: a line for each stage that samples what it trains on, its
-    completions' mean tokens at the start and at the end, each over a tenth of the steps, and the
-    rewards beside it."""
+    """The log of response length in short: a line for each stage that samples what it trains on,
+    its completions' mean tokens at the start and at the end, each over a tenth of the steps, and
+    the rewards beside it."""
     lines = []
     for stage, rows in read_on_policy_metrics(run):
         longest = max(rows, key=lambda row: row[LENGTH])

@@ -131,7 +131,7 @@ def test_summary_has_every_checkpoint_and_the_response_length(r1: tuple) -> None
     found = [(entry["dataset"], entry["stage"]) for entry in summary]
     assert found == [(s, c) for s in ("arithmetic/test", "general") for c in CHECKPOINTS]
     assert all(entry["overlap"] == 0 for entry in summary)
-    report = (folder / "summary.md").read_text().partition("# Response length in GRPO")[2]
+    report = (folder / "summary.md").read_text().partition("# Response length")[2]
     lines = [line.removeprefix("- ") for line in report.splitlines() if line.startswith("- ")]
     assert [line.partition(":")[0] for line in lines] == ["rl", "rl_final"]
     for line in lines:
