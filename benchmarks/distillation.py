@@ -156,10 +156,10 @@ def read_arm(run: Path, name: str) -> dict:
     }
 
 
-def show(seeds: list[dict[str, dict]]) -> None:
+def show(by_seed: dict[int, dict[str, dict]]) -> None:
     """A table of every seed's accuracy, and one of what it took, means over seeds."""
-    numbers = range(len(seeds))
-    header = ["student", *(f"seed {n}: pass@1 (95% interval)" for n in numbers), "mean"]
+    seeds = list(by_seed.values())
+    header = ["student", *(f"seed {n}: pass@1 (95% interval)" for n in by_seed), "mean"]
     rows = []
     for name, label in ARMS.items():
         means = [mean(arms[name]["right"]) for arms in seeds]
@@ -196,11 +196,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs-dir", default="runs")
     options = parser.parse_args()
-    results = []
+    results = {}
     for seed in options.seeds:
         recipe = make_recipe(seed, options.runs_dir)
         run_stages(recipe)
-        results.append({name: read_arm(recipe.run_dir, name) for name in ARMS})
+        results[seed] = {name: read_arm(recipe.run_dir, name) for name in ARMS}
     show(results)
 
 
