@@ -41,8 +41,9 @@ publish: setup
 report serve: setup
 	@.venv/bin/r1pipe $@ $(RUN) $(ARGS)
 
+# All of them in two processes; with ARGS, such as ARGS="-k trl", pytest alone.
 test: setup
-	@.venv/bin/python -m pytest $(ARGS)
+	@.venv/bin/python $(if $(ARGS),-m pytest $(ARGS),scripts/run_tests.py)
 
 # What takes minutes: runs that are killed again and again, for instance.
 test-slow: setup

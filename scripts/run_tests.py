@@ -1,0 +1,33 @@
+"""All tests, in two halves side by side: what drives vLLM and the command line beside the rest.
+
+Either half keeps one core busy. What the second one says follows when both have ended; the exit
+code is pytest's, the first that is not 0.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+
+FIRST = ["tests/pipeline", "tests/gpu"]
+SECOND = ["tests", *(f"--ignore={folder}" for folder in FIRST)]
+
+
+def main() -> int:
+    # Threads that wait for each other sleep: spinning, they would take the other half's core.
+    environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    first, second = ([sys.executable, "-m", "pytest", *paths] for paths in (FIRST, SECOND))
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as kept:
+        beside = subprocess.Popen(second, env=environment, stdout=kept, stderr=subprocess.STDOUT)
+        try:
+            codes = subprocess.call(first, env=environment), beside.wait()
+        finally:
+            beside.terminate()  # after Ctrl-C; nothing happens to one that has ended
+            beside.wait()
+            kept.seek(0)
+            print(kept.read(), end="", flush=True)
+    return next(filter(None, codes), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
