@@ -1,6 +1,7 @@
 """The recipe in two processes, as `make run NPROC=2` starts them, against one; and their deaths."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -154,7 +155,7 @@ def test_two_processes_go_on_bit_equal(case: str, both: tuple, recipe: Path) -> 
     _, err = process.communicate(timeout=120)
     assert process.returncode == (130 if number == signal.SIGTERM else -number), err
     if number == signal.SIGTERM:
-        assert f"{stage}: step 2 is saved" in err
+        assert re.search(rf"{stage}: step [12] is saved", err), err  # the one that was running
         assert "interrupted; the same command goes on" in err
     alone = run(*command)
     assert alone.returncode == 2
