@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_run import ROOT, read_lines, run
+from test_run import read_lines, run, run_shipped
 
 SMALL = (
     "stages.random.tokenizer.data.options.size=300",
@@ -48,12 +48,7 @@ LANGUAGE = "rewards/rewards.language_consistency/mean"
 
 @pytest.fixture(scope="module")
 def r1(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The run's folder, and what the command said."""
-    runs = tmp_path_factory.mktemp("runs")
-    settings = [part for setting in (f"runs_dir={runs}", *SMALL) for part in ("--set", setting)]
-    result = run("run", ROOT / "configs" / "r1_tiny.yaml", *settings)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return runs / "r1_tiny", result.stderr
+    return run_shipped("r1_tiny", SMALL, tmp_path_factory.mktemp("runs"))
 
 
 def read_record(folder: Path, file: str) -> dict:

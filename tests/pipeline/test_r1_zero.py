@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_run import ROOT, read_lines, run
+from test_run import read_lines, run_shipped
 
 SMALL = (
     "stages.random.tokenizer.data.options.size=300",
@@ -19,12 +19,7 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def r1_zero(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The run's folder, and what the command said."""
-    runs = tmp_path_factory.mktemp("runs")
-    settings = [part for setting in (f"runs_dir={runs}", *SMALL) for part in ("--set", setting)]
-    result = run("run", ROOT / "configs" / "r1_zero_tiny.yaml", *settings)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return runs / "r1_zero_tiny", result.stderr
+    return run_shipped("r1_zero_tiny", SMALL, tmp_path_factory.mktemp("runs"))
 
 
 def test_grpo_starts_from_the_base(r1_zero: tuple) -> None:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,14 @@ def run(*arguments: object, timeout_s: float = 400) -> subprocess.CompletedProce
     process = start(*arguments)
     out, err = process.communicate(timeout=timeout_s)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_shipped(name: str, settings: Iterable[str], runs: Path) -> tuple[Path, str]:
+    """A recipe of configs/ with these settings: the run's folder, and what the command said."""
+    sets = [part for setting in (f"runs_dir={runs}", *settings) for part in ("--set", setting)]
+    result = run("run", ROOT / "configs" / f"{name}.yaml", *sets)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return runs / name, result.stderr
 
 
 def read_lines(path: Path) -> list[dict]:
