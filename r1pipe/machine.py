@@ -1,5 +1,6 @@
 """What the doctor says of a machine: installed versions, the GPU, the sandbox for model code."""
 
+import ctypes
 import platform
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -80,10 +81,24 @@ def judge_version(name: str, version: str | None, requirement: Requirement) -> D
 def examine_gpu() -> Diagnosis:
     import torch
 
-    driver = torch._C._cuda_getDriverVersion() if torch.version.cuda else 0
+    driver = find_driver_version() if torch.version.cuda else 0
     has_card = Path("/proc/driver/nvidia/version").exists()
     builds = [name for name in VLLM_BUILDS if find_version(name)]
     return judge_gpu(torch.version.cuda, driver, has_card, torch.cuda.is_available(), builds)
+
+
+def find_driver_version() -> int:
+    """The newest CUDA that the driver knows, as CUDA counts; 0 without a driver.
+
+    Asked of the driver itself: torch has no public name for it, and the private one of its CPU
+    builds is missing from those for CUDA.
+    """
+    version = ctypes.c_int(0)
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return 0
+    return version.value
 
 
 def judge_gpu(

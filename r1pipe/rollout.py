@@ -89,7 +89,7 @@ class Sampler:
             raise RuntimeError("the sampler was opened without routes")
         self._moe_layers = require_moe_layers(self.config)
         if self.device.type == "cpu" and self._capture is None:
-            if self.settings.tensor_parallel_size > 1:
+            if distributed.alone() and self.settings.tensor_parallel_size > 1:
                 raise UserError("routing_replay on CPU needs engine.tensor_parallel_size 1")
             runner = self.llm.collective_rpc(lambda worker: worker.model_runner)[0]
             self._capture = RouteCapture(runner)

@@ -10,13 +10,20 @@ from pathlib import Path
 
 import pytest
 import yaml
+from faked_gpu import fake_gpu
 
 from r1pipe.cli import main
 from r1pipe.config import Recipe, load_recipe
 from r1pipe.doctor import Doctor, Preflight
 from r1pipe.errors import UserError
 from r1pipe.inputs import ProblemSets
-from r1pipe.machine import Diagnosis, examine_packages, examine_sandbox, judge_gpu
+from r1pipe.machine import (
+    Diagnosis,
+    examine_machine,
+    examine_packages,
+    examine_sandbox,
+    judge_gpu,
+)
 from r1pipe.memory import GIB, Devices, make_estimate
 from r1pipe.models import build_model, build_tokenizer, save_checkpoint
 
@@ -379,6 +386,19 @@ def test_gpu(
     diagnosis = judge_gpu(torch_cuda, driver, has_card, is_usable, builds)
     assert diagnosis.status == status
     assert words in diagnosis.detail
+
+
+def test_on_a_gpu(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a build for CUDA is asked, and no build for the CPU: nothing that only the latter has."""
+    fake_gpu(monkeypatch)
+    said = next(d.detail for d in examine_machine() if d.what == "GPU")
+    assert "r1pipe[cuda]" in said or "driver up to 13.1" in said
+    recipe = load("dtype=bfloat16")
+    diagnoses = list(
+        Doctor(recipe, Devices.here(recipe.device), thorough=False).examine(recipe.stages)
+    )
+    assert find_trouble(diagnoses) == {}
+    assert "80.0 GiB" in next(d.detail for d in diagnoses if d.what == "grpo: memory")
 
 
 def test_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
