@@ -177,13 +177,15 @@ OUTPUTS = [
 ]
 
 CODE = "def f(x):\n    return x\n"
+DOC = "s = '''\n```python\n'''\nprint(s)\n"
 PROMPT = 'import math\n\n\ndef f(x):\n    """Return x."""\n'
 # (completion, entry point, prompt, the program that it gives)
 EXTRACTIONS = [
     (f"```python\n{CODE}```", "f", "", CODE),
     (f"Text.\n```py\nwrong\n```\nmore\n```python\n{CODE}```\nend", "f", "", CODE),
     (f"```python\n{CODE}```\nUse it:\n```python\nprint(f(1))\n```", "f", "", CODE),
-    (f"```python\n{CODE}```\nUse it:\n```python\nprint(f(1))\n```", None, "", "print(f(1))\n"),
+    (f"```python\n{CODE}```\nUse it:\n```python\nprint(f(1))\n```", None, "",
+     f"{CODE}\nprint(f(1))\n"),
     (f"```python\n{CODE}```\nIt prints\n```\n5\n```", "f", "", CODE),
     (f"```bash\npip install x\n```\n```\n{CODE}```", "f", "", CODE),
     (f"```python\n{CODE}", "f", "", CODE),
@@ -204,4 +206,45 @@ EXTRACTIONS = [
     (f"```python\n{CODE}```", "f", PROMPT, f"{PROMPT}\n\n{CODE}"),
     ("I would return x.", "f", PROMPT, None),
     ("", "f", PROMPT, None),
+    # marks
+    *[(f"```{mark}\n{CODE}```", "f", "", CODE) for mark in (
+        "py3", "Python", "python3.12", "ipython3", "pypy3", "{python}", "text", "code",
+        "python x.py", 'python title="a.py"')],
+    *[(f"```{mark}\n{CODE}```", "f", "", None) for mark in ("cpp", "pytorch", "console", "json")],
+    # what stands behind a closing fence
+    *[(f"Look:\n```python\n{CODE}```{rest}", "f", "", CODE) for rest in (
+        "</answer>", "</s>", "<|im_end|>", ".", " which returns x", "<｜end▁of▁sentence｜>", "**",
+        "---", "Explanation: it returns x", "\r\n", "\n</answer>\n```\n5\n```", "```")],
+    (f"<answer>```python\n{CODE}```</answer>", "f", "", CODE),
+    (f"Answer: ```py\n{CODE}```", "f", "", CODE),
+    (f"1. ```python\n   {CODE.replace(chr(10), chr(10) + '   ')}```", "f", "", CODE),
+    (CODE.replace("\n", "\r\n").join(("```python\r\n", "```\r\nDone.\r\n")), "f", "", CODE),
+    (f"```python\n\ufeff{CODE}```", "f", "", CODE),
+    (f"```python\n{CODE}<|endoftext|>", "f", "", CODE),
+    # fences on the lines of code
+    ("```python\nprint(2)```", None, "", "print(2)\n"),
+    ("```python\nprint(2)```</s>", None, "", "print(2)\n"),
+    ("```python print(2)```", None, "", "print(2)\n"),
+    ("Run ```print(2)```.", None, "", "print(2)\n"),
+    ("```python print(2)\n```", None, "", "print(2)\n"),
+    ("```python import math\nprint(2)\n```", None, "", "import math\nprint(2)\n"),
+    ("``````\nprint(2)\n```", None, "", "print(2)\n"),
+    ("```python\nprint('```')\n```", None, "", "print('```')\n"),
+    (f"```python\n{DOC}```", None, "", DOC),
+    (f"```python\nx = f(\n```\nAgain:\n```python\n{CODE}```", "f", "", CODE),
+    (f"```python\n{CODE}\n```python\nprint(3)\n```", None, "", "print(3)\n"),
+    ("> ```python\n> def f(x):\n>     return x\n> ```", "f", "", CODE),
+    ("```python\n    def f(x):\n        return x\n```", "f", "", CODE),
+    # opened by the prompt
+    (f"{CODE}```", "f", "", CODE),
+    (f"{CODE}```\nIt gives:\n```\n5\n```", "f", "", CODE),
+    (f"{CODE}```\nUse it:\n```python\nf(1)\n```", "f", "", CODE),
+    (f"Here you are:\n\n{CODE}```", "f", "", CODE),
+    ("    return x\n```", "f", PROMPT, PROMPT + "    return x\n"),
+    (f"x = 3\n```\n{CODE}```", "f", "", CODE),
+    # in several blocks
+    (f"```python\n{CODE}```\nthen\n```python\ny = 1\n```\nand\n```python\nprint(f(y))\n```", None,
+     "", f"{CODE}\ny = 1\n\nprint(f(y))\n"),
+    (f"```python\nprint(1)\n```\n```python\n{CODE}```\n```python\nprint(f(1))\n```", None, "",
+     f"{CODE}\nprint(f(1))\n"),
 ]  # fmt: skip

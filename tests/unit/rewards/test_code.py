@@ -188,10 +188,15 @@ def test_hostile_texts_are_no_programs_that_pass():
 
 
 def test_fences_are_searched_in_linear_time():
-    for text in ("`" * 190_000, "```\n" * 40_000, "```python\n" * 19_000, "~~~ " * 40_000):
+    for text in (
+        "`" * 190_000, "~" * 30_000, "```" + "a" * 190_000, "```" + " " * 190_000 + "x",
+        "```\n" * 40_000, "```python\n" * 19_000, "~~~ " * 40_000, "> " * 90_000 + "```",
+        "```python\nx = f(\n" * 10_000, "x```python\n" * 15_000, "def f():\n" * 15_000 + "```",
+        "".join("`" * n + "\n" for n in range(300, 2, -1)) + "```x\n" * 30_000,
+    ):  # fmt: skip
         start = time.monotonic()
         rewards.extract_code(text, "f", "def f():\n")
-        assert time.monotonic() - start < 5
+        assert time.monotonic() - start < 3, text[:20]
 
 
 # Plain data
