@@ -20,7 +20,7 @@ from r1pipe import distributed
 from r1pipe.check import check_functions
 from r1pipe.config import OnPolicy, OnPolicyDistill, Recipe, Sampling, Stage
 from r1pipe.errors import UserError
-from r1pipe.golds import pick_judging, spread, try_golds
+from r1pipe.golds import pick_judging, spread, try_golds, try_rewards
 from r1pipe.inputs import (
     Inputs,
     ProblemSets,
@@ -31,8 +31,7 @@ from r1pipe.inputs import (
 )
 from r1pipe.machine import Diagnosis, Status, examine_machine, examine_sandbox
 from r1pipe.progress import say
-from r1pipe.scoring import list_rewards
-from rewards import SandboxError
+from r1pipe.scoring import list_rewards, name_rewards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,7 +98,7 @@ class Doctor:
 
     def examine_functions(self, stage: Stage) -> Iterator[Diagnosis]:
         check_functions(stage)
-        if names := [reward.function for reward in list_rewards(stage)]:
+        if names := name_rewards(list_rewards(stage)):
             yield Diagnosis("", "ok", ", ".join(names))
 
     def examine_data(self, stage: Stage) -> Iterator[Diagnosis]:
@@ -124,17 +123,19 @@ class Doctor:
             rewards = pick_judging(list_rewards(stage))
         except UserError:  # told of the functions already
             return
+        try:
+            for _, problems in self.inputs.list_problems(stage):
+                try_rewards(list_rewards(stage), problems[:2])
+        except UserError as error:
+            yield Diagnosis("rewards", "FAIL", str(error))
+            return
         settings = self.recipe.doctor
         for source, problems in self.inputs.list_problems(stage) if rewards else ():
             some = spread(problems, None if self.thorough else settings.gold_rows)
             try:
                 trial = try_golds(rewards, some)
-            except (UserError, SandboxError) as error:
-                yield Diagnosis("", "FAIL", str(error))
-                continue
-            except Exception as error:  # a reward of the user's own may raise anything
-                what = f"a reward raised {type(error).__name__}: {error}"
-                yield Diagnosis("", "FAIL", f"{describe(source)}: {' '.join(what.split())}")
+            except UserError as error:
+                yield Diagnosis("", "FAIL", f"{describe(source)}: {error}")
                 continue
             of_all = f"{trial.num_tried} of {len(problems)} golds of {describe(source)} tried"
             if not trial.num_tried:

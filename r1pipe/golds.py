@@ -38,6 +38,17 @@ def pick_judging(rewards: Sequence[Reward]) -> list[Reward]:
     ]
 
 
+def try_rewards(rewards: Sequence[Reward], problems: Sequence[Problem]) -> None:
+    """Call every reward once, on a gold and on no answer of each problem. Raises UserError for one
+    that cannot be called so, or returns what is no reward."""
+    tried = [
+        (problem, as_rollout(problem, text))
+        for problem in problems
+        for text in (*list_golds(problem)[:1], "I do not know.")
+    ]
+    Scorer(list(rewards)).score(*map(list, zip(*tried)))
+
+
 def try_golds(rewards: Sequence[Reward], problems: Sequence[Problem]) -> GoldTrial:
     """Judge each problem's gold: its `answer` as R1's format has it, or else its `solution`, which
     is the only gold of a program. Problems with neither are not tried.

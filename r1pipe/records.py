@@ -62,11 +62,14 @@ class Rollout:
 class Score:
     """The rewards of one rollout: one entry per reward function, None where it cannot judge.
 
-    `total` is their weighted sum; None if no function could judge.
+    `total` is their weighted sum; None if no function could judge. `extra` is what functions have
+    logged of this rollout, `metrics` what they have logged of all that were judged with it.
     """
 
     rewards: dict[str, float | None] = field(default_factory=dict)
     total: float | None = None
+    extra: dict[str, Any] | None = None
+    metrics: dict[str, list[float]] | None = None
 
 
 def describe_rollout(problem: Problem, rollout: Rollout, score: Score) -> dict[str, Any]:
@@ -81,6 +84,7 @@ def describe_rollout(problem: Problem, rollout: Rollout, score: Score) -> dict[s
         "num_tokens": len(rollout.completion_ids),
         "rewards": score.rewards,
         "reward": score.total,
+        "extra": score.extra,
     }
 
 

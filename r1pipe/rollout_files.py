@@ -35,10 +35,11 @@ TEXT = {
     "reward": pa.float64(),
     "advantage": pa.float64(),
     "takes_part": pa.bool_(),
+    "extra": pa.string(),
 }
 """What people read. `group` numbers the step's prompts; `rewards` has one value per function, null
 where it could not judge, and is null itself in a stage without any; of groups that dynamic sampling
-has put aside, `takes_part` is false."""
+has put aside, `takes_part` is false. `extra` is JSON: what reward functions have logged."""
 TOKENS = {
     "prompt_ids": pa.list_(pa.int32()),
     "completion_ids": pa.list_(pa.int32()),
@@ -75,8 +76,9 @@ class RolloutFiles:
         columns = {
             name: [pack_routes(row[name]) if name == "routes" else row[name] for row in rows]
             for name in schema.names
-            if name != "step"
+            if name not in ("step", "extra")
         }
+        columns["extra"] = [(extra := row.get("extra")) and json.dumps(extra) for row in rows]
         if not names:
             columns["rewards"] = [None] * len(rows)
         if not self.settings.routes:
@@ -139,6 +141,8 @@ def read_rollouts(
         for row in rows:
             if "rewards" in row:
                 row["rewards"] = row["rewards"] or {}
+            if row.get("extra") is not None:
+                row["extra"] = json.loads(row["extra"])
             if row.get("routes") is not None:
                 row["routes"] = np.load(BytesIO(row["routes"]))
         yield from rows

@@ -83,6 +83,7 @@ def describe(row: dict[str, Any]) -> str:
         f"{row['num_tokens']} tokens, {row['finish_reason']}"
     )
     blocks = {"prompt": row["prompt"], "answer": row["answer"], "completion": row["completion"]}
+    blocks |= {name: str(value) for name, value in (row.get("extra") or {}).items()}
     lines = [f"  {name}:\n{textwrap.indent(text, '    ')}" for name, text in blocks.items() if text]
     return "\n".join([head, *lines, ""])
 

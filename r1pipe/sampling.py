@@ -12,14 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from r1pipe import distributed
 from r1pipe.config import Reward, Sampling
 from r1pipe.progress import StageProgress, say
-from r1pipe.records import Problem, Rollout, Score, dump_row
+from r1pipe.records import Problem, Rollout, Score, dump_row, replace_nan
 from r1pipe.scoring import Scorer
 
 Samples = dict[tuple[str, int], Rollout]
@@ -255,7 +255,8 @@ class Judge:
         batch = [self._waiting.popleft() for _ in range(len(self._waiting))]
         owners = [problem for problem, rollouts in batch for _ in rollouts]
         rollouts = [rollout for _, group in batch for rollout in group]
-        scores = iter(self._scorer.score(owners, rollouts) if rollouts else ())
+        # What is no number is no verdict either; where it is trained on, the breaker looks at it.
+        scores = map(without_nonfinite, self._scorer.score(owners, rollouts))
         for problem, group in batch:
             for rollout in group:
                 rollout.prompt_ids, rollout.logprobs = [], []
@@ -267,6 +268,11 @@ class Judge:
         if kind is None:
             for call in self._running:
                 call.result()
+
+
+def without_nonfinite(score: Score) -> Score:
+    rewards = {name: replace_nan(value) for name, value in score.rewards.items()}
+    return replace(score, rewards=rewards, total=replace_nan(score.total))
 
 
 def identify_weights(checkpoint: str, dtype: str) -> object:

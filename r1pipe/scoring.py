@@ -1,31 +1,85 @@
-"""Calls reward functions on rollouts, weights them, and counts what none could judge."""
+"""Calls reward functions on rollouts, weights them, and counts what none could judge.
 
+The contract is TRL's (1.16, GRPOTrainer._calculate_rewards): plain functions, callable objects, and
+`async` functions of these, called by keyword with
+
+    prompts, completions, completion_ids   one entry per rollout; completions are strings
+    id, kind, answer, tests, solution, ... every column of the problem, one entry per rollout
+    trainer_state                          transformers.TrainerState: global_step, max_steps, epoch
+    log_extra(column, values)              a value per rollout, kept with it
+    log_metric(name, value)                a number, averaged over the step into metrics.jsonl
+
+A function without `**kwargs` is given only what it names. Each returns a number or None for every
+rollout: a list, a NumPy array or a tensor.
+"""
+
+import asyncio
+import functools
 import importlib
 import inspect
-from collections.abc import Callable
+import re
+import threading
+import traceback
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from r1pipe.config import Distill, Eval, OnPolicy, Reject, Reward, Stage
 from r1pipe.errors import UserError
 from r1pipe.phases import phase
 from r1pipe.records import Problem, Rollout, Score
+from rewards import SandboxError
+from rewards.workers import WorkerError
 
-RewardFunction = Callable[..., list[float | None]]
-"""TRL's contract: fn(prompts=, completions=, completion_ids=, **columns) -> list[float | None]."""
+RewardFunction = Callable[..., list[float | None] | Awaitable[list[float | None]]]
+COLUMNS = tuple(field.name for field in fields(Problem) if field.name != "prompt")
 
 
 def find_reward(name: str) -> RewardFunction:
-    """The function behind a dotted name."""
+    """The function behind a dotted name. Raises UserError, whatever its module does."""
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name) or name.endswith(".py"):
+        # Of a path: the file is a module, found from the folder that it lies in.
+        module, _, function = re.sub(r"\.py\b:?", ".", Path(name).name).rpartition(".")
+        example = f"{module}.{function or 'FUNCTION'}" if module else "rewards.math_correct"
+        raise UserError(
+            f'reward "{name}": give a dotted name, module and function, such as {example}'
+        )
     module_name, _, attribute = name.rpartition(".")
-    if not module_name:
-        raise UserError(f'reward "{name}": give a dotted name, such as rewards.math_correct')
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f'reward "{name}": {error}') from error
+    except ModuleNotFoundError as error:
+        if error.name and f"{module_name}.".startswith(f"{error.name}."):
+            raise UserError(
+                f'reward "{name}": no module "{error.name}", installed or in {Path.cwd()}'
+            ) from error
+        raise UserError(f'reward "{name}": {describe_failure(error)}') from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f'reward "{name}": {describe_failure(error)}') from error
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise UserError(f'reward "{name}": {module_name} has no function "{attribute}"')
+        known = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
+        near = get_close_matches(attribute, known, n=1)
+        hint = f"; did you mean {module_name}.{near[0]}?" if near else ""
+        own = Path.cwd() / "rewards.py"
+        if module_name == "rewards" and own.exists():
+            hint += f" ({own} has the name of r1pipe's own package: rename it)"
+        raise UserError(f'reward "{name}": {module_name} has no function "{attribute}"{hint}')
     return function
+
+
+def describe_failure(error: BaseException) -> str:
+    """What a user's code raised, and where, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith("<") and f.filename != __file__]
+    where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f" ({error.filename}:{error.lineno})"
+        error = type(error)(error.msg)
+    return " ".join(f"{type(error).__name__}: {error}".split()) + where
 
 
 def list_rewards(stage: Stage) -> list[Reward]:
@@ -40,6 +94,17 @@ def list_rewards(stage: Stage) -> list[Reward]:
     return []
 
 
+def name_rewards(rewards: Iterable[Reward]) -> list[str]:
+    """What each is called in the log: its function, and a number from the second time on."""
+    seen: Counter[str] = Counter()
+    names = []
+    for reward in rewards:
+        seen[reward.function] += 1
+        number = seen[reward.function]
+        names.append(reward.function if number == 1 else f"{reward.function}#{number}")
+    return names
+
+
 class Scorer:
     """The reward functions of a stage, looked up once.
 
@@ -47,39 +112,172 @@ class Scorer:
     """
 
     def __init__(self, rewards: list[Reward]):
-        self.rewards = [(reward, find_reward(reward.function)) for reward in rewards]
-        for reward, function in self.rewards:
-            parameters = inspect.signature(function).parameters
-            for option in reward.options:
-                if option not in parameters:
-                    raise UserError(f'reward "{reward.function}": no option "{option}"')
+        names = name_rewards(rewards)
+        self.calls = [Call(*pair) for pair in zip(names, rewards, strict=True)]
 
     @phase("scoring")
-    def score(self, problems: list[Problem], rollouts: list[Rollout]) -> list[Score]:
-        """One Score per rollout; `problems[i]` is the problem of `rollouts[i]`."""
-        columns = {
-            "prompts": [p.prompt for p in problems],
-            "completions": [r.completion for r in rollouts],
-            "completion_ids": [r.completion_ids for r in rollouts],
-            "answer": [p.answer for p in problems],
-            "tests": [p.tests for p in problems],
-        }
+    def score(
+        self,
+        problems: list[Problem],
+        rollouts: list[Rollout],
+        trainer_state: Mapping[str, float] | None = None,
+    ) -> list[Score]:
+        """One Score per rollout; `problems[i]` is the problem of `rollouts[i]`. `trainer_state` is
+        given to the functions as one of transformers; without it they see that of step 0.
+
+        Raises UserError for a function that raises, or returns anything but a number or None for
+        each.
+        """
         scores = [Score() for _ in rollouts]
-        for reward, function in self.rewards:
-            values = function(**columns, **reward.options)
-            if len(values) != len(rollouts):
-                raise UserError(
-                    f'reward "{reward.function}": {len(values)} values for {len(rollouts)} rollouts'
-                )
-            for score, value in zip(scores, values, strict=True):
-                score.rewards[reward.function] = value
+        if not rollouts:
+            return scores
+        given = (problems, rollouts, trainer_state or {}, scores)
+        values = {call: call.run(*given) for call in self.calls if not call.is_async}
+        if waiting := [call for call in self.calls if call.is_async]:
+
+            async def run_all() -> list[list[float | None]]:
+                return await asyncio.gather(*(call.run_async(*given) for call in waiting))
+
+            running = asyncio.run_coroutine_threadsafe(run_all(), start_event_loop())
+            values |= zip(waiting, running.result(), strict=True)
+        for call in self.calls:
+            for score, value in zip(scores, values[call], strict=True):
+                score.rewards[call.name] = value
                 if value is not None:
-                    score.total = (score.total or 0.0) + reward.weight * value
+                    score.total = (score.total or 0.0) + call.reward.weight * value
         return scores
 
 
+class Call:
+    """A reward of a recipe, what the log calls it, and its function."""
+
+    def __init__(self, name: str, reward: Reward):
+        self.name, self.reward, self.function = name, reward, find_reward(reward.function)
+        inner = self.function
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        self.is_async = any(map(inspect.iscoroutinefunction, (inner, inner.__call__)))
+        parameters = inspect.signature(self.function).parameters.values()
+        self.takes = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        # Our own ignore what they do not name, and need no transformers.
+        is_ours = getattr(inner, "__module__", "").partition(".")[0] == "rewards"
+        self.takes_all = not is_ours and len(self.takes) < len(parameters)
+        for option in reward.options:
+            if option not in self.takes:
+                near = get_close_matches(option, self.takes, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UserError(f'reward "{reward.function}": no option "{option}"{hint}')
+
+    def run(self, *given: Any) -> list[float | None]:
+        try:
+            return self.read(self.function(**self.arguments(*given)), len(given[0]))
+        except (Exception, SystemExit) as error:
+            raise self.explain(error) from error
+
+    async def run_async(self, *given: Any) -> list[float | None]:
+        try:
+            return self.read(await self.function(**self.arguments(*given)), len(given[0]))
+        except (Exception, SystemExit) as error:
+            raise self.explain(error) from error
+
+    def arguments(
+        self,
+        problems: list[Problem],
+        rollouts: list[Rollout],
+        trainer_state: Mapping[str, float],
+        scores: list[Score],
+    ) -> dict[str, Any]:
+        """By name, of those that the function takes; copies of what the caller still needs."""
+        columns = {
+            name: partial(lambda name: [getattr(p, name) for p in problems], name)
+            for name in COLUMNS
+        }
+        given: dict[str, Callable[[], Any]] = {
+            **columns,
+            "prompts": lambda: [[dict(message) for message in p.prompt] for p in problems],
+            "completions": lambda: [r.completion for r in rollouts],
+            "completion_ids": lambda: [list(r.completion_ids) for r in rollouts],
+            "trainer_state": lambda: make_trainer_state(trainer_state),
+            "log_extra": lambda: partial(self.log_extra, scores),
+            "log_metric": lambda: partial(self.log_metric, scores),
+        }
+        values = {n: make() for n, make in given.items() if self.takes_all or n in self.takes}
+        return {**values, **self.reward.options}
+
+    def explain(self, error: BaseException) -> UserError:
+        if isinstance(error, UserError):
+            return error
+        if isinstance(error, SandboxError | WorkerError):
+            return UserError(f'reward "{self.name}": {error}')
+        hint = ""
+        if isinstance(error, TypeError) and "string indices" in str(error):
+            hint = "; completions are strings here, not lists of messages"
+        elif isinstance(error, TypeError) and "required" in str(error):
+            known = ", ".join(("prompts", "completions", "completion_ids", *COLUMNS))
+            hint = f"; a reward is given {known} and its options"
+        return UserError(f'reward "{self.name}" raised {describe_failure(error)}{hint}')
+
+    def read(self, result: Any, count: int) -> list[float | None]:
+        """What a function returned, as numbers."""
+        values = result.tolist() if hasattr(result, "tolist") else result
+        what = ""
+        if not isinstance(values, list | tuple):
+            what = "None" if values is None else f"one value, {values!r:.60}"
+        elif len(values) != count:
+            what = f"{len(values)} values for {count} completions"
+        else:
+            # Single values of NumPy and torch have tolist(), too.
+            values = [v.tolist() if hasattr(v, "tolist") else v for v in values]
+            odd = [v for v in values if not isinstance(v, int | float | None)]
+            what = f"{odd[0]!r:.60} as a value" if odd else ""
+        if what:
+            raise UserError(
+                f'reward "{self.name}" returned {what}: a reward returns a list with a number, or '
+                "None where it cannot judge, for each completion"
+            )
+        return [None if value is None else float(value) for value in values]
+
+    def log_extra(self, scores: list[Score], column: str, values: Iterable[Any]) -> None:
+        values = list(values)
+        if len(values) != len(scores):
+            raise UserError(
+                f'reward "{self.name}": log_extra("{column}") has {len(values)} values for '
+                f"{len(scores)} completions"
+            )
+        for score, value in zip(scores, values, strict=True):
+            value = value.tolist() if hasattr(value, "tolist") else value
+            plain = value if isinstance(value, str | int | float | None) else str(value)
+            score.extra = {**(score.extra or {}), str(column): plain}
+
+    def log_metric(self, scores: list[Score], name: str, value: Any) -> None:
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f'reward "{self.name}": log_metric("{name}"): {value!r} is no number'
+            ) from error
+        metrics = scores[0].metrics or {}
+        scores[0].metrics = {**metrics, name: [*metrics.get(name, ()), number]}
+
+
+def make_trainer_state(facts: Mapping[str, float]) -> Any:
+    from transformers import TrainerState
+
+    return TrainerState(**facts)
+
+
+@functools.cache
+def start_event_loop() -> asyncio.AbstractEventLoop:
+    """One for the process, in a thread of its own: what async rewards keep open, such as the
+    connections of a client, belongs to the loop that they were opened in."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True, name="async rewards").start()
+    return loop
+
+
 def reward_metrics(scores: list[Score]) -> dict[str, float]:
-    """Means over the judged rollouts and the share that could not be judged, per function."""
+    """Means over the judged rollouts and the share that could not be judged, per function; and what
+    functions have logged with `log_metric`, averaged."""
     metrics = {}
     for name in scores[0].rewards if scores else ():
         judged = [s.rewards[name] for s in scores if s.rewards[name] is not None]
@@ -88,7 +286,11 @@ def reward_metrics(scores: list[Score]) -> dict[str, float]:
     totals = [s.total for s in scores if s.total is not None]
     metrics["reward"] = mean(totals)
     metrics["reward_unjudged"] = 1 - len(totals) / max(1, len(scores))
-    return metrics
+    logged: dict[str, list[float]] = {}
+    for score in scores:
+        for name, values in (score.metrics or {}).items():
+            logged.setdefault(name, []).extend(values)
+    return {**{name: mean(values) for name, values in logged.items()}, **metrics}
 
 
 def mean(values: list[float]) -> float:

@@ -184,7 +184,7 @@ class Collector:
             problems = self.prompts.draw(missing)
             seed_parts = (self.seed, stage.name, step) + ((f"round {rounds}",) if rounds else ())
             groups += self._sample(
-                problems, stage.num_generations, seed_parts, seconds, stage.routing_replay
+                problems, stage.num_generations, seed_parts, seconds, step, stage.routing_replay
             )
             if stage.dynamic_sampling:
                 put_aside_silent(groups)
@@ -208,10 +208,19 @@ class Collector:
         seed_parts = (self.seed, self.stage.name, "difficulty", step)
         seconds = {"sample": 0.0, "score": 0.0}
         num_samples = difficulty.num_samples
-        groups = self._sample(stale, num_samples, seed_parts, seconds) if stale else []
+        groups = self._sample(stale, num_samples, seed_parts, seconds, step) if stale else []
         rates = {**self.prompts.noted, **self._measure(gather_groups(groups))}
         self.prompts.refresh(rates)
         return rates
+
+    def _describe_state(self, step: int) -> dict[str, float]:
+        """For rewards that change as training goes on."""
+        drawn = (step - 1) * self.stage.prompts_per_step
+        return {
+            "global_step": step - 1,
+            "max_steps": self.stage.max_steps,
+            "epoch": drawn / len(self.prompts.problems),
+        }
 
     def _measure(self, groups: list[Group]) -> PassRates:
         reward = find_reward(self.stage.difficulty, self.stage.rewards)
@@ -247,6 +256,7 @@ class Collector:
         num_samples: int,
         seed_parts: tuple,
         seconds: dict[str, float],
+        step: int,
         with_routes: bool = False,
     ) -> list[Group]:
         """Groups of this rank's share of these problems, each judged as soon as it is complete."""
@@ -255,13 +265,14 @@ class Collector:
         kept = range(len(problems_here))[self.sampler.kept_part(len(problems_here))]
         started = time.perf_counter()
         scores: dict[int, Future[list[Score]]] = {}
+        state = self._describe_state(step)
         with ThreadPoolExecutor(1, "judge") as judge:
 
             def on_group(index: int, rollouts: list[Rollout]) -> None:
                 Interrupt.check()
                 if index in kept:
                     owners = [problems_here[index]] * len(rollouts)
-                    scores[index] = judge.submit(self.scorer.score, owners, rollouts)
+                    scores[index] = judge.submit(self.scorer.score, owners, rollouts, state)
 
             rollouts = self.sampler.generate(
                 problems,

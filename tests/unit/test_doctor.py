@@ -181,8 +181,8 @@ BROKEN = {
     ),
     "a reward that raises": (
         ["stages.grpo.rewards=[{function: doctored.broken}]"],
-        "grpo: golds",
-        "FAIL: .*a reward raised KeyError: 'gold'",
+        "grpo: rewards",
+        "FAIL: reward \"doctored.broken\" raised KeyError: 'gold' \\(.*doctored.py:",
     ),
     "routing replay of a dense model": (
         ["stages.grpo.routing_replay=true"],
@@ -436,7 +436,7 @@ def test_every_failure_is_a_line_and_nothing_begins(
     bad += ["--set", "engine.max_model_len=20"]
     assert main(["grpo", "mine.yaml", *bad]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("r1pipe: ")]
-    assert [line.split(": ")[1:3] for line in lines] == [["grpo", "golds"], ["grpo", "prompts"]]
+    assert [line.split(": ")[1:3] for line in lines] == [["grpo", "rewards"], ["grpo", "prompts"]]
     assert not list(Path("runs/mine").glob("*grpo*"))
 
 

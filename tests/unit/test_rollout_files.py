@@ -37,6 +37,7 @@ def make_rollout_rows(num: int = 4, seed: int = 0) -> list[dict]:
                 "reward": None if sample == 1 else sample / 3,
                 "advantage": float(generator.normal()),
                 "takes_part": sample != 2,
+                "extra": None if sample else {"verdict": "close", "tries": 2},
                 "prompt_ids": [1, 2, 3],
                 "completion_ids": generator.integers(0, 99, length).tolist(),
                 # As vLLM gives them: Python floats of float32 values.
