@@ -7,6 +7,7 @@ its own, which is started when it is first needed and ends with the worker.
 
 import json
 import os
+import re
 import socket
 import time
 
@@ -14,6 +15,9 @@ from rewards.sandbox import Ending, Limits, SandboxError, Server, make_memory_fi
 
 RIGHT, WRONG, CRASHED, TIMED_OUT = "right", "wrong", "crashed", "timed_out"
 BAD_TESTS, FAILED = "bad_tests", "failed"
+
+_WORD = re.compile(r"[^ \t]+")
+_OTHER_BLANK = re.compile(r"[^\S \t\n]")  # white space to str.split, a character like others here
 
 _servers: dict[str, Server] = {}
 
@@ -74,9 +78,10 @@ def judge_program(
         if left_s <= 0:
             first = first or (TIMED_OUT, f"no time left for test {number}")
             break
+        num_bytes = len(expected.encode("utf-8", "surrogatepass"))
         one = limits._replace(
             seconds=min(limits.seconds, left_s),
-            output_bytes=max(limits.output_bytes, 2 * len(expected)),
+            output_bytes=max(limits.output_bytes, 2 * num_bytes),
         )
         failure = _compare(run_program(server, code, text, one), expected)
         passed += failure is None
@@ -101,10 +106,12 @@ def _compare(ending: Ending, expected: str) -> tuple[str, str] | None:
 
 
 def is_same_output(printed: str, expected: str) -> bool:
-    """Compare two outputs line by line, white space around and between words aside.
+    """Compare two outputs line by line, spaces and tabs around and between words aside.
 
-    Blank lines at the ends do not count. Words are compared as text; where the expected one is a
-    decimal fraction, a number within 1e-6 (absolute or relative) will do, as contests have it.
+    Lines end with a newline, with or without a carriage return, and nothing else; blank ones at the
+    ends do not count. Words are compared as text; where the expected one is a decimal fraction, a
+    number within 1e-6 (absolute or relative) will do, as contests have it, and within 1e-12 if it
+    is itself below 1e-6.
     """
     if printed == expected:
         return True
@@ -113,7 +120,11 @@ def is_same_output(printed: str, expected: str) -> bool:
 
 
 def _split(text: str) -> list[list[str]]:
-    return [line.split() for line in text.strip().splitlines()]
+    text = text.replace("\r\n", "\n").strip(" \t\n")
+    lines = text.split("\n")
+    if _OTHER_BLANK.search(text):
+        return [_WORD.findall(line) for line in lines]
+    return [line.split() for line in lines]
 
 
 def _is_same_line(words: list[str], wanted: list[str]) -> bool:
@@ -123,13 +134,14 @@ def _is_same_line(words: list[str], wanted: list[str]) -> bool:
 def _is_same_word(word: str, wanted: str) -> bool:
     if word == wanted:
         return True
-    if "." not in wanted or "_" in word or len(word) > 400:
+    if "." not in wanted or "_" in word or len(word) > 400 or not word.isascii():
         return False
     try:
         number, goal = float(word), float(wanted)
     except ValueError:
         return False
-    return abs(number - goal) <= 1e-6 * max(1.0, abs(goal))
+    is_tiny = 0 < abs(goal) < 1e-6
+    return abs(number - goal) <= (1e-12 if is_tiny else 1e-6 * max(1.0, abs(goal)))
 
 
 def judge_function(

@@ -13,6 +13,7 @@ import builtins
 import json
 import os
 import struct
+import sys
 from collections import deque
 from collections.abc import Callable
 from datetime import date, datetime, time, timedelta
@@ -21,6 +22,7 @@ from fractions import Fraction
 
 _HEADER = struct.Struct("!I")
 MAX_FRAME_BYTES = 32 << 20
+_MORE_FRAMES = 3_000  # for values: they may be nested more deeply than functions call each other
 _PLAIN_INT_BITS = 2_000  # longer ones travel in hex: Python limits the digits of decimal ones
 
 # Types, and functions that only compute: they cross by name, and each side takes its own.
@@ -36,9 +38,18 @@ class PlainDataError(ValueError):
     """A value that cannot cross, or a message that is not what was agreed on."""
 
 
+def _deeply(function: Callable, *args: object) -> object:
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(min(limit + _MORE_FRAMES, 2**31 - 1))
+    try:
+        return function(*args)
+    finally:
+        sys.setrecursionlimit(limit)
+
+
 def send_frame(fd: int, message: object) -> None:
     """Write one message; raise ``PlainDataError`` if it is too long, ``OSError`` if none reads."""
-    body = json.dumps(message).encode("ascii")
+    body = _deeply(json.dumps, message).encode("ascii")
     if len(body) > MAX_FRAME_BYTES:
         raise PlainDataError(f"a value of {len(body)} bytes is too large to be judged")
     rest = memoryview(_HEADER.pack(len(body)) + body)
@@ -52,7 +63,7 @@ def receive_frame(fd: int) -> object:
     if size > MAX_FRAME_BYTES:
         raise PlainDataError("a message is too long")
     try:
-        return json.loads(_read_exactly(fd, size))
+        return _deeply(json.loads, _read_exactly(fd, size))
     except (ValueError, RecursionError) as error:
         raise PlainDataError("a message is not JSON") from error
 
@@ -74,7 +85,7 @@ def encode(value: object, refer: Callable[[object], object] | None = None) -> ob
     Raises ``PlainDataError`` for such an object if there is no ``refer``, and for cycles.
     """
     try:
-        return _encode(value, refer or _refuse)
+        return _deeply(_encode, value, refer or _refuse)
     except RecursionError as error:
         raise PlainDataError("a value is nested too deeply, or holds itself") from error
 
@@ -160,7 +171,7 @@ def decode(data: object, resolve: Callable[[str, object], object] | None = None)
     ``PlainDataError``, as this does for whatever was not agreed on.
     """
     try:
-        return _decode(data, resolve or _refuse_key)
+        return _deeply(_decode, data, resolve or _refuse_key)
     except PlainDataError:
         raise
     except (ArithmeticError, LookupError, TypeError, ValueError, RecursionError) as error:

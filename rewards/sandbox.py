@@ -16,19 +16,21 @@ import contextlib
 import fcntl
 import json
 import os
+import resource
 import select
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 MECHANISMS = ("namespaces", "bubblewrap", "landlock")
 CHOICES = ("auto", *MECHANISMS, "none")
 START_LIMIT_S = 60.0
+STACK_ROOM = 1 << 30  # bytes; a program's own limit is half of its memory
 GRACE_S = 20.0  # for forking and reporting, on a machine that is busy with other things
 _FOLDER = Path(__file__).resolve().parent
 _SERVER = "sandbox_server.py"
@@ -83,13 +85,12 @@ class Server:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self.control = ours
         with theirs:
-            self.process = subprocess.Popen(
-                _make_command(mechanism, [str(theirs.fileno()), mechanism, module, *folders]),
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                env=_make_environment(),
-                pass_fds=[theirs.fileno()], cwd="/",
-            )  # fmt: skip
-        self.null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            command = _make_command(mechanism, [str(theirs.fileno()), mechanism, module, *folders])
+            with _large_stack():
+                self.process = subprocess.Popen(
+                    command, env=_make_environment(), pass_fds=[theirs.fileno()], cwd="/",
+                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                )  # fmt: skip
         try:
             self.description = self._wait_until_ready()
         except BaseException:
@@ -112,10 +113,13 @@ class Server:
         if limits.processes > 1 and self.mechanism != "namespaces":
             raise SandboxError("only namespaces can end a program together with its children")
         reader, writer = os.pipe()
+        # Opened for each: flags, owners and locks of an open file would tell the next program of
+        # this one.
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         payload_fd = make_memory_file(json.dumps(payload).encode())
         request = {"kind": kind, **limits._asdict()}
         stdin, stdout, channel, report = (
-            fds.get(name, self.null) for name in ("stdin", "stdout", "channel", "report")
+            fds.get(name, null) for name in ("stdin", "stdout", "channel", "report")
         )
         passed = [stdin, stdout, payload_fd, channel, report, writer]
         try:
@@ -124,8 +128,8 @@ class Server:
             os.close(reader)
             raise SandboxError(f"the sandbox server has ended: {error}") from error
         finally:
-            os.close(payload_fd)
-            os.close(writer)
+            for fd in (payload_fd, writer, null):
+                os.close(fd)
         return Run(reader, limits)
 
     def close(self) -> None:
@@ -133,8 +137,6 @@ class Server:
         self.control.close()
         self.process.kill()
         self.process.wait()
-        with contextlib.suppress(OSError):
-            os.close(self.null)
 
 
 class Run:
@@ -215,6 +217,19 @@ def make_memory_file(content: bytes) -> int:
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, 0xF)  # F_SEAL_SEAL, SHRINK, GROW and WRITE
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
+
+
+@contextlib.contextmanager
+def _large_stack() -> Iterator[None]:
+    """Let what is started in the meantime have room below its stack, which is set aside then."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    room = STACK_ROOM if hard == resource.RLIM_INFINITY else min(STACK_ROOM, hard)
+    if soft != resource.RLIM_INFINITY and soft < room:
+        resource.setrlimit(resource.RLIMIT_STACK, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_STACK, (soft, hard))
 
 
 def _find_python() -> str:

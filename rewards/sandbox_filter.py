@@ -2,9 +2,10 @@
 
 A list of what is allowed; everything else fails with EPERM, so that a program sees an ordinary
 error. What CPython needs to compute, to use threads and to work on files of its own is there.
-Missing on purpose: sockets, starting programs, signals to others, other processes' memory and
-limits, namespaces and mounts, io_uring, bpf, keys, System V IPC, memfd (memory beside the limit),
-and changes of modes, owners, times and attributes (which Landlock does not cover).
+Missing on purpose: sockets, starting programs, signals to others (``fcntl`` can have the kernel
+send some), other processes' memory and limits, namespaces and mounts, io_uring, bpf, keys, System V
+IPC, memfd (memory beside the limit), locks that outlive or leave a process, and changes of modes,
+owners, times and attributes (which Landlock does not cover).
 """
 
 import errno
@@ -35,7 +36,7 @@ ALLOWED = {
     "nanosleep": 35, "getitimer": 36, "alarm": 37, "setitimer": 38, "getpid": 39,
     "sendfile": 40, "recvfrom": 45, "recvmsg": 47, "shutdown": 48, "getsockname": 51,
     "getpeername": 52, "setsockopt": 54, "getsockopt": 55, "exit": 60, "wait4": 61, "uname": 63,
-    "fcntl": 72, "flock": 73, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "getdents": 78,
+    "fsync": 74, "fdatasync": 75, "ftruncate": 77, "getdents": 78,
     "getcwd": 79, "chdir": 80, "fchdir": 81, "rename": 82, "mkdir": 83, "rmdir": 84, "creat": 85,
     "link": 86, "unlink": 87, "symlink": 88, "readlink": 89, "umask": 95, "gettimeofday": 96,
     "getrlimit": 97, "getrusage": 98, "sysinfo": 99, "times": 100, "getuid": 102, "getgid": 104,
@@ -56,10 +57,14 @@ ALLOWED = {
 }  # fmt: skip
 
 _IOCTL, _CLONE, _FORK, _VFORK, _KILL_CALL, _TGKILL = 16, 56, 57, 58, 62, 234
-_SENDTO, _SOCKETPAIR, _PRCTL, _PRLIMIT, _CLONE3 = 44, 53, 157, 302, 435
+_SENDTO, _SOCKETPAIR, _PRCTL, _PRLIMIT, _CLONE3, _FCNTL = 44, 53, 157, 302, 435, 72
 # tcgetattr, window size, bytes waiting, blocking mode, close-on-exec: what asks or is harmless.
 _IOCTLS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 _PRCTLS = (15, 16)  # a thread's name
+# Duplicates, close-on-exec, flags, locks of one's own, a pipe's size, seals. Not F_SETOWN, F_SETSIG
+# and the like, by which the kernel signals whomever the caller names.
+_FCNTLS = (0, 1, 2, 3, 5, 6, 7, 1030, 1031, 1032, 1034)
+_F_SETFL, _O_ASYNC = 4, 0x2000
 
 Instruction = tuple[int, int, int, int]
 
@@ -74,6 +79,7 @@ def build_filter(pid: int, may_fork: bool = False) -> bytes:
     rules = [_when(number, [_return(_ALLOW)]) for number in ALLOWED.values()]
     rules += [
         _when(_IOCTL, _allow_if_equal(1, _IOCTLS)),
+        _when(_FCNTL, _allow_fcntl()),
         _when(_PRCTL, _allow_if_equal(0, _PRCTLS)),
         _when(_PRLIMIT, _allow_if_equal(0, (0,))),  # one's own limits
         _when(_SOCKETPAIR, _allow_if_equal(0, (_AF_UNIX,))),
@@ -125,6 +131,13 @@ def _allow_if_equal(argument: int, values: Sequence[int], wide: bool = False) ->
     for value in values:
         block += [(_JUMP_EQUAL, 0, 1, value), _return(_ALLOW)]
     return [*block, _return(_ERRNO | errno.EPERM)]
+
+
+def _allow_fcntl() -> list[Instruction]:
+    flags = [_load(_ARGUMENTS_AT + 16), (_JUMP_ANY_BIT, 0, 1, _O_ASYNC)]
+    flags += [_return(_ERRNO | errno.EPERM), _return(_ALLOW)]
+    others = _allow_if_equal(1, _FCNTLS)
+    return [_load(_ARGUMENTS_AT + 8), (_JUMP_EQUAL, 0, len(flags), _F_SETFL), *flags, *others]
 
 
 def _allow_clone(may_fork: bool) -> list[Instruction]:

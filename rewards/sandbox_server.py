@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import types
 from pathlib import Path
@@ -41,6 +42,7 @@ from rewards.sandbox_kernel import CLONE_NEWIPC, CLONE_NEWNS, CLONE_NEWPID
 FD_PLACES = (0, 1, *sandbox_inside.FDS, 6, 7)
 START_LIMIT_S = 10.0  # for a process to be confined, on a machine that is busy with other things
 NUM_THREADS = 64
+THREAD_STACK = 8 << 20  # bytes; the C library would give each as much as the main thread may have
 INSIDE_ID = 1000  # uid and gid as an ordinary user's confined processes see them
 
 # Imported once, here, instead of by every program. Also those that load shared libraries.
@@ -326,6 +328,7 @@ def _list_limits(request: dict, confinement: Confinement) -> dict[str, int]:
     megabyte = 1 << 20
     return {
         "RLIMIT_AS": request["memory_mb"] * megabyte,
+        "RLIMIT_STACK": request["memory_mb"] * megabyte // 2,  # recursion in C needs more than 8
         "RLIMIT_CPU": int(request["seconds"]) + 1,
         "RLIMIT_FSIZE": request["disk_mb"] * megabyte,
         "RLIMIT_NOFILE": 64,
@@ -363,6 +366,7 @@ def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     sandbox_kernel.die_with_parent()
     os.environ.clear()
+    threading.stack_size(THREAD_STACK)
     try:
         module, *folders = sys.argv[3:]
         _preload()

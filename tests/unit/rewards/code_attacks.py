@@ -117,6 +117,17 @@ for pid in (C['pid'], os.getppid() or C['pid']):
         pass""",
     "signal everyone": "os.kill(-1, 0)\nescaped()",
     "signal a thread of the parent": "syscall(200, C['pid'], 0)\nescaped()",
+    "have the kernel signal the parent": """
+import fcntl, struct
+reader, writer = os.pipe()
+for command, value in ((8, C['pid']), (8, os.getppid() or C['pid']), (10, 9), (4, 0x2000 | 0x800),
+                       (15, struct.pack('ii', 1, C['pid'])), (1024, 0), (1026, 1)):
+    try:
+        fcntl.fcntl(reader, command, value)
+        escaped()
+    except OSError:
+        pass""",
+    "lock a file that others see": "import fcntl\nfcntl.flock(0, 2)\nescaped()",
     "signal by a descriptor": "os.pidfd_open(C['pid'])\nescaped()",
     "trace the parent": "syscall(101, 16, C['pid'], 0, 0)\nescaped()",
     "read the parent's memory by a call": """

@@ -174,7 +174,63 @@ OUTPUTS = [
     ("", "\n", True),
     ("", "0\n", False),
     ("1_0.5", "10.5", False),
+    ("1.1\n", "1.10\n", True),  # how many digits were asked for is not known
+    ("0\n", "0.0000004", False),
+    ("0.0000004", "4e-7", False),
+    ("4.0e-7\n", "0.0000004", True),
+    ("0.0", "5.551115123125783e-17", True),
+    ("\u0663.5\n", "3.5", False),  # ARABIC-INDIC DIGIT THREE
+    ("1\r2", "1\n2", False),
+    ("1\x0c2", "1\n2", False),
+    ("1\u20282", "1\n2", False),
+    ("1\x0b2\n", "1 2", False),
+    ("1\u00a02", "1 2", False),
+    ("a\u3000b c", "a\u3000b \t c", True),
 ]
+
+# (program, input, output): what a script may expect of the interpreter
+SCRIPTS = [
+    # read
+    ("print(len(open('/dev/stdin').read()))", "four", "4"),
+    ("import sys\nsys.stdin = open('/dev/fd/0')\nprint(input())", "four", "four"),
+    ("import io, os\nfd = os.open('/proc/self/fd/0', os.O_RDONLY)\nprint(os.read(fd, 9))",
+     "4", "b'4'"),
+    ("from pathlib import Path\nprint(Path('/dev/stdin').read_text())", "four", "four"),
+    ("import fileinput\nfor line in fileinput.input(): print(line.strip())", "1\n2\n", "1\n2"),
+    ("import sys\nprint(sys.argv[1:], len(sys.argv))", "", "[] 1"),
+    ("import argparse\nprint(argparse.ArgumentParser().parse_args())", "", "Namespace()"),
+    ("import sys, os\nprint(sys.argv[0] == os.path.basename(__file__))", "", "True"),
+    # written at the end
+    ("import sys\nprint(1)\nsys.stdout.close()", "", "1"),
+    ("import sys\nwith sys.stdout as out: out.write('1')", "", "1"),
+    ("import os\nout = os.fdopen(1, 'w')\nout.write('1')", "", "1"),
+    ("out = open('/dev/stdout', 'w')\nout.write('1')", "", "1"),
+    ("import sys\nsys.stdout = sys.stderr\nsys.__stdout__.write('1')", "", "1"),
+    ("import sys, io\nsys.stdout = io.StringIO()\nprint(2)\nsys.__stdout__.write('1')", "", "1"),
+    ("class A:\n    def __del__(self): print(1)\na = A()\na.itself = a", "", "1"),
+    ("import sys, atexit\natexit.register(print, 2)\nprint(1)\nsys.exit()", "", "1\n2"),
+    ("import sys\nsys.stdout = None", "", ""),
+    # numbers and stacks
+    ("print(len(str(7 ** 9999)))", "", "8451"),
+    ("print(int('7' * 6000) % 10)", "", "7"),
+    ("import sys\nfrom functools import cache\nsys.setrecursionlimit(10**6)\n@cache\n"
+     "def f(n): return n and 1 + f(n - 1)\nprint(f(60000))", "", "60000"),
+    ("import sys\nsys.setrecursionlimit(10**6)\nclass A:\n    def __init__(s, n): s.n = n\n"
+     "    def __getattr__(s, k): return s.n and 1 + A(s.n - 1).depth\nprint(A(25000).depth)", "",
+     "25000"),
+    ("import threading\nthreading.stack_size(1 << 30)\n"
+     "t = threading.Thread(target=print, args=(1,))\nt.start()\nt.join()\nthreading.stack_size(0)",
+     "", "1"),
+    ("import threading\nts = [threading.Thread(target=int) for _ in range(9)]\n"
+     "[t.start() for t in ts]\nprint(threading.stack_size())", "", f"{8 << 20}"),
+    # what a filter must let through
+    ("import sqlite3\nc = sqlite3.connect('x.db')\nc.execute('create table t (a)')\nprint(1)",
+     "", "1"),
+    ("import fcntl, os\nprint(fcntl.fcntl(0, fcntl.F_GETFL) >= 0, os.get_blocking(0))", "",
+     "True True"),
+    ("import os\nr, w = os.pipe()\nos.set_blocking(r, False)\nprint(os.dup(w) > 0)", "", "True"),
+    ("print('字' * 600000)", "", "字" * 600000),
+]  # fmt: skip
 
 CODE = "def f(x):\n    return x\n"
 DOC = "s = '''\n```python\n'''\nprint(s)\n"

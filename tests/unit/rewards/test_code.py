@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from code_attacks import PROGRAMS, count_descendants, is_running, list_descendants
-from code_tables import EXTRACTIONS, OUTPUTS, PROBLEMS
+from code_tables import EXTRACTIONS, OUTPUTS, PROBLEMS, SCRIPTS
 from hostile import HOSTILE_ANSWERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -53,6 +53,13 @@ def test_right_solutions_pass_and_wrong_ones_do_not(name):
 @pytest.mark.parametrize(("printed", "expected", "same"), OUTPUTS)
 def test_outputs_are_compared_by_lines_and_words(printed, expected, same):
     assert code_runs.is_same_output(printed, expected) is same
+
+
+def test_scripts_are_run_as_by_the_interpreter():
+    texts = [f"```python\n{program}\n```" for program, _, _ in SCRIPTS]
+    tests = [{"inputs": [given], "outputs": [expected]} for _, given, expected in SCRIPTS]
+    verdicts = rewards.judge_code(texts, tests)
+    assert [(s[0], v) for s, v in zip(SCRIPTS, verdicts) if v.status != "right"] == []
 
 
 @pytest.mark.parametrize(("text", "entry_point", "prompt", "program"), EXTRACTIONS)
@@ -340,6 +347,14 @@ def test_a_program_has_a_scratch_folder_for_itself(start_server):
     program = "import os; print(os.listdir('.')); open('x', 'w').write('1'); print(os.listdir('.'))"
     for _ in range(2):
         assert code_runs.run_program(server, program, "", Limits()).output == b"[]\n['x']\n"
+
+
+def test_open_files_do_not_tell_of_the_program_before(start_server):
+    server = start_server("landlock")
+    leave = "import fcntl\nfor fd in (2, 4, 5): fcntl.fcntl(fd, 4, 0o2000)"
+    look = "import fcntl\nprint([fcntl.fcntl(fd, 3) & 0o2000 for fd in (2, 4, 5)])"
+    assert code_runs.run_program(server, leave, "", Limits()).code == 0
+    assert code_runs.run_program(server, look, "", Limits()).output == b"[0, 0, 0]\n"
 
 
 def test_children_end_with_their_program(start_server):

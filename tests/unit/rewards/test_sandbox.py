@@ -21,7 +21,7 @@ from code_attacks import (
     run_programs,
 )
 
-from rewards import code_runs
+from rewards import code_runs, sandbox
 from rewards.sandbox import SandboxError
 
 HERE = Path(__file__).resolve().parent
@@ -32,7 +32,8 @@ SUCCEED_UNCONFINED = (
     "change its mode", "change its times", "reach it by a symbolic link", "connect by TCP",
     "listen by TCP", "send by UDP", "connect to a unix socket", "connect to an abstract socket",
     "send from a socket pair to a unix socket", "signal the parent", "start a process", "fork",
-    "fill memory by files in memory", "make a file beside it",
+    "fill memory by files in memory", "make a file beside it", "have the kernel signal the parent",
+    "lock a file that others see",
 )  # fmt: skip
 
 
@@ -151,11 +152,36 @@ def attack_as_self(mechanism: str, context: dict) -> dict:
         code_runs.close_servers()
 
 
+OLD_LANDLOCK = """
+import runpy, sys, types
+sys.argv = sys.argv[1:]
+package = sys.modules["rewards"] = types.ModuleType("rewards")
+package.__path__ = [sys.argv[0].rpartition("/")[0]]
+from rewards import sandbox_kernel
+sandbox_kernel.landlock_version = lambda: 1
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def attack_old_landlock(mechanism: str, context: dict) -> dict:
+    """With the first version of Landlock, which knows nothing of signals and abstract sockets."""
+    make_command = sandbox._make_command
+
+    def make_old(*args):
+        command = make_command(*args)
+        at = next(n for n, part in enumerate(command) if part.endswith("sandbox_server.py"))
+        return [*command[:at], "-c", OLD_LANDLOCK, *command[at:]]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sandbox, "_make_command", make_old)
+        return attack_as_self(mechanism, context)
+
+
 WAYS = [
     (attack, mechanism)
     for attack in (attack_as_self, attack_as_nobody)
     for mechanism in ("namespaces", "bubblewrap", "landlock")
-]
+] + [(attack_old_landlock, "landlock")]
 
 
 @pytest.fixture(scope="module", params=WAYS, ids=lambda way: f"{way[0].__name__}-{way[1]}")
