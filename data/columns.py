@@ -9,26 +9,31 @@
         columns: {prompt: question, answer: final}
 
 `columns` says which column of yours becomes which of ours (README.md): `prompt` (text, or a list
-of messages) is needed, and what `kind` is judged by: `answer` for math, `tests` for code,
-`solution` for text. `id` and `source` may be given, too. `answer_pattern` is a regular expression
-whose group 1, where it matches last, is the answer: "#### (.+)" for GSM8K's; "boxed" takes what is
-in the last box.
+of messages) is needed, and what is judged or learnt: `answer` makes the `kind` math, `tests` code,
+`solution` alone text, unless `kind` says otherwise. `id`, `source` and `category` may be there.
+
+- `reward_model.ground_truth` is what is in a column: keys of objects (or of JSON in text), numbers
+  in lists; -1 is the last.
+- `messages` instead of `prompt` is a whole conversation: if it ends with the assistant's answer,
+  that is the `solution`, and the prompt what comes before.
+- Messages are `{role, content}` or ShareGPT's `{from, value}`. `system` is put before those that
+  have no system message.
+- `answer_pattern` is a regular expression whose group 1, where it matches last, is the answer:
+  "#### (.+)" for GSM8K's; "boxed" takes what is in the last box.
 """
 
+import json
 import re
 from collections.abc import Iterator
 from itertools import chain
+from typing import Any
 
-from r1pipe.datasets_io import (
-    BrokenRow,
-    ask,
-    describe_missing,
-    last_boxed,
-    load_rows,
-    read_table,
-)
+from r1pipe.datasets_io import ask, describe_missing, last_boxed, load_rows, write_value
+from r1pipe.tables import BrokenRow, read_table
 
-COLUMNS = ("id", "prompt", "answer", "tests", "solution", "source")
+COLUMNS = ("id", "prompt", "messages", "answer", "tests", "solution", "source", "category")
+KINDS = {"answer": "math", "tests": "code", "solution": "text", "messages": "text"}
+SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
 def load(
@@ -37,32 +42,134 @@ def load(
     path: str,
     columns: dict[str, str],
     config: str | None = None,
-    kind: str = "math",
+    kind: str | None = None,
     system: str | None = None,
     answer_pattern: str | None = None,
     size: int | None = None,
     skip: int = 0,
 ) -> Iterator:
-    for ours in columns:
-        if ours not in COLUMNS:
-            raise ValueError(f"options.columns: {describe_missing(ours, COLUMNS)}")
-    if "prompt" not in columns:
-        raise ValueError('options.columns: name the column that is the "prompt"')
+    check_mapping(columns)
+    if kind is None:
+        has_answer = answer_pattern is not None
+        kind = "math" if has_answer else next(k for ours, k in KINDS.items() if ours in columns)
+    if answer_pattern not in (None, "boxed"):
+        check_pattern(answer_pattern)
 
     def make_problem(row: dict) -> dict:
-        problem = {ours: row[theirs] for ours, theirs in columns.items()}
-        if isinstance(problem["prompt"], str):
-            problem["prompt"] = ask(problem["prompt"], system)
-        if "id" in problem:
-            problem["id"] = str(problem["id"])
-        if isinstance(problem.get("answer"), int | float):
-            problem["answer"] = str(problem["answer"])
+        problem = {ours: find_cell(row, theirs) for ours, theirs in columns.items()}
+        if "messages" in problem:
+            conversation = read_messages(problem.pop("messages"))
+            if conversation and conversation[-1].get("role") == "assistant":
+                problem.setdefault("solution", conversation.pop()["content"])
+            problem["prompt"] = conversation
+        problem["prompt"] = read_prompt(problem["prompt"], system)
+        if isinstance(problem.get("solution"), list):  # TRL's conversational prompt and completion
+            messages = read_messages(problem["solution"])
+            if len(messages) != 1:
+                raise ValueError(f"the solution is {len(messages)} messages, not one")
+            problem["solution"] = messages[0]["content"]
+        for ours in ("id", "answer", "solution"):
+            if ours in problem:
+                problem[ours] = write_value(problem[ours], ours)
+        for ours in ("source", "category"):  # nobody needs them
+            if ours in problem and problem[ours] is not None:
+                problem[ours] = write_value(problem[ours], ours)
+            else:
+                problem.pop(ours, None)
         if answer_pattern is not None:
-            problem["answer"] = find_answer(problem.get("answer"), answer_pattern)
+            text = problem.get("answer") or problem.get("solution")
+            problem["answer"] = find_answer(text, answer_pattern)
         return {"kind": kind, **problem}
 
     rows = check_columns(read_table(path, split, config), columns)
     return load_rows("columns", rows, split, make_problem, size=size, skip=skip, source=path)
+
+
+def check_mapping(columns: Any) -> None:
+    """Raises ValueError for what cannot be meant."""
+    if not isinstance(columns, dict) or not all(isinstance(c, str) for c in columns.values()):
+        raise ValueError(
+            "options.columns: which column of ours is which of yours, such as "
+            f"{{prompt: question, answer: final}} (got {columns!r})"
+        )
+    for ours in columns:
+        if ours not in COLUMNS:
+            raise ValueError(f"options.columns: {describe_missing(ours, COLUMNS)}")
+    if ("prompt" in columns) == ("messages" in columns):
+        both = ", not both" if "prompt" in columns else ""
+        raise ValueError(
+            f'options.columns: name the column that is the "prompt" or "messages"{both}'
+        )
+    if not set(KINDS) & set(columns):
+        raise ValueError(
+            'options.columns: name the column that is the "answer" (or tests, solution)'
+        )
+
+
+def check_pattern(pattern: str) -> None:
+    try:
+        groups = re.compile(pattern).groups
+    except (re.error, TypeError) as error:
+        raise ValueError(f"options.answer_pattern: no regular expression: {error}") from error
+    if groups > 1:
+        raise ValueError(f"options.answer_pattern: one group is needed, there are {groups}")
+
+
+def find_cell(row: dict, name: str) -> Any:
+    """A column, or what is in it. Raises KeyError if there is no such column, ValueError if it does
+    not hold what the name says."""
+    if name in row:
+        return row[name]
+    value, done = row, ""
+    for key in name.split("."):
+        if isinstance(value, str) and done:
+            value = read_object(value)
+        try:
+            value = value[int(key)] if isinstance(value, list) else value[key]
+        except (KeyError, IndexError, TypeError, ValueError):
+            if not done:
+                raise KeyError(key) from None
+            has = range(len(value)) if isinstance(value, list) else value
+            has = has if isinstance(has, dict | range) else ()
+            raise ValueError(f'in "{done}": {describe_missing(key, map(str, has))}') from None
+        done = f"{done}.{key}" if done else key
+    return value
+
+
+def read_object(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def read_prompt(value: Any, system: str | None) -> list[dict]:
+    if not isinstance(value, list):
+        return ask(value.decode() if isinstance(value, bytes) else value, system)
+    messages = read_messages(value)
+    if system and not any(message.get("role") == "system" for message in messages):
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def read_messages(values: Any) -> list[dict]:
+    """Chat messages, ShareGPT's as well, each with text: parts of text are joined."""
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        raise ValueError("messages are a list of {role, content}")
+    return [read_message(value) for value in values]
+
+
+def read_message(value: dict) -> dict:
+    if "from" in value and "role" not in value:
+        role = value["from"]
+        value = {"role": SHAREGPT.get(role, role), "content": value.get("value")}
+    content = value.get("content")
+    if isinstance(content, list):
+        kinds = [part.get("type") if isinstance(part, dict) else None for part in content]
+        if set(kinds) != {"text"}:
+            raise ValueError(f"a message has parts that are not text: {', '.join(map(str, kinds))}")
+        content = "".join(part["text"] for part in content)
+    return {**value, "content": content}
 
 
 def check_columns(
@@ -72,8 +179,13 @@ def check_columns(
     for row in rows:
         if isinstance(row, dict):
             for ours, theirs in columns.items():
-                if theirs not in row:
-                    raise ValueError(f"options.columns.{ours}: {describe_missing(theirs, row)}")
+                try:
+                    find_cell(row, theirs)
+                except KeyError as error:
+                    what = describe_missing(error.args[0], row)
+                    raise ValueError(f"options.columns.{ours}: {row.place}: {what}") from error
+                except ValueError:
+                    continue  # what is in this row's column is this row's matter
             yield from chain([row], rows)
             return
         yield row
@@ -87,4 +199,4 @@ def find_answer(text: str | None, pattern: str) -> str:
         answer = found[-1] if found else None
     if answer is None:
         raise ValueError(f"the answer column has nothing like answer_pattern {pattern}")
-    return answer.strip()
+    return write_value(answer, "answer")

@@ -7,7 +7,7 @@ Hub id `agentica-org/DeepScaleR-Preview-Dataset`, MIT licence; split train. Rows
 
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import MATH_INSTRUCTION, ask, load_rows, write_trace
+from r1pipe.datasets_io import MATH_INSTRUCTION, ask, load_rows, write_trace, write_value
 
 HUB_ID = "agentica-org/DeepScaleR-Preview-Dataset"
 LICENSE = "mit"
@@ -22,7 +22,7 @@ def load(
     skip: int = 0,
 ) -> Iterator:
     def make_problem(row: dict) -> dict:
-        answer, worked = str(row["answer"]), row.get("solution")
+        answer, worked = write_value(row["answer"], "answer"), row.get("solution")
         return {
             "kind": "math",
             "prompt": ask(row["problem"], system),

@@ -35,5 +35,12 @@ def load(
         }
 
     return load_rows(
-        "gsm8k", path, split, make_problem, config="main", size=size, skip=skip, source=HUB_ID
+        "gsm8k",
+        path,
+        split,
+        make_problem,
+        default_config="main",
+        size=size,
+        skip=skip,
+        source=HUB_ID,
     )

@@ -19,9 +19,9 @@ from r1pipe.datasets_io import (
     ask,
     last_boxed,
     load_rows,
-    read_table,
     write_trace,
 )
+from r1pipe.tables import read_table
 
 HUB_ID = "EleutherAI/hendrycks_math"
 LICENSE = "mit"

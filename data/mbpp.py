@@ -18,7 +18,7 @@ def load(
     split: str = "train",
     *,
     path: str = HUB_ID,
-    config: str = "full",
+    config: str | None = None,
     system: str | None = CODE_INSTRUCTION,
     size: int | None = None,
     skip: int = 0,
@@ -35,5 +35,13 @@ def load(
         }
 
     return load_rows(
-        "mbpp", path, split, make_problem, config=config, size=size, skip=skip, source=HUB_ID
+        "mbpp",
+        path,
+        split,
+        make_problem,
+        config=config,
+        default_config="full",
+        size=size,
+        skip=skip,
+        source=HUB_ID,
     )

@@ -19,7 +19,7 @@ def load(
     split: str = "train",
     *,
     path: str = HUB_ID,
-    config: str = "all",
+    config: str | None = None,
     max_tokens: int | None = None,
     size: int | None = None,
     skip: int = 0,
@@ -38,5 +38,5 @@ def load(
 
     return load_rows(
         "mixture-of-thoughts", path, split, make_problem,
-        config=config, size=size, skip=skip, source=HUB_ID,
+        config=config, default_config="all", size=size, skip=skip, source=HUB_ID,
     )  # fmt: skip

@@ -20,7 +20,7 @@ def load(
     split: str = "train",
     *,
     path: str = HUB_ID,
-    config: str = "default",
+    config: str | None = None,
     system: str | None = MATH_INSTRUCTION,
     size: int | None = None,
     skip: int = 0,
@@ -42,5 +42,13 @@ def load(
         }
 
     return load_rows(
-        "openr1-math", path, split, make_problem, config=config, size=size, skip=skip, source=HUB_ID
+        "openr1-math",
+        path,
+        split,
+        make_problem,
+        config=config,
+        default_config="default",
+        size=size,
+        skip=skip,
+        source=HUB_ID,
     )

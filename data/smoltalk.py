@@ -20,7 +20,7 @@ def load(
     split: str = "train",
     *,
     path: str = HUB_ID,
-    config: str = "all",
+    config: str | None = None,
     sources: list[str] | None = None,
     size: int | None = None,
     skip: int = 0,
@@ -40,5 +40,13 @@ def load(
         }
 
     return load_rows(
-        "smoltalk", path, split, make_problem, config=config, size=size, skip=skip, source=HUB_ID
+        "smoltalk",
+        path,
+        split,
+        make_problem,
+        config=config,
+        default_config="all",
+        size=size,
+        skip=skip,
+        source=HUB_ID,
     )

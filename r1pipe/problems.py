@@ -5,23 +5,28 @@ Recipes are loaded by path, never imported by name, so a user's own file is as g
 """
 
 import ast
-import difflib
 import importlib.util
 import inspect
+import json
+import sys
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from r1pipe.config import ProblemSet
-from r1pipe.datasets_io import BrokenRow, FilteredRow
+from r1pipe.datasets_io import FilteredRow
 from r1pipe.errors import UserError
 from r1pipe.records import Problem, read_jsonl
+from r1pipe.tables import BrokenRow, describe_here, find_format, first_line, hint_at
 
 DATA_DIRS = (Path("data"), Path(__file__).resolve().parent.parent / "data")
 """Where a recipe's bare name is looked up: here, then beside the package."""
 
 COLUMNS = tuple(f.name for f in fields(Problem))
+TEXTS = ("id", "kind", "answer", "solution", "source", "category")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 NEEDED = {"math": "answer", "code": "tests", "task": "tests", "text": "solution"}
 """The kinds of problems, and the column that each cannot do without."""
@@ -64,12 +69,13 @@ def read_problems(source: ProblemSet) -> Loaded:
     also if no row is left, or the recipe's options are wrong.
     """
     path = find_recipe(source.recipe)
+    name = describe_recipe(source)
     load = load_function(path)
-    check_options(load, source.options, path)
+    check_options(load, source.options, name)
     problems: list[Problem] = []
     broken: list[BrokenRow] = []
     filtered: Counter[str] = Counter()
-    seen: set[str] = set()
+    seen: dict[str, str] = {}
     number = 0
     try:
         for number, row in enumerate(load(source.split, **source.options), 1):
@@ -82,19 +88,35 @@ def read_problems(source: ProblemSet) -> Loaded:
             elif source.on_broken_row == "skip":
                 broken.append(item)
             else:
-                raise UserError(
-                    f"{path} (split {source.split}): row {item.number}: {item.reason} "
-                    "(on_broken_row: skip goes on without such rows)"
-                )
-    except (OSError, ValueError, KeyError) as error:
-        message = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        if isinstance(error, KeyError):
-            message = f"row {number + 1}: no column {error}"
-        raise UserError(f"{path}: {message}") from error
+                raise UserError(f"{name}: {item} (on_broken_row: skip leaves such rows out)")
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # a user's own recipe may raise anything
+        raise UserError(f"{name}: {describe_error(error, path, number)}") from error
     if not problems:
-        why = f"; row {broken[0].number}: {broken[0].reason}" if broken else ""
-        raise UserError(f'{path}: split "{source.split}" has no rows in order{why}')
+        place = source.options.get("path")
+        where = f"{name}: {place}" if isinstance(place, str) else name
+        counts = "".join(f", {count} rows {reason}" for reason, count in filtered.items())
+        why = f" in order; {broken[0]}" if broken else counts
+        raise UserError(f'{where}: split "{source.split}": no rows{why}')
     return Loaded(problems, number, broken, filtered)
+
+
+def describe_recipe(source: ProblemSet) -> str:
+    """Our own by its name, a user's by its file."""
+    is_file = source.recipe.endswith(".py")
+    return source.recipe if is_file else f"recipe {source.recipe}"
+
+
+def describe_error(error: BaseException, path: Path, number: int) -> str:
+    """In one line; what was not written for a reader, with the line of the recipe's file and the
+    number of rows that it had given."""
+    if isinstance(error, OSError | ValueError) and str(error).strip():
+        return first_line(error)
+    file = str(path.absolute())
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    line = f"line {lines[-1]}, " if lines else ""
+    return f"{line}after {number} rows: {type(error).__name__}: {first_line(error)}"
 
 
 def read_traces(path: Path) -> Loaded:
@@ -108,30 +130,34 @@ def read_traces(path: Path) -> Loaded:
     return Loaded(problems, len(problems), [], Counter())
 
 
-def read_row(row: object, number: int, seen: set[str]) -> Problem | BrokenRow:
-    """A row as a Problem, its id added to `seen`; a broken one if it is none or was there."""
+def read_row(row: object, number: int, seen: dict[str, str]) -> Problem | BrokenRow:
+    """A row as a Problem, its id added to `seen` with its place; a broken one if it is none, or if
+    the id was there."""
+    place = getattr(row, "place", "") or f"row {number}"
     try:
         problem = check_row(row)
     except ValueError as error:
-        return BrokenRow(number, str(error))
+        return BrokenRow(number, str(error), place)
     if problem.id in seen:
-        return BrokenRow(number, f'the id "{problem.id}" occurs twice')
-    seen.add(problem.id)
+        reason = f'the id "{problem.id}" occurs twice, first in {seen[problem.id]}'
+        return BrokenRow(number, reason, place)
+    seen[problem.id] = place
     return problem
 
 
 def find_recipe(name: str) -> Path:
+    own = Path(name).expanduser()
     if name.endswith(".py"):
-        if not Path(name).is_file():
-            raise UserError(f"{name}: no such data recipe")
-        return Path(name)
+        if not own.is_file():
+            raise UserError(f"{name}: no such data recipe{describe_here(own)}")
+        return own
     for folder in DATA_DIRS:
         if (folder / f"{name}.py").is_file():
             return folder / f"{name}.py"
+    if find_format(own):
+        raise UserError(f"{name}: rows, not a data recipe: use recipe columns, with options.path")
     known = sorted({p.stem for folder in DATA_DIRS for p in folder.glob("*.py")})
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
-    raise UserError(f'no data recipe "{name}" in data/; {hint}')
+    raise UserError(f'no data recipe "{name}"; {hint_at(name, known)}')
 
 
 def read_constants(recipe: str) -> dict[str, str]:
@@ -153,29 +179,29 @@ def read_constants(recipe: str) -> dict[str, str]:
 def load_function(path: Path) -> Callable[..., Iterable[dict]]:
     spec = importlib.util.spec_from_file_location(f"r1pipe_data_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{path}: cannot be imported: {what}") from error
     if not callable(getattr(module, "load", None)):
         raise UserError(f"{path}: a data recipe defines load(split, **options)")
     return module.load
 
 
-def check_options(load: Callable, options: dict, path: Path) -> None:
+def check_options(load: Callable, options: dict, name: str) -> None:
     """An option that `load` does not take is an error that names the nearest one it does."""
-    parameters = inspect.signature(load).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    _, *parameters = inspect.signature(load).parameters.values() or (None,)
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
-    known = [name for name in parameters if name != "split"]
+    known = [p.name for p in parameters]
     for option in options:
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
-            raise UserError(f'{path}: no option "{option}"; {hint}')
-    for name in known:
-        if parameters[name].default is inspect.Parameter.empty and name not in options:
-            raise UserError(f'{path}: the option "{name}" is needed')
+            raise UserError(f'{name}: no option "{option}"; {hint_at(option, known)}')
+    for parameter in parameters:
+        if parameter.default is parameter.empty and parameter.name not in options:
+            raise UserError(f'{name}: the option "{parameter.name}" is needed')
 
 
 def check_row(row: object) -> Problem:
@@ -184,20 +210,52 @@ def check_row(row: object) -> Problem:
         raise ValueError("not a dict")
     if unknown := [key for key in row if key not in COLUMNS]:
         raise ValueError(f'unknown column "{unknown[0]}"; known: {", ".join(COLUMNS)}')
+    for column in TEXTS:
+        if not isinstance(row.get(column), str | None):
+            raise ValueError(f'"{column}" is {type(row[column]).__name__}, not a string')
     for column in ("id", "kind", "prompt"):
         if not row.get(column):
             raise ValueError(f'no "{column}"')
-    prompt, needed = row["prompt"], NEEDED.get(row["kind"])
-    if not isinstance(prompt, list) or not all(
-        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-        for m in prompt
-    ):
-        raise ValueError('"prompt" is a list of messages, each with role and content')
-    if needed is None:
+    if row["kind"] not in NEEDED:
         raise ValueError(f'kind "{row["kind"]}": there are {", ".join(NEEDED)}')
-    if row.get(needed) in (None, ""):
-        raise ValueError(f'(id {row["id"]}): no "{needed}"')
-    for column in ("answer", "solution"):
-        if not isinstance(row.get(column), str | None):
-            raise ValueError(f'(id {row["id"]}): "{column}" is not a string')
-    return Problem(**row)
+    check_prompt(row["prompt"])
+    if is_missing(row.get(NEEDED[row["kind"]])):
+        raise ValueError(f'(id {row["id"]}): no "{NEEDED[row["kind"]]}"')
+    values = {**row, "source": row.get("source") or "", "category": row.get("category") or ""}
+    try:
+        json.dumps(list(values.values()), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a character (a lone surrogate such as \\ud83d)") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cannot be written as JSON: {first_line(error)}") from error
+    return Problem(**values)
+
+
+def check_prompt(prompt: object) -> None:
+    """Raises ValueError for what is no conversation that an assistant would answer now."""
+    if not isinstance(prompt, list) or not all(isinstance(m, dict) for m in prompt):
+        raise ValueError('"prompt" is a list of messages, each with role and content')
+    for number, message in enumerate(prompt, 1):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            raise ValueError(
+                f'message {number} of the prompt: no role "{role}"; {hint_at(str(role), ROLES)}'
+            )
+        if not isinstance(content, str) or message.get("tool_calls"):
+            what = "tool calls" if "tool_calls" in message else type(content).__name__
+            raise ValueError(f"message {number} of the prompt: its content is {what}, not text")
+    if prompt[-1]["role"] == "assistant":
+        raise ValueError(
+            "the prompt ends with the assistant's answer, which is to be the solution (recipe "
+            "columns: name the column as messages instead of prompt)"
+        )
+    if not any(m["role"] in ("user", "tool") and m["content"].strip() for m in prompt):
+        raise ValueError("the prompt is empty: no message of the user has text")
+
+
+def is_missing(value: object) -> bool:
+    if isinstance(value, str):
+        return not value.strip()
+    return (
+        value is None or isinstance(value, float) or (isinstance(value, list | dict) and not value)
+    )

@@ -113,7 +113,7 @@ class StageContext:
         loaded = self.read(source)
         name = f"{self.stage_name}: {source.recipe or source.stage}/{source.split}"
         for row in loaded.broken[:NUM_BROKEN_SHOWN]:
-            say(f"{name}: row {row.number} skipped: {row.reason}")
+            say(f"{name}: skipped {row}")
         if len(loaded.broken) > NUM_BROKEN_SHOWN:
             say(f"{name}: {len(loaded.broken) - NUM_BROKEN_SHOWN} more broken rows skipped")
         if loaded.broken:

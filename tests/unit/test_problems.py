@@ -96,6 +96,8 @@ def test_gsm8k_reads_the_hub_s_rows_and_separate_columns(tmp_path: Path) -> None
 
 ROW = {"id": "1", "kind": "math", "prompt": [{"role": "user", "content": "1+1"}], "answer": "2"}
 
+TALK = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+
 # (rows of a recipe, words of the error)
 BAD_ROWS = [
     ([ROW, {**ROW, "id": "2", "answer": None}], ["row 2", "id 2", '"answer"']),
@@ -104,7 +106,17 @@ BAD_ROWS = [
     ([{**ROW, "anwser": "2"}], ["row 1", "anwser"]),
     ([{**ROW, "prompt": "1+1"}], ["row 1", "prompt"]),
     ([{**ROW, "kind": "code"}], ["row 1", '"tests"']),
-    ([ROW, ROW], ["row 2", "twice"]),
+    ([ROW, ROW], ["row 2", "twice, first in row 1"]),
+    ([{**ROW, "prompt": TALK}], ["row 1", "ends with the assistant's answer"]),
+    ([{**ROW, "prompt": [{**TALK[0], "role": "usr"}]}], ['no role "usr"; did you mean user?']),
+    ([{**ROW, "prompt": [{**TALK[0], "role": "human"}]}], ['no role "human"']),
+    ([{**ROW, "prompt": [{**TALK[0], "content": " "}]}], ["the prompt is empty"]),
+    ([{**ROW, "prompt": [TALK[1] | {"tool_calls": [1]}, TALK[0]]}], ["tool calls"]),
+    ([{**ROW, "answer": " "}], ['no "answer"']),
+    ([{**ROW, "kind": "code", "tests": {}}], ['no "tests"']),
+    ([{**ROW, "tests": {1, 2}}], ["row 1", "JSON"]),
+    ([{**ROW, "id": 0}], ['"id" is int']),
+    ([{**ROW, "category": 3}], ['"category" is int']),
     (["text"], ["row 1", "dict"]),
     ([], ["no rows"]),
 ]
@@ -133,3 +145,30 @@ def test_bad_recipe_names_and_options(tmp_path: Path) -> None:
     broken.write_text("import nothing_like_this\n")
     with pytest.raises(UserError, match=r"broken\.py: cannot be imported"):
         load_problems(ProblemSet(recipe=str(broken)))
+
+
+# what a recipe's file holds, words of the error
+RAISING = [
+    (f"    yield {ROW!r}\n    raise TypeError('boom\\nx')\n", "line 3, after 1 rows: TypeError: b"),
+    ("    raise ValueError('no such file here')\n", "mine.py: no such file here"),
+    ("    raise SystemExit(3)\n", "line 2, after 0 rows: SystemExit: 3"),
+    ("    return None\n", "after 0 rows: TypeError"),
+    (f"    yield {ROW!r}\n    assert False\n", "line 3, after 1 rows: AssertionError"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "words"), RAISING)
+def test_recipe_that_raises(body: str, words: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.py"
+    recipe.write_text(f"def load(split):\n{body}")
+    with pytest.raises(UserError) as error:
+        load_problems(ProblemSet(recipe=str(recipe)))
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_recipe_that_is_data_or_nowhere(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="rows, not a data recipe: use recipe columns"):
+        load_problems(ProblemSet(recipe=str(tmp_path / "mine.jsonl")))
+    with pytest.raises(UserError, match=re.escape(f"looked for in {Path.cwd()}")):
+        load_problems(ProblemSet(recipe="my/recipe.py"))

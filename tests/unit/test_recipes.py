@@ -1,9 +1,16 @@
 """The recipes in data/: every row mapping, on rows of the datasets' own schemas in small files."""
 
+import bz2
 import csv
+import datetime
+import decimal
+import gzip
 import json
+import lzma
+import re
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -197,7 +204,7 @@ CODE = [
             "test_imports": ["import math"],
             "test_list": ["assert math.isclose(double(3), 6)"],
         },
-        {"config": "sanitized"},
+        {},
         "def double(x):\n    return x + x",
         "def double(x):\n    return x",
     ),
@@ -460,7 +467,9 @@ def test_broken_row_is_fatal_by_default(number: int, tmp_path: Path) -> None:
 
 def test_nothing_but_broken_rows_is_an_error(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "train.jsonl", [{"text": "1+1?"}])
-    with pytest.raises(UserError, match=r'no rows in order; row 1: no column "answer"'):
+    with pytest.raises(
+        UserError, match=r'no rows in order; .*train.jsonl: row 1: no column "answer"'
+    ):
         read("gsm8k", path=str(path), on_broken_row="skip")
 
 
@@ -470,13 +479,135 @@ def test_csv_with_a_cell_too_many_or_too_few(tmp_path: Path) -> None:
     loaded = read("gsm8k", path=str(path), on_broken_row="skip")
     assert [problem.answer for problem in loaded.problems] == ["2", "6"]
     assert [row.number for row in loaded.broken] == [2, 3]
+    assert "row 3 (line 6)" in read_error("columns", path, QA, "\nq,a\n1,2\n3,4\n\n5")
 
 
-def test_not_parquet(tmp_path: Path) -> None:
-    path = tmp_path / "train.parquet"
-    path.write_text("no")
-    with pytest.raises(UserError, match=r"train\.parquet: not Parquet"):
-        read("gsm8k", path=str(path))
+# Tables as other programs write them
+
+QA = {"prompt": "q", "answer": "a"}
+ROWS = b'{"q": "1+1?", "a": "2"}\n{"q": "2+2?", "a": "4"}\n'
+
+# name of a file, what it holds: rows of 1+1 and 2+2
+TABLES = [
+    ("bom.jsonl", b"\xef\xbb\xbf" + ROWS),
+    ("ends.jsonl", b"\n" + ROWS.replace(b"\n", b"\r\n\r\n")),
+    ("old.ndjson", ROWS.replace(b"\n", b"\r")),
+    ("wide.jsonl", ROWS.decode().encode("utf-16")),
+    ("array.json", b"\xef\xbb\xbf\n [" + ROWS.strip().replace(b"\n", b",\n") + b"]\n"),
+    ("UPPER.JSONL", ROWS),
+    ("packed.jsonl.gz", gzip.compress(ROWS)),
+    ("packed.jsonl", gzip.compress(ROWS)),
+    ("unpacked.jsonl.gz", ROWS),
+    ("packed.csv.bz2", bz2.compress(b"q,a\n1+1?,2\n2+2?,4\n")),
+    ("packed.tsv.xz", lzma.compress(b"q\ta\n1+1?\t2\n2+2?\t4\n")),
+    ("packed.jsonl.zst", pyarrow.compress(ROWS, "zstd", asbytes=True)),
+    ("tabs.tsv", b"q\ta\r\n1+1?\t2\r\n2+2?\t4\r\n"),
+    ("tabs.csv", b"q\ta\n1+1?\t2\n2+2?\t4\n"),
+    ("semicolons.csv", b"\xef\xbb\xbfq;a\n1+1?;2\n2+2?;4\n"),
+    ("spaces.csv", b'q, a\n1+1?, 2\n"2+2?", "4"\n'),
+    ("blank.csv", b"\nq,a\n\n1+1?,2\n,\n2+2?,4\n"),
+    ("one.csv", b"a,q,,\n2,1+1?,,\n4,2+2?,,\n"),
+]
+
+
+@pytest.mark.parametrize(("name", "content"), TABLES, ids=[name for name, _ in TABLES])
+def test_tables_as_other_programs_write_them(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    problems = read("columns", path=str(tmp_path / name), columns=QA).problems
+    assert [(p.question, p.answer) for p in problems] == [("1+1?", "2"), ("2+2?", "4")]
+
+
+# name of a file, what it holds, words of the error
+BAD_TABLES = [
+    ("a.csv", "q,a\n1+1?,2\nEn été?,4\n".encode("latin-1"), ["row 2 (line 3)", "byte 0xe9"]),
+    ("a.jsonl", ROWS + '{"q": "été"}'.encode("latin-1"), ["row 3", "not UTF-8"]),
+    ("a.csv", "été,a\n".encode("latin-1"), ["header is not UTF-8"]),
+    ("a.csv", b"q,a,a\n1+1?,2,3\n", ['two columns are called "a"']),
+    ("a.jsonl", b'{"q": "?", "a": "1", "a": "2"}', ["row 1", 'the key "a" is there twice']),
+    ("a.csv", b'q,a\n1+1?,"2\n2+2?,4\n', ["row 1 (line 2): not CSV"]),
+    ("a.jsonl", ROWS.replace(b"\n", b""), ["row 1", "more behind the first object"]),
+    ("a.json", b'{\n "q": "?"\n}\n', ["an object over several lines"]),
+    ("a.json", b'[{"q": "?",]', ["a.json: not JSON"]),
+    ("a.jsonl", b"", ["a.jsonl", "no rows"]),
+    ("a.jsonl", b"[" * 100_000, ["nested too deeply"]),
+    ("a.jsonl", b'{"q": "\\ud83d", "a": "1"}', ["row 1", "half of a character"]),
+    ("a.jsonl.gz", gzip.compress(ROWS * 99)[:-9], ["a.jsonl.gz: cannot be read"]),
+    ("a.parquet", b"no", ["a.parquet: not Parquet"]),
+    ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", ["git lfs pull"]),
+    ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", ["git lfs pull"]),
+    ("a.txt", b"1+1? 2", ["not one of .jsonl"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content", "words"), BAD_TABLES, ids=lambda x: str(x)[:30])
+def test_tables_that_cannot_be_read(
+    name: str, content: bytes, words: list[str], tmp_path: Path
+) -> None:
+    line = read_error("columns", tmp_path / name, QA, content)
+    for word in words:
+        assert word in line
+    assert "columns.py" not in line
+
+
+def read_error(recipe: str, path: Path, columns: dict, content: str | bytes) -> str:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(UserError) as error:
+        read(recipe, path=str(path), columns=columns)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    return str(error.value)
+
+
+def test_parquet_with_what_python_has_no_values_for(tmp_path: Path) -> None:
+    times = pyarrow.array([1, 2], pyarrow.timestamp("ns"))
+    table = pyarrow.table({"q": [b"1+1?", b"2+2?"], "a": [2.0, 4.0], "unused": times})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    problems = read("columns", path=str(tmp_path / "a.parquet"), columns=QA).problems
+    assert [(p.question, p.answer) for p in problems] == [("1+1?", "2"), ("2+2?", "4")]
+
+
+def test_a_dataset_that_the_datasets_library_saved(tmp_path: Path) -> None:
+    datasets.DatasetDict(
+        {split: datasets.Dataset.from_list([{"q": f"{split}?", "a": "1"}]) for split in ("a", "b")}
+    ).save_to_disk(str(tmp_path / "both"))
+    assert (
+        read("columns", "b", path=str(tmp_path / "both"), columns=QA).problems[0].question == "b?"
+    )
+    path = str(tmp_path / "both" / "a")
+    assert read("columns", path=path, columns=QA).problems[0].question == "a?"
+    with pytest.raises(UserError, match=r'both: no split "c"; there are a, b'):
+        read("columns", "c", path=str(tmp_path / "both"), columns=QA)
+
+
+# what a recipe's YAML asks of local files (train.jsonl, main/train.jsonl, part-00000-of-00002.csv)
+ELSEWHERE = [
+    ("", {"config": "mian"}, 'no folder of the config "mian"; did you mean main?'),
+    ("", {"split": "tset"}, 'no file of split "tset"'),
+    ("", {"split": "tr*"}, 'no file of split "tr\\*"'),
+    ("", {"split": "part"}, "one of 2 files, of which 1 are here"),
+    ("train.jsonl", {"split": "tset"}, 'no split "tset"; did you mean test?'),
+    ("train.jsonl", {"split": "test"}, 'by its name not the split "test"'),
+    ("train.jsonl", {"config": "main"}, "has no configs"),
+    ("trian.jsonl", {}, "no such file or folder"),
+]
+
+
+@pytest.mark.parametrize(("place", "asked", "words"), ELSEWHERE, ids=str)
+def test_no_other_rows_are_read_than_asked_for(
+    place: str, asked: dict, words: str, tmp_path: Path
+) -> None:
+    for name in ("train.jsonl", "main/train.jsonl", "part-00000-of-00002.csv"):
+        write_rows(tmp_path / name, [{"q": name, "a": "1"}])
+    (problem,) = read("columns", path=str(tmp_path), columns=QA, config="main").problems
+    assert problem.question == "main/train.jsonl"
+    with pytest.raises(UserError, match=words):
+        read("columns", path=str(tmp_path / place), columns=QA, **asked)
+
+
+def test_a_relative_path_is_said_to_be_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=re.escape(f"looked for in {tmp_path}")):
+        read("columns", path="my/train.jsonl", columns=QA)
 
 
 # Your own
@@ -504,18 +635,99 @@ def test_own_columns_of_other_kinds(tmp_path: Path) -> None:
     assert code.tests == {"x": 1}
 
 
+# a value, and the answer that it is; None: none, and the row is broken
+ANSWERS = [
+    (2, "2"),
+    (2.0, "2"),
+    (-0.5, "-0.5"),
+    (1e-7, "0.0000001"),
+    (decimal.Decimal("1.50"), "1.50"),
+    (True, "True"),
+    (b"2", "2"),
+    (" 2 ", "2"),
+    ("nano", "nano"),
+    (None, None),
+    (float("nan"), None),
+    (float("inf"), None),
+    ("nan", None),
+    ("NULL", None),
+    ("  ", None),
+    (datetime.date(2024, 1, 1), None),
+    (datetime.datetime(2024, 1, 1), None),
+    (["2"], None),
+    ({"x": "2"}, None),
+]
+
+
+@pytest.mark.parametrize(("value", "answer"), ANSWERS, ids=repr)
+def test_no_answer_is_made_of_what_is_none(
+    value: object, answer: str | None, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "a.parquet", [{"q": "?", "a": value}, {"q": "1+1?", "a": value}])
+    if answer is None:
+        with pytest.raises(UserError, match=r"a\.parquet: row 1: .*answer"):
+            read("columns", path=str(path), columns=QA)
+    else:
+        assert read("columns", path=str(path), columns=QA).problems[0].answer == answer
+
+
+ASKED = [{"role": "user", "content": "1+1?"}]
+TOLD = [*ASKED, {"role": "assistant", "content": "2"}]
+
+# a row, columns, prompt, answer, solution, category
+SHAPES = [
+    ({"q": ASKED, "r": {"g": "2"}}, {"prompt": "q", "answer": "r.g"}, "2", None, ""),
+    ({"q": "1+1?", "r": '{"g": [1, 2]}'}, {"prompt": "q", "answer": "r.g.-1"}, "2", None, ""),
+    ({"q": "1+1?", "r.g": "2"}, {"prompt": "q", "answer": "r.g"}, "2", None, ""),
+    ({"m": TOLD}, {"messages": "m"}, None, "2", ""),
+    ({"m": TOLD, "a": 2, "c": 3}, {"messages": "m", "answer": "a", "category": "c"}, "2", "2", "3"),
+    ({"m": ASKED, "a": 2, "c": None}, {"messages": "m", "answer": "a", "category": "c"},
+     "2", None, ""),
+    (
+        {"m": [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]},
+        {"messages": "m"}, None, "2", "",
+    ),
+    (
+        {"q": [{"role": "user", "content": [{"type": "text", "text": "1+1?"}]}], "s": TOLD[1:]},
+        {"prompt": "q", "solution": "s"}, None, "2", "",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("row", "columns", "answer", "solution", "category"), SHAPES, ids=repr)
+def test_shapes_of_rows(
+    row: dict,
+    columns: dict,
+    answer: str | None,
+    solution: str | None,
+    category: str,
+    tmp_path: Path,
+) -> None:
+    problem = read_one(
+        "columns", write_rows(tmp_path / "a.jsonl", [row]), columns=columns, system="S"
+    )
+    assert problem.prompt == [{"role": "system", "content": "S"}, *ASKED]
+    assert (problem.answer, problem.solution, problem.category) == (answer, solution, category)
+    assert problem.kind == ("math" if answer else "text")
+
+
 # options, words of the error
 COLUMN_ERRORS = [
-    ({"columns": {"prompt": "qestion"}}, 'prompt: no column "qestion"; did you mean question?'),
+    ({"columns": {"prompt": "question", "answer": "final.x"}}, 'row 1: in "final": no column "x"'),
+    ({"columns": {"prompt": "question", "answer": "fnal.x"}}, 'no column "fnal"; did'),
+    ({"columns": {"prompt": "question", "answer": None}}, "such as {prompt: question"),
+    ({"columns": {"prompt": "question", "answer": "final"}, "answer_pattern": "("}, "regular"),
+    ({"columns": {"prompt": "question", "answer": "final"}, "size": 0}, "options.size: a whole"),
+    ({"columns": {"prompt": "qestion", "answer": "final"}}, 'row 1: no column "qestion"; did'),
     ({"columns": {"promt": "question"}}, 'columns: no column "promt"; did you mean prompt?'),
     ({"columns": {"answer": "final"}}, '"prompt"'),
     ({"colums": {}}, 'no option "colums"; did you mean columns?'),
     ({}, 'the option "columns" is needed'),
-    ({"columns": {"prompt": "question"}}, 'row 1: (id columns-train-0): no "answer"'),
+    ({"columns": {"prompt": "question"}}, 'name the column that is the "answer"'),
     ({"columns": {"prompt": "question", "answer": "final"}, "kind": "maths"}, 'kind "maths"'),
     (
         {"columns": {"prompt": "question", "answer": "final"}, "answer_pattern": "boxed"},
-        "row 1: ValueError: the answer column has nothing like answer_pattern boxed",
+        "mine.jsonl: row 1: the answer column has nothing like answer_pattern boxed",
     ),
 ]  # fmt: skip
 
