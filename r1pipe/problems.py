@@ -21,8 +21,12 @@ from r1pipe.errors import UserError
 from r1pipe.records import Problem, read_jsonl
 from r1pipe.tables import BrokenRow, describe_here, find_format, first_line, hint_at
 
-DATA_DIRS = (Path("data"), Path(__file__).resolve().parent.parent / "data")
-"""Where a recipe's bare name is looked up: here, then beside the package."""
+PACKAGE = Path(__file__).resolve().parent
+_IN_WHEEL = PACKAGE / "data_recipes"
+SHIPPED = _IN_WHEEL if _IN_WHEEL.is_dir() else PACKAGE.parent / "data"
+"""Our own recipes: in a wheel part of the package, in a clone beside it."""
+DATA_DIRS = (Path("data"), SHIPPED)
+"""Where a recipe's bare name is looked up: here, then among ours."""
 
 COLUMNS = tuple(f.name for f in fields(Problem))
 TEXTS = ("id", "kind", "answer", "solution", "source", "category")

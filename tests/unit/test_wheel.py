@@ -42,7 +42,7 @@ def test_the_wheel_holds_exactly_the_two_packages(wheel: Path) -> None:
         str(path.relative_to(ROOT))
         for package in ("r1pipe", "rewards")
         for path in (ROOT / package).rglob("*.py")
-    }
+    } | {f"r1pipe/data_recipes/{path.name}" for path in (ROOT / "data").glob("*.py")}
     assert sources >= expected
     # Besides modules: what a package reads, never what somebody works with.
     assert {name.split("/")[0] for name in sources} == {"r1pipe", "rewards"}
@@ -80,3 +80,33 @@ def test_rewards_work_where_there_is_no_torch(wheel: Path, tmp_path: Path) -> No
     file, verdict = result.stdout.splitlines()
     assert Path(file).is_relative_to(site)
     assert verdict == "[1.0]"
+
+
+def test_data_recipes_are_found_where_there_is_no_clone(wheel: Path, tmp_path: Path) -> None:
+    """Ours by name, and before them those of a folder data/ where the command runs."""
+    (tmp_path / "my.csv").write_text("q,a\n1+1?,2\n")
+    (tmp_path / "data").mkdir()
+    row = {"id": "1", "kind": "math", "prompt": [{"role": "user", "content": "?"}], "answer": "1"}
+    (tmp_path / "data" / "mine.py").write_text(f"def load(split):\n    yield {row!r}\n")
+    code = (
+        "from r1pipe.config import ProblemSet\n"
+        "from r1pipe.problems import find_recipe, load_problems\n"
+        "options = {'path': 'my.csv', 'columns': {'prompt': 'q', 'answer': 'a'}}\n"
+        "for source in ({'recipe': 'columns', 'options': options}, {'recipe': 'arithmetic'},\n"
+        "               {'recipe': 'mine'}):\n"
+        "    problems = load_problems(ProblemSet(**source))\n"
+        "    print(len(problems), find_recipe(source['recipe']).absolute())\n"
+    )
+    site = wheel.parent / "site"
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(site)},
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    found = [line.split() for line in result.stdout.splitlines()]
+    ours = str(site / "r1pipe" / "data_recipes")
+    mine = str(tmp_path / "data" / "mine.py")
+    assert found == [["1", f"{ours}/columns.py"], ["1000", f"{ours}/arithmetic.py"], ["1", mine]]
