@@ -208,10 +208,11 @@ def list_ngrams(words: Sequence, length: int) -> list[tuple]:
 
 def find_instruction(questions: list[list[str]]) -> set[tuple[str, ...]]:
     """The n-grams of INSTRUCTION_WORDS that too many of these questions share to be their own."""
+    different = set(map(tuple, questions))  # what one question repeats is its own all the same
     counts = Counter(
-        gram for words in questions for gram in set(list_ngrams(words, INSTRUCTION_WORDS))
+        gram for words in different for gram in set(list_ngrams(words, INSTRUCTION_WORDS))
     )
-    most = max(2, INSTRUCTION_SHARE * len(questions))
+    most = max(2, INSTRUCTION_SHARE * len(different))
     return {gram for gram, count in counts.items() if count > most}
 
 

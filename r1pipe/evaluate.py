@@ -19,6 +19,7 @@ from r1pipe.measures import (
     compare,
     default_num_samples,
     find_right,
+    hash_question,
     measure,
     sum_up_problems,
 )
@@ -67,6 +68,11 @@ class HeldOut:
     def __init__(self, source: EvalSet, context: StageContext):
         self.source, self.label = source, source.label
         self.problems = context.load(source)
+        if repeated := len(self.problems) - len(set(map(hash_question, self.problems))):
+            say(
+                f"{context.stage_name}: {repeated} of the {len(self.problems)} problems of "
+                f"{self.label} are there before: the intervals count each text once"
+            )
         self.overlap = TrainingOverlap(context, self.problems)
 
 

@@ -4,6 +4,7 @@ Pure functions over the samples of one checkpoint on one set of problems, those 
 to each other.
 """
 
+import hashlib
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -39,6 +40,13 @@ class ProblemResult:
     majority_right: bool | None
     """None where answers cannot be counted, as with programs."""
     mean_tokens: float
+    question_sha256: str = ""
+    """Of the prompt: the same problem twice in a set counts as one for the intervals. Empty in
+    files of older versions."""
+
+    @property
+    def text(self) -> str:
+        return self.question_sha256 or self.problem_id
 
     @property
     def pass_rate(self) -> float:
@@ -68,9 +76,22 @@ def sum_up_problems(
                 if problem.kind == "code"
                 else is_majority_right(rollouts[samples][:k], right[samples][:k]),
                 mean_tokens=round(mean([len(r.completion_ids) for r in rollouts[samples]]), 1),
+                question_sha256=hash_question(problem),
             )
         )
     return results
+
+
+def hash_question(problem: Problem) -> str:
+    """Apart from spaces and line ends; 16 digits are enough for millions of problems."""
+    text = "\0".join(f"{m['role']} {' '.join(m['content'].split())}" for m in problem.prompt)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def measure_interval(results: list[ProblemResult]) -> tuple[float, float]:
+    """Of pass@1, rounded as files have it."""
+    interval = clustered_interval([r.pass_rate for r in results], [r.text for r in results])
+    return round(interval[0], 4), round(interval[1], 4)
 
 
 def is_majority_right(rollouts: list[Rollout], right: list[bool]) -> bool:
@@ -90,7 +111,7 @@ def measure(
 ) -> dict[str, Any]:
     """The figures of one checkpoint on one set, with their protocol."""
     num_samples = results[0].num_samples
-    ci_low, ci_high = clustered_interval([result.pass_rate for result in results])
+    ci_low, ci_high = measure_interval(results)
     majority = [r.majority_right for r in results if r.majority_right is not None]
     right = find_right(scores, reward)
     return {
@@ -100,8 +121,8 @@ def measure(
         "top_p": sampling.top_p,
         "max_completion_length": sampling.max_completion_length,
         "pass_at_1": round(mean([result.pass_rate for result in results]), 4),
-        "ci_low": round(ci_low, 4),
-        "ci_high": round(ci_high, 4),
+        "ci_low": ci_low,
+        "ci_high": ci_high,
         "k": k,
         "pass_at_k": average_pass_at_k(results, k),
         "pass_at": {str(n): average_pass_at_k(results, n) for n in list_ks(num_samples, k)},
@@ -132,14 +153,14 @@ def split_by_category(results: list[ProblemResult]) -> list[dict[str, Any]]:
     rows = []
     for category, group in sorted(groups.items()):
         rates = [result.pass_rate for result in group]
-        ci_low, ci_high = clustered_interval(rates)
+        ci_low, ci_high = measure_interval(group)
         rows.append(
             {
                 "category": category,
                 "num_problems": len(group),
                 "pass_at_1": round(mean(rates), 4),
-                "ci_low": round(ci_low, 4),
-                "ci_high": round(ci_high, 4),
+                "ci_low": ci_low,
+                "ci_high": ci_high,
                 "mean_tokens": round(mean([result.mean_tokens for result in group]), 1),
             }
         )
@@ -177,7 +198,8 @@ def compare(before: list[ProblemResult], after: list[ProblemResult]) -> dict[str
     rates = {result.problem_id: result.pass_rate for result in before}
     pairs = [(rates[r.problem_id], r.pass_rate) for r in after if r.problem_id in rates]
     old, new = zip(*pairs) if pairs else ((), ())
-    difference, low, high = paired_interval(old, new)
+    texts = [result.text for result in after if result.problem_id in rates]
+    difference, low, high = paired_interval(old, new, texts)
     return {
         "num_problems": len(pairs),
         "difference": round(difference, 4),

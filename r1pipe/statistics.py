@@ -25,28 +25,46 @@ def vote(answers: Sequence[str | None]) -> str | None:
     return max(counts, key=counts.__getitem__) if counts else None
 
 
-def clustered_interval(per_problem: Sequence[float]) -> tuple[float, float]:
-    """95% interval of a mean over problems, each the mean of its samples.
+def clustered_interval(
+    per_problem: Sequence[float], texts: Sequence[str] | None = None
+) -> tuple[float, float]:
+    """95% interval of a mean over problems, each the mean of its samples. Problems of equal
+    `texts` are one problem that was asked several times; default: all differ.
 
     Samples of one problem are not independent, so the problem is the unit (Miller 2024,
     arXiv:2411.00640, section 2.2). The standard error over problems gives the effective number of
-    independent trials, at least the number of problems, and that a Wilson interval, which stays
-    within [0, 1] and does not shrink to a point at 0% or 100%.
+    independent trials, at least the number of problems (of unequal shares: Kish's effective
+    number), and that a Wilson interval, which stays within [0, 1] and does not shrink to a point at
+    0% or 100%.
     """
     n = len(per_problem)
     if n == 0:
         raise ValueError("no problems")
     p = sum(per_problem) / n
-    variance = sum((x - p) ** 2 for x in per_problem) / max(1, n - 1) / n
-    trials = max(float(n), p * (1 - p) / variance) if variance > 0 else float(n)
+    sums = sum_deviations(per_problem, texts)
+    variance = sum(s * s for s in sums) / n**2 * len(sums) / max(1, len(sums) - 1)
+    least = n**2 / sum(size * size for size in Counter(texts or range(n)).values())
+    trials = max(least, p * (1 - p) / variance) if variance > 0 else least
     centre = p + Z_95**2 / (2 * trials)
     spread = Z_95 * math.sqrt(p * (1 - p) / trials + Z_95**2 / (4 * trials**2))
     scale = 1 + Z_95**2 / trials
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
-def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
-    """mean(after) - mean(before) and its 95% interval; entry i of both is of the same problem.
+def sum_deviations(values: Sequence[float], texts: Sequence[str] | None) -> list[float]:
+    """Of each text, the sum of its values' deviations from the mean of all."""
+    mean = sum(values) / len(values)
+    sums: dict[object, float] = {}
+    for key, value in zip(texts or range(len(values)), values, strict=True):
+        sums[key] = sums.get(key, 0.0) + value - mean
+    return list(sums.values())
+
+
+def paired_interval(
+    before: Sequence[float], after: Sequence[float], texts: Sequence[str] | None = None
+) -> tuple[float, float, float]:
+    """mean(after) - mean(before) and its 95% interval; entry i of both is of the same problem, and
+    `texts` are as in `clustered_interval`.
 
     Problems that are hard for one checkpoint are hard for the other, so their difference is known
     better than either mean (Miller 2024, arXiv:2411.00640, section 4.2). The limits are put
@@ -56,9 +74,10 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[fl
     """
     if len(before) != len(after):
         raise ValueError(f"{len(before)} problems before, {len(after)} after")
-    (low_0, high_0), (low_1, high_1) = clustered_interval(before), clustered_interval(after)
+    low_0, high_0 = clustered_interval(before, texts)
+    low_1, high_1 = clustered_interval(after, texts)
     mean_0, mean_1 = sum(before) / len(before), sum(after) / len(after)
-    correlation = correlate(before, after)
+    correlation = correlate(sum_deviations(before, texts), sum_deviations(after, texts))
 
     def reach(spread_1: float, spread_0: float) -> float:
         squared = spread_1**2 + spread_0**2 - 2 * correlation * spread_1 * spread_0
@@ -71,8 +90,6 @@ def paired_interval(before: Sequence[float], after: Sequence[float]) -> tuple[fl
 
 
 def correlate(x: Sequence[float], y: Sequence[float]) -> float:
-    """Pearson's correlation; 0 where one of them does not vary."""
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    deviations = [(a - mean_x, b - mean_y) for a, b in zip(x, y, strict=True)]
-    spread = math.sqrt(sum(a * a for a, _ in deviations) * sum(b * b for _, b in deviations))
-    return sum(a * b for a, b in deviations) / spread if spread > 0 else 0.0
+    """Pearson's correlation of deviations from a mean; 0 where one of them does not vary."""
+    spread = math.sqrt(sum(a * a for a in x) * sum(b * b for b in y))
+    return sum(a * b for a, b in zip(x, y, strict=True)) / spread if spread > 0 else 0.0

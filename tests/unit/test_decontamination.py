@@ -74,6 +74,13 @@ def test_instruction_of_a_set_is_no_overlap() -> None:
     assert [problem.question for problem in result.kept] == questions[20:]
 
 
+def test_a_question_that_is_there_five_times_is_no_instruction() -> None:
+    question = "A farmer sells a third of his red hens on each of four days in May"
+    heldout = [make_problem(f"{question}. How many?", str(i)) for i in range(5)]
+    training = make_problem(f"{question}, and buys two back. What is left?")
+    assert OverlapIndex(heldout, 13).find_rows([training]) == [set("01234")]
+
+
 def test_template_with_other_numbers_is_another_problem() -> None:
     def ask(number: int) -> str:
         return (

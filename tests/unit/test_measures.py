@@ -17,11 +17,11 @@ from r1pipe.records import Problem, Rollout, Score
 from r1pipe.summary import format_report, format_table
 
 REWARD, FORMAT = "rewards.math_correct", "rewards.format"
-PROMPT = [{"role": "user", "content": "1+1?"}]
 
 
 def make_problem(name: str, kind: str = "math", category: str = "") -> Problem:
-    return Problem(name, kind, PROMPT, answer="2", source="set", category=category)
+    prompt = [{"role": "user", "content": f"{name.rstrip('+')}: 1 + 1?"}]
+    return Problem(name, kind, prompt, answer="2", source="set", category=category)
 
 
 def make_samples(
@@ -130,3 +130,22 @@ def test_report_has_every_table() -> None:
     report = format_report(entries)
     for line in ("| k | sft   | grpo  |", "| easy (1) | 50.0%", "| 0 - 31 | 25.0% of 4 |"):
         assert line in report, report
+
+
+def test_a_problem_that_is_there_five_times_counts_once_for_the_intervals() -> None:
+    names = ["a", "b", "c", "d"]
+    entries = [
+        sum_up(
+            [
+                (make_problem(name + "+" * copy), ["2"], [float(name < "c")])
+                for name in names
+                for copy in range(copies)
+            ],
+            k=1,
+        )
+        for copies in (1, 5)
+    ]
+    once, five = ((e["pass_at_1"], e["ci_low"], e["ci_high"]) for e in entries)
+    assert once == five
+    rows = [entry["by_category"][0] for entry in entries]
+    assert (rows[0]["ci_low"], rows[0]["ci_high"]) == (rows[1]["ci_low"], rows[1]["ci_high"])

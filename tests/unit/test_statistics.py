@@ -64,6 +64,20 @@ def test_interval_at_the_edges() -> None:
         clustered_interval([])
 
 
+@pytest.mark.parametrize("rates", [[0.0, 0.5, 1.0, 0.25], [1.0, 1.0, 1.0, 1.0]])
+def test_problems_that_are_there_several_times_make_no_interval_shorter(rates: list) -> None:
+    texts = [f"text {i}" for i in range(len(rates))]
+    once = clustered_interval(rates)
+    assert clustered_interval(rates, texts) == pytest.approx(once)
+    assert clustered_interval(rates * 5, texts * 5) == pytest.approx(once)
+    assert clustered_interval(rates * 5)[0] > once[0]
+    _, low, high = paired_interval(rates * 5, rates[::-1] * 5, texts * 5)
+    assert (low, high) == pytest.approx(paired_interval(rates, rates[::-1])[1:])
+    # One of two five times: less is known than from two problems.
+    low, high = clustered_interval([1.0] * 5 + [0.0], ["a"] * 5 + ["b"])
+    assert high - low > 0.7
+
+
 def draw_pair(rng: random.Random, mean: float, gain: float, num_problems: int) -> tuple:
     """Pass rates of two checkpoints, of 8 samples: the second closes a share `gain` of the gap."""
     before, after = [], []
