@@ -85,6 +85,7 @@ class Breaker:
     def close_step(self, metrics: Facts) -> None:
         """`metrics`: the whole step's."""
         step = self.batch.step
+        metrics = {**metrics, "steps_in_vain": self._count_vain_steps(metrics)}
         self._examine(find_checks("step"), metrics, step)
         self._past.append({**self._facts, **metrics})
         if self._skips and self._skips_in_a_row >= self.settings.max_skips:
@@ -109,6 +110,16 @@ class Breaker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._past = deque(state["past"], maxlen=self.settings.window)
         self._told, self._skips_in_a_row = set(state["told"]), state["skips_in_a_row"]
+
+    def _count_vain_steps(self, metrics: Facts) -> int:
+        """Steps in a row, up to this one, in which there was nothing to learn. One that was skipped
+        had something. A KL term trains on groups without spread, too, but learns no reward."""
+        if metrics.get("updates_skipped"):
+            return 0
+        silent = self.stage.scale_rewards and metrics.get("groups_without_spread") == 1.0
+        if metrics["tokens_trained"] and not silent:
+            return 0
+        return 1 + (self._past[-1].get("steps_in_vain", 0) if self._past else 0)
 
     def _examine(self, names: list[str], facts: Facts, step: int) -> bool:
         """Make these checks; whether one of them asks to skip."""

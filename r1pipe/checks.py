@@ -215,6 +215,13 @@ CHECKS: dict[str, Check] = {
         "a lower learning_rate, or epsilon_high (clip-higher)",
         floor=True,
     ),
+    # A run without a mistake otherwise, whose checkpoint is the one that it has started from.
+    "steps_in_vain": Check(
+        read("steps_in_vain"), "step", 0.0, "warn",
+        "{value:.0f} step(s) in a row taught nothing: no prompt's samples differ in reward, or no "
+        "token was trained on",
+        "other problems, neither all solved nor all failed, or a reward that tells samples apart",
+    ),
     # Routing collapse: Wang et al. 2024, arXiv:2408.15664, section 1.
     "dead_experts": Check(
         read("experts/dead"), "step", 0.5, "warn",

@@ -8,6 +8,7 @@ own where those have one. Imports no torch.
 import difflib
 import hashlib
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,6 +45,15 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
+def refuse_idle(settings: BaseModel, idle: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises ValueError for a key that does nothing although it is set: to another value than its
+    default, because a recipe that is written down has all keys. `idle`: by key, the words that say
+    when it does nothing; false where it does something."""
+    for key, when in idle.items():
+        if when and getattr(settings, key) != type(settings).model_fields[key].get_default():
+            raise ValueError(f"{prefix}{key} does nothing {when}; leave it out")
+
+
 class ProblemSet(Strict):
     """Problems from a recipe in data/ (`recipe`), or the traces of an earlier stage (`stage`)."""
 
@@ -61,6 +71,8 @@ class ProblemSet(Strict):
     def name_one_source(self) -> "ProblemSet":
         if (self.recipe is None) == (self.stage is None):
             raise ValueError("give either recipe or stage")
+        idle = self.stage and "with stage, whose traces are read whole"
+        refuse_idle(self, dict.fromkeys(("split", "options", "on_broken_row"), idle))
         return self
 
     @property
@@ -75,6 +87,13 @@ class Sampling(Strict):
     """0: no limit."""
     max_completion_length: PositiveInt
     """Tokens; a completion that reaches it counts as truncated."""
+
+    @model_validator(mode="after")
+    def use_every_key(self) -> "Sampling":
+        # top_p 1 and top_k 0 say the same as a temperature of 0: nothing is cut.
+        idle = not self.temperature and "at temperature 0, which takes the likeliest token"
+        refuse_idle(self, {"top_p": self.top_p < 1 and idle, "top_k": self.top_k and idle})
+        return self
 
 
 class Reward(Strict):
@@ -133,6 +152,11 @@ class Saving(Strict):
     """After SIGTERM or Ctrl-C: seconds that the running step may take to end and be saved. A second
     signal ends the run at once."""
 
+    @model_validator(mode="after")
+    def save_what_is_kept(self) -> "Saving":
+        refuse_idle(self, {"save_total_limit": self.save_steps is None and "without save_steps"})
+        return self
+
 
 class Supervised(Saving):
     """Options of TRL's SFTTrainer, under its names."""
@@ -147,6 +171,7 @@ class Supervised(Saving):
     min_lr: NonNegativeFloat = 0.0
     """Where the cosine ends."""
     lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Each after `warmup_steps`."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: NonNegativeFloat = 0.0
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
@@ -167,6 +192,7 @@ class Supervised(Saving):
     def name_a_length(self) -> "Supervised":
         if (self.max_steps is None) == (self.num_train_epochs is None):
             raise ValueError("give either max_steps or num_train_epochs")
+        refuse_idle(self, {"min_lr": self.lr_scheduler_type != "cosine" and "without the cosine"})
         return self
 
 
@@ -190,6 +216,12 @@ class TraceFilters(Strict):
         if language is not None and language not in LANGUAGES:
             raise ValueError(f"no such language; there are {', '.join(LANGUAGES)}")
         return language
+
+    @model_validator(mode="after")
+    def use_every_key(self) -> "TraceFilters":
+        unused = not self.min_language_share and "without min_language_share"
+        refuse_idle(self, {"language": unused})
+        return self
 
 
 class TokenizerTraining(Strict):
@@ -277,7 +309,10 @@ def complete_limit(check: Check, value: Any) -> Any:
         return value
     if check.at == "step" and value.get("action") == "skip":
         raise ValueError("this is seen after the update, which cannot be skipped then")
-    return {"limit": check.limit, "action": check.action, **value}
+    complete = {"limit": check.limit, "action": check.action, **value}
+    if complete["action"] == "ignore" and complete["limit"] != check.limit:
+        raise ValueError("limit does nothing with action ignore; give another action")
+    return complete
 
 
 class BreakerSettings(Strict):
@@ -354,6 +389,7 @@ class OnPolicy(TrainingStage, Saving):
 
     learning_rate: PositiveFloat = 1e-6
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """Each after `warmup_steps`."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: NonNegativeFloat = 0.0
     adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
@@ -447,6 +483,13 @@ class Grpo(OnPolicy):
     off_policy_mask_threshold: PositiveFloat | None = None
     """Mean log(pi_sampler / pi) above which a completion of negative advantage is dropped."""
 
+    @property
+    def never_clips(self) -> bool:
+        """Whether clip ranges were chosen, and all ratios are 1."""
+        ranges = (self.epsilon, self.epsilon_high, self.delta)
+        chosen = ranges != (0.2, None, None) and self.loss_type in set(LOSS_TYPES) - {"cispo"}
+        return chosen and self.steps_per_generation * self.num_iterations == 1
+
     @field_validator("loss_type")
     @classmethod
     def name_a_loss(cls, loss_type: str) -> str:
@@ -467,6 +510,31 @@ class Grpo(OnPolicy):
             raise ValueError(
                 "kl_estimator k1 needs use_bias_correction_kl: its own gradient is zero on average"
             )
+        return self
+
+    @model_validator(mode="after")
+    def use_every_key(self) -> "Grpo":
+        no_kl = not self.beta and "with beta 0"
+        cispo = self.loss_type == "cispo" and "in cispo, which has epsilon_high alone"
+        correction = "vllm_importance_sampling_correction"
+        uncorrected = not getattr(self, correction) and f"without {correction}"
+        refuse_idle(
+            self,
+            {
+                "kl_estimator": no_kl,
+                "use_bias_correction_kl": no_kl,
+                "reference_refresh_steps": no_kl,
+                "epsilon": cispo,
+                "delta": cispo,
+                "vllm_importance_sampling_mode": uncorrected,
+                "vllm_importance_sampling_clip_min": uncorrected,
+                "vllm_importance_sampling_clip_max": uncorrected,
+                "max_sampling_rounds": not self.dynamic_sampling and "without dynamic_sampling",
+            },
+        )
+        refuse_idle(self.breaker, {"kl": no_kl}, "breaker.")
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: every weight is 0, so there is nothing to learn")
         return self
 
 
@@ -498,6 +566,14 @@ class Traces(Strict):
     choose: Literal["shortest", "diverse"] = "shortest"
     """Which ones: the shortest, or the shortest and then those least like the ones kept."""
     few_shot: FewShot | None = None
+
+    @model_validator(mode="after")
+    def use_every_key(self) -> "Traces":
+        refuse_idle(self, {"choose": self.max_per_problem == 1 and "with max_per_problem 1"})
+        for reward in self.rewards:
+            everyone = "here, where every reward has to be full"
+            refuse_idle(reward, {"weight": everyone}, f"the {reward.function} reward's ")
+        return self
 
 
 class TeacherEndpoint(Strict):
@@ -612,6 +688,11 @@ class OnPolicyDistill(OnPolicy):
     num_iterations: ClassVar[int] = 1
     mask_truncated_completions: ClassVar[bool] = False
 
+    @model_validator(mode="after")
+    def use_every_key(self) -> "OnPolicyDistill":
+        refuse_idle(self.breaker, dict.fromkeys(("kl", "update_kl"), "in this stage"), "breaker.")
+        return self
+
     @property
     def policy(self) -> str:
         return self.student
@@ -692,6 +773,17 @@ class Eval(Stage):
         words = re.sub(r"[^A-Za-z0-9]+", "-", Path(checkpoint).name).strip("-")
         own = {"name": f"{self.name}-{words}-{digest}", "checkpoints": [checkpoint]}
         return self.model_copy(update={**own, "summarizes": False})
+
+    @model_validator(mode="after")
+    def use_every_key(self) -> "Eval":
+        own = "where every set of data has its own"
+        for key in ("num_samples", "reward"):
+            idle = all(getattr(problems, key) for problems in self.data) and own
+            refuse_idle(self, {key: idle})
+        most = max((problems.num_samples or self.num_samples or 0) for problems in self.data)
+        if self.k and self.num_samples and self.k > most:
+            raise ValueError(f"k {self.k} is above num_samples {most}")
+        return self
 
     @field_serializer("data")
     def write_as_given(self, data: list[EvalSet]) -> Any:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from r1pipe import distributed
 from r1pipe.check import check_functions
-from r1pipe.config import OnPolicy, OnPolicyDistill, Recipe, Sampling, Stage
+from r1pipe.config import Grpo, OnPolicy, OnPolicyDistill, Recipe, Sampling, Stage
 from r1pipe.errors import UserError
 from r1pipe.golds import pick_judging, spread, try_golds, try_rewards
 from r1pipe.inputs import (
@@ -98,6 +98,14 @@ class Doctor:
 
     def examine_functions(self, stage: Stage) -> Iterator[Diagnosis]:
         check_functions(stage)
+        if isinstance(stage, Grpo) and stage.never_clips:
+            yield Diagnosis(
+                "",
+                "warn",
+                "epsilon, epsilon_high and delta do nothing: with one optimizer step a batch "
+                "(steps_per_generation 1, num_iterations 1) the policy is the one they are "
+                "relative to",
+            )
         if names := name_rewards(list_rewards(stage)):
             yield Diagnosis("", "ok", ", ".join(names))
 

@@ -1,11 +1,25 @@
-"""AdamW whose moments wait in the CPU's memory: half of what a sharded trainer holds on a GPU."""
+"""The learning rate's schedule; and AdamW whose moments wait in the CPU's memory, which is half of
+what a sharded trainer holds on a GPU."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from r1pipe.config import OnPolicy, Supervised
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def find_schedule(settings: OnPolicy | Supervised) -> tuple[str, dict[str, Any]]:
+    """transformers' name of the recipe's schedule, and its arguments beside the steps."""
+    schedule = settings.lr_scheduler_type
+    if schedule == "constant" and settings.warmup_steps:
+        return "constant_with_warmup", {}  # transformers' constant has no warmup
+    if schedule == "cosine" and isinstance(settings, Supervised):
+        return "cosine_with_min_lr", {"min_lr": settings.min_lr}
+    return schedule, {}
 
 
 class OffloadedAdamW(torch.optim.AdamW):

@@ -33,7 +33,7 @@ from r1pipe.config import Supervised
 from r1pipe.errors import UserError
 from r1pipe.models import encode_completion, encode_prompt, fast_training_kernels, whole
 from r1pipe.moe import ExpertLoad, number_padded
-from r1pipe.optimizer import OffloadedAdamW
+from r1pipe.optimizer import OffloadedAdamW, find_schedule
 from r1pipe.progress import Interrupt, StageProgress
 from r1pipe.records import Problem, write_text
 from r1pipe.runs import MetricsLog, read_metrics
@@ -293,6 +293,7 @@ def train_on_traces(
         settings.gradient_accumulation_steps,
         distributed.world_size(),
     )
+    schedule, schedule_arguments = find_schedule(settings)
     arguments = SFTConfig(
         output_dir=str(context.folder / "trainer"),
         max_steps=settings.max_steps or -1,
@@ -300,14 +301,8 @@ def train_on_traces(
         per_device_train_batch_size=batch_size,
         gradient_accumulation_steps=accumulation_steps,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=(
-            "cosine_with_min_lr"
-            if settings.lr_scheduler_type == "cosine"
-            else settings.lr_scheduler_type
-        ),
-        lr_scheduler_kwargs=(
-            {"min_lr": settings.min_lr} if settings.lr_scheduler_type == "cosine" else {}
-        ),
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=schedule_arguments,
         warmup_steps=settings.warmup_steps,
         weight_decay=settings.weight_decay,
         adam_beta2=settings.adam_beta2,

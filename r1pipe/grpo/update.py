@@ -23,7 +23,7 @@ from r1pipe.grpo.losses import LossInputs, Totals, compute_loss
 from r1pipe.grpo.packing import PackedBatch, Sample, cut_batches, pack
 from r1pipe.models import fast_training_kernels, whole
 from r1pipe.moe import ExpertLoad, number_packed, pack_routes, replaying
-from r1pipe.optimizer import OffloadedAdamW
+from r1pipe.optimizer import OffloadedAdamW, find_schedule
 from r1pipe.phases import beat, phase
 from r1pipe.records import Rollout
 from r1pipe.sharding import (
@@ -70,11 +70,13 @@ class Updater:
             betas=(0.9, settings.adam_beta2),
             weight_decay=settings.weight_decay,
         )
+        schedule, arguments = find_schedule(settings)
         self.scheduler = get_scheduler(
-            settings.lr_scheduler_type,
+            schedule,
             self.optimizer,
             num_warmup_steps=settings.warmup_steps * self.num_updates,
             num_training_steps=settings.max_steps * self.num_updates,
+            scheduler_specific_kwargs=arguments,
         )
         # Without dropout on either side: the sampler has none.
         model.eval()

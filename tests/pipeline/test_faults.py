@@ -98,6 +98,11 @@ def judge_all_wrong(world: World) -> None:
         world.judge(name, lambda ids: 0.0)
 
 
+def judge_all_alike(world: World) -> None:
+    for name in ("first", "second"):
+        world.judge(name, lambda ids: 0.6)
+
+
 def please_the_second(world: World) -> None:
     world.judge("second", lambda ids: 1.0)
 
@@ -187,6 +192,7 @@ FAULTS = [
     (learn_too_fast, "update_kl", "skip", {"steps_per_generation": 2, **SKIPPING}),
     (sharpen(SHARP), "entropy", "warn", ignoring("logprob_diff", "entropy_collapse")),
     (sharpen(100.0), "entropy_collapse", "rollback", {}),
+    (judge_all_alike, "steps_in_vain", "warn", {}),
     (starve_experts, "dead_experts", "warn", {}),
 ]
 
@@ -262,7 +268,7 @@ def test_fault(
     # Of a deterministic policy's completions there is nothing to learn; of the two optimizer steps
     # of which the second would go too far the first is applied.
     applied = check == "update_kl" or (
-        action == "warn" and check not in ("identical_groups", "entropy")
+        action == "warn" and check not in ("identical_groups", "entropy", "steps_in_vain")
     )
     assert bool(moved) == applied
     assert (metrics or {}).get("updates_skipped", 0) == (action == "skip")

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from grpo_settings import make_grpo
+from grpo_settings import make_grpo, make_on_policy_distill
 
 from r1pipe.breaker import Breaker, EventLog, describe_batch
 from r1pipe.checks import CHECKS, Facts
@@ -119,6 +119,11 @@ CASES = {
         ({"entropy": 1e-4}, {"entropy": 0.01}, False),  # was as good as deterministic before
         ({}, {"entropy": 1.0}, False),
     ],
+    "steps_in_vain": [
+        ({}, None, False),
+        ({"steps_in_vain": 0}, None, False),
+        ({"steps_in_vain": 1}, None, True),
+    ],
     "dead_experts": [
         ({}, None, False),  # a dense model
         ({"experts/dead": 0.25}, None, False),
@@ -217,7 +222,7 @@ def test_facts_of_a_batch_with_faults() -> None:
 # --- What happens then --------------------------------------------------------------------------
 
 GOOD = [[("a", 1.0), ("b", 0.0)]] * 4
-METRICS = {"reward_unjudged": 0.0, "completions/truncated": 0.0}
+METRICS = {"reward_unjudged": 0.0, "completions/truncated": 0.0, "tokens_trained": 8}
 
 
 def make_breaker(folder: Path, **breaker: object) -> Breaker:
@@ -301,6 +306,37 @@ def test_the_end_is_one_line_that_says_where_to_look(action: str, tmp_path: Path
     assert error.value.rollback == (action == "rollback")
     assert breaker.first_suspect == 6
     assert [event["check"] for event in read_events(tmp_path)] == ["unjudged", "truncated"]
+
+
+IN_VAIN = [
+    ({"tokens_trained": 0}, {}, True),
+    ({"tokens_trained": 80, "groups_without_spread": 1.0}, {"beta": 0.1}, True),
+    ({"tokens_trained": 80, "groups_without_spread": 0.9}, {}, False),
+    ({"tokens_trained": 80}, {}, False),
+    ({"tokens_trained": 0, "updates_skipped": 4}, {}, False),
+]
+
+
+@pytest.mark.parametrize(("metrics", "settings", "trips"), IN_VAIN)
+def test_a_step_that_teaches_nothing_is_told(
+    metrics: Facts, settings: dict, trips: bool, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """From the first one on, because a run may have no more; and they are counted in a row."""
+    breaker = Breaker(make_grpo(name="rl", **settings), EventLog(tmp_path), tmp_path)
+    for step in (1, 2):
+        take_step(breaker, step, {"loss": 0.0, **metrics})
+    assert [event["value"] for event in read_events(tmp_path)] == ([1, 2] if trips else [])
+    assert capsys.readouterr().err.count("taught nothing") == trips
+    take_step(breaker, 3)
+    take_step(breaker, 4, {"loss": 0.0, **metrics})
+    assert [event["value"] for event in read_events(tmp_path)][2:] == [1] * trips
+
+
+def test_a_student_without_rewards_learns_all_the_same(tmp_path: Path) -> None:
+    stage = make_on_policy_distill(name="rl", num_generations=1)
+    breaker = Breaker(stage, EventLog(tmp_path), tmp_path)
+    take_step(breaker, 1, {"loss": 0.1, "tokens_trained": 8, "groups_without_spread": 1.0})
+    assert read_events(tmp_path) == []
 
 
 def test_ignore(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Recipes: every shipped one parses, every mistake is named with its file and key."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from r1pipe.check import check_recipe
 from r1pipe.config import Grpo, Recipe, load_recipe
 from r1pipe.errors import UserError
 
+CORRECTION = "vllm_importance_sampling_correction"
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 DEMO = ROOT / "configs" / "demo.yaml"
@@ -111,6 +113,100 @@ MISTAKES = [
         ["stages.on_policy_distill.beta", "1.5"],
     ),
 ]
+
+
+def sft_with(**changes: object) -> dict:
+    return {"stages": stages_with(1, train={"max_steps": 5, **changes})}
+
+
+def grpo_with(**changes: object) -> dict:
+    return {"stages": stages_with(2, **changes)}
+
+
+def distill_with(**changes: object) -> dict:
+    sampling = {"max_completion_length": 56}
+    return {"stages": stages_with(3, traces={"num_generations": 2, "sampling": sampling} | changes)}
+
+
+def eval_with(**changes: object) -> dict:
+    return {"stages": stages_with(4, **changes)}
+
+
+MATHS = "rewards.math_correct"
+GREEDY = {"max_completion_length": 8, "temperature": 0}
+# Keys that do nothing where they stand, and what has to change for them to do something.
+IDLE = [
+    (sft_with, {"min_lr": 1e-6, "lr_scheduler_type": "linear"}, {"lr_scheduler_type": "cosine"}),
+    (sft_with, {"min_lr": 1e-6, "lr_scheduler_type": "constant"}, {"min_lr": 0.0}),
+    (sft_with, {"save_total_limit": 5, "save_steps": None}, {"save_steps": 5}),
+    (grpo_with, {"kl_estimator": "k1"}, {"beta": 0.1, "use_bias_correction_kl": True}),
+    (grpo_with, {"use_bias_correction_kl": True}, {"beta": 0.1}),
+    (grpo_with, {"reference_refresh_steps": 5}, {"beta": 0.1}),
+    (grpo_with, {"breaker": {"kl": {"limit": 5}}}, {"beta": 0.1}),
+    (grpo_with, {"epsilon": 0.1, "loss_type": "cispo", "epsilon_high": 5}, {"loss_type": "dapo"}),
+    (grpo_with, {"delta": 4, "loss_type": "cispo", "epsilon_high": 5}, {"loss_type": "grpo"}),
+    *(
+        (
+            grpo_with,
+            {f"vllm_importance_sampling_{key}": value, CORRECTION: False},
+            {CORRECTION: True},
+        )
+        for key, value in (("mode", "token_mask"), ("clip_min", 0.5), ("clip_max", 3.0))
+    ),
+    (grpo_with, {"max_sampling_rounds": 8}, {"dynamic_sampling": True}),
+    (
+        grpo_with,
+        {"rewards": [{"function": MATHS, "weight": 0}]},
+        {"rewards": [{"function": MATHS}]},
+    ),
+    (grpo_with, {"breaker": {"entropy": {"limit": 1, "action": "ignore"}}}, {"breaker": {}}),
+    (grpo_with, {"data": {"stage": "sft", "split": "test"}}, {"data": {"stage": "sft"}}),
+    (grpo_with, {"data": {"stage": "sft", "options": {"size": 5}}}, {"data": {"stage": "sft"}}),
+    (distill_with, {"choose": "diverse"}, {"max_per_problem": 2}),
+    (distill_with, {"filters": {"language": "en"}}, {"filters": {"min_language_share": 0.5}}),
+    (
+        distill_with,
+        {"rewards": [{"function": MATHS, "weight": 0}]},
+        {"rewards": [{"function": MATHS}]},
+    ),
+    (distill_with, {"sampling": {**GREEDY, "top_p": 0.9}}, {"sampling": {**GREEDY, "top_p": 1.0}}),
+    (eval_with, {"sampling": {**GREEDY, "top_k": 4}}, {"sampling": GREEDY}),
+    (eval_with, {"k": 9, "num_samples": 8}, {"k": 8}),
+    (
+        eval_with,
+        {"data": [{"recipe": "arithmetic", "num_samples": 2}], "num_samples": 3, "k": 2},
+        {"num_samples": None},
+    ),
+]
+
+
+@pytest.mark.parametrize(("place", "idle", "change"), IDLE, ids=lambda x: str(x)[:50])
+def test_a_key_that_does_nothing_is_refused(
+    place: Callable[..., dict], idle: dict, change: dict, tmp_path: Path
+) -> None:
+    """And taken where another key has it do something. A recipe that is written down, with every
+    key, is read again."""
+    with pytest.raises(UserError, match=r"nothing|above num_samples") as error:
+        load_recipe(write_demo(tmp_path, **place(**idle)))
+    assert "\n" not in str(error.value)
+    recipe = load_recipe(write_demo(tmp_path, **place(**idle | change)))
+    assert Recipe.model_validate(recipe.model_dump(mode="json", by_alias=True)) == recipe
+
+
+@pytest.mark.parametrize("check", ["kl", "update_kl"])
+def test_a_student_has_no_reference_to_be_held_to(check: str, tmp_path: Path) -> None:
+    changes = ON_POLICY | {"student": "sft", "breaker": {check: {"limit": 9}}}
+    with pytest.raises(UserError, match=rf"breaker\.{check} does nothing"):
+        load_recipe(write_demo(tmp_path, stages=stages_with(2, **changes)))
+
+
+def test_a_limit_without_an_action_is_refused(tmp_path: Path) -> None:
+    """A student's entropy is not looked at: a limit alone would look as if it were."""
+    changes = ON_POLICY | {"student": "sft", "breaker": {"entropy": {"limit": 0.1}}}
+    with pytest.raises(UserError, match=r"breaker\.entropy: limit does nothing .* action"):
+        load_recipe(write_demo(tmp_path, stages=stages_with(2, **changes)))
+    changes["breaker"]["entropy"]["action"] = "warn"
+    load_recipe(write_demo(tmp_path, stages=stages_with(2, **changes)))
 
 
 @pytest.mark.parametrize(("changes", "words"), MISTAKES, ids=lambda x: str(x)[:50])

@@ -146,6 +146,11 @@ def test_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 # (--set, what it is about, words of the line). Each breaks one thing of the sound recipe.
 BROKEN = {
+    "a clip range that nothing reaches": (
+        ["stages.grpo.epsilon_high=0.28"],
+        "grpo: rewards and loss",
+        "warn: epsilon.* do nothing: .*steps_per_generation 1",
+    ),
     "a reward that is none": (
         ["stages.grpo.rewards=[{function: rewards.maths}]"],
         "grpo: rewards and loss",

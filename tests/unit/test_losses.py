@@ -409,6 +409,28 @@ def test_advantages_by_group() -> None:
     assert find_silent_groups(rewards).tolist() == [False, True]
 
 
+@pytest.mark.parametrize("size", [8, 16])
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("weights", [(1.0, 0.2), (0.1, 0.2, 0.3), (1 / 3, 1 / 7), (1e3, 0.1)])
+def test_equal_rewards_are_silent(weights: tuple[float, ...], scale: str, size: int) -> None:
+    """Exactly, whatever their size: the mean of equal numbers is not always that number. Added up
+    in another order they are still equal, and what could not be judged does not count."""
+    total, reverse = sum(weights), sum(weights[::-1])
+    spread = [total] * (size - 1) + [total - min(weights)]
+    rewards = torch.tensor([[total] * size, [NAN, total] + [reverse] * (size - 2), spread])
+    assert find_silent_groups(rewards).tolist() == [True, True, False]
+    advantages = compute_advantages(rewards, scale)
+    assert advantages[:2].tolist() == [[0.0] * size] * 2
+    assert advantages[2, -1] < 0 < advantages[2, 0]
+
+
+def test_the_last_bit_of_a_reward_is_no_spread() -> None:
+    reward = torch.tensor(0.3)
+    rewards = torch.stack([reward, reward.nextafter(torch.tensor(1.0))] * 4).unsqueeze(0)
+    assert find_silent_groups(rewards).item()
+    assert not find_silent_groups(rewards * torch.tensor([[1.0, 1.00001] * 4])).item()
+
+
 def test_unjudged_samples_teach_nothing() -> None:
     rewards = torch.tensor([[1.0, NAN, 0.0], [NAN, NAN, NAN]])
     advantages = compute_advantages(rewards, "group")

@@ -513,6 +513,9 @@ def test_supervised_training_balances(
         gradient_accumulation_steps=2,
         bias_update_rate=0.01,
         seq_aux_loss_coef=0.1,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+        warmup_steps=10,
     )
     train_on_traces(model, tokenizer, problems, settings, StageStub(tmp_path), "sft")
 
@@ -520,6 +523,7 @@ def test_supervised_training_balances(
     assert len(counts) == 5
     assert sum(counts) == rows[-1]["num_tokens"] * 2 * len(routers)
     assert 0 < rows[-1]["experts/entropy"] < 1
+    assert rows[-1]["learning_rate"] == pytest.approx(4e-4), "the fifth step of a warmup of ten"
     assert rows[-1]["experts/seq_aux_loss"] > 0.9
     for router, start in zip(routers, before):
         moves = (router.bias - start) / 0.01

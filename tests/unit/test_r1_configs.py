@@ -68,6 +68,16 @@ def test_r1_is_the_paper_s(name: str) -> None:
     ]
 
 
+def test_the_second_rl_stage_keeps_the_first_one_s_parameters() -> None:
+    """But for the temperature, and how long it takes (arXiv:2501.12948, its supplement)."""
+    first, second = (load("r1").stage(name).model_dump() for name in ("rl", "rl_final"))
+    differing = {key for key, value in first.items() if second[key] != value}
+    assert differing == {"name", "from_", "temperature", "max_steps"}
+    assert (second["temperature"], second["epsilon"]) == (0.7, 10.0)
+    updates = second["reference_refresh_steps"] * second["steps_per_generation"]
+    assert updates == 400
+
+
 @pytest.mark.parametrize("name", ["r1_zero", "r1_zero_tiny"])
 def test_r1_zero_has_no_cold_start_and_no_reward_for_language(name: str) -> None:
     recipe = load(name)

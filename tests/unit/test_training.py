@@ -2,14 +2,15 @@
 
 import copy
 import random
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from grpo_settings import make_grpo
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from r1pipe.config import ProblemSet
+from r1pipe.config import Grpo, ProblemSet, Supervised
 from r1pipe.errors import UserError
 from r1pipe.grpo import logprobs as logprobs_module
 from r1pipe.grpo.logprobs import Policy, Support, Truncation
@@ -17,7 +18,7 @@ from r1pipe.grpo.losses import LOSSES
 from r1pipe.grpo.packing import Sample, attend_packed, cut_batches, pack
 from r1pipe.grpo.update import Updater
 from r1pipe.models import build_model, build_tokenizer, encode_completion, encode_prompt
-from r1pipe.optimizer import OffloadedAdamW
+from r1pipe.optimizer import OffloadedAdamW, find_schedule
 from r1pipe.problems import load_problems
 from r1pipe.records import Problem, Rollout
 from r1pipe.supervised import encode_traces
@@ -255,6 +256,44 @@ def update(model: PreTrainedModel, samples: list[Sample], **changes: object) -> 
     updater = make_updater(model, **changes)
     metrics = updater.step(copy.deepcopy(samples), 1, accept)
     return metrics, dict(updater.model.named_parameters())
+
+
+SCHEDULES = [
+    (make_grpo, {}, [0, 0.5, 1, 1, 1, 1]),
+    (make_grpo, {"lr_scheduler_type": "linear"}, [0, 0.5, 1, 0.75, 0.5, 0.25]),
+    (make_grpo, {"lr_scheduler_type": "cosine"}, [0, 0.5, 1, 0.854, 0.5, 0.146]),
+    (Supervised, {"lr_scheduler_type": "constant"}, [0, 0.5, 1, 1, 1, 1]),
+    (Supervised, {"lr_scheduler_type": "linear"}, [0, 0.5, 1, 0.75, 0.5, 0.25]),
+    (Supervised, {"min_lr": 0.2}, [0, 0.5, 1, 0.883, 0.6, 0.317]),
+]
+
+
+@pytest.mark.parametrize(("make", "settings", "expected"), SCHEDULES)
+def test_every_schedule_warms_up(
+    make: Callable[..., Grpo | Supervised], settings: dict, expected: list[float]
+) -> None:
+    """Two steps of six; without them each begins at its top."""
+    for warmup_steps in (2, 0):
+        stage = make(max_steps=6, learning_rate=1.0, warmup_steps=warmup_steps, **settings)
+        name, arguments = find_schedule(stage)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        scheduler = get_scheduler(
+            name, optimizer, warmup_steps, stage.max_steps, scheduler_specific_kwargs=arguments
+        )
+        rates = []
+        for _ in expected:
+            rates += scheduler.get_last_lr()
+            optimizer.step()
+            scheduler.step()
+        if warmup_steps:
+            assert rates == pytest.approx(expected, abs=1e-3)
+        else:
+            assert rates[0] == 1.0
+
+
+def test_the_updater_warms_up(model: PreTrainedModel, samples: list[Sample]) -> None:
+    metrics, _ = update(model, samples, warmup_steps=4, steps_per_generation=2)
+    assert metrics["learning_rate"] == pytest.approx(1e-3 * 2 / 8), "after two of eight updates"
 
 
 def assert_same_weights(some: dict, others: dict) -> None:
