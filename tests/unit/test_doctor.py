@@ -394,7 +394,7 @@ def test_gpu(
 
 
 def test_on_a_gpu(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a build for CUDA is asked, and no build for the CPU: nothing that only the latter has."""
+    """What builds for CUDA are asked, and none for the CPU: nothing that only the latter has."""
     fake_gpu(monkeypatch)
     said = next(d.detail for d in examine_machine() if d.what == "GPU")
     assert "r1pipe[cuda]" in said or "driver up to 13.1" in said
