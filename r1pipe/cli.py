@@ -4,14 +4,16 @@ Every error that a user can put right is one line and exit code 2.
 """
 
 import argparse
+import io
 import os
 import signal
 import sys
 
-from r1pipe import __version__
+from r1pipe import __version__, put_working_folder_last
 from r1pipe.commands import COMMANDS
+from r1pipe.config import STAGE_TYPES
 from r1pipe.distributed import alone, has_launcher, speaks_first
-from r1pipe.errors import GOES_ON, LOST, LostRank, UserError
+from r1pipe.errors import FULL, GOES_ON, LOST, LostRank, UserError, is_disk_full
 from r1pipe.progress import Interrupt
 
 FIRST_STEPS = """\
@@ -50,6 +52,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    put_working_folder_last()
+    open_standard_streams()
     parser = build_parser()
     if "_ARGCOMPLETE" in os.environ:  # the shell asks what may come next
         import argcomplete
@@ -62,19 +66,49 @@ def main(arguments: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, Interrupt.handle)
     try:
-        return COMMANDS[options.command].run(options) or 0
+        code = COMMANDS[options.command].run(options) or 0
+        sys.stdout.flush()
+        return code
     except UserError as error:
         complain(str(error))
+        return 2
+    except BrokenPipeError:
+        # Whoever read the output (`| head`) has enough: silent, as after a SIGPIPE.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        # Of a file or folder that is the user's: missing, not theirs, on a full or a broken disk.
+        complain(FULL if is_disk_full(error) else describe_os_error(error))
         return 2
     except LostRank as error:
         if not has_launcher():  # which knows more of what happened, and tells
             complain(f"{error}; {GOES_ON}")
         return LOST
     except KeyboardInterrupt:
-        if Interrupt.signal_number == signal.SIGINT or alone():
+        makes_a_run = options.command in ("run", *STAGE_TYPES)
+        if makes_a_run and (Interrupt.signal_number == signal.SIGINT or alone()):
             complain(f"interrupted; {GOES_ON}")
         # Otherwise torchrun ends this process because another one has failed, and has told.
         return 130
+
+
+def open_standard_streams() -> None:
+    """In the place of those that were closed, nothing to read and nowhere to write: the next file
+    that is opened would take their number. What the terminal cannot show is escaped."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = getattr(sys, name)
+        if stream is None:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper) and number:
+            stream.reconfigure(errors="backslashreplace")
+
+
+def describe_os_error(error: OSError) -> str:
+    if error.filename is None:
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name)
+    return f"{names}: {error.strerror}"
 
 
 def complain(lines: str) -> None:

@@ -5,19 +5,20 @@
 Imports no torch.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from r1pipe.measures import ProblemResult, compare
-from r1pipe.records import read_json, read_jsonl, write_text
+from r1pipe.records import read_json, read_jsonl
 from r1pipe.report import (
     Rollouts,
     collect_curves,
     read_rows,
     render,
+    write_page,
 )
+from r1pipe.runs import flatten
 from r1pipe.stage_folders import StageFolder, find_stages
 from r1pipe.summary import draw_table
 
@@ -40,7 +41,7 @@ def compare_runs(a: Path, b: Path, out: Path | None = None) -> str:
         draw_table([["stage", "metric", *names], *compare_last_steps(*stages)]),
     ]
     if out is not None:
-        write_text(out, render(collect(names, stages, settings)))
+        write_page(out, render(collect(names, stages, settings)))
     return "\n\n".join(parts)
 
 
@@ -57,17 +58,6 @@ def list_differences(
             values = [side.get(key, "not set") for side in (left, right)]
             if values[0] != values[1]:
                 yield name, key, *values
-
-
-def flatten(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict) and value:
-        for name, inner in value.items():
-            yield from flatten(inner, f"{key}.{name}" if key else name)
-    elif isinstance(value, list) and value:
-        for number, inner in enumerate(value):
-            yield from flatten(inner, f"{key}[{number}]")
-    else:
-        yield key, json.dumps(value)
 
 
 def compare_accuracy(

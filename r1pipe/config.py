@@ -41,6 +41,10 @@ LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
 """The losses in grpo/losses.py, which imports torch."""
 
 
+MAX_NAME = 100
+"""Bytes of a run's or a stage's name: it is a folder's, to which others add something."""
+
+
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
@@ -249,8 +253,12 @@ class Stage(Strict):
     @field_validator("name")
     @classmethod
     def be_a_folder_name(cls, name: str) -> str:
-        if not name.replace("-", "").replace("_", "").isalnum():
-            raise ValueError("a stage's name is made of letters, digits, - and _")
+        if not name.replace("-", "").replace("_", "").isalnum() or len(name.encode()) > MAX_NAME:
+            raise ValueError(
+                f"a stage's name is made of letters, digits, - and _, at most {MAX_NAME} bytes"
+            )
+        if name == "publish":
+            raise ValueError("a run keeps what it publishes there: take another name")
         return name
 
     def parents(self) -> list[str]:
@@ -770,7 +778,7 @@ class Eval(Stage):
     def for_one(self, checkpoint: str) -> "Eval":
         """The same for another checkpoint alone: a stage of its own, beside the recipe's."""
         digest = hashlib.sha256(checkpoint.encode()).hexdigest()[:6]
-        words = re.sub(r"[^A-Za-z0-9]+", "-", Path(checkpoint).name).strip("-")
+        words = re.sub(r"[^A-Za-z0-9]+", "-", Path(checkpoint).name).strip("-")[:40]
         own = {"name": f"{self.name}-{words}-{digest}", "checkpoints": [checkpoint]}
         return self.model_copy(update={**own, "summarizes": False})
 
@@ -836,6 +844,22 @@ class Recipe(Strict):
     tracking_project: str = "r1pipe"
     stages: Annotated[list[AnyStage], Field(min_length=1)]
 
+    @field_validator("name")
+    @classmethod
+    def be_a_folder_name(cls, name: str) -> str:
+        if (
+            not name.isprintable()
+            or name != name.strip()
+            or re.match(r"[.~-]|$", name)
+            or set(name) & set("/\\")
+            or len(name.encode()) > MAX_NAME
+        ):
+            raise ValueError(
+                "a run's name is that of its folder in runs_dir: no / in it, no dot or - at its "
+                f"start, at most {MAX_NAME} bytes; another place for runs is runs_dir"
+            )
+        return name
+
     @model_validator(mode="after")
     def link_stages(self) -> "Recipe":
         earlier: set[str] = set()
@@ -854,7 +878,7 @@ class Recipe(Strict):
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.runs_dir) / self.name
+        return Path(self.runs_dir).expanduser() / self.name
 
     def stage(self, name: str) -> Stage | None:
         return next((s for s in self.stages if s.name == name), None)
@@ -868,16 +892,20 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+        here = "" if path.is_absolute() else f", in {Path.cwd()}"
+        raise UserError(f"{path}: cannot be read: {error.strerror}{here}") from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}: line {line}: not UTF-8") from error
     try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        values = yaml.load(text, RecipeLoader)
+    except (yaml.YAMLError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"line {mark.line + 1}: " if mark else ""
-        problem = getattr(error, "problem", None) or "not YAML"
-        raise UserError(f"{path}: {where}{problem}") from error
+        problem = getattr(error, "problem", None) or f"not YAML: {error}"
+        raise UserError(f"{path}: {where}{' '.join(problem.split())}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping with name and stages")
     for override in overrides or []:
@@ -888,26 +916,54 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"{path}: {describe_error(error, values)}") from error
 
 
+class RecipeLoader(yaml.SafeLoader):
+    """A key that comes twice is a mistake: YAML would take the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in keys and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(
+                    problem=f'the key "{key.value}" comes twice', problem_mark=key.start_mark
+                )
+            keys.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def apply_override(values: dict, override: str) -> None:
+    """Parts of a key are keys, and of a list a stage's name or a number from 0: rewards.0.weight,
+    or rewards[0].weight."""
     key, equals, value = override.partition("=")
-    if not equals:
+    if not equals or not key.strip():
         raise UserError(f'"{override}": an override is written key=value')
-    *path, last = key.split(".")
+    *path, last = re.sub(r"\[(\d+)\]", r".\1", key.strip()).split(".")
     node: Any = values
     for part in path:
         if isinstance(node, list):
-            names = {n.get("name") or n.get("kind"): n for n in node if isinstance(n, dict)}
-            if part not in names:
-                raise UserError(f'"{override}": no stage "{part}"; there are {", ".join(names)}')
-            node = names[part]
+            node = node[find_entry(node, part, override)]
         else:
-            node = node.setdefault(part, {})
+            if node.get(part) is None:
+                node[part] = {}
+            node = node[part]
         if not isinstance(node, dict | list):
             raise UserError(f'"{override}": "{part}" is not a section')
     try:
-        node[last] = yaml.safe_load(value)
-    except (TypeError, yaml.YAMLError) as error:
-        raise UserError(f'"{override}": cannot be set: {error}') from error
+        new = yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f'"{override}": cannot be set: {" ".join(str(error).split())}') from error
+    node[find_entry(node, last, override) if isinstance(node, list) else last] = new
+
+
+def find_entry(entries: list, part: str, override: str) -> int:
+    names = [str(e.get("name") or e.get("kind")) if isinstance(e, dict) else "" for e in entries]
+    if part in names:
+        return names.index(part)
+    if part.isdecimal() and int(part) < len(entries):
+        return int(part)
+    if any(isinstance(entry, dict) and "kind" in entry for entry in entries):
+        raise UserError(f'"{override}": no stage "{part}"; there are {", ".join(names)}')
+    there = f"0 to {len(entries) - 1}" if entries else "none"
+    raise UserError(f'"{override}": no entry "{part}" in the list; there are {there}')
 
 
 def describe_error(error: ValidationError, values: dict) -> str:
@@ -922,35 +978,56 @@ def describe_error(error: ValidationError, values: dict) -> str:
     key = ".".join(str(part) for part in location)
     prefix = f"{key}: " if key else ""
     if first["type"] == "extra_forbidden":
-        known = known_keys(first["loc"])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
-        return f"{prefix}unknown key; {hint}"
+        return f"{prefix}unknown key; {suggest_key(first['loc'], values)}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{prefix}required key is missing"
     if first["type"] in ("union_tag_invalid", "union_tag_not_found"):
         return f"{prefix}kind must be one of {', '.join(STAGE_TYPES)}"
     if not isinstance(first.get("input"), dict | list):
-        return f"{prefix}{message} (got {first.get('input')!r})"
+        return f"{prefix}{message} (got {first.get('input')!r:.80})"
     return f"{prefix}{message}"
 
 
-def known_keys(location: tuple) -> list[str]:
-    """The keys that the schema knows where the unknown one at `location` stood."""
-    model: type[BaseModel] = Recipe
+def suggest_key(location: tuple, values: dict) -> str:
+    """What the unknown key at `location` was meant to be: one with a similar name that is not
+    given yet, or one that another section has."""
+    key = str(location[-1])
+    models: list[type[BaseModel]] = [Recipe]
+    given: Any = values
     for part in location[:-1]:
-        if part == "stages" or isinstance(part, int):
-            continue
-        if part in STAGE_TYPES and not (model is not Recipe and part in model.model_fields):
-            model = STAGE_TYPES[part]
-            continue
-        field = next((f for n, f in model.model_fields.items() if part in (n, f.alias)), None)
-        nested = [t for t in walk_types(field.annotation) if issubclass(t, BaseModel)]
-        if not nested:
-            return []
-        model = nested[0]
+        if isinstance(given, list) or part in getattr(given, "keys", tuple)():
+            given = given[part]
+        if part in STAGE_TYPES and len(models) == 1:
+            models.append(STAGE_TYPES[part])
+        elif nested := list_sections(models[-1]).get(part):
+            models.append(nested)
+    known = list_keys(models[-1])
+    left = [name for name in known if not isinstance(given, dict) or name not in given]
+    if near := difflib.get_close_matches(key, left, n=1, cutoff=0.7):
+        return f"did you mean {near[0]}?"
+    sections = list_sections(models[-1]) | list_sections(Recipe)
+    if found := next((name for name, section in sections.items() if key in list_keys(section)), ""):
+        return f"did you mean {found}.{key}?"
+    if key in list_keys(Recipe):
+        return f"{key} is a key of the recipe itself"
+    if issubclass(models[-1], ProblemSet):
+        return f"did you mean options.{key}? Known keys: {', '.join(sorted(known))}"
+    return f"known keys: {', '.join(sorted(known))}"
+
+
+def list_keys(model: type[BaseModel]) -> list[str]:
     return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def list_sections(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    """The keys whose values are sections themselves."""
+    sections = {}
+    for name, field in model.model_fields.items():
+        nested = [t for t in walk_types(field.annotation) if issubclass(t, BaseModel)]
+        if nested and name != "stages":
+            sections[field.alias or name] = nested[0]
+    return sections
 
 
 def walk_types(annotation: Any) -> list[type]:

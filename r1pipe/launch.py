@@ -15,6 +15,11 @@ import os
 import signal
 import sys
 
+from r1pipe import put_working_folder_last
+
+if __name__ == "__main__":
+    put_working_folder_last()
+
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import get_args_parser, run

@@ -165,7 +165,7 @@ def replace_nan(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: temporary neighbour, fsync, rename."""
+    """Write a file whole or not at all: temporary neighbour, fsync, rename. Raises OSError."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)

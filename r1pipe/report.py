@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from r1pipe.errors import UserError
+from r1pipe.errors import FULL, UserError, is_disk_full
 from r1pipe.progress import say
 from r1pipe.records import read_json, read_jsonl, write_text
 from r1pipe.rollout_files import list_steps, read_rollouts
@@ -34,11 +34,23 @@ EVENTS = "events.jsonl"
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write RUN/report.html, or `out`. Raises UserError if the folder holds no stage."""
+    """Write RUN/report.html, or `out`. Raises UserError if the folder holds no stage, or for a
+    place where nothing can be written."""
     stages = find_stages(run)
     out = out or run / "report.html"
-    write_text(out, render(collect(run, stages)))
+    write_page(out, render(collect(run, stages)))
     return out
+
+
+def write_page(out: Path, page: str) -> None:
+    """Raises UserError."""
+    if out.is_dir():
+        raise UserError(f"--out {out}: a folder; give the name of a file in it")
+    try:
+        write_text(out, page)
+    except OSError as error:
+        why = FULL if is_disk_full(error) else f"cannot be written: {error.strerror}"
+        raise UserError(f"{out}: {why}; choose another place with --out") from error
 
 
 def watch(run: Path, out: Path | None, every_s: float) -> None:

@@ -169,6 +169,8 @@ def find_steps(stage_dir: Path, steps: Iterable[int] | None) -> list[Path]:
 
 def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
     try:
-        return pq.read_table(path, columns=list(columns), partitioning=None)
+        with pq.ParquetFile(path) as file:
+            # An older version wrote fewer.
+            return file.read([name for name in columns if name in file.schema_arrow.names])
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error

@@ -17,7 +17,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -29,6 +29,9 @@ from r1pipe.records import dump_row, read_json, read_jsonl, write_text
 
 SHARED_KEYS = ("seed", "dtype", "attn_implementation", "ngram")
 """Settings of the recipe that change what a stage makes. The engine's bound only what fits."""
+
+MOST_CHANGES = 3
+"""Changed keys that an error names."""
 
 JOURNAL = "journal"
 """Where a stage keeps what it has sampled (sampling.py) until it is finished."""
@@ -211,13 +214,21 @@ class RunFolder:
 
     def _find_change(self, stage: Stage, record: dict[str, Any]) -> str:
         """What is not as it was when the stage was begun; empty if nothing."""
-        now, then = self.settings(stage), record["settings"]
-        changed = [key for key in {**now, **then} if now.get(key) != then.get(key)]
-        if changed:
-            return f"other settings ({', '.join(sorted(changed))})"
-        same_parents = record.get("parents") in (None, self._find_parents(stage))
-        if record["fingerprint"] != self.fingerprint(stage) or not same_parents:
-            return "another parent"
+        if record["settings"] != self.settings(stage):
+            now, then = (dict(flatten(s)) for s in (self.settings(stage), record["settings"]))
+            changed = sorted(key for key in {**now, **then} if now.get(key) != then.get(key))
+            values = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in changed}
+            shown = [f"{key}: {old}, now {new}" for key, (old, new) in values.items()][
+                :MOST_CHANGES
+            ]
+            more = f", and {len(changed) - MOST_CHANGES} more" if changed[MOST_CHANGES:] else ""
+            return f"other settings ({', '.join(shown)}{more})"
+        parents = self._find_parents(stage)
+        known = record.get("parents") or parents
+        if again := [name for name in parents if parents[name] != known.get(name)]:
+            return f"another parent ({', '.join(again)}, made again since)"
+        if record["fingerprint"] != self.fingerprint(stage) or known != parents:
+            return f"another parent (other settings of {', '.join(stage.parents())})"
         return ""
 
     def _find_parents(self, stage: Stage) -> dict[str, str]:
@@ -246,6 +257,18 @@ class RunFolder:
                 f"run r1pipe {stage.kind} first"
             )
         return str(self.stage_dir(name))
+
+
+def flatten(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """(key, value as JSON) of every leaf of nested settings: rewards[0].weight."""
+    if isinstance(value, dict) and value:
+        for name, inner in value.items():
+            yield from flatten(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list) and value:
+        for number, inner in enumerate(value):
+            yield from flatten(inner, f"{key}[{number}]")
+    else:
+        yield key, json.dumps(value)
 
 
 def can_go_on(partial: Path) -> bool:

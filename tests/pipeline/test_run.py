@@ -294,7 +294,7 @@ def test_interrupted_run_saves_its_step_and_goes_on(tiny_recipe: Path) -> None:
     # Other settings must not go on from what these have learnt.
     result = run("sft", tiny_recipe, "--set", "name=interrupted")
     assert result.returncode == 2
-    assert "interrupted with other settings (train)" in result.stderr
+    assert "interrupted with other settings (train." in result.stderr
     result = run("sft", tiny_recipe, "--set", "name=interrupted", "--redo")
     assert result.returncode == 0, result.stderr[-3000:]
     assert (folder / "sft" / "model.safetensors").exists()
@@ -325,7 +325,7 @@ USER_ERRORS = {
         ["rewards.maths"],
     ),
     "predecessor": (["grpo"], ["name=new"], ['"sft", which has not run', "r1pipe sft"]),
-    "other settings": (["run"], ["seed=5"], ["other settings (seed)", "--redo random"]),
+    "other settings": (["run"], ["seed=5"], ["other settings (seed: 0, now 5)", "--redo random"]),
     "no such stage": (["run", "--redo", "rl"], [], ["--redo rl", "grpo"]),
     "replay of a step that is not kept": (
         ["grpo", "--replay", "9"],

@@ -1,16 +1,24 @@
 """What the command line tells somebody who does not know it."""
 
+import errno
 import os
 import shlex
+import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from unit.test_rollout_files import make_rollout_rows
 
 from r1pipe.cli import FIRST_STEPS, build_parser, main
 from r1pipe.commands import COMMANDS
-from r1pipe.config import STAGE_TYPES
+from r1pipe.config import STAGE_TYPES, KeptRollouts
+from r1pipe.errors import FULL
+from r1pipe.rollout_files import RolloutFiles
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_every_kind_of_stage_is_a_command() -> None:
@@ -67,6 +75,95 @@ def test_the_shell_completes(line: str, completions: set[str], tmp_path: Path) -
     }
     subprocess.run([sys.executable, "-m", "r1pipe"], env=environment, check=True)
     assert set(out.read_text().split("\n")) == completions
+
+
+RECIPE = """
+name: mine
+stages:
+  - kind: init
+    model: {model_type: qwen2, hidden_size: 64, num_hidden_layers: 2, intermediate_size: 128,
+            num_attention_heads: 2, num_key_value_heads: 2, max_position_embeddings: 256}
+    tokenizer: {vocab_size: 400, data: {recipe: arithmetic, options: {size: 20}}}
+  - kind: grpo
+    from: init
+    data: {recipe: arithmetic, options: {size: 20}}
+    rewards: [{function: my_rewards.one}, {function: rewards.format}]
+    max_steps: 1
+    prompts_per_step: 1
+    num_generations: 2
+    max_completion_length: 24
+"""
+
+
+def run_here(*arguments: str, program: tuple[str, ...] = ("-m", "r1pipe"), **options: object):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("more", {})}
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    command = [sys.executable, *program, *arguments]
+    return subprocess.run(command, env=environment, text=True, encoding="utf-8", **streams)
+
+
+@pytest.mark.parametrize(
+    "program", [("-m", "r1pipe"), ("-P", "-m", "r1pipe")], ids=["-m", "r1pipe"]
+)
+@pytest.mark.parametrize("python_path", [str(ROOT), f".:{ROOT}"])
+def test_modules_of_the_working_folder(
+    program: tuple[str, ...], python_path: str, tmp_path: Path
+) -> None:
+    """They are found, and stand in for no module of ours or, unless the user asks for it, of a
+    library. -P: as the installed script, without the working folder."""
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    (tmp_path / "my_rewards.py").write_text("def one(completions): return [1.0] * len(completions)")
+    (tmp_path / "rewards.py").write_text("def two(completions): return [2.0] * len(completions)")
+    if not python_path.startswith("."):
+        (tmp_path / "yaml.py").write_text("raise RuntimeError('not this one')")
+    options = {"program": program, "cwd": tmp_path, "more": {"PYTHONPATH": python_path}}
+    assert run_here("check", "mine.yaml", **options).returncode == 0
+    hidden = "stages.grpo.rewards=[{function: rewards.two}]"
+    done = run_here("check", "mine.yaml", "--set", hidden, **options)
+    assert done.returncode == 2
+    assert f"({tmp_path}/rewards.py has the name of r1pipe's own package: rename it)" in done.stderr
+
+
+def close_streams() -> None:
+    for number in range(3):
+        os.close(number)
+
+
+def test_whatever_becomes_of_the_streams(tmp_path: Path) -> None:
+    """Closed, read by nobody, or in an encoding that lacks what is to be printed."""
+    assert run_here("--help", preexec_fn=close_streams).returncode == 0
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = run_here("rollouts", make_run(tmp_path), stdout=writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+    done = run_here(
+        "rollouts", make_run(tmp_path), "--step", "1", more={"PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "of sample 0 \\xfc" in done.stdout
+
+
+def make_run(folder: Path) -> str:
+    RolloutFiles(folder, KeptRollouts()).write(1, make_rollout_rows(), {})
+    return str(folder)
+
+
+def test_what_the_disk_refuses_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    errors = {
+        PermissionError(errno.EACCES, "Permission denied", "/a/b"): "/a/b: Permission denied",
+        OSError(errno.ENOSPC, "No space left on device", "/a/b"): FULL,
+        ConnectionResetError("by peer"): "ConnectionResetError: by peer",
+    }
+    for error, line in errors.items():
+
+        def fail(options: object, error: OSError = error) -> None:
+            raise error
+
+        monkeypatch.setitem(COMMANDS, "cost", replace(COMMANDS["cost"], run=fail))
+        assert main(["cost", "demo"]) == 2
+        assert capsys.readouterr().err == f"r1pipe: {line}\n"
 
 
 def test_completion_scripts(capsys: pytest.CaptureFixture) -> None:

@@ -78,6 +78,19 @@ MISTAKES = [
     ({"stages": stages_with(1, **{"from": "grpo"})}, ["sft", "grpo", "later"]),
     ({"stages": stages_with(3, name="sft")}, ["sft", "two"]),
     ({"stages": stages_with(3, name="a/b")}, ["name", "letters"]),
+    ({"stages": stages_with(3, name="x" * 101)}, ["name", "letters", "at most 100"]),
+    ({"stages": stages_with(3, name="publish")}, ["another name"]),
+    *(
+        ({"name": name}, ["name: a run's name", "no / in it"])
+        for name in ("", ".", "..", "../x", "/tmp/x", "a/b", "a\\b", ".a", "~a", "-a", " a", "a\nb")
+    ),
+    ({"name": "x" * 101}, ["at most 100 bytes"]),
+    ({"stages": stages_with(1, max_steps=3)}, ["did you mean train.max_steps"]),
+    ({"stages": stages_with(2, max_model_len=9)}, ["did you mean engine.max_model_len"]),
+    ({"stages": stages_with(2, seed=9)}, ["seed is a key of the recipe itself"]),
+    ({"stages": stages_with(2, data={"recipe": "a", "size": 9})}, ["did you mean options.size"]),
+    # What is given already is not what was meant.
+    ({"stages": stages_with(2, max_complete_length=9)}, ["unknown key; known keys: adam_beta2"]),
     ({"engine": {"max_num_seq": 3}}, ["engine.max_num_seq", "max_num_seqs"]),
     (
         {"stages": stages_with(3, traces={"num_generations": 1, "sampling": {}})},
@@ -228,6 +241,12 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
     broken.write_text("name: [a\nstages: 3\n")
     with pytest.raises(UserError, match=r"broken\.yaml: line 2"):
         load_recipe(broken)
+    broken.write_bytes(b"name: a\nseed: \xff")
+    with pytest.raises(UserError, match=r"broken\.yaml: line 2: not UTF-8"):
+        load_recipe(broken)
+    broken.write_text("name: a\nstages: []\nname: b\n")
+    with pytest.raises(UserError, match=r'line 3: the key "name" comes twice'):
+        load_recipe(broken)
 
 
 def test_overrides() -> None:
@@ -235,6 +254,18 @@ def test_overrides() -> None:
     grpo = recipe.stage("grpo")
     assert isinstance(grpo, Grpo)
     assert (recipe.seed, grpo.max_steps, recipe.engine.max_num_seqs) == (3, 2, 8)
+    recipe = load_recipe(
+        DEMO,
+        ["stages.grpo.rewards.0.weight=2", "stages.grpo.rewards[1]={function: a.b}", "name=a b.c"],
+    )
+    assert [(r.function, r.weight) for r in recipe.stage("grpo").rewards] == [
+        ("rewards.math_correct", 2.0),
+        ("a.b", 1.0),
+    ]
+    assert recipe.run_dir == Path("runs/a b.c")
+    assert load_recipe(DEMO, ["runs_dir=~/r"]).run_dir == Path.home() / "r" / "demo"
+    with pytest.raises(UserError, match='no entry "7" in the list; there are 0 to 1'):
+        load_recipe(DEMO, ["stages.grpo.rewards.7.weight=2"])
     with pytest.raises(UserError, match="no stage"):
         load_recipe(DEMO, ["stages.rl.max_steps=2"])
     with pytest.raises(UserError, match="key=value"):

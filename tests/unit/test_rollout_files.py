@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from r1pipe.config import KeptRollouts
@@ -79,6 +80,13 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
         assert np.array_equal(row["routes"], expected["routes"])
     assert len(list(read_rollouts(tmp_path))) == 12
     assert read_facts(tmp_path, 3) == FACTS
+
+
+def test_rollouts_of_an_older_version_are_read(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 2))
+    path = list_steps(tmp_path)[1]
+    pq.write_table(pq.read_table(path, partitioning=None).drop_columns(["extra"]), path)
+    assert len(list(read_rollouts(tmp_path, [1]))) == 4
 
 
 def test_routes_can_be_left_out(tmp_path: Path) -> None:
