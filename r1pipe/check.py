@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from r1pipe.config import Grpo, Recipe, Stage
 from r1pipe.errors import UserError
+from r1pipe.inputs import check_solutions
 from r1pipe.problems import read_problems
 from r1pipe.scoring import Scorer, list_rewards
 from r1pipe.tracking import check_tracking
@@ -30,6 +31,7 @@ def check_stage(stage: Stage) -> str:
     for source in stage.problem_sets():
         if source.recipe is not None:
             loaded = read_problems(source)
+            check_solutions(stage, source, loaded.problems)
             filtered = len(loaded.problems) < loaded.num_rows
             of_rows = f" ({loaded.describe()})" if filtered else ""
             counts.append(

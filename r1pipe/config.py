@@ -269,6 +269,10 @@ class Stage(Strict):
         """Every set of problems that the stage reads."""
         return []
 
+    def learnt_sets(self) -> list[ProblemSet]:
+        """Those of them whose `solution`s are trained on."""
+        return []
+
 
 class Init(Stage):
     """A policy from random weights, with a tokenizer built for the data."""
@@ -303,6 +307,9 @@ class Sft(TrainingStage):
     filters: TraceFilters = TraceFilters()
     """Which of the solutions are not trained on."""
     train: Supervised
+
+    def learnt_sets(self) -> list[ProblemSet]:
+        return self.problem_sets()
 
 
 class Limit(Strict):
@@ -642,6 +649,9 @@ class Reject(TrainingStage):
     def problem_sets(self) -> list[ProblemSet]:
         more = [self.traces.few_shot, self.mix]
         return [self.data, *(part.data for part in more if part is not None)]
+
+    def learnt_sets(self) -> list[ProblemSet]:
+        return [self.mix.data] if self.mix else []
 
     @model_validator(mode="after")
     def name_one_source(self) -> "Reject":

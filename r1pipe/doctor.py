@@ -24,6 +24,7 @@ from r1pipe.golds import pick_judging, spread, try_golds, try_rewards
 from r1pipe.inputs import (
     Inputs,
     ProblemSets,
+    check_solutions,
     count_characters,
     describe,
     list_models,
@@ -121,6 +122,7 @@ class Doctor:
             if loaded is None:
                 yield Diagnosis("", "skipped", f'the stage "{source.stage}" has not run')
                 continue
+            check_solutions(stage, source, loaded.problems)
             filtered = len(loaded.problems) < loaded.num_rows
             of_rows = f" ({loaded.describe()})" if filtered else ""
             count = f"{describe(source)}: {len(loaded.problems)} problems{of_rows}"

@@ -4,7 +4,7 @@ Each is read once, however many stages and checks ask for it.
 """
 
 import contextlib
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,6 +114,29 @@ class Inputs:
         if place not in self._tokenizers:
             self._tokenizers[place] = load_tokenizer(place)
         return self._tokenizers[place]
+
+
+def check_solutions(stage: Stage, source: ProblemSet, problems: Sequence[Problem]) -> None:
+    """Raises UserError if the stage is to learn solutions that some of its problems do not have, or
+    to show more than there are."""
+    missing = [problem for problem in problems if not (problem.solution or "").strip()]
+    if source in stage.learnt_sets() and missing:
+        raise UserError(
+            f"{describe(source)}: {len(missing)} of {len(problems)} problems have no solution to "
+            f'train on, first "{missing[0].id}"; '
+            + (
+                "name the column of the traces as solution in options.columns"
+                if source.recipe == "columns"
+                else "make traces by a reject stage, or choose data with traces"
+            )
+        )
+    few_shot = getattr(getattr(stage, "traces", None), "few_shot", None)
+    if few_shot and source == few_shot.data:
+        have = len(problems) - len(missing)
+        if have < few_shot.num_examples:
+            raise UserError(
+                f"few_shot: {describe(source)} has {have} of {few_shot.num_examples} solutions"
+            )
 
 
 def find_origin(stage: Stage) -> str | None:

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from faked_gpu import fake_gpu
 
+from r1pipe.check import check_stage
 from r1pipe.cli import main
 from r1pipe.config import Recipe, load_recipe
 from r1pipe.doctor import Doctor, Preflight
@@ -220,6 +221,37 @@ def test_each_check_finds_what_is_broken_for_it(case: str, project: Path) -> Non
     first, *also = what.split(" and ") if what not in trouble else [what]
     assert list(trouble) == [first, *also]
     assert re.search(words, trouble[first]), trouble
+
+
+TRAIN = {"max_steps": 1}
+TRACES = {"num_generations": 2, "sampling": {"max_completion_length": 8}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"kind": "sft", "train": TRAIN}, "3 of 3 problems have no solution to train on.*row-0"),
+        ({"kind": "reject", "traces": TRACES, "mix": True}, "have no solution to train on"),
+        ({"kind": "reject", "traces": {**TRACES, "few_shot": True}}, "has 0 of 2 solutions"),
+    ],
+    ids=["sft", "mix", "few_shot"],
+)
+def test_a_lack_of_solutions_is_known_before_any_stage_runs(
+    stage: dict, words: str, project: Path
+) -> None:
+    values = yaml.safe_load(Path("mine.yaml").read_text())
+    (grpo,) = values["stages"]
+    data = {"data": grpo["data"]}
+    if stage.get("mix"):
+        stage = {**stage, "mix": data}
+    if stage.get("traces", {}).get("few_shot"):
+        stage = {**stage, "traces": {**TRACES, "few_shot": data}}
+    later = {"name": "later", "from": "grpo", **data, **stage}
+    Path("mine.yaml").write_text(yaml.safe_dump({**values, "stages": [grpo, later]}))
+    with pytest.raises(UserError, match=f"later: data: .*{words}"):
+        Preflight(load(), LARGE, load().stages, ProblemSets(load().run_dir))
+    with pytest.raises(UserError, match=words):
+        check_stage(load().stages[1])
 
 
 def test_data_out_of_reach_is_skipped_but_stops_a_run(project: Path) -> None:
