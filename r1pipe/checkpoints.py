@@ -7,8 +7,9 @@
         manifest.json   size and sha256 of these files, and how far the logs had been written
 
 A checkpoint appears by one rename, after everything in it is on the disk. One that has changed
-since is noticed by its checksum, and the one before it is used. The logs are cut back to what they
-were, so no step is missing from them and none comes twice.
+since is noticed by its checksum and removed, and the one before it is used; a whole one is never
+removed. The logs are cut back to what they were, so no step is missing from them and none comes
+twice, unless somebody has removed rows.
 """
 
 import hashlib
@@ -33,6 +34,8 @@ from r1pipe.records import write_text
 from r1pipe.runs import CHECKPOINTS, find_steps
 
 MANIFEST = "manifest.json"
+UNREADABLE = "cannot be read"
+"""That a file is, not that it is damaged: its owner or its disk may still give it."""
 
 
 class Stateful(Protocol):
@@ -51,7 +54,8 @@ class AppendOnlyLog(Protocol):
         """Where it ends now, as JSON; everything before is on the disk."""
 
     def cut(self, position: Any) -> None:
-        """Forget what came after; None: everything. Raises ValueError or OSError if it cannot."""
+        """Forget what came after; None: everything. Raises ValueError if rows before it are gone,
+        or OSError; the log can be written nevertheless."""
 
 
 class Checkpoints:
@@ -168,7 +172,7 @@ class Checkpoints:
         """Put every part back to the newest checkpoint that is whole, and cut the logs to it.
 
         Returns its step, or 0 if there is none: then the parts are as they were and the logs empty.
-        Raises UserError if it was made by another number of processes.
+        Raises UserError if it was made by another number of processes or cannot be read.
         """
         distributed.on_first_rank(self._sweep)
         steps = distributed.on_first_rank(lambda: find_steps(self.folder)[::-1])
@@ -178,11 +182,12 @@ class Checkpoints:
             if not problem:
                 problem = next(filter(None, distributed.gather(check_own_file(place))), "")
             if not problem:
-                problem = distributed.on_first_rank(lambda place=place: self._cut_logs(place))
-            if not problem:
+                distributed.on_first_rank(lambda place=place: self._cut_logs(place))
                 self._load_own(place)
                 say(f"{self.label}: goes on after step {step}")
                 return step
+            if UNREADABLE in problem:
+                raise UserError(f"{place}/{problem}; it was left as it is")
             say(f"{self.label}: warning: checkpoint of step {step} is damaged ({problem}): removed")
             distributed.on_first_rank(lambda place=place: shutil.rmtree(place, ignore_errors=True))
         if steps:
@@ -211,7 +216,7 @@ class Checkpoints:
         try:
             manifest = read_manifest(place)
         except (OSError, ValueError) as error:
-            return f"{MANIFEST}: {error}"
+            return describe_damage(MANIFEST, error)
         if (count := manifest["num_processes"]) != distributed.world_size():
             raise UserError(
                 f"{place}: saved by {count} processes, and this run has "
@@ -224,14 +229,13 @@ class Checkpoints:
             )
         return ""
 
-    def _cut_logs(self, place: Path) -> str:
+    def _cut_logs(self, place: Path) -> None:
         positions = read_manifest(place)["logs"]
-        try:
-            for name, log in self.logs.items():
+        for name, log in self.logs.items():
+            try:
                 log.cut(positions.get(name))
-        except (OSError, ValueError) as error:
-            return str(error)
-        return ""
+            except (OSError, ValueError) as error:
+                say(f"{self.label}: warning: {error}: it goes on with the rows that are left")
 
     def _load_own(self, place: Path) -> None:
         path = place / f"rank-{distributed.rank()}.pt"
@@ -286,10 +290,16 @@ def check_own_file(place: Path) -> str:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             size = file.tell()
     except (OSError, ValueError) as error:
-        return f"{name}: {error}"
+        return describe_damage(name, error)
     if size != facts["bytes"]:
         return f"{name} has {size} bytes instead of {facts['bytes']}"
     return "" if digest == facts["sha256"] else f"{name}: its sha256 is another"
+
+
+def describe_damage(name: str, error: OSError | ValueError) -> str:
+    if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+        return f"{name}: {UNREADABLE}: {error.strerror}"
+    return f"{name}: {error}"
 
 
 def write_manifest(path: Path, manifest: dict[str, Any]) -> None:

@@ -106,7 +106,12 @@ class RunFolder:
     def _begin(self, stage: Stage, redo: bool) -> None:
         partial = self.partial_dir(stage.name)
         record = None if redo else read_record(partial)
-        if record is not None and find_steps(partial / CHECKPOINTS):
+        if not redo and find_steps(partial / CHECKPOINTS):
+            if record is None:
+                raise UserError(
+                    f"{partial}: {RECORD} is gone, so the settings of its checkpoints are not "
+                    "known; put it back to go on there, or add --redo to throw that work away"
+                )
             if change := self._find_change(stage, record):
                 raise UserError(
                     f"{partial}: interrupted with {change} than the recipe has now; put it back to "
@@ -305,12 +310,14 @@ class JsonlLog:
 
     def cut(self, position: int | None) -> None:
         """Forget what came after `position`; None: everything. Raises ValueError if the file is
-        shorter than that."""
+        shorter than that: its whole rows stay."""
         size = position or 0
-        if size > self._file.tell():
-            raise ValueError(f"{self.path.name} has lost rows")
+        if lost := size > self._file.tell():
+            size = self.path.read_bytes().rfind(b"\n") + 1
         self._file.truncate(size)
         self._file.seek(size)
+        if lost:
+            raise ValueError(f"{self.path.name} has lost rows")
 
     def close(self) -> None:
         self._file.close()

@@ -1,5 +1,7 @@
 """Checkpoints: whole or not at all, the newest and the best kept, damage noticed, logs cut back."""
 
+import errno
+import io
 import json
 import os
 import random
@@ -130,7 +132,6 @@ DAMAGE = {
     "flipped manifest": ("manifest.json", flip),
     "truncated manifest": ("manifest.json", truncate),
     "missing manifest": ("manifest.json", Path.unlink),
-    "log": ("../../metrics.jsonl", lambda path: os.truncate(path, 60)),
 }
 
 
@@ -150,6 +151,61 @@ def test_damage_is_noticed_and_the_one_before_is_used(
     assert "checkpoint of step 4 is damaged" in warnings[0]
     again.run(5)
     assert again.steps_kept() == [2, 4]
+
+
+def remove_last_byte(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+# What becomes of metrics.jsonl, and the steps that are in it when the stage goes on.
+LOST_ROWS = {
+    "gone": (Path.unlink, []),
+    "empty": (lambda path: os.truncate(path, 0), []),
+    "cut between rows": (lambda path: os.truncate(path, path.read_bytes().find(b"\n") + 1), [1]),
+    "cut within a row": (lambda path: os.truncate(path, 60), [1, 2]),
+    "without its last newline": (remove_last_byte, [1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize("case", LOST_ROWS)
+def test_whole_checkpoints_stay_whatever_becomes_of_the_log(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    Stage(tmp_path, save_steps=2).run(4)
+    damage, left = LOST_ROWS[case]
+    damage(tmp_path / "metrics.jsonl")
+    again = Stage(tmp_path, save_steps=2)
+    assert (again.step, again.steps_kept()) == (4, [2, 4])
+    assert torch.equal(again.part.tensor, torch.full((10,), 10.0))
+    assert "warning: metrics.jsonl has lost rows" in capsys.readouterr().err
+    again.run(6)
+    assert again.steps_logged() == [*left, 5, 6]
+    assert Stage(tmp_path, save_steps=2).steps_logged() == [*left, 5, 6]
+
+
+@pytest.mark.parametrize("file", ["rank-0.pt", "manifest.json"])
+def test_what_cannot_be_read_is_not_removed(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Stage(tmp_path, save_steps=2).run(4)
+    path = tmp_path / "checkpoints" / "step-4" / file
+    with monkeypatch.context() as patch:
+        refuse(path, patch)
+        with pytest.raises(UserError, match=f"step-4/{file}: cannot be read: .*left as it is"):
+            Stage(tmp_path, save_steps=2)
+    assert Stage(tmp_path, save_steps=2).step == 4
+
+
+def refuse(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As to somebody who does not own it; chmod does not keep root out."""
+    real = io.open
+
+    def open_others(file: object, *args: object, **options: object) -> object:
+        if file == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return real(file, *args, **options)
+
+    monkeypatch.setattr("io.open", open_others)
 
 
 def test_none_good_begins_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

@@ -133,6 +133,9 @@ def test_an_interrupted_stage_is_kept_for_the_same_settings_only(tmp_path: Path)
             UserError, match=r"interrupted with other settings \(train.max_steps: .*--redo"
         ):
             run.begin(run.recipe.stage("sft"))
+        (partial / "stage.json").unlink()
+        with pytest.raises(UserError, match=r"stage.json is gone, .*put it back"):
+            run.begin(run.recipe.stage("sft"))
         assert find_steps(partial / "checkpoints") == [5]
         run.begin(run.recipe.stage("sft"), redo=True)
         assert {path.name for path in partial.iterdir()} == {"lineage.json", "stage.json"}
