@@ -11,7 +11,13 @@ from typing import Any
 
 from r1pipe.config import Distill
 from r1pipe.errors import UserError
-from r1pipe.models import build_model, load_tokenizer, save_checkpoint
+from r1pipe.models import (
+    build_model,
+    join_end_ids,
+    load_tokenizer,
+    read_end_ids,
+    save_checkpoint,
+)
 from r1pipe.progress import say
 from r1pipe.records import write_jsonl
 from r1pipe.rejection import collect_traces
@@ -46,6 +52,7 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
     else:
         tokenizer = load_tokenizer(teacher)
         student = build_model(stage.student, tokenizer, context.recipe.seed).to(context.device)
+        student.generation_config.eos_token_id = join_end_ids(tokenizer, read_end_ids(teacher))
         shard(student, student, context.device, **training)
     num_parameters = sum(p.numel() for p in student.parameters())
     architecture = student.config.model_type

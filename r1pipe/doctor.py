@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING
 
 from r1pipe import distributed
 from r1pipe.check import check_functions
-from r1pipe.config import Grpo, OnPolicy, OnPolicyDistill, Recipe, Sampling, Stage
+from r1pipe.config import (
+    Eval,
+    Grpo,
+    OnPolicy,
+    OnPolicyDistill,
+    Recipe,
+    Reject,
+    Sampling,
+    Stage,
+)
 from r1pipe.errors import UserError
 from r1pipe.golds import pick_judging, spread, try_golds, try_rewards
 from r1pipe.inputs import (
@@ -32,10 +41,12 @@ from r1pipe.inputs import (
 )
 from r1pipe.machine import Diagnosis, Status, examine_machine, examine_sandbox
 from r1pipe.progress import say
+from r1pipe.runs import find_mistake
 from r1pipe.scoring import list_rewards, name_rewards
+from r1pipe.thinking import OPEN, close_tag
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
     from r1pipe.memory import Devices
 
@@ -81,7 +92,12 @@ class Doctor:
 
     def examine_inputs(self, stage: Stage) -> Iterator[Diagnosis]:
         """What depends on the checkpoints that the stage starts from."""
-        for check in (self.examine_tokenizers, self.examine_vocabulary, self.examine_prompts):
+        for check in (
+            self.examine_checkpoints,
+            self.examine_tokenizers,
+            self.examine_vocabulary,
+            self.examine_prompts,
+        ):
             yield from self.ask(stage, check)
 
     def ask(
@@ -212,22 +228,65 @@ class Doctor:
             status = "ok" if estimate.fits else "FAIL" if estimate.is_hopeless else "warn"
         yield Diagnosis("", status, line.removeprefix(f"{stage.name}: "))
 
+    def examine_checkpoints(self, stage: Stage) -> Iterator[Diagnosis]:
+        """Names and files of what the stage reads from elsewhere."""
+        from r1pipe.models import check_weights
+        from r1pipe.rollout import check_files, read_config
+
+        sampled = {name for name, _ in list_samplings(stage)}
+        good = []
+        for name in list_models(stage):
+            if self.recipe.stage(name) is not None:
+                continue
+            place = None
+            try:
+                if mistake := find_mistake(name, self.recipe):
+                    raise UserError(mistake)
+                if place := self.inputs.find_checkpoint(name):
+                    (check_files if name in sampled else check_weights)(place)
+                    check_trainable(place, read_config(place), stage)
+                    good.append(name)
+            except UserError as error:
+                yield Diagnosis("", "FAIL", str(error))
+                continue
+            if place is None:
+                what = f'"{name}" is neither a stage, nor a folder, nor in the cache of the hub'
+                status = "skipped" if self.thorough else "FAIL"
+                yield Diagnosis("", status, f"{what}, which does not answer")
+        if good:
+            yield Diagnosis("", "ok", f"files of {', '.join(good)}")
+
     def examine_tokenizers(self, stage: Stage) -> Iterator[Diagnosis]:
+        from r1pipe.models import encode_prompt, find_opening, show_turn
+
         good, missing = [], []
         for name in list_models(stage):
             tokenizer = self.inputs.find_tokenizer(name)
             if tokenizer is None:
                 missing.append(name)
-            elif tokenizer.eos_token in (end := find_turn_end(tokenizer, name)):
-                good.append(f"{name} ({tokenizer.eos_token})")
-            else:
+                continue
+            try:
+                header, behind = show_turn(tokenizer)
+            except UserError as error:
+                yield Diagnosis("", "FAIL", f"{name}: {error}")
+                continue
+            ends = tokenizer.convert_ids_to_tokens(self.inputs.find_end_ids(name))
+            written = next((end for end in ends if end and end in behind), None)
+            if written is None:
                 yield Diagnosis(
                     "",
                     "warn",
-                    f"{name}: the chat template ends a turn with {end.strip() or 'nothing'!r}, "
-                    f"sampling ends at {tokenizer.eos_token!r}: a policy that keeps to its "
-                    "template does not stop; set eos_token in tokenizer_config.json",
+                    f"{name}: the chat template ends a turn with {behind.strip() or 'nothing'!r}, "
+                    f"sampling ends at {' or '.join(map(repr, ends))}: a policy that keeps to its "
+                    "template does not stop; set eos_token in tokenizer_config.json, or "
+                    "eos_token_id in generation_config.json",
                 )
+            else:
+                good.append(f"{name} ({written})")
+            ids = encode_prompt(tokenizer, [{"role": "user", "content": "?"}])
+            tag = find_opening(tokenizer, ids, header).strip()
+            if problem := find_unthinkable(tokenizer, tag):
+                yield Diagnosis("", "warn", f"{name}: {problem}")
         if good:
             yield Diagnosis("", "ok", f"chat template and its end token: {', '.join(good)}")
         if missing:
@@ -282,8 +341,6 @@ class Doctor:
         context: int,
     ) -> int:
         """Tokens of the longest prompt. Raises UserError for one that does not fit."""
-        from jinja2 import TemplateError
-
         from r1pipe.models import check_length, encode_prompt
 
         longest = 0
@@ -291,11 +348,7 @@ class Doctor:
             if not self.thorough:
                 problems = sorted(problems, key=count_characters)[-LONGEST_PROMPTS:]
             for problem in problems:
-                try:
-                    length = len(encode_prompt(tokenizer, problem.prompt))
-                except TemplateError as error:
-                    what = f'problem "{problem.id}": the chat template refuses it: {error}'
-                    raise UserError(what) from error
+                length = len(encode_prompt(tokenizer, problem.prompt, f'problem "{problem.id}"'))
                 check_length(problem, length, sampling.max_completion_length, context)
                 longest = max(longest, length)
         return longest
@@ -323,7 +376,7 @@ class Doctor:
         for stage in stages:
             try:
                 files = estimate_files(stage, self.recipe)
-            except (OSError, ValueError, UserError):
+            except Exception:  # whatever a model's config may lack; the stage's own checks tell
                 unknown.append(stage.name)
                 continue
             kept, meanwhile = kept + files.kept, max(meanwhile, files.meanwhile)
@@ -386,25 +439,30 @@ class Doctor:
             yield Diagnosis("", "warn" if gate.action == "warn" else "FAIL", what)
 
 
-ANSWER = "4 and 2"
-"""Of a conversation that shows how a template ends a turn."""
+def check_trainable(place: str, config: "PreTrainedConfig", stage: Stage) -> None:
+    """Raises UserError for what no stage can train, as far as its config tells."""
+    how = getattr(config, "quantization_config", None)
+    if how is not None and not isinstance(stage, Eval | Reject):
+        method = how.get("quant_method") if isinstance(how, dict) else how.quant_method
+        raise UserError(f"{place}: quantised ({method}): take the model that it was made from")
+    if config.is_encoder_decoder:
+        raise UserError(f"{place}: {config.model_type} is an encoder and a decoder, no such model")
 
 
-def find_turn_end(tokenizer: "PreTrainedTokenizerBase", name: str) -> str:
-    """What the chat template writes behind an answer."""
-    from jinja2 import TemplateError
-
-    messages = [
-        {"role": "user", "content": "Which numbers?"},
-        {"role": "assistant", "content": ANSWER},
-    ]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError as error:
-        raise UserError(f"{name}: the chat template cannot be used: {error}") from error
-    if ANSWER not in text:
-        raise UserError(f"{name}: the chat template leaves out what the assistant says")
-    return text.rpartition(ANSWER)[2]
+def find_unthinkable(tokenizer: "PreTrainedTokenizerBase", tag: str) -> str:
+    """Why no completion can think so that the rewards see it; nothing if one can. `tag`: what the
+    chat template opens."""
+    if tag not in ("", OPEN):
+        return (
+            f"the chat template opens {tag}, and rewards and data of r1pipe know {OPEN} alone: "
+            "they take such thinking for the answer; change the template, or the rewards"
+        )
+    thought = f"{OPEN}1{close_tag(OPEN)}"
+    ids = tokenizer.encode(thought, add_special_tokens=False)
+    unsaid = {tokenizer.eos_token_id, tokenizer.pad_token_id}
+    if tokenizer.decode([n for n in ids if n not in unsaid]).replace(" ", "") != thought:
+        return f"{thought!r} does not come back from the tokenizer: rewards.format cannot be met"
+    return ""
 
 
 # What commands call

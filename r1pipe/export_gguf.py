@@ -23,6 +23,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrained
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from r1pipe.errors import UserError
+from r1pipe.models import find_end_id, read_end_ids
+from r1pipe.progress import say
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -81,7 +83,8 @@ def export_gguf(
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     add_description(writer, about)
     add_settings(writer, config)
-    add_tokenizer(writer, tokenizer, splitting, config.vocab_size)
+    end_ids = read_end_ids(str(folder))
+    add_tokenizer(writer, tokenizer, splitting, config.vocab_size, end_ids)
 
     for name, tensor in read_tensors(folder, config):
         kind = choose_type(tensor.shape, file_type)
@@ -212,8 +215,10 @@ def add_tokenizer(
     tokenizer: PreTrainedTokenizerBase,
     splitting: Splitting,
     vocab_size: int,
+    end_ids: Sequence[int],
 ) -> None:
-    """`vocab_size`: rows of the embedding, of which the tokenizer may not use all."""
+    """`vocab_size`: rows of the embedding, of which the tokenizer may not use all. `end_ids`: all
+    that end a completion; GGUF has three places for them, and llama.cpp stops at each."""
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
     types = [gguf.TokenType.UNUSED] * vocab_size
@@ -239,6 +244,14 @@ def add_tokenizer(
     ):
         if number is not None:
             add(number)
+    others = [n for n in end_ids if n != tokenizer.eos_token_id and n < vocab_size]
+    turn_end = find_end_id(tokenizer, others)
+    others.sort(key=lambda number: number != turn_end)
+    if len(others) > 2:
+        left_out = ", ".join(tokenizer.convert_ids_to_tokens(others[2:]))
+        say(f"--gguf: warning: GGUF has places for three end tokens; without {left_out}")
+    for number, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id)):
+        add(number)
     ids = tokenizer("a").input_ids
     writer.add_add_bos_token(ids[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(ids[-1] == tokenizer.eos_token_id)

@@ -115,6 +115,15 @@ class Inputs:
             self._tokenizers[place] = load_tokenizer(place)
         return self._tokenizers[place]
 
+    def find_end_ids(self, name: str) -> list[int]:
+        """Of a checkpoint whose tokenizer is here, or of the one that it will have it from."""
+        from r1pipe.models import join_end_ids, read_end_ids
+
+        tokenizer, place = self.find_tokenizer(name), self.find_checkpoint(name)
+        if place is None:
+            return self.find_end_ids(find_origin(self.recipe.stage(name)))
+        return join_end_ids(tokenizer, read_end_ids(place))
+
 
 def check_solutions(stage: Stage, source: ProblemSet, problems: Sequence[Problem]) -> None:
     """Raises UserError if the stage is to learn solutions that some of its problems do not have, or

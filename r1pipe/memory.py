@@ -32,6 +32,7 @@ from r1pipe.config import (
     Supervised,
 )
 from r1pipe.errors import UserError
+from r1pipe.models import find_layers, first_line
 
 GIB = 2**30
 MASTER = 4
@@ -103,7 +104,7 @@ class Shape:
             model = AutoModelForCausalLM.from_config(config)
         layers = [
             sum(parameter.numel() for parameter in layer.parameters())
-            for layer in model.base_model.layers
+            for layer in find_layers(model)
         ]
         sizes = [parameter.numel() for parameter in model.parameters()]
         outside = sum(sizes) - sum(layers)
@@ -149,7 +150,7 @@ class Shape:
             normed += queries + keys
         attention += self.config.num_attention_heads * (values // max(1, self.groups()))
         if not is_moe:
-            dense = 4 * self.config.intermediate_size
+            dense = 4 * self.get("intermediate_size", "ffn_dim", "n_inner", default=4 * hidden)
             return NORM_BYTES[stream] * normed + element * (attention + dense)
         width = self.get("moe_intermediate_size", "intermediate_size")
         chosen = self.get("num_experts_per_tok", "top_k", default=1)
@@ -331,6 +332,8 @@ def make_estimate(stage: Stage, recipe: Recipe, devices: Devices) -> Estimate | 
         return estimate_shape(stage, recipe, Shape.of(find_stage_config(stage, recipe)), devices)
     except (OSError, ValueError, UserError) as error:
         return f"{stage.name}: no memory estimate: {error}"
+    except Exception as error:  # the formulas know no config but those of decoders
+        return f"{stage.name}: no memory estimate: {type(error).__name__}: {first_line(error)}"
 
 
 def describe_estimate(estimate: Estimate, stage: Stage, recipe: Recipe) -> str:

@@ -9,21 +9,24 @@ import difflib
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from torch.nn import ModuleList
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -35,6 +38,7 @@ from r1pipe.errors import UserError
 from r1pipe.phases import phase
 from r1pipe.quirks import find_quirks
 from r1pipe.records import Problem, write_text
+from r1pipe.thinking import find_opened_tag
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
@@ -43,6 +47,9 @@ CHAT_TEMPLATE = (
 )
 PAD, END, ROLES = "<|pad|>", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>")
 THINK = ("<think>", "</think>")
+
+TAIL = 16
+"""Tokens of a prompt's end that are looked at for an opened tag."""
 
 MAX_FILE_BYTES = 4 * 2**30
 """Of a sharded model's safetensors files: what rank 0 holds of it while it is saved."""
@@ -98,20 +105,29 @@ def build_model(
         near = difflib.get_close_matches(key, known.to_dict(), n=1, cutoff=0.85)
         if not hasattr(known, key) and near:
             raise UserError(f'model: a {model_type} config has no "{key}"; did you mean {near[0]}?')
-    config = AutoConfig.for_model(
-        model_type,
-        **{
-            **find_quirks(model_type).config,
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            **settings,
-        },
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if known.is_encoder_decoder:
+        raise UserError(
+            f"model: {model_type} is an encoder and a decoder; take a causal language model, such "
+            "as qwen3"
+        )
+    try:
+        config = AutoConfig.for_model(
+            model_type,
+            **{
+                **find_quirks(model_type).config,
+                "vocab_size": len(tokenizer),
+                "pad_token_id": tokenizer.pad_token_id,
+                "eos_token_id": tokenizer.eos_token_id,
+                "bos_token_id": tokenizer.bos_token_id,
+                **settings,
+            },
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # each architecture checks its values in its own way, or not at all
+        what = f"model: transformers can make no {model_type} of this: {first_line(error)}"
+        raise UserError(what) from error
 
 
 def load_model(
@@ -125,16 +141,117 @@ def load_model(
     In float32 whatever the recipe's dtype is: these are the master weights, and an update at a
     learning rate of 1e-6 is lost in bf16's eight bits. The trainers compute in bf16.
     """
+    check_weights(checkpoint)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=dtype, attn_implementation=attn_implementation
+        model, report = AutoModelForCausalLM.from_pretrained(
+            checkpoint,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{checkpoint}: cannot be loaded: {first_line(error)}") from error
+    if absent := sorted(report["missing_keys"]):
+        # transformers would fill them with random numbers.
+        more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        raise UserError(f"{checkpoint}: its weights have no {absent[0]}{more}")
     if device.type == "cpu" and hasattr(model, "set_experts_implementation") and is_moe(model):
         # The fastest on CPU for small experts (`make bench` compares); grouped_mm is the GPU's.
         model.set_experts_implementation("eager")
     return model.to(device)
+
+
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    NotImplementedError,
+    RuntimeError,
+    SafetensorError,
+    struct.error,
+)
+"""A file that ends early or holds nonsense shows as the error of whatever came to read it."""
+
+
+def check_weights(checkpoint: str) -> None:
+    """Raises UserError if a checkpoint folder's weights are not whole. Reads their headers only."""
+    folder = Path(checkpoint).expanduser()
+    if not folder.is_dir():
+        return
+    files = list_weights(folder)
+    if not files:
+        adapter = (folder / "adapter_config.json").exists()
+        what = "an adapter only: merge it into its base model" if adapter else "no weights"
+        raise UserError(f"{folder}: {what} (*.safetensors)")
+    for file in files:
+        if problem := find_damage(file):
+            raise UserError(f"{file}: {problem}")
+
+
+def list_weights(folder: Path) -> list[Path]:
+    """A checkpoint's own files: those that its index names, or model.safetensors, or all; PyTorch's
+    *.bin if there are no safetensors. Some may be missing."""
+    for suffix in ("safetensors", "bin"):
+        for index in sorted(folder.glob(f"*model.{suffix}.index.json")):
+            with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+                names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+                return [folder / name for name in sorted(set(names))]
+        stem = "model" if suffix == "safetensors" else "pytorch_model"
+        if (only := folder / f"{stem}.{suffix}").exists():
+            return [only]
+        if files := sorted(set(folder.glob(f"*model*.{suffix}")) - set(folder.glob("adapter_*"))):
+            return files
+    return []
+
+
+def find_strays(folder: Path) -> list[Path]:
+    """Safetensors files beside the checkpoint's own, which vLLM would load as well: without an
+    index it takes all."""
+    if list(folder.glob("*.safetensors.index.json")):
+        return []
+    return sorted(set(folder.glob("*.safetensors")) - set(list_weights(folder)))
+
+
+def find_damage(file: Path) -> str:
+    """What is wrong with a file of weights; nothing if it is whole, as far as its header tells."""
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            begin = opened.read(64)
+            if begin.startswith(b"version https://git-lfs"):
+                return "a Git LFS pointer in place of the weights: fetch them by git lfs pull"
+            if file.suffix == ".bin":
+                return "" if size else "empty"
+            if len(begin) < 8:
+                return f"no safetensors: it has {size} bytes; copy or download it again"
+            length = int.from_bytes(begin[:8], "little")
+            if length > size:
+                return "no safetensors, or cut off; copy or download it again"
+            opened.seek(8)
+            header = json.loads(opened.read(length))
+            ends = [t["data_offsets"][1] for n, t in header.items() if n != "__metadata__"]
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "no safetensors: its header is broken; copy or download it again"
+    wanted = 8 + length + max(ends, default=0)
+    if size < wanted:
+        return f"cut off: {size} of {wanted} bytes; copy or download it again"
+    return ""
+
+
+def find_layers(model: PreTrainedModel) -> ModuleList:
+    """The decoder layers, which architectures call `layers`, `decoder.layers` or `h`. Raises
+    UserError for a model that has none."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    for module in model.base_model.modules():
+        if isinstance(module, ModuleList) and len(module) == count:
+            return module
+    raise UserError(f"{model.config.model_type}: no row of {count} decoder layers in it")
 
 
 def is_moe(model: PreTrainedModel) -> bool:
@@ -144,26 +261,113 @@ def is_moe(model: PreTrainedModel) -> bool:
 def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     """The checkpoint's tokenizer, checked for what every stage needs: a chat template, an end."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    except Exception as error:  # a damaged file shows as the error of whatever reads it
         raise UserError(f"{checkpoint}: no tokenizer: {first_line(error)}") from error
+    if not tokenizer.encode("2", add_special_tokens=False):
+        # transformers makes an empty one of an architecture's own class, without a word.
+        raise UserError(f"{checkpoint}: no tokenizer: no tokenizer.json, or an empty one")
     if not tokenizer.chat_template:
-        raise UserError(f"{checkpoint}: the tokenizer has no chat template")
+        raise UserError(
+            f"{checkpoint}: the tokenizer has no chat template: put one into the folder, as "
+            "chat_template.jinja"
+        )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"{checkpoint}: the tokenizer has no end token (eos_token)")
+        known = [tokenizer.convert_ids_to_tokens(n) for n in read_end_ids(checkpoint)]
+        if not any(known):
+            raise UserError(
+                f"{checkpoint}: no end token: set eos_token in its tokenizer_config.json"
+            )
+        tokenizer.eos_token = next(filter(None, known))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def read_end_ids(checkpoint: str) -> list[int]:
+    """The end tokens of a checkpoint's generation_config.json or, without such a file, of its
+    config.json: those at which vLLM stops, beside the tokenizer's one."""
+    for read in (GenerationConfig.from_pretrained, AutoConfig.from_pretrained):
+        with contextlib.suppress(OSError, ValueError):
+            return list_ids(read(checkpoint))
+    return []
+
+
+def list_ids(config: GenerationConfig | PreTrainedConfig) -> list[int]:
+    """`eos_token_id`, which is one, several or None."""
+    ids = getattr(config, "eos_token_id", None)
+    return list(ids) if isinstance(ids, list | tuple) else [] if ids is None else [ids]
+
+
+def join_end_ids(tokenizer: PreTrainedTokenizerBase, others: Iterable[int]) -> list[int]:
+    """All tokens that end a completion, the tokenizer's own first."""
+    return list(dict.fromkeys([tokenizer.eos_token_id, *others]))
+
+
 def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    # A KeyError's text is the key alone.
+    return f"{type(error).__name__}: {text}" if isinstance(error, LookupError) else text
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
-    """Token ids up to where the assistant begins: what is sampled from, and trained behind."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+Messages = list[dict[str, str]]
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, name: str = "the conversation"
+) -> list[int]:
+    """Token ids up to where the assistant begins: what is sampled from, and trained behind.
+
+    Raises UserError, with the prompt's `name`, if the chat template refuses it."""
+    return use_template(tokenizer, messages, name, add_generation_prompt=True, return_dict=False)
+
+
+def use_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, name: str, **options: Any
+) -> Any:
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # a template is a program
+        hint = ""
+        if any(message["role"] == "system" for message in messages):
+            hint = "; it may know no system prompt: leave out `system`, or write it into the prompt"
+        what = f"{name}: the chat template refuses it: {first_line(error)}{hint}"
+        raise UserError(what) from error
+
+
+SHOWN = "4 and 2"
+"""Of a conversation that shows what a template writes around an answer."""
+
+
+def show_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template writes before and behind an answer that is given; nothing if it leaves
+    answers out. Raises UserError if it cannot be used."""
+    messages = [
+        {"role": "user", "content": "Which numbers?"},
+        {"role": "assistant", "content": SHOWN},
+    ]
+    text = use_template(tokenizer, messages, "a question and its answer", tokenize=False)
+    before, _, behind = text.rpartition(SHOWN)
+    return before, behind if before else ""
+
+
+def find_end_id(tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int]) -> int:
+    """The token that completions are trained to end with: of all `end_ids` the one that the chat
+    template writes behind an answer. phi's is not the tokenizer's own."""
+    _, behind = show_turn(tokenizer)
+    texts = {number: tokenizer.convert_ids_to_tokens(number) for number in end_ids}
+    written = [number for number, text in texts.items() if text and text in behind]
+    return min(written, key=lambda n: behind.index(texts[n]), default=tokenizer.eos_token_id)
+
+
+def find_opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], header: str) -> str:
+    """What the prompt has begun of the completion, such as "<think>\\n"; mostly nothing.
+
+    `header`: what `show_turn` finds before an answer."""
+    return find_opened_tag(tokenizer.decode(prompt_ids[-TAIL:]), header)
 
 
 def check_length(
@@ -178,21 +382,26 @@ def check_length(
         )
 
 
-def encode_completion(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def encode_completion(
+    tokenizer: PreTrainedTokenizerBase, text: str, end_id: int | None = None
+) -> list[int]:
     """Token ids of a completion and its end token: what the sampler would have returned."""
-    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    end = tokenizer.eos_token_id if end_id is None else end_id
+    return [*tokenizer.encode(text, add_special_tokens=False), end]
 
 
 @phase("saving")
 def save_checkpoint(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """safetensors in the original architecture, the tokenizer, and a generation config.
+    """safetensors in the original architecture, the tokenizer, and a generation config, which has
+    all end tokens of the model's.
 
     Of a sharded model rank 0 writes the files, and every rank must call this.
     """
+    first, *others = join_end_ids(tokenizer, list_ids(model.generation_config))
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        eos_token_id=[first, *others] if others else first, pad_token_id=tokenizer.pad_token_id
     )
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         save_sharded(model, folder)
@@ -306,10 +515,6 @@ def fast_training_kernels(device: torch.device, dtype: str) -> Iterator[None]:
         torch.backends.mkldnn.enabled = enabled
 
 
-UNREADABLE = (OSError, ValueError, LookupError, ImportError, NotImplementedError, struct.error)
-"""A file that ends early or holds nonsense shows as the error of whatever came to read it."""
-
-
 def import_gguf(file: Path, out: Path) -> None:
     """Turn a GGUF file into a checkpoint: dequantised float32 weights and the tokenizer.
 
@@ -323,15 +528,15 @@ def import_gguf(file: Path, out: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # A model that came from GGUF carries the conversion along and would save under other
+        # names: the same weights under a fresh config save as a plain checkpoint.
+        values = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+        config = type(loaded.config)(**values)
+        config.dtype = "float32"
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.load_state_dict(loaded.state_dict())
     except UNREADABLE as error:
         raise UserError(f"{file}: cannot be read as GGUF: {first_line(error)}") from error
-    # A model that came from GGUF carries the conversion along and would save under other names:
-    # the same weights under a fresh config save as a plain checkpoint.
-    values = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
-    config = type(loaded.config)(**values)
-    config.dtype = "float32"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(loaded.state_dict())
     # The config has the file's own ids. The tokenizer of transformers 5.17 has not: its converter
     # for llama takes the token that begins a text for the one that ends it.
     for name in ("bos_token", "eos_token", "pad_token"):
@@ -339,4 +544,16 @@ def import_gguf(file: Path, out: Path) -> None:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    others = [read_gguf_number(file, f"tokenizer.ggml.{name}_token_id") for name in ("eot", "eom")]
+    model.generation_config.eos_token_id = [
+        *list_ids(model.generation_config),
+        *(number for number in others if number is not None),
+    ]
     save_checkpoint(model, tokenizer, out)
+
+
+def read_gguf_number(file: Path, key: str) -> int | None:
+    from gguf import GGUFReader  # transformers has needed it to read the weights
+
+    field = GGUFReader(file).get_field(key)
+    return None if field is None else int(field.contents())

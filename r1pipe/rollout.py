@@ -24,7 +24,19 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from r1pipe import distributed
 from r1pipe.config import Engine, Sampling
 from r1pipe.errors import UserError
-from r1pipe.models import check_length, encode_prompt, first_line, load_tokenizer
+from r1pipe.models import (
+    check_length,
+    check_weights,
+    encode_prompt,
+    find_opening,
+    find_strays,
+    first_line,
+    join_end_ids,
+    list_weights,
+    load_tokenizer,
+    read_end_ids,
+    show_turn,
+)
 from r1pipe.moe import find_moe_layers
 from r1pipe.phases import beat, phase
 from r1pipe.quirks import find_quirks
@@ -60,7 +72,8 @@ class Sampler:
         self.settings, self.device = settings, device
         # On CPU they are recorded from outside, in any engine.
         self.can_return_routes = with_routes or device.type == "cpu"
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint)
+        check_files(checkpoint)
+        self.open_tokenizer(checkpoint)
         self.config = config = read_config(checkpoint)
         self.architecture = describe_architecture(config)
         if with_routes:
@@ -83,6 +96,13 @@ class Sampler:
         if with_routes:
             self.prepare_routes()
 
+    def open_tokenizer(self, checkpoint: str) -> None:
+        """And what else decides how prompts begin and completions end."""
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint)
+        self.end_ids = join_end_ids(self.tokenizer, read_end_ids(checkpoint))
+        self._unsaid = {*self.end_ids, self.tokenizer.pad_token_id}
+        self._header, _ = show_turn(self.tokenizer)
+
     def prepare_routes(self) -> None:
         """Get ready to return routes. Raises UserError where there are none to return."""
         if not self.can_return_routes:
@@ -98,7 +118,7 @@ class Sampler:
         """Prompt token ids. Raises UserError for a problem that does not fit the context."""
         encoded = []
         for problem in problems:
-            ids = encode_prompt(self.tokenizer, problem.prompt)
+            ids = encode_prompt(self.tokenizer, problem.prompt, f'problem "{problem.id}"')
             check_length(problem, len(ids), max_completion_length, self.max_model_len)
             encoded.append(ids)
         return encoded
@@ -192,11 +212,13 @@ class Sampler:
             top_p=sampling.top_p,
             top_k=sampling.top_k or -1,
             max_tokens=sampling.max_completion_length,
+            stop_token_ids=self.end_ids,
             seed=seed,
             # Of the sampled tokens, in one list: no object for each of them.
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
+            skip_special_tokens=False,
             # A prompt read from the cache is not routed again, so its routes would be missing.
             skip_reading_prefix_cache=with_routes and self._capture is not None,
         )
@@ -222,11 +244,13 @@ class Sampler:
             if waiting:  # interrupted: the next call must not meet these requests
                 engine.abort_request(list(waiting))
 
+    def find_opening(self, prompt_ids: list[int]) -> str:
+        """What the chat template has begun of the completion, such as <think>."""
+        return find_opening(self.tokenizer, prompt_ids, self._header)
+
     @property
-    def opens_thinking(self) -> bool:
-        """Whether the chat template has the model think, so that completions begin inside."""
-        ids = encode_prompt(self.tokenizer, [{"role": "user", "content": ""}])
-        return self.tokenizer.decode(ids).rstrip().endswith("<think>")
+    def opened_tag(self) -> str:
+        return self.find_opening(encode_prompt(self.tokenizer, [{"role": "user", "content": "?"}]))
 
     def stream(
         self, messages: list[dict[str, str]], sampling: Sampling, seed: int
@@ -249,13 +273,15 @@ class Sampler:
     def _read(self, result: Any, problem: Problem, prompt_ids: list[int], number: int) -> Rollout:
         output = result.outputs[0]
         tokens = list(output.token_ids)
+        # Special tokens stay: <think> may be one, and a policy that writes <|user|> has done so.
+        said = self.tokenizer.decode([token for token in tokens if token not in self._unsaid])
         return Rollout(
             problem_id=problem.id,
             sample=number,
             prompt_ids=prompt_ids,
             completion_ids=tokens,
             logprobs=list(output.logprobs.logprobs),
-            completion=self.tokenizer.decode(tokens, skip_special_tokens=True),
+            completion=self.find_opening(prompt_ids) + said,
             finish_reason=output.finish_reason,
         )
 
@@ -495,10 +521,21 @@ def repack_tied_head(model: torch.nn.Module) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
+def check_files(checkpoint: str) -> None:
+    """Raises UserError for a checkpoint folder of which vLLM would load something else than its
+    weights."""
+    check_weights(checkpoint)
+    if strays := find_strays(Path(checkpoint).expanduser()):
+        raise UserError(
+            f"{strays[0]}: vLLM would load it beside {list_weights(strays[0].parent)[0].name}: "
+            "move it elsewhere"
+        )
+
+
 def read_config(checkpoint: str) -> Any:
     try:
-        return AutoConfig.from_pretrained(checkpoint)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    except Exception as error:  # a config's values are checked by each architecture in its own way
         raise UserError(f"{checkpoint}: no model config: {first_line(error)}") from error
 
 
@@ -521,11 +558,11 @@ def describe_architecture(config: Any) -> str:
 
 
 def read_weights(folder: Path) -> Iterable[tuple[str, torch.Tensor]]:
-    """Names and tensors of a checkpoint folder's safetensors files."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: no *.safetensors files")
-    for file in files:
+    """Names and tensors of a checkpoint folder's files."""
+    for file in list_weights(folder):
+        if file.suffix == ".bin":
+            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+            continue
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
                 yield name, tensors.get_tensor(name)

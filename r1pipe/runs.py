@@ -10,10 +10,12 @@
 A stage's folder appears by one rename, after everything in it is written.
 """
 
+import difflib
 import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -24,7 +26,7 @@ from typing import Any, TextIO
 from r1pipe import distributed
 from r1pipe.config import Recipe, Saving, Stage
 from r1pipe.errors import UserError
-from r1pipe.lineage import Lineage
+from r1pipe.lineage import Lineage, find_snapshot
 from r1pipe.records import dump_row, read_json, read_jsonl, write_text
 
 SHARED_KEYS = ("seed", "dtype", "attn_implementation", "ngram")
@@ -248,12 +250,10 @@ class RunFolder:
         """The folder or hub id behind a stage's `from` or an entry of `checkpoints`."""
         stage = self.recipe.stage(name)
         if stage is None:
+            if mistake := find_mistake(name, self.recipe):
+                raise UserError(f'stage "{needed_by}": {mistake}')
             folder = Path(name).expanduser()
-            if folder.is_dir():
-                return str(folder)
-            if name.startswith((".", "/", "~")):
-                raise UserError(f'stage "{needed_by}": "{name}" is neither a stage nor a folder')
-            return name
+            return str(folder) if folder.is_dir() else name
         if not stage.makes_checkpoint:
             raise UserError(f'stage "{needed_by}": the stage "{name}" makes no checkpoint')
         if not self.is_finished(stage):
@@ -274,6 +274,39 @@ def flatten(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from flatten(inner, f"{key}[{number}]")
     else:
         yield key, json.dumps(value)
+
+
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def find_mistake(name: str, recipe: Recipe) -> str:
+    """What is wrong with `from` or another name of a checkpoint that no stage of the recipe has;
+    nothing if it is a checkpoint's folder, or may be a hub id."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (folder / "config.json").exists():
+            return ""
+        inside = sorted(file.parent for file in folder.glob("*/config.json"))
+        hint = f"; did you mean {', or '.join(map(str, inside[:3]))}?" if inside else ""
+        adapter = (folder / "adapter_config.json").exists()
+        why = "is an adapter: merge it into its base model" if adapter else "has no config.json"
+        return f'"{name}" {why}{hint}'
+    if folder.is_file():
+        how = ": r1pipe import-gguf makes a checkpoint of it" if folder.suffix == ".gguf" else ""
+        return f'"{name}" is a file, not a checkpoint folder{how}'
+    parent, last = folder.parent, folder.name
+    named = [stage.name for stage in recipe.stages if stage.makes_checkpoint]
+    near = difflib.get_close_matches(name, named, n=1, cutoff=0.75)
+    is_typo = bool(near) and abs(len(near[0]) - len(name)) < 2
+    if not near:
+        siblings = [file.parent.name for file in parent.glob("*/config.json")]
+        near = [str(parent / s) for s in difflib.get_close_matches(last, siblings, n=1)]
+    # runs/demo/sft is the folder of a stage, and org/name, or name, is the hub's.
+    is_local = len(folder.parts) > 1 and Path(folder.parts[0]).is_dir()
+    if HUB_ID.fullmatch(name) and not is_local and not (is_typo and not find_snapshot(name)):
+        return ""
+    hint = f"did you mean {near[0]}?" if near else f"there is no {folder.absolute()}"
+    return f'"{name}" is neither a stage nor a checkpoint folder; {hint}'
 
 
 def can_go_on(partial: Path) -> bool:

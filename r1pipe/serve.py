@@ -91,7 +91,7 @@ def chat(
                 continue
             history.append({"role": "user", "content": question})
             pieces = sampler.stream(history, sampling, derive_seed("chat", number))
-            answer = show(split(pieces, sampler.opens_thinking), show_thinking or at_terminal)
+            answer = show(split(pieces, sampler.opened_tag), show_thinking or at_terminal)
             # A model does not see what it has thought before: R1's template drops it, too.
             history.append({"role": "assistant", "content": answer})
     finally:
@@ -112,7 +112,7 @@ def ask_questions() -> Iterator[str]:
         yield question
 
 
-def split(pieces: Iterator[str], opened: bool) -> Iterator[tuple[bool, str]]:
+def split(pieces: Iterator[str], opened: str) -> Iterator[tuple[bool, str]]:
     splitter = ThinkingSplitter(opened)
     for piece in pieces:
         yield from splitter.feed(piece)

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from r1pipe import distributed
-from r1pipe.models import load_model
+from r1pipe.models import find_layers, load_model
 from r1pipe.moe import route_in_float32
 
 Root = TypeVar("Root", bound=nn.Module)
@@ -95,7 +95,7 @@ def shard(
     if device.type == "cpu":
         give_memory_back()
     mesh = distributed.make_mesh(device)
-    for module in (*model.base_model.layers, root):
+    for module in (*find_layers(model), root):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
         # gloo can add up, and neither average nor scale.
         module.set_gradient_divide_factor(1.0 if sums_gradients else mesh.size())

@@ -31,7 +31,16 @@ from r1pipe.breaker import EventLog, stop_unless_finite
 from r1pipe.checkpoints import Checkpoints, RandomStates
 from r1pipe.config import Supervised
 from r1pipe.errors import UserError
-from r1pipe.models import encode_completion, encode_prompt, fast_training_kernels, whole
+from r1pipe.models import (
+    encode_completion,
+    encode_prompt,
+    fast_training_kernels,
+    find_end_id,
+    find_opening,
+    list_ids,
+    show_turn,
+    whole,
+)
 from r1pipe.moe import ExpertLoad, number_padded
 from r1pipe.optimizer import OffloadedAdamW, find_schedule
 from r1pipe.progress import Interrupt, StageProgress
@@ -45,6 +54,7 @@ from r1pipe.sharding import (
     take_weights,
 )
 from r1pipe.stage import StageContext
+from r1pipe.thinking import drop_opening
 
 PAD_TO_MULTIPLE_OF = 8
 
@@ -58,19 +68,26 @@ class Traces:
 
 
 def encode_traces(
-    problems: list[Problem], tokenizer: PreTrainedTokenizerBase, max_length: int | None
+    problems: list[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    end_ids: Iterable[int] = (),
 ) -> Traces:
     """Prompt and solution of each problem as the sampler would see them, token by token.
 
     Tokenised here and not by TRL, so that supervised training and sampling share one encoding;
-    only the completion's tokens are trained on. Raises UserError for a row without `solution`.
+    only the completion's tokens are trained on, the last of them one of `end_ids`. Raises UserError
+    for a row without `solution`, or that the chat template refuses.
     """
     rows, num_too_long = [], 0
+    header, _ = show_turn(tokenizer)
+    end_id = find_end_id(tokenizer, end_ids)
     for problem in problems:
         if not problem.solution:
             raise UserError(f'problem "{problem.id}" ({problem.source}): no "solution" to train on')
-        prompt = encode_prompt(tokenizer, problem.prompt)
-        completion = encode_completion(tokenizer, problem.solution)
+        prompt = encode_prompt(tokenizer, problem.prompt, f'problem "{problem.id}"')
+        solution = drop_opening(problem.solution, find_opening(tokenizer, prompt, header))
+        completion = encode_completion(tokenizer, solution, end_id)
         if max_length is not None and len(prompt) + len(completion) > max_length:
             num_too_long += 1
             continue
@@ -287,7 +304,8 @@ def train_on_traces(
     label: str,
 ) -> dict[str, float]:
     """Train `model` in place on the problems' solutions. Returns facts for the stage's record."""
-    traces = encode_traces(problems, tokenizer, settings.max_length)
+    end_ids = list_ids(model.generation_config)
+    traces = encode_traces(problems, tokenizer, settings.max_length, end_ids)
     batch_size, accumulation_steps = distributed.share_batch(
         settings.per_device_train_batch_size,
         settings.gradient_accumulation_steps,

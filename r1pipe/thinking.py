@@ -1,17 +1,59 @@
 """Takes what a model has thought and what it answers apart, as it comes. Imports no torch."""
 
+import re
 from collections.abc import Iterator
 
-OPEN, CLOSE = "<think>", "</think>"
+OPEN = "<think>"
+TAG = re.compile(r"(<[^<>/\s][^<>\s]*>|\[[^\[\]/\s]+\]|◁[^◁▷/\s]+▷)\s*$")
+ANY_TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷\s]+▷")
+MIND = re.compile(r"think|thought|reason|reflect|analy|scratch", re.IGNORECASE)
+
+
+def find_opened_tag(prompt: str, header: str) -> str:
+    """The tag that a prompt ends with, and the white space behind it: what a chat template has
+    begun of the completion; empty for most.
+
+    Other tags begin the assistant's turn, such as `<|assistant|>`: `header`, what the template
+    writes before an answer that is given, ends with those.
+    """
+    found = TAG.search(prompt)
+    if found is None:
+        return ""
+    begins_turn = not header or header.rstrip().endswith(found[1])
+    return "" if begins_turn and not MIND.search(found[1]) else found[0]
+
+
+def close_tag(tag: str) -> str:
+    """</think> of <think>, [/THINK] of [THINK], <|end_of_thought|> of <|begin_of_thought|>."""
+    if "begin_of" in tag or "start_of" in tag:
+        return tag.replace("begin_of", "end_of").replace("start_of", "end_of")
+    return f"{tag[0]}/{tag[1:]}"
+
+
+def drop_opening(solution: str, opening: str) -> str:
+    """A trace as it goes on behind a prompt that has opened its thinking: without the tag that the
+    prompt ends with, or, if it has no thoughts, after an end of them."""
+    if not opening:
+        return solution
+    tag = opening.rstrip()
+    space = opening.removeprefix(tag)
+    text = solution.lstrip()
+    if text.startswith(tag):
+        text = text.removeprefix(tag)
+        return text.removeprefix(space) if text.startswith(space) else text.lstrip()
+    if any(MIND.search(other) for other in ANY_TAG.findall(text)):
+        return solution
+    return f"{close_tag(tag)}\n\n{solution}"
 
 
 class ThinkingSplitter:
     """Splits a completion that arrives in pieces of any size, tags cut in two among them.
 
-    A completion thinks first if it begins with `<think>`, or if `opened`: the prompt ended with it.
+    A completion thinks first if it begins with `<think>`, or if the prompt has `opened` a tag.
     """
 
-    def __init__(self, opened: bool = False):
+    def __init__(self, opened: str = ""):
+        self._close = close_tag(opened.rstrip() or OPEN)
         self._thinks: bool | None = True if opened else None
         """None until the first signs have come."""
         self._held = ""
@@ -26,8 +68,8 @@ class ThinkingSplitter:
             self._thinks = start.startswith(OPEN)
             if self._thinks:
                 self._held = start.removeprefix(OPEN)
-        if self._thinks and CLOSE in self._held:
-            thought, self._held = self._held.split(CLOSE, 1)
+        if self._thinks and self._close in self._held:
+            thought, self._held = self._held.split(self._close, 1)
             self._thinks = False
             if thought:
                 yield True, thought
@@ -43,5 +85,5 @@ class ThinkingSplitter:
         self._held = ""
 
     def _count_start_of_tag(self) -> int:
-        lengths = range(min(len(CLOSE) - 1, len(self._held)), 0, -1)
-        return next((n for n in lengths if self._held.endswith(CLOSE[:n])), 0)
+        lengths = range(min(len(self._close) - 1, len(self._held)), 0, -1)
+        return next((n for n in lengths if self._held.endswith(self._close[:n])), 0)

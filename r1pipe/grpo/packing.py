@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from r1pipe.errors import UserError
+from r1pipe.models import find_layers
 from r1pipe.records import Rollout
 
 if TYPE_CHECKING:
@@ -119,12 +120,17 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     implementation = model.config._attn_implementation
     if implementation.startswith("flash_attention"):
         return
-    if hasattr(model.base_model.layers[0].self_attn, "sinks"):
+    if any(hasattr(module, "sinks") for module in find_layers(model)[0].modules()):
         raise UserError(
             f"{model.config.model_type}: its attention has sinks: set attn_implementation "
             "to flash_attention_2 or a later one"
         )
     model.set_attn_implementation(PACKED_SDPA)
+    if model.config._attn_implementation != PACKED_SDPA:  # it only warns
+        raise UserError(
+            f"{model.config.model_type}: computes its attention in a way of its own, which this "
+            "trainer cannot keep within sequences"
+        )
 
 
 def attention_arguments(model: PreTrainedModel, lengths: list[int]) -> dict:

@@ -114,6 +114,7 @@ def test_a_sound_recipe(project: Path) -> None:
         "grpo: data",
         "grpo: golds",
         "grpo: memory",
+        "grpo: checkpoints",
         "grpo: tokenizers",
         "grpo: prompts",
     ]
@@ -335,6 +336,86 @@ def test_end_token_that_does_not_end_a_turn(project: Path) -> None:
     assert "'<|end|>'" in trouble["grpo: tokenizers"]
 
 
+def test_end_token_that_only_the_generation_config_knows(project: Path) -> None:
+    write_template(
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|user|>{% endfor %}<|assistant|>"
+    )
+    assert "grpo: tokenizers" in find_trouble(examine())
+    config = project / "model" / "generation_config.json"
+    change_json(config, eos_token_id=[1, 3])  # <|end|>, <|user|>
+    by_name = {diagnosis.what: diagnosis for diagnosis in examine()}
+    assert by_name["grpo: tokenizers"].status == "ok"
+    assert "model (<|user|>)" in by_name["grpo: tokenizers"].detail
+
+
+def test_template_that_opens_other_tags_than_rewards_know(project: Path) -> None:
+    (file,) = (project / "model").glob("chat_template*")
+    template = file.read_text()
+    write_template(template.replace("<|assistant|>{% endif %}", "<|assistant|><think>{% endif %}"))
+    assert not find_trouble(examine())
+    write_template(template.replace("<|assistant|>{% endif %}", "<|assistant|><plan>{% endif %}"))
+    assert (
+        "warn: model: the chat template opens <plan>" in find_trouble(examine())["grpo: tokenizers"]
+    )
+
+
+def test_tokenizer_that_cannot_write_tags(project: Path) -> None:
+    """As one whose padding token is a part of them."""
+    change_json(project / "model" / "tokenizer_config.json", pad_token="</think>")
+    trouble = find_trouble(examine())
+    assert "does not come back from the tokenizer" in trouble["grpo: tokenizers"]
+
+
+def test_weights_that_are_not_whole(project: Path) -> None:
+    file = project / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "FAIL: model/model.safetensors: cut off" in find_trouble(examine())["grpo: checkpoints"]
+
+
+def test_stray_weights_matter_to_stages_that_sample(project: Path) -> None:
+    shutil.copy(project / "model" / "model.safetensors", project / "model" / "other.safetensors")
+    assert "other.safetensors: vLLM would" in find_trouble(examine())["grpo: checkpoints"]
+    values = yaml.safe_load(Path("mine.yaml").read_text())
+    stage = {key: values["stages"][0][key] for key in ("from", "data")}
+    values["stages"] = [{"kind": "sft", **stage, "train": {"max_steps": 1}}]
+    Path("mine.yaml").write_text(yaml.safe_dump(values))
+    assert "sft: checkpoints" not in find_trouble(examine())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised (gptq)"),
+        ({"model_type": None}, "no model config: Unrecognized model"),
+        ({"model_type": "t5"}, "t5 is an encoder and a decoder"),
+    ],
+)
+def test_models_that_no_stage_can_train(project: Path, changes: dict, words: str) -> None:
+    change_json(project / "model" / "config.json", **changes)
+    assert words in find_trouble(examine())["grpo: checkpoints"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("runs/mine/stf", "did you mean runs/mine/sft?"),
+        ("gprpo", "did you mean grpo?"),
+        ("modle", "nor in the cache of the hub, which does not answer"),
+        ("./modle", "did you mean model?"),
+        ("a/b/c", "there is no"),
+        ("mine.yaml", "is a file"),
+        ("runs/mine", "has no config.json; did you mean runs/mine/sft?"),
+    ],
+)
+def test_misspelt_names(project: Path, name: str, words: str) -> None:
+    shutil.copytree("model", "runs/mine/sft")
+    values = yaml.safe_load(Path("mine.yaml").read_text())
+    values["stages"].append({**values["stages"][0], "name": "second", "from": name})
+    Path("mine.yaml").write_text(yaml.safe_dump(values))
+    told = find_trouble(examine()).get("second: checkpoints", "")
+    assert words in told
+
+
 def write_template(template: str, model: Path = Path("model")) -> None:
     (file,) = model.glob("chat_template*")
     file.write_text(template)
@@ -484,7 +565,7 @@ def test_it_can_be_skipped(project: Path, capsys: pytest.CaptureFixture) -> None
     assert main(["grpo", "mine.yaml", *bad, "--skip-doctor"]) == 2
     err = capsys.readouterr().err
     assert "disk" not in err
-    assert "neither a stage nor a folder" in err
+    assert "neither a stage nor a checkpoint folder" in err.replace("\n", " ")
 
 
 def test_stages_are_looked_at_again_when_their_parent_is_there(project: Path) -> None:

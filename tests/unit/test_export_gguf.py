@@ -3,6 +3,8 @@
 What no test here can say is that llama.cpp reads it so, too: docs/log.md has what it did.
 """
 
+import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -32,6 +34,7 @@ MODELS = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 32},
 }
+PLACES = ("eos", "eot", "eom")
 TOLERANCE = {"F32": 1e-5, "F16": 0.05, "Q8_0": 0.5}
 """The largest of 25,000 differences of logits, whose standard deviation is 1 to 2: matrices of 64
 columns with random weights are what suffers most."""
@@ -70,6 +73,18 @@ def test_the_file_is_the_same_model(checkpoint: Path, file_type: str, tmp_path: 
     assert differences.max() < TOLERANCE[file_type]
     assert differences.mean() < TOLERANCE[file_type] / 5
     assert differences.any() or file_type == "F32"  # what is to be rounded is rounded
+
+
+def test_all_end_tokens_have_a_place(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "ends")
+    ends = [1, 2, 3]  # <|end|>, <|system|>, <|user|>
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    (file,) = folder.glob("chat_template*")
+    file.write_text("{% for m in messages %}{{ m.content }}<|user|>{% endfor %}")
+    export_gguf(folder, tmp_path / "mini.gguf", "F32", ABOUT, TEXTS)
+    reader = gguf.GGUFReader(tmp_path / "mini.gguf")
+    places = {name: read_field(reader, f"tokenizer.ggml.{name}_token_id") for name in PLACES}
+    assert places == {"eos": 1, "eot": 3, "eom": 2}  # eot: as the template ends a turn
 
 
 def test_what_the_file_says_of_itself(checkpoint: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from r1pipe.cli import main
-from r1pipe.models import CHAT_TEMPLATE, build_model, build_tokenizer
+from r1pipe.models import CHAT_TEMPLATE, build_model, build_tokenizer, read_end_ids
 
 LLAMA = {
     "model_type": "llama",
@@ -61,6 +61,7 @@ def write_gguf(path: Path, model: PreTrainedModel, tokens: list[str], merges: li
     writer.add_token_types([3 if t.startswith("<|") else 1 for t in tokens])
     writer.add_bos_token_id(tokens.index("<|user|>"))
     writer.add_eos_token_id(tokens.index("<|end|>"))
+    writer.add_eot_token_id(tokens.index("<|system|>"))
     writer.add_chat_template(CHAT_TEMPLATE)
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     writer.add_tensor("token_embd.weight", weights["model.embed_tokens.weight"])
@@ -104,6 +105,7 @@ def test_imported_checkpoint_is_the_same_model(source: tuple, tmp_path: Path) ->
     assert own.chat_template == CHAT_TEMPLATE
     assert (own.bos_token, own.eos_token) == ("<|user|>", "<|end|>")
     assert own.pad_token is not None
+    assert own.convert_ids_to_tokens(read_end_ids(str(out))) == ["<|end|>", "<|system|>"]
     assert own.decode(own.encode("more words")) == "more words"
 
 

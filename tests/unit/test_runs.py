@@ -173,7 +173,7 @@ def test_predecessor_must_have_run(tmp_path: Path) -> None:
     with RunFolder(make_recipe(tmp_path)) as run:
         with pytest.raises(UserError, match='"sft" starts from "random", which has not run'):
             run.resolve_checkpoint("random", "sft")
-        with pytest.raises(UserError, match="neither a stage nor a folder"):
+        with pytest.raises(UserError, match="neither a stage nor a checkpoint folder"):
             run.resolve_checkpoint("./nowhere", "sft")
         assert run.resolve_checkpoint("Qwen/Qwen3-0.6B", "sft") == "Qwen/Qwen3-0.6B"
         finish(run, "random")

@@ -17,6 +17,7 @@ from r1pipe.grpo.logprobs import Policy, Support, Truncation
 from r1pipe.grpo.losses import LOSSES
 from r1pipe.grpo.packing import Sample, attend_packed, cut_batches, pack
 from r1pipe.grpo.update import Updater
+from r1pipe.memory import Shape
 from r1pipe.models import build_model, build_tokenizer, encode_completion, encode_prompt
 from r1pipe.optimizer import OffloadedAdamW, find_schedule
 from r1pipe.problems import load_problems
@@ -196,6 +197,40 @@ def test_packing_changes_no_logprob_and_no_gradient(
             scale = float(parameter.grad.abs().max()) + 1e-3
             difference = float((parameter.grad - other.grad).abs().max())
             assert difference < 1e-4 * scale, parameter_name
+
+
+OTHERS = {
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128},
+    "opt": {
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 128,
+    },
+}
+"""Architectures that call their layers, and much in their config, by other names."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_layers_of_other_names(
+    tokenizer: PreTrainedTokenizerBase, samples: list[Sample], name: str
+) -> None:
+    model = build_model({"model_type": name, **OTHERS[name]}, tokenizer, seed=0).eval()
+    batch = pack(samples, CPU)
+    expected = [logprobs_alone(model, sample, 1.0) for sample in batch.samples]
+    found = Policy(model)(batch, 1.0).logprobs_C
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-5, rtol=0)
+    shape = Shape.of(model.config)
+    assert shape.largest_layer * 2 + shape.outside_layers == shape.parameters
+    assert shape.activations(100, 4, checkpointing=False) > 0
+
+
+def test_attention_that_cannot_be_replaced(tokenizer: PreTrainedTokenizerBase) -> None:
+    settings = {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 2}
+    with pytest.raises(UserError, match="bloom: computes its attention in a way of its own"):
+        Policy(build_model(settings, tokenizer, 0))
 
 
 def test_sliding_window_and_grouped_heads() -> None:
