@@ -58,7 +58,7 @@ def main() -> None:
 def measure() -> None:
     tokenizer = build_tokenizer(["1 + 1 = 2"], 300)
     model = build_model(MODEL, tokenizer, seed=0)
-    policy = shard(Policy(model), model, CPU, dtype="float32", sums_gradients=True)
+    policy = shard(Policy(model), model, CPU, dtype="float32")
     settings = Grpo.model_validate(
         {
             "kind": "grpo",

@@ -125,7 +125,6 @@ def run_rank(folder: Path) -> None:
         recipe = make_recipe(kind, str(folder / name), dtype, checkpointing)
         stage, device = recipe.stages[0], torch.device("cpu")
         tokenizer = load_tokenizer(stage.from_)
-        wrap = Policy if kind == "grpo" else lambda model: model
         peaks, start = {}, resident("VmRSS")
 
         def measure(phase: str, work: Callable[[], object]) -> object:
@@ -139,11 +138,9 @@ def run_rank(folder: Path) -> None:
 
         root = measure(
             "load",
-            lambda: load_sharded(
-                stage.from_, device, "sdpa", wrap, dtype=dtype, sums_gradients=kind == "grpo"
-            ),
+            lambda: load_sharded(stage.from_, device, "sdpa", Policy, dtype=dtype),
         )
-        model = root.model if kind == "grpo" else root
+        model = root.model
         shape = Shape.of(model.config)
         if kind == "grpo":
             updater = Updater(root, None, stage, dtype=dtype, seed=0)
@@ -154,7 +151,7 @@ def run_rank(folder: Path) -> None:
             rows = make_rows(tokenizer)
             measure(
                 "train",
-                lambda: train_on_traces(model, tokenizer, rows, stage.train, context, "sft"),
+                lambda: train_on_traces(root, tokenizer, rows, stage.train, context, "sft"),
             )
         # In several files, as a model of more than 4 GiB.
         models.MAX_FILE_BYTES = 2**27
@@ -180,6 +177,7 @@ def make_recipe(kind: str, checkpoint: str, dtype: str, checkpointing: bool) -> 
             "per_device_train_batch_size": TOKENS // LENGTH,
             "gradient_accumulation_steps": distributed.world_size(),
             "max_length": LENGTH,
+            "micro_batch_tokens": TOKENS,
             "gradient_checkpointing": checkpointing,
         }
     else:

@@ -162,8 +162,42 @@ class Saving(Strict):
         return self
 
 
-class Supervised(Saving):
-    """Options of TRL's SFTTrainer, under its names."""
+class Optimization(Saving):
+    """What all training has in common: TRL's and transformers' names where they have the option."""
+
+    learning_rate: PositiveFloat
+    min_lr: NonNegativeFloat = 0.0
+    """Where the cosine ends."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"]
+    """Each after `warmup_steps`."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegativeFloat = 0.0
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    max_grad_norm: PositiveFloat = 1.0
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens in one forward and backward pass: bounds memory, changes nothing else. Default: 16384
+    on GPU; 1024 on CPU, where activations that stay in the cache make an update a tenth faster."""
+    gradient_checkpointing: bool = False
+    offload_optimizer: bool = False
+    """AdamW's moments stay in the CPU's memory (8 bytes a parameter, over all processes)."""
+    bias_update_rate: NonNegativeFloat
+    """How far a router's bias moves at each optimizer step towards an even load of its experts
+    (DeepSeek-V3); nothing happens to models whose routers have none."""
+    seq_aux_loss_coef: NonNegativeFloat = 0.0
+    """Weight of DeepSeek-V3's auxiliary loss, which evens the load out within each sequence.
+    DeepSeek-V3: 1e-4."""
+
+    @model_validator(mode="after")
+    def end_a_cosine(self) -> "Optimization":
+        refuse_idle(self, {"min_lr": self.lr_scheduler_type != "cosine" and "without the cosine"})
+        return self
+
+    def tokens_per_micro_batch(self, *, on_gpu: bool) -> int:
+        return self.micro_batch_tokens or (16384 if on_gpu else 1024)
+
+
+class Supervised(Optimization):
+    """Supervised training on traces, packed without padding."""
 
     save_steps: PositiveInt | None = 100
 
@@ -171,32 +205,21 @@ class Supervised(Saving):
     num_train_epochs: PositiveFloat | None = None
     per_device_train_batch_size: PositiveInt = 8
     gradient_accumulation_steps: PositiveInt = 1
-    learning_rate: PositiveFloat = 5e-5
-    min_lr: NonNegativeFloat = 0.0
-    """Where the cosine ends."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """Each after `warmup_steps`."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: NonNegativeFloat = 0.0
-    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    max_grad_norm: PositiveFloat = 1.0
+    """times per_device_train_batch_size: rows in each optimizer step, over all processes."""
     max_length: PositiveInt | None = None
     """Rows of more tokens are dropped and counted, never cut."""
-    gradient_checkpointing: bool = False
-    offload_optimizer: bool = False
-    """AdamW's moments stay in the CPU's memory (8 bytes a parameter, over all processes)."""
+    learning_rate: PositiveFloat = 5e-5
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
     bias_update_rate: NonNegativeFloat = 1e-3
-    """How far a router's bias moves at each step towards an even load of its experts (DeepSeek-V3);
-    nothing happens to models whose routers have none."""
-    seq_aux_loss_coef: NonNegativeFloat = 0.0
-    """Weight of DeepSeek-V3's auxiliary loss, which evens the load out within each sequence.
-    DeepSeek-V3: 1e-4."""
+
+    @property
+    def batch_size(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @model_validator(mode="after")
     def name_a_length(self) -> "Supervised":
         if (self.max_steps is None) == (self.num_train_epochs is None):
             raise ValueError("give either max_steps or num_train_epochs")
-        refuse_idle(self, {"min_lr": self.lr_scheduler_type != "cosine" and "without the cosine"})
         return self
 
 
@@ -385,7 +408,7 @@ class Difficulty(Strict):
         return self
 
 
-class OnPolicy(TrainingStage, Saving):
+class OnPolicy(TrainingStage, Optimization):
     """What the stages have in common that train a model on its own samples."""
 
     save_steps: PositiveInt | None = 10
@@ -404,26 +427,11 @@ class OnPolicy(TrainingStage, Saving):
 
     learning_rate: PositiveFloat = 1e-6
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """Each after `warmup_steps`."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: NonNegativeFloat = 0.0
-    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
-    max_grad_norm: PositiveFloat = 1.0
-    micro_batch_tokens: PositiveInt | None = None
-    """Tokens in one forward and backward pass: bounds memory, changes nothing else. Default: 16384
-    on GPU; 1024 on CPU, where activations that stay in the cache make an update a tenth faster."""
-    gradient_checkpointing: bool = False
-    offload_optimizer: bool = False
-    """AdamW's moments stay in the CPU's memory (8 bytes a parameter, over all processes)."""
+    bias_update_rate: NonNegativeFloat = 0.0
 
     routing_replay: bool = False
     """Of a mixture of experts: the trainer sends each token to the experts that the sampler chose
     (R3). For a bf16 sampler; in float32 both choose the same."""
-    bias_update_rate: NonNegativeFloat = 0.0
-    """As in supervised training: how far a router's bias moves at each optimizer step towards an
-    even load of its experts."""
-    seq_aux_loss_coef: NonNegativeFloat = 0.0
-    """As in supervised training: weight of DeepSeek-V3's sequence-wise auxiliary loss."""
 
     breaker: Breaker = Breaker()
     verify_sync: bool | None = None
@@ -434,9 +442,6 @@ class OnPolicy(TrainingStage, Saving):
     def policy(self) -> str:
         """The checkpoint that samples and is trained."""
         return self.from_
-
-    def tokens_per_micro_batch(self, *, on_gpu: bool) -> int:
-        return self.micro_batch_tokens or (16384 if on_gpu else 1024)
 
     @property
     def verifies_sync(self) -> bool:

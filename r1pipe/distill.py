@@ -11,6 +11,7 @@ from typing import Any
 
 from r1pipe.config import Distill
 from r1pipe.errors import UserError
+from r1pipe.grpo.logprobs import Policy
 from r1pipe.models import (
     build_model,
     join_end_ids,
@@ -44,21 +45,23 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
         raise UserError(f'stage "{stage.name}": no sample of {teacher} was accepted')
     write_jsonl(context.folder / "traces.jsonl", traces)
 
-    training = {"dtype": context.recipe.dtype, "sums_gradients": False}
+    dtype = context.recipe.dtype
     if isinstance(stage.student, str):
         base = context.checkpoint(stage.student)
         tokenizer = load_tokenizer(base)
-        student = load_sharded(base, context.device, context.recipe.attn_implementation, **training)
+        attn_implementation = context.recipe.attn_implementation
+        policy = load_sharded(base, context.device, attn_implementation, Policy, dtype=dtype)
+        student = policy.model
     else:
         tokenizer = load_tokenizer(teacher)
         student = build_model(stage.student, tokenizer, context.recipe.seed).to(context.device)
         student.generation_config.eos_token_id = join_end_ids(tokenizer, read_end_ids(teacher))
-        shard(student, student, context.device, **training)
+        policy = shard(Policy(student), student, context.device, dtype=dtype)
     num_parameters = sum(p.numel() for p in student.parameters())
     architecture = student.config.model_type
     say(f"{stage.name}: {len(traces)} traces for a {architecture} student of {num_parameters:,}")
     facts |= train_on_traces(
-        student, tokenizer, traces, stage.train, context, f"{stage.name}: student"
+        policy, tokenizer, traces, stage.train, context, f"{stage.name}: student"
     )
     save_checkpoint(student, tokenizer, context.folder)
     return {**facts, "num_parameters": num_parameters}

@@ -203,24 +203,6 @@ def cut(count: int, part: int, parts: int) -> slice:
     return slice(count * part // parts, count * (part + 1) // parts)
 
 
-def share_batch(batch_size: int, accumulation_steps: int, num_ranks: int) -> tuple[int, int]:
-    """Each rank's batch size and accumulation steps, so that all of them take as many rows per
-    optimizer step as the recipe gives one process: how many processes run it changes nothing (but
-    at the end of an epoch that is no whole number of batches, where accelerate repeats rows so
-    that every process has as many).
-
-    Raises UserError if the rows cannot be shared out evenly.
-    """
-    if accumulation_steps % num_ranks == 0:
-        return batch_size, accumulation_steps // num_ranks
-    if batch_size % num_ranks == 0:
-        return batch_size // num_ranks, accumulation_steps
-    raise UserError(
-        f"per_device_train_batch_size {batch_size} x gradient_accumulation_steps "
-        f"{accumulation_steps}: neither is a multiple of the {num_ranks} processes to share them"
-    )
-
-
 def make_mesh(device: "torch.device") -> "DeviceMesh":
     """All ranks in one row."""
     from torch.distributed.device_mesh import init_device_mesh

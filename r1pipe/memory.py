@@ -26,6 +26,7 @@ from r1pipe.config import (
     Init,
     OnPolicy,
     OnPolicyDistill,
+    Optimization,
     Recipe,
     Sft,
     Stage,
@@ -42,8 +43,6 @@ LAYER_COPIES = 3
 the next layer on its way. Its gradient is then copied once more, in float32, to be summed."""
 ENGINE_WORKSPACE = 1.5 * GIB
 """Of what vLLM may claim of a GPU: its own activations, its graphs."""
-TRL_TILE = (4096, 32768)
-"""Tokens and vocabulary of the piece of logits that TRL's SFT computes at a time."""
 CPU_PROCESS, GPU_PROCESS = 1.0 * GIB, 2.0 * GIB
 """Python with torch, transformers and vLLM; CUDA's context, NCCL's buffers, fragmentation."""
 LOGIT_COPIES = 3
@@ -217,24 +216,18 @@ class Estimate:
 
 def estimate_on_policy(stage: OnPolicy, recipe: Recipe, shape: Shape, devices: Devices) -> Estimate:
     """The trainer and the sampler share every device."""
-    from r1pipe.grpo.logprobs import MAX_LOGITS
-
     element = 2 if recipe.dtype == "bfloat16" else 4
     context = recipe.engine.max_model_len or shape.config.max_position_embeddings
-    # A sequence above the budget is a micro-batch of its own.
-    budget = stage.tokens_per_micro_batch(on_gpu=devices.is_gpu)
-    num_tokens = max(budget, min(context, stage.max_completion_length + 1))
+    longest = min(context, stage.max_completion_length + 1)
     share = shape.parameters / devices.count
-    parts = trainer_parts(shape, devices, num_tokens, element, stage)
+    parts = trainer_parts(shape, devices, longest, element, stage)
     if isinstance(stage, Grpo) and stage.beta:
         # Sharded, it is held in the dtype that it computes in.
         parts["reference"] = (element if devices.count > 1 else MASTER) * share
-    logits = min(MAX_LOGITS, num_tokens * shape.config.vocab_size)
-    parts["logits"] = 4 * LOGIT_COPIES * logits
     if isinstance(stage, OnPolicyDistill):
         teacher = Shape.of(find_config(stage.from_, recipe))
         parts["teacher"] = teacher_bytes(teacher, devices, element)
-        parts["logits"] += 4 * TEACHER_LOGIT_COPIES * logits
+        parts["logits"] *= 1 + TEACHER_LOGIT_COPIES / LOGIT_COPIES
     sampler, problems = engine_parts(recipe, shape, devices)
     return Estimate(stage.name, shape, devices, parts | sampler, problems)
 
@@ -276,25 +269,20 @@ def engine_parts(
 def estimate_supervised(
     name: str, train: Supervised, recipe: Recipe, shape: Shape, devices: Devices
 ) -> Estimate:
-    """TRL computes the logits in pieces, and the head's gradient of a batch in float32."""
     element = 2 if recipe.dtype == "bfloat16" else 4
-    batch_size, _ = distributed.share_batch(
-        train.per_device_train_batch_size, train.gradient_accumulation_steps, devices.count
+    longest = train.max_length or shape.config.max_position_embeddings
+    return Estimate(
+        name, shape, devices, trainer_parts(shape, devices, longest, element, train), []
     )
-    length = train.max_length or shape.config.max_position_embeddings
-    num_tokens = batch_size * length
-    parts = trainer_parts(shape, devices, num_tokens, element, train)
-    tokens, vocabulary = TRL_TILE
-    tile = min(tokens, num_tokens) * min(vocabulary, shape.config.vocab_size)
-    # On GPUs one kernel turns the piece into its gradient in place.
-    parts["logits"] = element * tile if devices.is_gpu else 4 * (LOGIT_COPIES + 1) * tile
-    parts["logits"] += MASTER * shape.config.hidden_size * (num_tokens + shape.config.vocab_size)
-    return Estimate(name, shape, devices, parts, [])
 
 
 def trainer_parts(
-    shape: Shape, devices: Devices, num_tokens: int, element: int, settings: OnPolicy | Supervised
+    shape: Shape, devices: Devices, longest: int, element: int, settings: Optimization
 ) -> dict[str, float]:
+    """`longest`: tokens of the longest sequence, which may be a micro-batch of its own."""
+    from r1pipe.grpo.logprobs import MAX_LOGITS
+
+    num_tokens = max(settings.tokens_per_micro_batch(on_gpu=devices.is_gpu), longest)
     sharded, checkpointing = devices.count > 1, settings.gradient_checkpointing
     share = MASTER * shape.parameters / devices.count
     parts = {"weights": share, "gradients": share, "optimizer": 2 * share}
@@ -311,6 +299,7 @@ def trainer_parts(
         # Autocast keeps a bf16 copy of each matrix for the backward pass.
         copied = shape.largest_layer if checkpointing else shape.parameters
         parts["activations"] += element * copied
+    parts["logits"] = 4 * LOGIT_COPIES * min(MAX_LOGITS, num_tokens * shape.config.vocab_size)
     parts["process"] = GPU_PROCESS if devices.is_gpu else CPU_PROCESS
     return parts
 

@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from r1pipe.config import OnPolicy, Supervised
+from r1pipe.config import Optimization
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def find_schedule(settings: OnPolicy | Supervised) -> tuple[str, dict[str, Any]]:
+def find_schedule(settings: Optimization) -> tuple[str, dict[str, Any]]:
     """transformers' name of the recipe's schedule, and its arguments beside the steps."""
     schedule = settings.lr_scheduler_type
     if schedule == "constant" and settings.warmup_steps:
         return "constant_with_warmup", {}  # transformers' constant has no warmup
-    if schedule == "cosine" and isinstance(settings, Supervised):
+    if schedule == "cosine":
         return "cosine_with_min_lr", {"min_lr": settings.min_lr}
     return schedule, {}
 

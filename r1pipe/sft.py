@@ -6,6 +6,7 @@ Run it with `r1pipe sft configs/demo.yaml`.
 from typing import Any
 
 from r1pipe.config import Sft
+from r1pipe.grpo.logprobs import Policy
 from r1pipe.models import load_tokenizer, save_checkpoint
 from r1pipe.rejection import drop_flawed
 from r1pipe.sharding import load_sharded
@@ -18,13 +19,13 @@ def run(stage: Sft, context: StageContext) -> dict[str, Any]:
     problems = drop_flawed(context.training_problems(stage), stage.filters, context)
     checkpoint = context.checkpoint(stage.from_)
     tokenizer = load_tokenizer(checkpoint)
-    model = load_sharded(
+    policy = load_sharded(
         checkpoint,
         context.device,
         context.recipe.attn_implementation,
+        Policy,
         dtype=context.recipe.dtype,
-        sums_gradients=False,
     )
-    facts = train_on_traces(model, tokenizer, problems, stage.train, context, stage.name)
-    save_checkpoint(model, tokenizer, context.folder)
+    facts = train_on_traces(policy, tokenizer, problems, stage.train, context, stage.name)
+    save_checkpoint(policy.model, tokenizer, context.folder)
     return facts

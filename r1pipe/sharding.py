@@ -43,7 +43,6 @@ def load_sharded(
     *,
     dtype: str,
     trained: bool = True,
-    sums_gradients: bool = True,
 ) -> Root:
     """`wrap(model)` of a checkpoint, float32, every rank reading its own part of it.
 
@@ -61,7 +60,7 @@ def load_sharded(
         # padded copy each where ranks' parts differ in size, and one of them is never updated.
         model.tie_weights()
         root = wrap(model)
-        roots.append(shard(root, model, device, dtype=dtype, sums_gradients=sums_gradients))
+        roots.append(shard(root, model, device, dtype=dtype))
 
     if distributed.alone():
         prepare(load_model(checkpoint, device, attn_implementation))
@@ -72,9 +71,7 @@ def load_sharded(
     return roots[0].to(device).requires_grad_(trained)
 
 
-def shard(
-    root: Root, model: PreTrainedModel, device: torch.device, *, dtype: str, sums_gradients: bool
-) -> Root:
+def shard(root: Root, model: PreTrainedModel, device: torch.device, *, dtype: str) -> Root:
     """Shard each decoder layer of `model`, then `root`, whose forward leads to all of them, with
     what is left: embedding, last norm, head. Alone: all of it stays whole.
 
@@ -83,8 +80,7 @@ def shard(
     the memory, and further from the sampler (benchmarks/README.md). The parts that the ranks hold,
     and the sums of gradients, stay float32.
 
-    Gradients become sums over ranks, for a loss that divides by the size of the whole batch, or
-    means, as with DDP.
+    Gradients become sums over ranks, for a loss that divides by the size of the whole batch.
     """
     precision = MixedPrecisionPolicy()
     if dtype == "bfloat16":
@@ -98,7 +94,7 @@ def shard(
     for module in (*find_layers(model), root):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
         # gloo can add up, and neither average nor scale.
-        module.set_gradient_divide_factor(1.0 if sums_gradients else mesh.size())
+        module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     return root
 

@@ -67,12 +67,10 @@ class DistillUpdater(Updater):
     def is_informative(self, sample: Sample) -> bool:
         return True
 
-    def keep_company(self, *, measure_reference: bool) -> None:
-        batch = self.make_idle_batch()
+    def compute_dummy_loss(self, batch: PackedBatch, *, measure_reference: bool = False) -> Tensor:
         if torch.is_grad_enabled():
-            (self.measure_divergence(batch).divergence_C.sum() * 0).backward()
-        else:
-            self.measure(batch)
+            return self.measure_divergence(batch).divergence_C.sum() * 0
+        return self.measure(batch).logprobs_C.sum()
 
     def backward(
         self, batch: PackedBatch, totals: Totals, agreement: Agreement | None

@@ -1,9 +1,4 @@
-"""The trainer's half of a step: log-probabilities of rollouts, and the policy's update.
-
-In a run of several processes each rank has its share of the rollouts, and all of them take every
-step together: what a step divides by is summed over the ranks, and gradients are. So the ranks'
-losses add up to the loss of one process with all the rollouts.
-"""
+"""The trainer's half of a step: log-probabilities of rollouts, and the policy's update."""
 
 import contextlib
 import random
@@ -12,35 +7,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
 from r1pipe import distributed
 from r1pipe.config import OnPolicy
 from r1pipe.grpo.balance import share_out
 from r1pipe.grpo.logprobs import LogProbs, Policy, Support, Truncation
 from r1pipe.grpo.losses import LossInputs, Totals, compute_loss
-from r1pipe.grpo.packing import PackedBatch, Sample, cut_batches, pack
-from r1pipe.models import fast_training_kernels, whole
-from r1pipe.moe import ExpertLoad, number_packed, pack_routes, replaying
-from r1pipe.optimizer import OffloadedAdamW, find_schedule
-from r1pipe.phases import beat, phase
-from r1pipe.records import Rollout
-from r1pipe.sharding import (
-    computes_by_autocast,
-    put_optimizer,
-    put_weights,
-    take_optimizer,
-    take_weights,
-)
+from r1pipe.grpo.packing import PackedBatch, Sample
+from r1pipe.moe import pack_routes, replaying
+from r1pipe.phases import phase
+from r1pipe.sharding import put_weights, take_weights
+from r1pipe.trainer import PackedTrainer, as_policy
 
 Check = Callable[[dict[str, float]], bool | None]
 """Says, by these metrics, whether the update is to be skipped; raises if the run must end."""
 
 
-class Updater:
-    """Owns the policy's optimizer and, if `beta` asks for it, the reference policy; either of them
-    sharded or not."""
+class Updater(PackedTrainer):
+    """GRPO's update: also owns the reference policy, if `beta` asks for it; sharded or not."""
 
     def __init__(
         self,
@@ -51,55 +36,25 @@ class Updater:
         dtype: str,
         seed: int,
     ):
-        self.settings = settings
-        self.policy = as_policy(policy)
-        self.reference = as_policy(reference) if reference is not None else None
-        self.model = model = self.policy.model
-        self.dtype, self.seed = dtype, seed
         self.num_updates = settings.steps_per_generation * settings.num_iterations
-        self.truncation = Truncation(settings.top_p, settings.top_k)
-        self.load = ExpertLoad(
-            model,
-            bias_update_rate=settings.bias_update_rate,
-            seq_aux_loss_coef=settings.seq_aux_loss_coef,
-        )
-        make_optimizer = OffloadedAdamW if settings.offload_optimizer else torch.optim.AdamW
-        self.optimizer = make_optimizer(
-            model.parameters(),
-            lr=settings.learning_rate,
-            betas=(0.9, settings.adam_beta2),
-            weight_decay=settings.weight_decay,
-        )
-        schedule, arguments = find_schedule(settings)
-        self.scheduler = get_scheduler(
-            schedule,
-            self.optimizer,
+        super().__init__(
+            policy,
+            settings,
+            num_optimizer_steps=settings.max_steps * self.num_updates,
             num_warmup_steps=settings.warmup_steps * self.num_updates,
-            num_training_steps=settings.max_steps * self.num_updates,
-            scheduler_specific_kwargs=arguments,
+            dtype=dtype,
         )
-        # Without dropout on either side: the sampler has none.
-        model.eval()
-        if settings.gradient_checkpointing:
-            model.train()
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.reference = as_policy(reference) if reference is not None else None
+        self.seed = seed
+        self.truncation = Truncation(settings.top_p, settings.top_k)
+        # Without dropout on either side: the sampler has none. Layers are checkpointed in training
+        # mode only.
+        self.model.train(settings.gradient_checkpointing)
 
     @property
     def needs_old_policy(self) -> bool:
         """Whether later optimizer steps ask what the policy was before the first one."""
         return self.num_updates > 1
-
-    @contextlib.contextmanager
-    def kernels(self) -> Iterator[None]:
-        device = self.model.device
-        autocast = torch.autocast(
-            device.type,
-            torch.bfloat16,
-            enabled=computes_by_autocast(self.dtype),
-            cache_enabled=False,
-        )
-        with fast_training_kernels(device, self.dtype), autocast:
-            yield
 
     @contextlib.contextmanager
     def replaying(self, batch: PackedBatch) -> Iterator[None]:
@@ -112,29 +67,11 @@ class Updater:
         with replaying(self.model, routes_NLK):
             yield
 
-    def batches(self, samples: list[Sample]) -> Iterator[PackedBatch | None]:
-        """As many on every rank, because each one's forward puts the sharded layers together: a
-        rank that has fewer gets None for the rest."""
-        on_gpu = self.model.device.type == "cuda"
-        parts = cut_batches(samples, self.settings.tokens_per_micro_batch(on_gpu=on_gpu))
-        num_batches = max(distributed.gather(len(parts)))
-        for number in range(num_batches):
-            yield pack(parts[number], self.model.device) if number < len(parts) else None
-            beat()
-
-    def keep_company(self, *, measure_reference: bool) -> None:
-        """Takes part in the other ranks' forward and, with gradients, backward passes, adding
-        nothing: two tokens, times zero."""
-        batch = self.make_idle_batch()
-        nothing = self.policy(batch, self.settings.temperature).logprobs_C.sum() * 0
+    def compute_dummy_loss(self, batch: PackedBatch, *, measure_reference: bool = False) -> Tensor:
+        loss = super().compute_dummy_loss(batch)
         if measure_reference and self.reference is not None:
             self.measure_reference(batch, None)
-        if torch.is_grad_enabled():
-            nothing.backward()
-
-    def make_idle_batch(self) -> PackedBatch:
-        rollout = Rollout("", 0, [0], [0], [0.0], "", "stop")
-        return pack([Sample(rollout, 0.0)], self.model.device)
+        return loss
 
     def informative(self, samples: list[Sample]) -> list[Sample]:
         """Without those that move nothing: a sample of advantage 0, unless a KL term is asked."""
@@ -178,26 +115,21 @@ class Updater:
             part = UpdateLog()
             for batch in self.batches(active):
                 if batch is None:
-                    with self.kernels():
-                        self.keep_company(measure_reference=not self.needs_old_policy)
+                    self.run_dummy_pass(measure_reference=not self.needs_old_policy)
                     continue
-                sequences_N = number_packed(batch.lengths, batch.ids_N.device)
-                counting = self.load.counting(sequences_N, num_sequences=num_active)
+                counting = self.counting(batch, num_active)
                 with self.kernels(), self.replaying(batch), counting:
                     # In later steps the policy is another than the sampler's.
                     part.add_sums(self.backward(batch, totals, agreement if at_once else None))
-            grad_norm = clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-            part.add_step(float(whole(grad_norm)), active)
+            part.add_step(self.clip_gradient(), active)
             skipped = check({**(agreement.metrics() if at_once else {}), **part.metrics()})
             at_once = False
             if skipped:
                 num_skipped += 1
             else:
-                self.optimizer.step()
-                self.scheduler.step()
+                self.apply_gradient()
                 log.add(part)
-            self.load.balance(move_bias=not skipped)
-            self.optimizer.zero_grad(set_to_none=True)
+            self.close_gradient(applied=not skipped)
         return {
             **agreement.metrics(),
             **log.metrics(),
@@ -253,7 +185,7 @@ class Updater:
         with self.kernels():
             for batch in self.batches(samples):
                 if batch is None:
-                    self.keep_company(measure_reference=True)
+                    self.run_dummy_pass(measure_reference=True)
                     continue
                 with self.replaying(batch):
                     now = self.measure(batch)
@@ -308,21 +240,14 @@ class Updater:
         return {"loss": float(loss.loss.detach()), **loss.sums}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs; of sharded models this rank's part. A reference that is never
-        refreshed is the checkpoint that the stage starts from."""
-        state = {
-            "policy": take_weights(self.policy),
-            "optimizer": take_optimizer(self.optimizer),
-            "scheduler": self.scheduler.state_dict(),
-        }
+        """A reference that is never refreshed is the checkpoint that the stage starts from."""
+        state = super().state_dict()
         if self.reference is not None and self.settings.reference_refresh_steps:
             state["reference"] = take_weights(self.reference)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        put_weights(self.policy, state["policy"])
-        put_optimizer(self.optimizer, state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
+        super().load_state_dict(state)
         if "reference" in state:
             put_weights(self.reference, state["reference"])
 
@@ -330,10 +255,6 @@ class Updater:
         """Make the reference, if there is one, the current policy (R1: every 400 updates)."""
         if self.reference is not None:
             self.reference.load_state_dict(self.policy.state_dict())
-
-
-def as_policy(model: Policy | PreTrainedModel) -> Policy:
-    return model if isinstance(model, Policy) else Policy(model)
 
 
 class Agreement:

@@ -26,7 +26,7 @@ PHASES = {
     "syncing": ("rollout.py", "load_weights"),
     "saving": ("checkpoints.py", "save"),
     "finishing": ("models.py", "save_checkpoint"),
-    "supervised": ("trainer.py", "training_step"),
+    "supervised": ("supervised.py", "take_step"),
 }
 
 

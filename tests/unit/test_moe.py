@@ -490,7 +490,7 @@ class StageStub:
 def test_supervised_training_balances(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through TRL: padding is not counted, the bias moves by one rate a step, the log has both."""
+    """Every token is counted once, the bias moves by one rate a step, the log has both."""
     from r1pipe.supervised import train_on_traces
 
     problems = load_problems(ProblemSet(recipe="arithmetic", options={"size": 30}))
@@ -502,9 +502,9 @@ def test_supervised_training_balances(
     counts: list[int] = []
     balance = ExpertLoad.balance
 
-    def count_and_balance(load: ExpertLoad) -> None:
+    def count_and_balance(load: ExpertLoad, *, move_bias: bool) -> None:
         counts.append(int(load._counts_LE.sum()))
-        balance(load)
+        balance(load, move_bias)
 
     monkeypatch.setattr(ExpertLoad, "balance", count_and_balance)
     settings = Supervised(

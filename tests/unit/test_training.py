@@ -1,15 +1,19 @@
 """The trainer's half on tiny models: encoding, packing, micro-batches, tokenizers."""
 
 import copy
+import itertools
 import random
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from grpo_settings import make_grpo
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
+from r1pipe.breaker import EventLog
 from r1pipe.config import Grpo, ProblemSet, Supervised
 from r1pipe.errors import UserError
 from r1pipe.grpo import logprobs as logprobs_module
@@ -22,7 +26,7 @@ from r1pipe.models import build_model, build_tokenizer, encode_completion, encod
 from r1pipe.optimizer import OffloadedAdamW, find_schedule
 from r1pipe.problems import load_problems
 from r1pipe.records import Problem, Rollout
-from r1pipe.supervised import encode_traces
+from r1pipe.supervised import SupervisedTrainer, draw_batches, encode_traces
 
 CPU = torch.device("cpu")
 TINY = {
@@ -138,15 +142,14 @@ def test_thinking_marks_are_single_tokens_that_decoding_keeps(
 
 
 def test_traces_are_the_sampler_s_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
-    row = encode_traces(PROBLEMS[:1], tokenizer, None).rows[0]
-    prompt = encode_prompt(tokenizer, PROBLEMS[0].prompt)
-    assert row["input_ids"][: len(prompt)] == prompt
-    assert row["completion_mask"].index(1) == len(prompt)
-    assert row["input_ids"][-1] == tokenizer.eos_token_id
+    trace = encode_traces(PROBLEMS[:1], tokenizer, None).rows[0]
+    assert trace.prompt_ids.tolist() == encode_prompt(tokenizer, PROBLEMS[0].prompt)
+    assert trace.completion_ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(trace.completion_ids[:-1]) == PROBLEMS[0].solution
 
 
 def test_long_traces_are_dropped_and_counted(tokenizer: PreTrainedTokenizerBase) -> None:
-    lengths = [len(row["input_ids"]) for row in encode_traces(PROBLEMS, tokenizer, None).rows]
+    lengths = [row.num_tokens for row in encode_traces(PROBLEMS, tokenizer, None).rows]
     limit = sorted(lengths)[10]
     traces = encode_traces(PROBLEMS, tokenizer, limit)
     assert len(traces.rows) == sum(length <= limit for length in lengths)
@@ -449,3 +452,53 @@ def test_unknown_model_settings_are_named(tokenizer: PreTrainedTokenizerBase) ->
         build_model({"model_type": "qwen9"}, tokenizer, 0)
     with pytest.raises(UserError, match="model_type is missing"):
         build_model({}, tokenizer, 0)
+
+
+def make_supervised(
+    model: PreTrainedModel, num_steps: int = 8, **changes: object
+) -> SupervisedTrainer:
+    settings = Supervised.model_validate({"max_steps": num_steps, "learning_rate": 0.01, **changes})
+    return SupervisedTrainer(model, settings, num_steps=num_steps, dtype="float32")
+
+
+@pytest.mark.parametrize("tokens", [8, 4096])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_supervised_loss_is_the_models_own_over_padded_rows(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, tokens: int
+) -> None:
+    """Loss and gradient, in one micro-batch and in one for each row."""
+    model = build_model(MODELS[name], tokenizer, seed=0)
+    traces = encode_traces(PROBLEMS[:6], tokenizer, None).rows
+    width = max(trace.num_tokens for trace in traces)
+    ids, labels = torch.zeros(2, len(traces), width, dtype=torch.long)
+    labels -= 100
+    mask = torch.zeros_like(ids)
+    for row, trace in enumerate(traces):
+        both = np.concatenate([trace.prompt_ids, trace.completion_ids])
+        ids[row, : len(both)] = torch.from_numpy(both)
+        mask[row, : len(both)] = 1
+        labels[row, len(trace.prompt_ids) : len(both)] = torch.from_numpy(trace.completion_ids)
+    expected = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+    expected.backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    seen = {}
+
+    trainer = make_supervised(model, max_grad_norm=1e9, micro_batch_tokens=tokens)
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
+    )
+    metrics = trainer.take_step(traces, 1, "sft", EventLog(tmp_path))
+    assert metrics["loss"] == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert metrics["tokens_trained"] == int(mask.sum())
+    for key, gradient in gradients.items():
+        torch.testing.assert_close(seen[key], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_every_row_is_drawn_once_an_epoch_from_any_step_on() -> None:
+    batches = list(itertools.islice(draw_batches(7, 3, 0, 0), 14))
+    drawn = list(itertools.chain.from_iterable(batches))
+    epochs = [drawn[start : start + 7] for start in range(0, 42, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    assert list(itertools.islice(draw_batches(7, 3, 0, 5), 9)) == batches[5:]
