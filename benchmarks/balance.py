@@ -38,24 +38,26 @@ MODEL = {
     "head_dim": 64,
     "vocab_size": 1024,
 }
-PROMPTS, SAMPLES, STEPS = 8, 8, 7
+PROMPTS, SAMPLES = 8, 8
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=7, help="the first is not counted")
     options = parser.parse_args()
     silence_libraries()
     if "RANK" in os.environ:
         with distributed.joined("cpu"):
-            measure()
+            measure(options.steps)
         return
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-m", *launch, __file__], check=True, env=environment)
+    command = [sys.executable, "-m", *launch, __file__, "--steps", str(options.steps)]
+    subprocess.run(command, check=True, env=environment)
 
 
-def measure() -> None:
+def measure(num_steps: int) -> None:
     tokenizer = build_tokenizer(["1 + 1 = 2"], 300)
     model = build_model(MODEL, tokenizer, seed=0)
     policy = shard(Policy(model), model, CPU, dtype="float32")
@@ -65,7 +67,7 @@ def measure() -> None:
             "from": "random weights",
             "data": {"recipe": "arithmetic"},
             "rewards": [{"function": "rewards.math_correct"}],
-            "max_steps": STEPS,
+            "max_steps": num_steps,
             "prompts_per_step": PROMPTS,
             "num_generations": SAMPLES,
             "max_completion_length": 1024,
@@ -78,7 +80,7 @@ def measure() -> None:
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     uneven: dict[str, list[float]] = {way: [] for way in ways}
-    for step in range(1, STEPS + 1):
+    for step in range(1, num_steps + 1):
         for way, share_out in ways.items():
             update.share_out = share_out
             samples = make_samples(step)

@@ -6,6 +6,7 @@ Every round runs all variants one after another on batches of a shape of its own
 so that a machine whose speed drifts slows all of them; medians and ratios over rounds are printed.
 """
 
+import argparse
 import random
 import statistics
 import time
@@ -16,11 +17,13 @@ from r1pipe.config import Init, ProblemSet, load_recipe
 from r1pipe.models import build_model, build_tokenizer
 from r1pipe.problems import load_problems
 
-ROUNDS = 12
 BATCH = 64
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=12)
+    options = parser.parse_args()
     stage = load_recipe("configs/demo.yaml").stages[0]
     assert isinstance(stage, Init)
     problems = load_problems(ProblemSet(recipe="arithmetic", options={"size": 500}))
@@ -31,14 +34,14 @@ def main() -> None:
     ]
     seconds: dict[tuple[str, bool], list[float]] = {variant: [] for variant in variants}
     rng = random.Random(0)
-    for _ in range(ROUNDS):
+    for _ in range(options.rounds):
         ids_BL = torch.randint(len(tokenizer), (BATCH, rng.randint(48, 80)))
         for experts, onednn in rng.sample(variants, len(variants)):
             seconds[experts, onednn].append(
                 time_step(model, ids_BL, experts, onednn) / ids_BL.numel()
             )
     base = seconds["eager", False]
-    print(f"{torch.get_num_threads()} threads, {ROUNDS} rounds of {BATCH} x 48..80 tokens")
+    print(f"{torch.get_num_threads()} threads, {options.rounds} rounds of {BATCH} x 48..80 tokens")
     print("| experts | oneDNN | tokens/s, median | time / first row, median |\n|---|---|---|---|")
     for (experts, onednn), values in seconds.items():
         speed = 1 / statistics.median(values)

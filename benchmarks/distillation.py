@@ -54,7 +54,7 @@ LEARNING_RATES = {
 BETAS = {"reverse_kl": 1.0, "jensen_shannon": 0.5}
 
 
-def make_recipe(seed: int, runs_dir: str) -> Recipe:
+def make_recipe(seed: int, runs_dir: str, smoke: bool) -> Recipe:
     """The demo's recipe with the students of all arms."""
     values = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     stages = {stage.get("name", stage["kind"]): stage for stage in values["stages"]}
@@ -103,7 +103,28 @@ def make_recipe(seed: int, runs_dir: str) -> Recipe:
     evaluation = {**stages["eval"], "checkpoints": [*ARMS]}
     own = {"name": f"distillation-{seed}", "seed": seed, "runs_dir": runs_dir}
     trained = [stages[name] for name in ("random", "sft", "grpo")]
+    if smoke:
+        for stage in (*trained, start, *arms, evaluation):
+            shrink(stage)
     return Recipe.model_validate({**values, **own, "stages": [*trained, start, *arms, evaluation]})
+
+
+def shrink(stage: dict) -> None:
+    """To what shows that it runs."""
+    for settings in (stage, stage.get("train", {})):
+        if "max_steps" in settings:
+            settings["max_steps"] = 1
+    if "traces" in stage:  # an untrained policy has no right samples
+        accept = {"function": f"{Path(__file__).stem}.accept_all"}
+        stage["traces"] = {**stage["traces"], "rewards": [accept]}
+    if "prompts_per_step" in stage:
+        stage |= {"prompts_per_step": 8, "steps_per_generation": 1}
+    if "options" in (data := stage.get("data", {})):
+        stage["data"] = {**data, "options": {**data["options"], "size": 16}}
+
+
+def accept_all(completions: list[str], **columns: object) -> list[float]:
+    return [1.0] * len(completions)
 
 
 @contextmanager
@@ -195,10 +216,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs-dir", default="runs")
+    parser.add_argument("--smoke", action="store_true", help="one step of everything")
     options = parser.parse_args()
     results = {}
     for seed in options.seeds:
-        recipe = make_recipe(seed, options.runs_dir)
+        recipe = make_recipe(seed, options.runs_dir, options.smoke)
         run_stages(recipe)
         results[seed] = {name: read_arm(recipe.run_dir, name) for name in ARMS}
     show(results)

@@ -15,6 +15,7 @@ tensor by tensor, which raises there.
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -30,12 +31,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
-from r1pipe.config import Engine, Grpo, ProblemSet, Reward
+from r1pipe.config import Engine, Grpo, ProblemSet
 from r1pipe.models import build_model, build_tokenizer, load_model, load_tokenizer, pick_device
 from r1pipe.models import save_checkpoint as save
 from r1pipe.problems import load_problems
 from r1pipe.records import Problem, Rollout
+from r1pipe.runs import read_metrics
 
 MODELS = {
     "qwen3": {
@@ -64,6 +67,7 @@ MODELS = {
     },
 }
 VOCABULARY = 512
+DATA = {"recipe": "arithmetic", "options": {"size": 500}}
 MADE_UP_IDS = (10, 250)
 MEAN_LENGTH = 80
 SIDES = ("r1pipe", "TRL")
@@ -129,7 +133,7 @@ def make_checkpoint(options: argparse.Namespace, folder: Path) -> None:
 
 
 def load_rows(options: argparse.Namespace) -> list[Problem]:
-    return load_problems(ProblemSet(recipe="arithmetic", options={"size": 500}))
+    return load_problems(ProblemSet.model_validate(DATA))
 
 
 def reward_parity(completion_ids: list[list[int]], **columns: object) -> list[float]:
@@ -142,8 +146,8 @@ def make_stage(options: argparse.Namespace) -> Grpo:
         {
             "kind": "grpo",
             "from": options.folder,
-            "data": {"recipe": "arithmetic"},
-            "rewards": [{"function": f"{__name__}.reward_parity"}],
+            "data": DATA,
+            "rewards": [{"function": f"{Path(__file__).stem}.reward_parity"}],
             "max_steps": options.steps,
             "prompts_per_step": options.prompts,
             "num_generations": options.generations,
@@ -192,22 +196,29 @@ def draw_length(rng: random.Random, limit: int) -> int:
 
 
 def run_ours(options: argparse.Namespace) -> list[dict]:
-    from r1pipe.grpo.update import Updater
-
-    stage, device = make_stage(options), pick_device("auto")
-    model = load_model(options.folder, device)
-    updater = Updater(model, None, stage, dtype=dtype_name(device), seed=0)
+    """The update alone, or a grpo stage by the command that users give."""
     if options.update_only:
-        return [time_update(options, updater, step) for step in range(options.steps)]
-    from r1pipe.grpo.collect import Collector
-    from r1pipe.grpo.loop import train
-    from r1pipe.rollout import Sampler
-    from r1pipe.scoring import Scorer
+        from r1pipe.grpo.update import Updater
 
-    sampler = Sampler(options.folder, engine_settings(options), dtype_name(device), device)
-    scorer = Scorer([Reward(function=f"{__name__}.reward_parity")])
-    collector = Collector(stage, sampler, scorer, load_rows(options), seed=0)
-    return [describe_step(metrics) for metrics, _ in train(stage, updater, sampler, collector)]
+        device = pick_device("auto")
+        model = load_model(options.folder, device)
+        updater = Updater(model, None, make_stage(options), dtype=dtype_name(device), seed=0)
+        return [time_update(options, updater, step) for step in range(options.steps)]
+    from r1pipe.cli import main as r1pipe
+
+    folder = Path(tempfile.mkdtemp(dir=options.folder))
+    recipe = {
+        "name": "r1pipe",
+        "runs_dir": str(folder),
+        "dtype": dtype_name(pick_device("auto")),
+        "engine": engine_settings(options).model_dump(exclude_unset=True),
+        "stages": [make_stage(options).model_dump(by_alias=True, exclude_unset=True)],
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with contextlib.redirect_stdout(sys.stderr):
+        if code := r1pipe(["run", str(folder / "recipe.yaml"), "--skip-doctor"]):
+            sys.exit(code)
+    return [describe_step(metrics) for metrics in read_metrics(folder / "r1pipe" / "grpo")]
 
 
 def describe_step(metrics: dict[str, float]) -> dict[str, float]:

@@ -13,6 +13,7 @@ at a temperature above 0 figures agree within their intervals, at `--greedy` pro
 import argparse
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import subprocess
 import sys
@@ -41,6 +42,8 @@ def main() -> None:
     parser.add_argument("--greedy", action="store_true")
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     options = parser.parse_args()
+    if importlib.util.find_spec("lm_eval") is None:
+        sys.exit("lm_eval_check: lm-eval is not installed: pip install lm-eval==0.4.13")
     recipe = load_recipe(options.config, options.overrides)
     stage = [stage for stage in recipe.stages if isinstance(stage, Eval)][-1]
     overrides = [f"stages.{stage.name}.data={json.dumps(stage.data[0].model_dump(mode='json'))}"]

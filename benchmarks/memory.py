@@ -19,12 +19,12 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from r1pipe import distributed, models
+from r1pipe.breaker import EventLog
 from r1pipe.config import ProblemSet, Recipe
 from r1pipe.grpo.logprobs import Policy
 from r1pipe.grpo.packing import Sample
@@ -41,7 +41,7 @@ from r1pipe.pipeline import silence_libraries
 from r1pipe.problems import load_problems
 from r1pipe.records import Problem, Rollout
 from r1pipe.sharding import load_sharded
-from r1pipe.supervised import train_on_traces
+from r1pipe.supervised import SupervisedTrainer, encode_traces
 
 COMMON = {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64}
 MODELS = {
@@ -81,6 +81,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rank-of", help=argparse.SUPPRESS)
     parser.add_argument("--only", nargs="*", type=int, help="numbers of cases")
+    parser.add_argument("--layers", type=int, help="of smaller models")
     options = parser.parse_args()
     silence_libraries()
     if options.rank_of:
@@ -91,6 +92,8 @@ def main() -> None:
     print("|" + "---|" * (len(COLUMNS) + len(figures)))
     with tempfile.TemporaryDirectory() as folder:
         for name, settings in MODELS.items():
+            if options.layers:
+                settings = {**settings, "num_hidden_layers": options.layers}
             make_checkpoint(settings, Path(folder) / name)
         for number in options.only or range(len(CASES)):
             print("| " + " | ".join(measure_case(CASES[number], Path(folder))) + " |", flush=True)
@@ -146,13 +149,10 @@ def run_rank(folder: Path) -> None:
             updater = Updater(root, None, stage, dtype=dtype, seed=0)
             measure("train", lambda: [updater.step(make_samples(), n, check) for n in (1, 2)])
         else:
-            out = Path(tempfile.mkdtemp(dir=folder))
-            context = SimpleNamespace(recipe=recipe, folder=out, shared_folder=folder / "shared")
-            rows = make_rows(tokenizer)
-            measure(
-                "train",
-                lambda: train_on_traces(root, tokenizer, rows, stage.train, context, "sft"),
-            )
+            trainer = SupervisedTrainer(root, stage.train, num_steps=2, dtype=dtype)
+            traces = encode_traces(make_rows(tokenizer), tokenizer, None).rows
+            events = EventLog(Path(tempfile.mkdtemp(dir=folder)))
+            measure("train", lambda: [trainer.take_step(traces, n, "sft", events) for n in (1, 2)])
         # In several files, as a model of more than 4 GiB.
         models.MAX_FILE_BYTES = 2**27
         saved = folder / "saved" / str(distributed.rank())
@@ -171,11 +171,8 @@ OTHERS = ("process", "vLLM", "KV cache")
 def make_recipe(kind: str, checkpoint: str, dtype: str, checkpointing: bool) -> Recipe:
     stage = {"kind": kind, "from": checkpoint, "data": {"recipe": "arithmetic"}}
     if kind == "sft":
-        # So many rows of a length that a step has TOKENS of them in each process.
         stage["train"] = {
             "max_steps": 2,
-            "per_device_train_batch_size": TOKENS // LENGTH,
-            "gradient_accumulation_steps": distributed.world_size(),
             "max_length": LENGTH,
             "micro_batch_tokens": TOKENS,
             "gradient_checkpointing": checkpointing,
@@ -195,9 +192,10 @@ def make_recipe(kind: str, checkpoint: str, dtype: str, checkpointing: bool) -> 
 
 
 def make_rows(tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
-    """Of LENGTH tokens each: a sign is one."""
+    """A step's, of LENGTH tokens each: a sign is one. Every process has TOKENS of them."""
     rows = []
-    for problem in load_problems(ProblemSet(recipe="arithmetic", options={"size": 64})):
+    size = distributed.world_size() * TOKENS // LENGTH
+    for problem in load_problems(ProblemSet(recipe="arithmetic", options={"size": size})):
         left = LENGTH - len(encode_prompt(tokenizer, problem.prompt)) - 1
         rows.append(replace(problem, solution="=" * left))
     return rows

@@ -6,6 +6,7 @@
 loading until the first rollout stands on it, five times.
 """
 
+import argparse
 import random
 import statistics
 import sys
@@ -22,15 +23,18 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from browser import CHROMIUM, Browser
 from report_run import add_tokens, describe_sample, write_run
 
-STEPS, PROMPTS, SAMPLES, WORDS = 100, 125, 8, 120
+PROMPTS, SAMPLES, WORDS = 125, 8, 120
 OPENED = "document.querySelector('#detail .rollout') && document.body.dataset.ready"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=100, help="of 1,000 rollouts")
+    steps = parser.parse_args().steps
     if CHROMIUM is None:
         sys.exit("no chromium here (Debian's package of that name)")
     with tempfile.TemporaryDirectory() as folder:
-        run = write_large_run(Path(folder) / "large")
+        run = write_large_run(Path(folder) / "large", steps)
         started = time.perf_counter()
         page = write_report(run)
         written = time.perf_counter() - started
@@ -39,18 +43,18 @@ def main() -> None:
             if browser.errors:
                 sys.exit(f"the page has errors: {browser.errors}")
         print(
-            f"{STEPS * PROMPTS * SAMPLES:,} rollouts: written in {written:.1f} s, "
+            f"{steps * PROMPTS * SAMPLES:,} rollouts: written in {written:.1f} s, "
             f"{page.stat().st_size / 2**20:.0f} MiB, open in {statistics.median(seconds):.2f} s "
             f"(median of 5; {min(seconds):.2f} to {max(seconds):.2f})"
         )
 
 
-def write_large_run(run: Path) -> Path:
+def write_large_run(run: Path, steps: int) -> Path:
     write_run(run, num_steps=1)
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6)) for _ in range(3000)]
     files = RolloutFiles(run / "grpo", KeptRollouts())
-    for step in range(2, STEPS + 2):
+    for step in range(2, steps + 2):
         rows = []
         for problem in range(PROMPTS):
             for sample in range(SAMPLES):

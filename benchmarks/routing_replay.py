@@ -84,16 +84,18 @@ COLUMNS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--own-routers", action="store_true")
     options = parser.parse_args()
     device = pick_device(options.device)
     silence_libraries()
     rows = []
-    for dtype in ("float32", "bfloat16"):
+    for dtype in options.dtypes:
         engines = Engines(Engine(max_model_len=128, kv_cache_gib=0.25), dtype, device)
         try:
-            for name, settings in MODELS.items():
-                rows += compare(name, settings, engines, options.own_routers)
+            for name in options.models:
+                rows += compare(name, MODELS[name], engines, options.own_routers)
         finally:
             engines.close()
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))

@@ -118,8 +118,8 @@ class Ledger:
         write_text(self.run_dir / SUMMARY, dump(summarize_run(self.run_dir)))
 
     def note_step(self, metrics: dict[str, Any]) -> None:
-        """A row of metrics.jsonl: a step, or a few of TRL's. An attempt's first row of TRL's holds
-        its start-up as well, which took as long as nobody knows."""
+        """A row of metrics.jsonl: a step. An attempt's first one tells its own seconds, for the
+        stage's start-up came before it."""
         if not distributed.is_first():
             return
         now = time.monotonic()

@@ -8,6 +8,7 @@ within each.
 import itertools
 import math
 import random
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from statistics import fmean
@@ -117,6 +118,7 @@ class SupervisedTrainer(PackedTrainer):
 
         Raises Tripped if the gradient is not finite.
         """
+        started = time.perf_counter()
         shares = assign(
             range(len(traces)), [t.num_tokens for t in traces], distributed.world_size()
         )
@@ -143,6 +145,7 @@ class SupervisedTrainer(PackedTrainer):
             "learning_rate": learning_rate,
             "num_tokens": self.num_tokens,
             "tokens_trained": num_tokens,
+            "seconds/step": time.perf_counter() - started,
             **self.load.metrics(),
         }
 

@@ -1,0 +1,50 @@
+"""Every benchmark runs: one step of it, tiny. What it prints is not looked at but for its table."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from browser import CHROMIUM
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = {
+    "balance": ["--steps", "2"],
+    "cpu_training": ["--rounds", "1"],
+    "decontamination": ["--rows", "100"],
+    "distillation": ["--seeds", "0", "--smoke"],
+    "grpo_vs_trl": [
+        *("--blocks", "1", "--steps", "2", "--prompts", "2", "--generations", "2"),
+        *("--trl-batch", "4", "--max-completion-length", "16"),
+    ],
+    "lm_eval_check": ["configs/demo.yaml", "runs/demo/sft"],
+    "memory": ["--only", "0", "3", "--layers", "1"],
+    "report_page": ["--steps", "1"],
+    "routing_replay": ["--models", "Qwen3-MoE", "--dtypes", "float32"],
+}
+
+
+def test_every_benchmark_has_a_smoke_run() -> None:
+    assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} == set(BENCHMARKS)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmark_runs(name: str, tmp_path: Path) -> None:
+    if name == "lm_eval_check":
+        pytest.importorskip("lm_eval", reason="lm-eval is no dependency of r1pipe")
+    if name == "report_page" and CHROMIUM is None:
+        pytest.skip("no chromium")
+    options = [*BENCHMARKS[name]]
+    if name == "distillation":
+        options += ["--runs-dir", str(tmp_path)]
+    result = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / f"{name}.py", *options],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "|" in result.stdout or "rollouts: written" in result.stdout
