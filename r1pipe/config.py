@@ -408,7 +408,15 @@ class Difficulty(Strict):
         return self
 
 
-class OnPolicy(TrainingStage, Optimization):
+class PromptingStage(TrainingStage):
+    """What the stages have in common that sample answers to their problems."""
+
+    max_prompt_length: PositiveInt | None = None
+    """Tokens; problems with longer prompts are dropped and counted, never cut. Default: such a
+    problem is an error if it does not fit the context."""
+
+
+class OnPolicy(PromptingStage, Optimization):
     """What the stages have in common that train a model on its own samples."""
 
     save_steps: PositiveInt | None = 10
@@ -636,7 +644,7 @@ class Mix(Strict):
     """Of all rows of traces.jsonl."""
 
 
-class Reject(TrainingStage):
+class Reject(PromptingStage):
     """Rejection sampling, from a checkpoint or a teacher: writes traces for a later `sft` stage."""
 
     kind: Literal["reject"]
@@ -662,10 +670,14 @@ class Reject(TrainingStage):
     def name_one_source(self) -> "Reject":
         if (self.from_ is None) == (self.teacher is None):
             raise ValueError("give either from or teacher")
+        if self.teacher and self.max_prompt_length:
+            raise ValueError(
+                "max_prompt_length: nobody here has the tokenizer of a teacher's server"
+            )
         return self
 
 
-class Distill(TrainingStage):
+class Distill(PromptingStage):
     """Rejection sampling from `from`, then supervised training of a dense student."""
 
     kind: Literal["distill"]

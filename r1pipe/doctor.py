@@ -343,14 +343,18 @@ class Doctor:
         """Tokens of the longest prompt. Raises UserError for one that does not fit."""
         from r1pipe.models import check_length, encode_prompt
 
-        longest = 0
+        longest, limit = 0, getattr(stage, "max_prompt_length", None)
         for _, problems in self.inputs.list_problems(stage):
-            if not self.thorough:
-                problems = sorted(problems, key=count_characters)[-LONGEST_PROMPTS:]
-            for problem in problems:
+            num_left = len(problems) if self.thorough else LONGEST_PROMPTS
+            for problem in sorted(problems, key=count_characters, reverse=True):
                 length = len(encode_prompt(tokenizer, problem.prompt, f'problem "{problem.id}"'))
+                if limit is not None and length > limit:
+                    continue  # dropped
                 check_length(problem, length, sampling.max_completion_length, context)
                 longest = max(longest, length)
+                num_left -= 1
+                if not num_left:
+                    break
         return longest
 
     # Disk

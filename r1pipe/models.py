@@ -378,7 +378,8 @@ def check_length(
         raise UserError(
             f'problem "{problem.id}": prompt of {num_tokens} tokens + max_completion_length '
             f"{max_completion_length} do not fit the context of {context}; "
-            "raise engine.max_model_len or shorten the problem"
+            "raise engine.max_model_len, or, where the stage trains, drop such problems by "
+            "max_prompt_length"
         )
 
 

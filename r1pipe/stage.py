@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1pipe.config import Eval, ProblemSet, Recipe, TrainingStage
+from r1pipe.config import Eval, ProblemSet, PromptingStage, Recipe, TrainingStage
 from r1pipe.decontamination import decontaminate
 from r1pipe.errors import UserError
-from r1pipe.inputs import ProblemSets
+from r1pipe.inputs import ProblemSets, list_samplings
 from r1pipe.ledger import Ledger
 from r1pipe.problems import Loaded
 from r1pipe.progress import StageProgress, say
@@ -66,8 +66,31 @@ class StageContext:
         problems = self.keep_out_heldout(self.load(stage.data))
         if not problems:
             raise UserError(f'stage "{stage.name}": every training problem is a held-out one')
+        if isinstance(stage, PromptingStage) and stage.max_prompt_length:
+            problems = self._drop_long(problems, stage)
         self._keep(problems)
         return problems
+
+    def _drop_long(self, problems: list[Problem], stage: PromptingStage) -> list[Problem]:
+        from r1pipe.models import encode_prompt, load_tokenizer
+
+        [(name, _)] = list_samplings(stage)
+        tokenizer = load_tokenizer(self.checkpoint(name))
+        limit = stage.max_prompt_length
+        kept = [
+            p
+            for p in problems
+            if len(encode_prompt(tokenizer, p.prompt, f'problem "{p.id}"')) <= limit
+        ]
+        dropped = self.facts["prompts_too_long"] = len(problems) - len(kept)
+        counts = (
+            f"{len(problems)} problems, {dropped} dropped for prompts of more than {limit} tokens"
+        )
+        if not kept:
+            raise UserError(f"{stage.name}: {counts}: raise max_prompt_length")
+        say(f"{stage.name}: {counts}")
+        self.record_left("max_prompt_length", len(kept))
+        return kept
 
     def _keep(self, problems: list[Problem]) -> None:
         """Raises UserError if an interrupted run had other problems: it cannot go on exactly."""

@@ -90,7 +90,7 @@ MISTAKES = [
     ({"stages": stages_with(2, seed=9)}, ["seed is a key of the recipe itself"]),
     ({"stages": stages_with(2, data={"recipe": "a", "size": 9})}, ["did you mean options.size"]),
     # What is given already is not what was meant.
-    ({"stages": stages_with(2, max_complete_length=9)}, ["unknown key; known keys: adam_beta2"]),
+    ({"stages": stages_with(2, prompts_a_step=9)}, ["unknown key; known keys: adam_beta2"]),
     ({"engine": {"max_num_seq": 3}}, ["engine.max_num_seq", "max_num_seqs"]),
     (
         {"stages": stages_with(3, traces={"num_generations": 1, "sampling": {}})},

@@ -27,6 +27,8 @@ from r1pipe.machine import (
 )
 from r1pipe.memory import GIB, Devices, make_estimate
 from r1pipe.models import build_model, build_tokenizer, save_checkpoint
+from r1pipe.runs import RunFolder
+from r1pipe.stage import StageContext
 
 ROOT = Path(__file__).parents[2]
 LARGE = Devices(1, 1000 * GIB, is_gpu=False)
@@ -253,6 +255,30 @@ def test_a_lack_of_solutions_is_known_before_any_stage_runs(
         Preflight(load(), LARGE, load().stages, ProblemSets(load().run_dir))
     with pytest.raises(UserError, match=words):
         check_stage(load().stages[1])
+
+
+def test_long_prompts_are_dropped_where_the_recipe_says_so(project: Path) -> None:
+    rows = [{"q": f"What is {'1 + ' * count}1?", "a": "1"} for count in (0, 40, 1)]
+    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"path": "sums.jsonl", "columns": {"prompt": "q", "answer": "a"}}
+    asked = (
+        f"stages.grpo.data={json.dumps({'recipe': 'columns', 'options': options})}",
+        "engine.max_model_len=60",
+    )
+    assert "or, where the stage trains, drop" in find_trouble(examine(*asked))["grpo: prompts"]
+    recipe = load(*asked, "stages.grpo.max_prompt_length=40")
+    assert find_trouble(Doctor(recipe, LARGE, False).examine(recipe.stages)) == {}
+    (stage,) = recipe.stages
+    with RunFolder(recipe) as run:
+        folder, sets = run.begin(stage), ProblemSets(run.path)
+        context = StageContext(recipe, run, "grpo", folder, None, None, {}, None, (), sets)
+        kept = context.training_problems(stage)
+    assert [problem.question for problem in kept] == [rows[0]["q"], rows[2]["q"]]
+    assert context.facts["prompts_too_long"] == 1
+    assert context.facts["sizes"] == [{"data": "columns/train", "rows": 3, "max_prompt_length": 2}]
+    all_too_long = recipe.stages[0].model_copy(update={"max_prompt_length": 2})
+    with pytest.raises(UserError, match="3 dropped for prompts of more than 2 tokens: raise"):
+        context.training_problems(all_too_long)
 
 
 def test_data_out_of_reach_is_skipped_but_stops_a_run(project: Path) -> None:
