@@ -10,7 +10,14 @@ from collections.abc import Mapping, Sequence
 
 Completion = str | Sequence[Mapping[str, object]]
 
-_THINK_TAG = re.compile(r"</?think>")
+_THINK_TAG = re.compile(r"<(/?)(think|thinking|thoughts?|reason|reasoning)>")
+# What samplers leave of a chat template: <|im_end|>, <｜end▁of▁sentence｜>, </s>, [EOS].
+_SPECIAL_TOKEN = re.compile(
+    r"<[|｜][^|｜<>]{1,40}[|｜]>|</?s>"
+    r"|<(?:eos|bos|pad|unk|eo[td]|(?:start|end)_of_(?:turn|text|sentence)|endoftext)>"
+    r"|\[(?:EOS|BOS|PAD|UNK|EOT|SEP|CLS|/?INST)\]",
+    re.IGNORECASE,
+)
 
 
 def completion_text(completion: Completion) -> str:
@@ -45,14 +52,25 @@ def split_thinking(text: str) -> tuple[str, str]:
     Many chat templates end the prompt with ``<think>``, and samplers return the completion only.
     So a completion whose first tag is ``</think>`` is taken to have begun inside the thinking.
     An unclosed ``<think>`` runs to the end: a completion cut off while thinking has no answer.
-    Without any tag all of the text is answer.
+    Without any tag all of the text is answer. ``<thinking>``, ``<thought>`` and ``<reasoning>``
+    are tags like ``<think>`` where the text closes them, too.
     """
     tags = list(_THINK_TAG.finditer(text))
-    inside = bool(tags) and tags[0].group() == "</think>"
+    closed = {"think"} | {tag[2] for tag in tags if tag[1]}
+    tags = [tag for tag in tags if tag[2] in closed]
+    inside = tags[0][2] if tags and tags[0][1] else ""
     thinking, answer, position = [], [], 0
     for tag in tags:
+        closes, name = tag.groups()
+        if inside and name != inside:
+            continue
         (thinking if inside else answer).append(text[position : tag.start()])
-        inside = tag.group() == "<think>"
+        inside = "" if closes else name
         position = tag.end()
     (thinking if inside else answer).append(text[position:])
     return "".join(thinking), "".join(answer)
+
+
+def strip_special_tokens(text: str) -> str:
+    """Return ``text`` with a line break in place of each special token of a chat template."""
+    return _SPECIAL_TOKEN.sub("\n", text) if "<" in text or "[" in text else text

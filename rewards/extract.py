@@ -3,71 +3,75 @@
 import re
 from typing import NamedTuple
 
-from rewards.completions import split_thinking
+from rewards.completions import split_thinking, strip_special_tokens
 
 # Final answers stand at the end: so much of a completion is searched, and so many boxes.
 MAX_CHARS = 100_000
 MAX_BOXES = 32
-TAIL_CHARS = 6_000  # where a formula or a number may stand for an answer by being the last
 MAX_BOX_CHARS = 4_000
 
-_BOX = re.compile(r"\\(?:boxed|fbox)\s*(?=\{)")
+# A box, up to what it holds. TeX needs braces; models forget them, or the backslash.
+_BOX = re.compile(
+    r"\\(?:(?:boxed|fbox|framebox)\s*(?:\[[^\[\]{}]{0,40}\]\s*){0,2}(?=\{)"
+    r"|boxed\s*(?=[(\[]|[-−]?\d|\\[dt]?frac\b|[A-J](?:[\s.,;$]*(?:$|\n))))"
+)
+_BARE_BOX = re.compile(r"(?<![\\a-zA-Z])boxed(?=\{)")
+_UNBRACED = re.compile(
+    r"[-−]?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?![-+*/^=\w])|\\[dt]?frac\s*(?:\{[^{}]*\}\s*\{[^{}]*\}|\d\d)|[A-J]"
+)
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
-_SPECIAL_TOKEN = re.compile(r"<\|[^|<>]{1,40}\|>|</s>|<eos>|<end_of_turn>")
+_BRACKET = re.compile(r"\\.|[()\[\]]", re.DOTALL)
+# Escapes that were read once too often: JSON's and Python's \b, \f, \a and \v.
+_READ_ESCAPE = re.compile("[\x07\x08\x0b\x0c](?=[a-z])")
+_ESCAPES = {"\x07": "\\a", "\x08": "\\b", "\x0b": "\\v", "\x0c": "\\f"}
+# What a problem leaves in a box that is to be filled in.
+_BLANK = re.compile(
+    r"\\(?:[hv]?phantom|[hv]space\*?)\s*\{[^{}]*\}|\\rule\s*\{[^{}]*\}\s*\{[^{}]*\}"
+    r"|\\(?:underline|text|mathrm|mbox)(?=\s*\{)"
+    r"|\\(?:q?quad|enspace|thinspace|[lc]?dots|square|Box|bigcirc|[,;:! _])|[\s{}~?_.…□＿]"
+)
 _FINAL = re.compile(r"final\s+answer", re.IGNORECASE)
-_ANSWER_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)(?:</answer>|\Z)", re.DOTALL)
+_ANSWER_TAG = re.compile(
+    r"<(?:final_)?answer>((?:(?!</?(?:final_)?answer>).)*)(?:</(?:final_)?answer>|\Z)",
+    re.DOTALL | re.IGNORECASE,
+)
+_JOINING_WORDS = {"and", "or", "for", "part", "case", "the", "with", "und", "et", "respectively"}
+# Why it is so, after the answer in the box.
+_REASON = re.compile(r"[\s,;~]*(?:\\(?:text|mathrm)\s*\{)?[\s(]*\b(?:since|because)\b.*", re.DOTALL)
 
-# "The answer is", "Answer:", and their like in some other languages.
-_MARKER = re.compile(
-    r"(?:\b(?:answer|result|solution|(?:correct|right|best) (?:option|choice)|r[ée]ponse|respuesta"
-    r"|resposta|antwort|risposta|ответ|jibu|đáp án)s?\b\W{0,3}"
-    r"(?:\b(?:is|are|est|es|ist|lautet|è|é|ni|là|would be|must be|should be|comes to|equals)\b|:|=)"
-    r"|\banswer\b(?=\s*(?:\$|\\\(|\\\[))"
-    r"|####"
-    r"|(?:答案|结果|答え|答|답|정답|คำตอบ|উত্তর|సమాధానం)\s*(?:是|为|は|은|คือ|：|:|=)"
-    r"|الإجابة(?:\s+هي|\s*:))[\s*_:：]*",
+# A minus sign that belongs to the box after it: nothing is subtracted from, no bullet.
+_SIGN = re.compile(
+    r"(?:(?:^|[=($\[{,:&<>≈→⇒：]|\\[(\[]|\\(?:approx|implies|Rightarrow|to|quad|,))\s*"
+    r"(?P<sign>-|−|\\pm|±)\s*"
+    r"|(?:^|\n|[^\W\d_]{2,}\s+|[是为得]\s*)(?P<touching>-|−|\\pm|±))"
+    r"(?:\\(?:displaystyle|mathbf|left|,)|[{\s])*$"
+)
+_SIGNS = ("-", "−", "±", "\\pm")
+_BULLET = re.compile(r"(?:^|\n)\s*[-−]\s+$")
+# A box within the braces of a fraction, a root or an exponent.
+_ENCLOSED = re.compile(
+    r"(?:\\[dtc]?frac\s*(?:\{[^{}]*\}\s*)?|\\sqrt\s*(?:\[[^\[\]]*\]\s*)?|\^)\{[^{}$=\n]*$"
+)
+_SIDE_START = re.compile(
+    r"[=$\n&:：,，;；<>≈→⇒]|\\[(\[](?!\w)|\\(?:approx|implies|Rightarrow|to|text)(?![a-z])"
+    r"|(?<![\\a-zA-Z])[^\W\d_]{2,}"
+)
+_SIDE_END = re.compile(r"[=$\n&，。；;]|\\[)\]]|[.,:](?:\s|$)|(?<![\\a-zA-Z])[^\W\d_]{2,}|\\text\b")
+_SCALE = re.compile(
+    r"\s?(?:\\?%|\\times\s*10\s*\^\s*(?:\{[^{}]*\}|\d)|\\pi\b|π|\\sqrt\s*\{[^{}]*\}"
+    r"|\^\s?(?:\{[^{}]*\}|\\circ\b|\d)|/\d+)(?!\s*[=\d])"
+)
+
+_DENIALS = ("not", "n't", "n’t", "ever", "\\ne", "≠", "不", "并非")
+_DENIED = re.compile(
+    r"(?:(?:\bnot|n['’]t|\bnever|\bcannot)(?:\s+(?:be|equal|to|exactly|the))*[\s:*(]*"
+    r"(?:\$+|\\[(\[])?\s*(?:[A-Za-z]\s*=\s*)?|(?:≠|\\neq?)\s*|(?:不是|不等于|不为|并非)[\s$]*)$",
     re.IGNORECASE,
 )
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$|[*_]{1,2}(?:\s|$))|[。！？]|\n")
-_MATH_SPAN = re.compile(
-    r"\$\$(?P<a>[^$]{1,2000})\$\$|\$(?P<b>(?:\\\$|[^$]){1,500})\$"
-    r"|\\\((?P<c>(?:(?!\\\)).){1,1000})\\\)|\\\[(?P<d>(?:(?!\\\]).){1,2000})\\\]",
-    re.DOTALL,
+_DENIED_AFTER = re.compile(
+    r"[\s)*$]{0,4}\b(?:is|was)(?:n['’]t\b|\s+(?:\w+ly\s+)?(?:not|wrong|incorrect|false|impossible)\b)"
+    r"|[\s)*$]{0,4}(?:can(?:not|['’]t| not)\s+be\b|fails\b|不对|不正确|是错)"
 )
-_NUMBER = re.compile(
-    r"(?<![\w.,])[-−–]?\\?\$?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:\s?/\s?\d+|(?::\d+)+)?"
-    r"(?:\s?\\?%|\s?(?:π|\\pi\b))?|"
-    r"(?<![\w.])[-−–]?\.\d+|\d+(?:\.\d+)?(?:/\d+)?"
-)
-_QUALIFIER = re.compile(
-    r"(?:(?:[-−–]?\$?[\d.,/]*\d%?\s*(?:,|\bor\b|\band\b|\bto\b|/|或)\s*(?:or|and|maybe|perhaps)?\s*)+"
-    r"|\b(?:not|never|least|most|than|over|under|either|without|except|n't)\s+(?:be\s+|exactly\s+)?)$"
-)
-# An inequality, a tuple or an interval that stands in the text without dollars.
-_PLAIN_FORMULA = re.compile(
-    r"\b[A-Za-z]\s?(?:[<>≤≥≠]=?|!=)\s?[-−]?\d+(?:\.\d+)?(?:/\d+)?"
-    r"|(?<![\w)])[\[(]\s*[-−]?[\d.][^()\[\]\n]{0,80},[^()\[\]\n]{1,80}[)\]]"
-)
-_IN_FORMULA_BEFORE = re.compile(
-    r"(?:[{^_\\(\[|!]|\\[a-zA-Z]+\s*|[\w)}\]][^\S\n]?[-+*/^]\s?|__\w*)$"
-)
-_IN_FORMULA_AFTER = re.compile(r"\s?[\^!}|)\]\\('\"]|\s[-+*/]\s|\s(?:if|else|for)\s\S*\(")
-_BOLD = re.compile(r"(?<![\w*])(\*{1,2})([^*\s][^*\n]{0,200})\1(?![\w*])")
-_OPTION_FIRST = re.compile(
-    r"\s*\(?([A-J])(?:(?:\)|[.:,])(?=\s|$)|\)?\s+is\s+(?:the\s+)?(?:correct|right|true|best|answer)\b)"
-)
-_REMARK = re.compile(r"(?<=[\w})$])\s+\([^()]*[a-z]{3,}[^()]*\)$")
-_PROSE_WORD = re.compile(r"(?<![\\\w])(?!(?:sin|cos|tan|ln|log|exp|sqrt|pi|and|or)\b)[^\W\d_]{2,}")
-# Up to "is", with no number on the way but in formulas: "the largest $n$ with $n^2 < 50$ is 7".
-_PROSE_LEAD = re.compile(
-    r"(?=[A-Za-z$\\(])(?:[^\d$]|\$[^$]{0,200}\$){0,200}?\b(?:is|are|equals|be)\b\s*:?\s*"
-)
-_HEDGE = re.compile(r"^\s*(?:for sure|surely|clearly|simply|just|therefore|definitely|:)\s*", re.I)
-_AFTERTHOUGHT = re.compile(r",\s+(?!and\b|or\b)(?=[a-z]{2})|\s+(?:because|since|as|so)\s")
-
-
-_CURRENCIES = ("$", "€", "£", "¥", "dollars", "euros", "元", "yuan")
-_JOINING_WORDS = {"and", "or", "for", "part", "case", "the", "with", "und", "et", "respectively"}
 
 
 class Extraction(NamedTuple):
@@ -76,10 +80,14 @@ class Extraction(NamedTuple):
     answer: the final answer.
     others: further boxed answers that are not the same text; a right completion has none that
         is wrong.
+    parts: the boxes that ``answer`` joins, if it joins several: each may be all of the answer.
+    together: all boxes in their order, joined: the parts of one answer, if they are the gold.
     """
 
     answer: str
     others: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+    together: str = ""
 
 
 def extract_answer(completion: str) -> str | None:
@@ -88,18 +96,22 @@ def extract_answer(completion: str) -> str | None:
     Thinking (``rewards.completions.split_thinking``) is never searched. In this order, the first
     that is there:
 
-    1. the last balanced ``\boxed{...}`` or ``\fbox{...}``; boxes side by side, with only a few
-       words between them, are one answer of several parts, joined by commas. Once the text says
-       "final answer", only boxes after that count, if there are any;
+    1. the last balanced ``\boxed{...}`` or ``\fbox{...}`` that is not left blank; boxes side by
+       side, with only a few words between them, are one answer of several parts, joined by commas.
+       Once the text says "final answer", only boxes after that count, if there are any. A minus
+       sign before the box counts, and so does a fraction or root around it;
     2. the last ``<answer>...</answer>``; the end of the text closes it too, because samplers
        leave out the stop string;
-    3. what follows the last "the answer is", "Answer:", "答案是", "####" and the like, to the end
-       of its sentence;
-    4. an option letter that opens the text ("D. It cannot be A"), or the whole text if it is one
-       line of mathematics without prose ("x = 3");
+    3. what follows the last "the answer is", "Answer:", "答案是", "故选", "####" and the like, to
+       the end of its sentence, or what stands before "is the answer";
+    4. an option letter that opens the text ("D. It cannot be A") or is called right, or the whole
+       text if it is one line of mathematics without prose ("x = 3");
     5. the last formula (``$...$``, ``\(...\)``, ``\[...\]``) that holds more than a name, or the
-       last number, whichever comes later. A number is taken with what qualifies it ("not 5",
-       "4 or 5"), and one that is part of an unfinished formula is no answer.
+       last number with its unit, whichever comes later, questions left out. One that is part of
+       an unfinished formula is no answer.
+
+    What qualifies an answer without a box is part of it, and what is denied is none: "at least 5",
+    "4 or 5", "not 5" (for "it cannot be 5", "5 is wrong", "different from 5").
     """
     found = find_answer(completion)
     return found.answer if found else None
@@ -108,14 +120,30 @@ def extract_answer(completion: str) -> str | None:
 def find_answer(completion: str) -> Extraction | None:
     """Return the answer and what contradicts it, in the order that ``extract_answer`` states."""
     _, text = split_thinking(completion)
-    text = _SPECIAL_TOKEN.sub("\n", text[-MAX_CHARS:])
+    text = strip_special_tokens(text[-MAX_CHARS:])
+    if any(escape in text for escape in _ESCAPES):
+        text = _READ_ESCAPE.sub(lambda m: _ESCAPES[m.group()], text)
     if boxes := find_boxes(text):
         return _read_boxes(text, boxes)
     if tagged := [content.strip() for content in _ANSWER_TAG.findall(text)]:
+        if not tagged[-1]:
+            return None
         others = dict.fromkeys(t for t in tagged if t != tagged[-1])
-        return Extraction(tagged[-1], tuple(others)[:MAX_BOXES]) if tagged[-1] else None
-    answer = _find_stated(text) or _find_option(text) or _find_bare(text) or _find_last(text)
+        return Extraction(_read_tag(tagged[-1]), tuple(map(_read_tag, others))[:MAX_BOXES])
+    answer = _find_statement(text)
     return Extraction(answer) if answer else None
+
+
+def _find_statement(text: str) -> str | None:
+    from rewards.statements import find_statement  # whose patterns take 50 ms to compile
+
+    return find_statement(text)
+
+
+def _read_tag(content: str) -> str:
+    """Reduce a sentence in an answer tag to what it states."""
+    is_sentence = len(re.findall(r"(?<!\\)\b[a-z]{2,}\b", content)) > 2 and "\n" not in content
+    return (_find_statement(content) if is_sentence else None) or content
 
 
 # --- boxes ---------------------------------------------------------------------------------------
@@ -128,35 +156,54 @@ class Box(NamedTuple):
 
 
 def find_boxes(text: str) -> list[Box]:
-    """Return the last boxes that balance, in order; of nested boxes the outer one."""
+    """Return the last boxes that balance and are not blank, in order; of nested boxes the outer."""
     boxes: list[Box] = []
-    for match in list(_BOX.finditer(text))[-MAX_BOXES:]:
+    matches = list(_BOX.finditer(text))
+    if text.count("boxed{") > text.count("\\boxed{"):
+        matches = sorted([*matches, *_BARE_BOX.finditer(text)], key=lambda m: m.start())
+    for match in matches[-MAX_BOXES:]:
         if boxes and match.start() < boxes[-1].end:
             continue
-        end = find_closing_brace(text, match.end())
-        if end is not None:
-            content = text[match.end() + 1 : end].strip()
-            boxes.append(Box(match.start(), end + 1, content))
-    return [box for box in boxes if box.content]
+        end, content = _read_content(text, match.end())
+        if content[:1].isalnum() or _BLANK.sub("", content):
+            boxes.append(Box(match.start(), end, content))
+    return boxes
+
+
+def _read_content(text: str, start: int) -> tuple[int, str]:
+    """Return where a box ends that holds what begins at ``start``, and its content."""
+    opener = text[start : start + 1]
+    if opener == "{":
+        end = find_closing_brace(text, start)
+        return (end + 1, text[start + 1 : end].strip()) if end is not None else (start, "")
+    if opener in ("(", "["):
+        end = _find_closing(text, start, _BRACKET, "([")
+        return (end + 1, text[start : end + 1]) if end is not None else (start, "")
+    match = _UNBRACED.match(text, start)
+    return (match.end(), match.group()) if match else (start, "")
 
 
 def find_closing_brace(text: str, start: int) -> int | None:
     """Return the index of the brace that closes the one at ``start``, None if there is none."""
+    return _find_closing(text, start, _BRACE, "{")
+
+
+def _find_closing(text: str, start: int, marks: re.Pattern, openers: str) -> int | None:
     depth = 0
-    for match in _BRACE.finditer(text, start, start + MAX_BOX_CHARS):
-        if match.group() == "{":
-            depth += 1
-        elif match.group() == "}":
-            depth -= 1
+    for match in marks.finditer(text, start, start + MAX_BOX_CHARS):
+        mark = match.group()
+        if len(mark) == 1:
+            depth += 1 if mark in openers else -1
             if depth == 0:
                 return match.start()
     return None
 
 
 def _read_boxes(text: str, boxes: list[Box]) -> Extraction:
-    declared = [match.end() for match in _FINAL.finditer(text)]
-    if declared and any(box.start > declared[-1] for box in boxes):
-        boxes = [box for box in boxes if box.start > declared[-1]]
+    contents = [_read_box(text, box) for box in boxes]
+    boxes = [box._replace(content=c) for box, c in zip(boxes, contents, strict=True)]
+    if len(set(contents)) > 1 and (declared := [m.end() for m in _FINAL.finditer(text)]):
+        boxes = [box for box in boxes if box.start > declared[-1]] or boxes
     contents = list(dict.fromkeys(box.content for box in boxes))
     if len(contents) == 1:
         return Extraction(contents[0])
@@ -165,9 +212,10 @@ def _read_boxes(text: str, boxes: list[Box]) -> Extraction:
         if not _are_joined(text[box.end : group[0].start]):
             break
         group.insert(0, box)
-    parts = list(dict.fromkeys(box.content for box in group))
-    others = [c for c in contents if c not in parts]
-    return Extraction(", ".join(parts), tuple(others))
+    parts = tuple(dict.fromkeys(box.content for box in group))
+    others = tuple(c for c in contents if c not in parts)
+    together = ", ".join(contents) if others else ""
+    return Extraction(", ".join(parts), others, parts if len(parts) > 1 else (), together)
 
 
 def _are_joined(between: str) -> bool:
@@ -178,95 +226,27 @@ def _are_joined(between: str) -> bool:
     return all(word.lower() in _JOINING_WORDS for word in words)
 
 
-# --- statements ----------------------------------------------------------------------------------
+def _read_box(text: str, box: Box) -> str:
+    """Return what a box says where it stands: its content, with the sign before it, or "not"."""
+    before, after = text[max(0, box.start - 120) : box.start], text[box.end : box.end + 120]
+    content = box.content
+    if "since" in content or "because" in content:
+        content = _REASON.sub("", content) or content
+    if before.rfind("{") > before.rfind("}") and _ENCLOSED.search(before):
+        return _read_side(before, content, after) or content
+    near = before[-40:]
+    is_signed = any(mark in near for mark in _SIGNS) and not _BULLET.search(near)
+    if is_signed and (sign := _SIGN.search(near)):
+        return (sign["sign"] or sign["touching"]) + content
+    if scale := _SCALE.match(after):
+        content += scale.group()
+    is_denied = any(mark in near for mark in _DENIALS) and _DENIED.search(near)
+    return f"not {content}" if is_denied or _DENIED_AFTER.match(after) else content
 
 
-def _find_stated(text: str) -> str | None:
-    for marker in reversed(list(_MARKER.finditer(text))[-8:]):
-        answer = _clean_statement(_take_sentence(text[marker.end() : marker.end() + 2_000]))
-        if answer:
-            return answer
-    return None
-
-
-def _take_sentence(rest: str) -> str:
-    """Return ``rest`` up to the end of its sentence; ends inside a formula do not count."""
-    rest, position = rest.lstrip(), 0
-    while end := _SENTENCE_END.search(rest, position):
-        inside = next(
-            (s for s in _MATH_SPAN.finditer(rest) if s.start() < end.start() < s.end()), 0
-        )
-        if not inside:
-            return rest[: end.start()]
-        position = inside.end()
-    return rest
-
-
-def _clean_statement(sentence: str) -> str:
-    """Reduce "the largest $n$ is 34" to "34", "for sure D, it can't be A" to "D"."""
-    sentence = _HEDGE.sub("", sentence.strip(" \t*_"))
-    if cut := _AFTERTHOUGHT.search(sentence):
-        sentence = sentence[: cut.start()]
-    if re.match(r"(?:the|an?|there)\b|\$[^$]*\$\s+\w+\s+is\b", sentence, re.IGNORECASE):
-        while lead := _PROSE_LEAD.match(sentence):
-            sentence = sentence[lead.end() :]
-    sentence = _REMARK.sub("", sentence.strip(" \t*_"))
-    if len(_PROSE_WORD.findall(sentence)) >= 3 and "\\" not in sentence:
-        return _find_only_number(sentence) or sentence
-    return sentence
-
-
-def _find_only_number(sentence: str) -> str | None:
-    """Return the only number of a sentence, or its only sum of money, if there is one."""
-    numbers = list(_NUMBER.finditer(sentence))
-    money = [number for number in numbers if _is_money(sentence, number)]
-    found = next((few for few in (numbers, money) if len(few) == 1), None)
-    return _qualify(sentence, found[0]) if found else None
-
-
-def _is_money(sentence: str, number: re.Match) -> bool:
-    before, after = sentence[: number.start()].rstrip(), sentence[number.end() :].lstrip()
-    return before.endswith(_CURRENCIES) or "$" in number.group() or after.startswith(_CURRENCIES)
-
-
-def _find_option(text: str) -> str | None:
-    match = _OPTION_FIRST.match(text)
-    return match.group(1) if match and len(text) < 300 else None
-
-
-def _find_bare(text: str) -> str | None:
-    """Return the whole text if it is one short line of mathematics: "x = 3", "B"."""
-    text = text.strip()
-    is_bare = len(text) <= 200 and "\n" not in text and not _PROSE_WORD.search(text)
-    return text or None if is_bare else None
-
-
-def _find_last(text: str) -> str | None:
-    """Return the last formula or the last number, whichever ends later."""
-    text = _BOLD.sub(r"\2", text[-TAIL_CHARS:])
-    spans = [s for s in _MATH_SPAN.finditer(text) if _formula(s)]
-    numbers = list(_NUMBER.finditer(text))
-    plain = list(_PLAIN_FORMULA.finditer(text))
-    span, number, formula = (found[-1] if found else None for found in (spans, numbers, plain))
-    if span and (number is None or number.start() < span.end()):
-        return _formula(span)
-    if formula and number and number.start() < formula.end():
-        return formula.group()
-    return _qualify(text, number) if number else None
-
-
-def _qualify(text: str, number: re.Match) -> str | None:
-    """Return a number with the words before it that make it another answer than the number."""
-    before, after = text[max(0, number.start() - 200) : number.start()], text[number.end() :]
-    if _IN_FORMULA_BEFORE.search(before) or _IN_FORMULA_AFTER.match(after):
-        return None
-    qualifier = _QUALIFIER.search(before)
-    return (qualifier.group() if qualifier else "") + number.group().strip()
-
-
-def _formula(span: re.Match) -> str | None:
-    """Return a formula's content, None if it is only a name such as ``ABC`` or prose."""
-    content = next(group for group in span.groups() if group is not None).strip()
-    worth = re.search(r"\d|[=<>]|\\(?:frac|sqrt|pi|lt|gt|le|ge|in|begin|infty|cup)", content)
-    prose = re.search(r"(?<!\\)\b[a-z]{2,} [a-z]{2,} [a-z]{2,}\b", content)
-    return content if worth and not prose else None
+def _read_side(before: str, content: str, after: str) -> str | None:
+    """Return the side of an equation that a box is part of; None if its braces do not balance."""
+    start = max((m.end() for m in _SIDE_START.finditer(before)), default=0)
+    end = _SIDE_END.search(after)
+    side = before[start:] + "{" + content + "}" + after[: end.start() if end else None]
+    return side.strip() if side.count("{") == side.count("}") else None

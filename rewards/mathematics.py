@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -19,6 +20,12 @@ STATUSES = (RIGHT, WRONG, UNPARSEABLE, TIMED_OUT, BAD_GOLD, FAILED)
 # Longer answers and golds can only be equal by being the same text.
 MAX_CHARS = 20_000
 MAX_SYMBOLIC_CHARS = 1_000
+MAX_SYMBOLIC_DEPTH = 20
+
+# What tells a worked solution from an answer: sentences, and where they end up.
+_PROSE_WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")
+_SENTENCE_BREAK = re.compile(r"\n|[.!?]\s+\S|[。！？]\s*\S")
+_FINAL_MARK = re.compile(r"\\boxed|\banswer\b|\btherefore\b|\bhence\b|答案|所以", re.IGNORECASE)
 
 _logger = logging.getLogger(__name__)
 
@@ -27,8 +34,9 @@ class Verdict(NamedTuple):
     """The judgement of one completion.
 
     status: ``right``; ``wrong``; ``unparseable`` (no answer stated, or none that can be read);
-        ``timed_out`` (the judge exceeded its time or memory); ``bad_gold`` (missing, or not
-        readable and not the same text as the answer); ``failed`` (a defect of the judge, logged).
+        ``timed_out`` (the judge exceeded its time or memory); ``bad_gold`` (missing, a whole
+        worked solution, or not readable and not the same text as the answer); ``failed``
+        (a defect of the judge, logged).
     answer: the final answer that was found in the completion, None if there is none.
     """
 
@@ -85,20 +93,28 @@ def judge_math(
 ) -> list[Verdict]:
     """Judge completions as ``math_correct`` does, and say how each came out.
 
-    A completion that boxes several answers is right if together they are the gold (they stand
-    side by side), or if each of them is: hedging is not rewarded.
+    A completion that boxes several answers is right if together they are the gold, all of them in
+    their order or those that stand side by side at the end, or if each of them is: hedging is not
+    rewarded.
     """
     if len(completions) != len(answer):
         raise ValueError(f"{len(completions)} completions but {len(answer)} gold answers")
     golds = [_read_gold(gold, row) for row, gold in enumerate(answer)]
     found = [_find_answer(completion, row) for row, completion in enumerate(completions)]
     pairs: dict[tuple[str, str], str] = {}
-    for extraction, gold in zip(found, golds, strict=True):
-        if extraction and gold:
-            pairs |= {(text, gold): "" for text in (extraction.answer, *extraction.others)}
-    # Samples of one problem repeat each other's answers; each pair is judged once.
-    pairs = dict(zip(pairs, judge_pairs(list(pairs)), strict=True))
-    return [_conclude(e, gold, pairs) for e, gold in zip(found, golds, strict=True)]
+    rows = list(zip(found, golds, strict=True))
+    _judge_new(pairs, [(e, gold, (e.answer, *e.others)) for e, gold in rows if e and gold])
+    # Boxes that differ may each be all of the answer, or be its parts together.
+    unsettled = [(e, gold) for e, gold in rows if e and gold and not _is_right(e, gold, pairs)]
+    _judge_new(pairs, [(e, gold, _list_ways(e, gold)) for e, gold in unsettled])
+    return [_conclude(e, gold, pairs) for e, gold in rows]
+
+
+def _judge_new(pairs: dict, rows: Iterable[tuple[Extraction, str, Sequence[str]]]) -> None:
+    """Judge the texts of each row with its gold; samples of one problem repeat each other's."""
+    new = dict.fromkeys((text, gold) for _, gold, texts in rows for text in texts)
+    new = [pair for pair in new if pair not in pairs]
+    pairs.update(zip(new, judge_pairs(new), strict=True))
 
 
 def count_verdicts(verdicts: Iterable[Verdict]) -> dict[str, int]:
@@ -119,6 +135,9 @@ def judge_pairs(pairs: Sequence[tuple[str, str]], limit_s: float | None = None) 
         statuses[index] = _read_result(result)
         if statuses[index] == UNREAD_GOLD:
             statuses[index] = _judge_symbolically(pairs[index], limit_s, result.seconds)
+    for index, (_, gold) in enumerate(pairs):
+        if statuses[index] in (WRONG, UNPARSEABLE) and is_worked_solution(gold):
+            statuses[index] = BAD_GOLD
     return statuses
 
 
@@ -143,11 +162,19 @@ def _judge_symbolically(pair: tuple[str, str], limit_s: float | None, spent_s: f
     """
     left_s = (limit_s or get_limit()) - spent_s
     gold = pair[1]
-    is_broken = gold.count("{") != gold.count("}")
-    if left_s <= 0 or is_broken or max(map(len, pair)) > MAX_SYMBOLIC_CHARS:
+    if left_s <= 0 or _is_broken(gold) or max(map(len, pair)) > MAX_SYMBOLIC_CHARS:
         return BAD_GOLD
     (result,) = run_task("rewards.symbolic:judge_symbolically", [pair], left_s)
     return RIGHT if result.status == OK and result.value else BAD_GOLD
+
+
+def _is_broken(gold: str) -> bool:
+    """Say whether brackets of a gold do not balance, in number, or are too deep to be meant."""
+    depth = deepest = 0
+    for char in gold:
+        depth += (char in "([{") - (char in ")]}")
+        deepest = max(deepest, abs(depth))
+    return depth != 0 or deepest > MAX_SYMBOLIC_DEPTH
 
 
 def judge_quickly(answer: str, gold: str) -> str | None:
@@ -188,17 +215,47 @@ def _find_answer(completion: Completion, row: int) -> Extraction | None:
         raise TypeError(f"row {row}: {error}") from error
 
 
+def _list_ways(extraction: Extraction, gold: str) -> list[str]:
+    """The texts that may be all of a gold where boxes differ; several are never one number."""
+    is_number = parse_number(gold) is not None
+    return [
+        *extraction.parts,
+        *([extraction.together] if extraction.together and not is_number else []),
+    ]
+
+
+def _is_right(extraction: Extraction, gold: str, statuses: dict) -> bool:
+    def are_right(*texts: str) -> bool:
+        return all(statuses.get((text, gold)) == RIGHT for text in texts)
+
+    answer, others, parts, together = extraction
+    agree = are_right(answer) or bool(parts and are_right(*parts))
+    return (agree and are_right(*others)) or bool(together and are_right(together))
+
+
 def _conclude(extraction: Extraction | None, gold: str, statuses: dict) -> Verdict:
-    if not gold.strip():
+    if not gold.strip() or (extraction is None and is_worked_solution(gold)):
         return Verdict(BAD_GOLD, extraction.answer if extraction else None)
     if extraction is None:
         return Verdict(UNPARSEABLE)
+    if _is_right(extraction, gold, statuses):
+        return Verdict(RIGHT, extraction.answer)
     status = statuses[extraction.answer, gold]
-    if status == RIGHT:
-        for other in extraction.others:
-            if statuses[other, gold] != RIGHT:
-                status = WRONG
-    return Verdict(status, extraction.answer)
+    return Verdict(WRONG if status == RIGHT else status, extraction.answer)
+
+
+def is_worked_solution(gold: str) -> bool:
+    """Say whether a gold is a whole solution in place of its final answer.
+
+    Compared as words it would make every answer wrong, so it is a bad gold.
+    """
+    before, mark, _ = gold.rpartition("####")
+    if mark and before.strip():
+        return True
+    num_words = len(_PROSE_WORD.findall(gold)) if len(gold) > 30 else 0
+    if num_words < 5 or not _SENTENCE_BREAK.search(gold):
+        return False
+    return num_words >= 12 or bool(_FINAL_MARK.search(gold))
 
 
 __all__ = [

@@ -216,13 +216,15 @@ def _is_undone(node: Node) -> bool:
     Numbers that are merely written with several numerals are done: fractions, mixed numbers,
     powers, scientific notation.
     """
-    if not _is_plain(node):
-        return False
+    return _is_plain(node) and _has_undone(node)
+
+
+def _has_undone(node: Node) -> bool:
     if node.kind == "add" and node.value != "done":
         return True
     if node.kind == "mul" and node.value != "done" and not _is_power_of_ten(node.args[1]):
         return True
-    return any(_is_undone(arg) for arg in node.args)
+    return any(_has_undone(arg) for arg in node.args)
 
 
 def _is_power_of_ten(node: Node) -> bool:

@@ -9,11 +9,18 @@ import math
 import re
 from collections.abc import Sequence
 
-from rewards.completions import Completion, completion_text, split_thinking
+from rewards.completions import (
+    Completion,
+    completion_text,
+    split_thinking,
+    strip_special_tokens,
+)
 from rewards.languages import language_share
 from rewards.mathematics import judge_math
 
-_THINK_TAG = re.compile(r"</?think>")
+_THINK_TAG = re.compile(r"<\s*/?\s*think\s*/?\s*>", re.IGNORECASE)
+_ANSWER_TAG = re.compile(r"</?answer>")  # of which a pair without content is no answer
+_VISIBLE = re.compile(r"[^\s\x00-\x1f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+|[^\w\s]")
 
 
@@ -23,7 +30,8 @@ def format(completions: Sequence[Completion], **kwargs) -> list[float]:
     The thinking comes first (white space may precede it), is not blank, and is followed by text
     that is not blank. The opening tag may be missing: many chat templates end the prompt with
     ``<think>`` and samplers return only what follows, so a completion with a single ``</think>``
-    and no ``<think>`` counts as having begun inside the thinking.
+    and no ``<think>`` counts as having begun inside the thinking. Tags in another spelling
+    (``</Think>``, ``< think >``) are errors; special tokens such as ``<|im_end|>`` are no text.
 
     Source: the format reward of DeepSeek-R1 (arXiv:2501.12948, section 2.2.2). Range {0, 1}.
     """
@@ -32,14 +40,19 @@ def format(completions: Sequence[Completion], **kwargs) -> list[float]:
 
 def has_one_thought(text: str) -> bool:
     """Say whether ``text`` is one thought and then an answer, as ``format`` defines it."""
-    tags = [match.group() for match in _THINK_TAG.finditer(text)]
-    if tags == ["<think>", "</think>"]:
-        if not text.lstrip().startswith("<think>"):
+    text = strip_special_tokens(text)
+    tags = list(_THINK_TAG.finditer(text))
+    names = [tag.group() for tag in tags]
+    if names == ["<think>", "</think>"]:
+        if text[: tags[0].start()].strip():
             return False
-    elif tags != ["</think>"]:
+        start = tags[0].end()
+    elif names == ["</think>"]:
+        start = 0
+    else:
         return False
-    thinking, answer = split_thinking(text)
-    return bool(thinking.strip()) and bool(answer.strip())
+    thinking, answer = text[start : tags[-1].start()], text[tags[-1].end() :]
+    return all(_VISIBLE.search(_ANSWER_TAG.sub("", part)) for part in (thinking, answer))
 
 
 def soft_overlong(

@@ -1,0 +1,352 @@
+"""What completions without a box state, and what boxes say where they stand: judged, not read.
+
+Rows are (gold, completion); the numbers are made up.
+"""
+
+import sys
+import time
+
+import pytest
+
+import rewards
+from rewards.extract import find_answer
+from rewards.grading import judge_answer
+
+# fmt: off
+# ruff: noqa: E501
+
+RIGHT = [
+    ('35', 'The answer is not 36, it is 35.'),
+    ('35', "The answer isn't 36. It's 35."),
+    ('36', '大约是36'),
+    ('35,36', 'x = 35 or x = 36.'),
+    ('58', 'The answer is 58. Would you like to know more about step 3?'),
+    ('58', 'It is 58. Do you want me to explain step 3?'),
+    ('58', 'It is not hard to see that we get 58'),
+    ('58', 'The number of people who did not come is 58.'),
+    ('58', 'Not 57 but 58.'),
+    ('58', "It isn't 57, so it is 58."),
+    ('58', "It isn't 57, it's 58."),
+    ('58', '57 does not work. So 58.'),
+    ('58', 'So 58 people do not like tennis.'),
+    ('58', 'He does not have any left, so he needs 58.'),
+    ('58', "We can't use 57. The answer is 58."),
+    ('58', 'There are 58 left, since 57 is wrong.'),
+    ('58', 'The number of wrong answers is 58.'),
+    ('58', 'He sold all but 3, which leaves 58.'),
+    ('-23', '\\boxed{-23}'),
+    ('-23', '$x = -\\boxed{23}$'),
+    ('-23', 'The answer is $-\\boxed{23}$.'),
+    ('23', '- \\boxed{23}'),
+    ('23', '5 - \\boxed{23}'),
+    ('-23', '-\\boxed{23}'),
+    ('\\sqrt{23}', '\\sqrt{\\boxed{23}}'),
+    ('2\\pi', '$\\boxed{2}\\pi$'),
+    ('\\frac{3}{4}', '\\frac{\\boxed{3}}{4}'),
+    ('\\pm 3', 'x = \\pm\\boxed{3}'),
+    ('23', '\\fbox{23}'),
+    ('23', '\\framebox{23}'),
+    ('23', '\x0cbox{23}'),
+    ('\\frac12', '\x08oxed{\x0crac12}'),
+    ('23', '$\\boxed 23$'),
+    ('\\frac12', '\\boxed \\frac{1}{2}'),
+    ('23', 'boxed{23}'),
+    ('-3', '\\boxed{ - 3 }'),
+    ('7', '\\boxed{\\phantom{0}} is 7: \\boxed{7}'),
+    ('7', 'Fill in \\boxed{\\phantom{00}}. We get \\boxed{7}.'),
+    ('7', '\\boxed{?} = 7, so \\boxed{7}'),
+    ('7', '\\boxed{\\quad}. \\boxed{7}'),
+    ('7', '\\boxed{\\_\\_} \\boxed{7}'),
+    ('7', '\\boxed{...} \\boxed{7}'),
+    ('7', '\\boxed{\\hspace{1cm}} and \\boxed{7}'),
+    ('7', '\\boxed{\\text{ }} \\boxed{7}'),
+    ('7', '\\boxed{\\square}\\boxed{7}'),
+    ('2,8', '(a) \\boxed{2}\n\n(b) \\boxed{8}'),
+    ('2,8', 'First we find \\boxed{2}. Next, \\boxed{8}.'),
+    ('0.25', '\\boxed{\\frac14} = \\boxed{0.25}'),
+    ('0.25', '\\boxed{\\frac14} or \\boxed{25\\%}'),
+    ('x=2', '\\boxed{x = 2}, i.e. \\boxed{2}'),
+    ('2500000', 'The population is 2.5 million.'),
+    ('300000', 'It moves at 3 x 10^5 km.'),
+    ('300000', 'It moves at 3*10**5 km.'),
+    ('6.02e23', 'There are 6.02e23 of them.'),
+    ('0.0004', 'The mass is 4e-4 kg.'),
+    ('25', 'The speed is 25 m/s.'),
+    ('25', 'The area is 25 cm².'),
+    ('25', 'It is 25 km/h.'),
+    ('25', 'The density is 25 kg/m^3.'),
+    ('25', 'The force is 25 N.'),
+    ('25 kg', 'It weighs 25 kg.'),
+    ('2.5', 'It takes 2 1/2 hours.'),
+    ('-5', 'The temperature is minus 5.'),
+    ('-5', 'The temperature is negative 5 degrees.'),
+    ('1/6', 'The probability is 1 in 6.'),
+    ('3/5', 'The chance is 3 out of 5.'),
+    ('1200', 'It costs $1,200.'),
+    ('1200000', 'Answer: $1.2M'),
+    ('45000', 'Answer: $45K'),
+    ('45000', 'He earns $45k.'),
+    ('1200', 'He pays $1,200.00 in total.'),
+    ('C', 'The answer is C – I checked the others.'),
+    ('C', 'I choose C.'),
+    ('C', 'I would go with option C.'),
+    ('C', 'C is the right answer.'),
+    ('C', 'Option (C) is correct.'),
+    ('C', 'My choice: C'),
+    ('C', 'The answer must be C.'),
+    ('C', 'C is the answer.'),
+    ('C', '选C'),
+    ('C', '故选C'),
+    ('C', '故选：C．'),
+    ('AC', '故选：AC'),
+    ('C', '【答案】C'),
+    ('C', 'C选项正确。'),
+    ('C', '正确答案是C。'),
+    ('C', '答案为C'),
+    ('C', '应选C项'),
+    ('C', '所以选择C。'),
+    ('C', '答案应为C'),
+    ('Yes', 'Yes, since it is even.'),
+    ('No', 'No.'),
+    ('7', 'No, it is 7.'),
+    ('7', 'Yes, so we get 7.'),
+    ('7', '<answer>The total is 7 apples.</answer>'),
+    ('7', '<ANSWER>7</ANSWER>'),
+    ('7', '<thinking>\\boxed{3}</thinking>\\boxed{7}'),
+    ('7', 'The answer is 7<|endoftext|>'),
+    ('7', 'The answer is 7</s>'),
+    ('7', 'The answer is 7[/INST]'),
+    ('7', 'The answer is 7<pad><pad>'),
+    ('7', '\\boxed{7}<｜end▁of▁sentence｜>'),
+    ('12', 'Answer:\n12'),
+    ('12', '**Final answer**\n\n12 apples'),
+    ('B', '### Answer\n\nB'),
+    ('B', '**Answer**\n\n(B)'),
+    ('12', 'Thus, the total is **12** apples.'),
+    ('12', 'The result is __12__.'),
+    ('12', '__Answer:__ 12'),
+    ('12', 'Therefore the answer: $\\mathbf{12}$'),
+    ('12', 'The answer is that there are **12** of them.'),
+    ('12', '12 is our answer'),
+    ('12', 'Hence 12 is the final answer.'),
+]
+
+# A policy finds every one of these that is rewarded.
+WRONG = [
+    ('36', 'The answer is not 36, it is 35.'),
+    ('36', "The answer isn't 36. It's 35."),
+    ('36', "I don't think the answer is 36."),
+    ('36', "It can't be 36."),
+    ('36', 'It cannot possibly be 36'),
+    ('36', '36 is not the answer.'),
+    ('36', "36 isn't right."),
+    ('36', "36 can't be the answer"),
+    ('36', 'We can rule out 36.'),
+    ('36', 'The answer is anything but 36.'),
+    ('36', 'The answer is never 36.'),
+    ('36', "It's wrong to say that it is 36."),
+    ('36', 'The answer was supposed to be something other than 36.'),
+    ('36', 'The wrong answer is 36.'),
+    ('36', 'An incorrect answer would be 36.'),
+    ('36', "The answer can't be $36$."),
+    ('36', 'So it is not equal to $36$.'),
+    ('36', '$36$ is wrong.'),
+    ('36', '$x \\neq 36$'),
+    ('36', 'x ≠ 36'),
+    ('36', 'The answer is 36. That is wrong.'),
+    ('36', "The answer is 36. No wait, that's incorrect."),
+    ('36', 'The answer is neither 36 nor 37.'),
+    ('36', "No, it's not 36."),
+    ('36', 'the result does not equal 36'),
+    ('36', 'It is definitely not 36!'),
+    ('36', "36 doesn't work."),
+    ('36', '36 fails.'),
+    ('36', 'La respuesta no es 36.'),
+    ('36', 'Die Antwort ist nicht 36.'),
+    ('36', "La réponse n'est pas 36."),
+    ('36', '答案不是36。'),
+    ('36', '答案不可能是36'),
+    ('36', '不是36'),
+    ('36', '36不是答案'),
+    ('36', '所以不等于36'),
+    ('36', '36是错的'),
+    ('36', '答案是35或36'),
+    ('36', '可能是35，也可能是36'),
+    ('36', '35或者36'),
+    ('36', '35还是36'),
+    ('36', "It's 35 or 36"),
+    ('36', 'Either 35 or 36'),
+    ('36', 'It is 35, maybe 36'),
+    ('36', 'It is 36, maybe 35'),
+    ('36', 'The answer is 36, maybe 35.'),
+    ('36', 'The answer is 36 (or 35).'),
+    ('36', 'The answer is 36. Or 35.'),
+    ('36', 'The answer is 36. It could also be 35.'),
+    ('36', 'The answer could be 35. The answer could be 36.'),
+    ('36', 'One possible answer is 35. Another possible answer is 36.'),
+    ('36', 'The answer is 36 or 35'),
+    ('36', 'It might be 35. It might be 36.'),
+    ('36', 'a = 35 and b = 36'),
+    ('36', '35/36'),
+    ('36', '35, 36'),
+    ('36', '35 and 36'),
+    ('36', '34\n35\n36'),
+    ('36', '* 35\n* 36'),
+    ('36', 'Candidates: 34, 35, 36'),
+    ('36', 'The candidates are 34 35 36'),
+    ('36', '36 vs 35'),
+    ('36', 'It is 35 versus 36'),
+    ('36', 'x = 35 or x = 36.'),
+    ('36', '35, alternatively 36'),
+    ('36', 'perhaps 35, perhaps 36'),
+    ('36', '35 or 36 apples'),
+    ('36', '35 apples or 36 apples'),
+    ('36', 'Could be 35; could be 36.'),
+    ('36', '36? I am not sure.'),
+    ('36', 'Is it 36?'),
+    ('36', 'The answer is 36?'),
+    ('36', 'Would you like to know about step 36?'),
+    ('23', '$x = -\\boxed{23}$'),
+    ('23', 'x \\ne \\boxed{23}'),
+    ('23', 'The answer is not \\boxed{23}'),
+    ('23', '\\boxed{23} is wrong'),
+    ('23', '\\sqrt{\\boxed{23}}'),
+    ('2', '$\\boxed{2}\\pi$'),
+    ('3', '$x = \\pm\\boxed{3}$'),
+    ('8', '(a) \\boxed{2}\n\n(b) \\boxed{8}'),
+    ('2', '(a) \\boxed{2}\n\n(b) \\boxed{8}'),
+    ('0.25', '\\boxed{\\frac14} or \\boxed{0.3}'),
+    ('5', '\\boxed{4}\\boxed{5}'),
+    ('45', '\\boxed{4}\\boxed{5}'),
+    ('1234', '\\boxed{1} then \\boxed{234}'),
+    ('0.5', '\\boxed{0}, \\boxed{5}'),
+    ('2.5', 'The population is 2.5 million.'),
+    ('3', 'It moves at 3 x 10^5 km.'),
+    ('5', '3 x 10^5'),
+    ('23', 'There are 6.02e23 of them.'),
+    ('4', 'The mass is 4e-4 kg.'),
+    ('4', '4e-4'),
+    ('3', 'The density is 25 kg/m^3.'),
+    ('2', 'The area is 25 cm^2.'),
+    ('25 g', 'It weighs 25 kg.'),
+    ('30', 'It takes 2 hours and 30 minutes.'),
+    ('5', 'The temperature is minus 5.'),
+    ('6', 'The probability is 1 in 6.'),
+    ('C', 'Option C is not correct.'),
+    ('C', 'If C is correct, we fail.'),
+    ('C', "I don't think C is correct."),
+    ('C', 'B or C is correct.'),
+    ('C', 'C is correct. D is correct.'),
+    ('C', 'Neither B nor C is correct.'),
+    ('C', 'C is not the answer.'),
+    ('C', 'The answer is C or D.'),
+    ('C', 'The answer is C, or maybe D.'),
+    ('C', 'The answer is C. Or D.'),
+    ('C', '不选C'),
+    ('C', '答案不是C'),
+    ('C', '选C或D'),
+    ('C', '排除C'),
+    ('7', '<answer>It is not 7.</answer>'),
+    ('7', '<answer>6 or 7</answer>'),
+    ('7', '<reasoning>\\boxed{7}</reasoning>'),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("gold", "completion"), RIGHT)
+def test_right(gold, completion):
+    assert rewards.math_correct([completion], [gold]) == [1.0]
+
+
+@pytest.mark.parametrize(("gold", "completion"), WRONG)
+def test_wrong(gold, completion):
+    assert rewards.math_correct([completion], [gold]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    "gold",
+    [
+        "Ann picks 4 + 5 = 9 plums.\n#### 9",
+        "We add the two. That gives 4 + 5 = 9, so the answer is \\boxed{9}.",
+        "There are 4 plums in one bag and 5 plums in the other bag. Both together hold 9 plums.",
+    ],
+)
+def test_a_worked_solution_as_the_gold_is_a_bad_gold(gold):
+    completions = ["\\boxed{9}", "\\boxed{8}", "no idea"]
+    verdicts = rewards.judge_math(completions, [gold] * 3)
+    assert [verdict.status for verdict in verdicts] == ["bad_gold"] * 3
+    assert rewards.math_correct(["\\boxed{9}"], ["#### 9"]) != [0.0]
+
+
+@pytest.mark.parametrize(
+    "gold",
+    ["(1, 2) or (3, 4)", "x = 3\ny = 4", "the line through A and B", "f is even. It is odd."],
+)
+def test_long_answers_are_no_worked_solutions(gold):
+    assert rewards.math_correct(["\\boxed{5}"], [gold]) == [0.0]
+
+
+# --- work grows with the length of a text, not with its square ---
+
+UNITS = [
+    *" \n~%!$*(|'-?,;", "\\[", "\\(", "\\boxed{", "\\boxed{1} ", "\\frac{1}{", "\n~", "$1 ", "1 or ",
+    "not ", "the answer is ", "answer\n", "1 is the answer ", "go with C. ", "<answer>", "<thought>",
+    "**1** ", "*a", "1 x 10^", "- 1\n", "答案是1。", "故选A", "because ", "could be ", "1? ", "since ",
+]  # fmt: skip
+
+
+def measure_seconds(text: str) -> float:
+    taken = []
+    for _ in range(3):
+        start = time.process_time()
+        find_answer(text)
+        taken.append(time.process_time() - start)
+    return min(taken)
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("lead", ["", "The answer is ", "\\boxed{"])
+def test_extraction_is_linear(unit, lead):
+    short, long = (measure_seconds(lead + unit * (n // len(unit))) for n in (10_000, 40_000))
+    assert long < 0.1 or long < 10 * short  # four times the text; its square would be 16 times
+
+
+def count_calls(answer: str, gold: str) -> int:
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+
+    sys.setprofile(count)
+    try:
+        judge_answer(answer, gold)
+    finally:
+        sys.setprofile(None)
+    return calls
+
+
+@pytest.mark.parametrize(
+    "mark", ["%", "!", "'", "^\\circ", "(", "{", "\\%", ";", "+1", "-", "x", "\\sqrt{"]
+)
+def test_marks_in_a_row_are_judged_in_linear_work(mark):
+    short, long = (count_calls("5" + mark * n, "5") for n in (50, 100))
+    assert long < 3 * short
+    short, long = (count_calls("5", "5" + mark * n) for n in (50, 100))
+    assert long < 3 * short
+
+
+def test_golds_whose_brackets_do_not_balance_are_not_handed_on(monkeypatch):
+    monkeypatch.setattr(
+        "rewards.mathematics.run_task", _refuse_symbolic(rewards.mathematics.run_task)
+    )
+    for gold in ("(" * 200, "[" * 200 + "5", "(" * 50 + "\\foo" + ")" * 50, "\\foo{3"):
+        assert rewards.math_correct(["\\boxed{5}"], [gold]) == [None]
+
+
+def _refuse_symbolic(run_task):
+    def run(path, *args):
+        assert "symbolic" not in path
+        return run_task(path, *args)
+
+    return run
