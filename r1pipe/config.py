@@ -8,7 +8,7 @@ own where those have one. Imports no torch.
 import difflib
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -309,10 +309,23 @@ class Init(Stage):
         return [self.tokenizer.data]
 
 
+def as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+class TrainingSet(ProblemSet):
+    """One of several sets that a stage trains on."""
+
+    weight: PositiveFloat | None = None
+    """The sets' rows stand to each other as their weights: as many as there can be without taking
+    one twice. Default: all rows."""
+
+
 class TrainingStage(Stage):
     from_: Annotated[str, Field(alias="from")]
     """An earlier stage, a checkpoint folder, or a hub id."""
-    data: ProblemSet
+    data: Annotated[list[TrainingSet], Field(min_length=1), BeforeValidator(as_list)]
+    """One set of problems, or a list of them."""
 
     trains: ClassVar[bool] = True
 
@@ -320,7 +333,27 @@ class TrainingStage(Stage):
         return [self.from_, *(source.stage for source in self.problem_sets() if source.stage)]
 
     def problem_sets(self) -> list[ProblemSet]:
-        return [self.data]
+        return list(self.data)
+
+    @field_validator("data")
+    @classmethod
+    def weigh_all_or_none(cls, data: list[TrainingSet]) -> list[TrainingSet]:
+        rows = [source.model_dump_json(exclude={"weight"}) for source in data]
+        if len(set(rows)) < len(rows):
+            raise ValueError("a set is there twice; give it one weight")
+        weighted = [source for source in data if source.weight is not None]
+        if weighted and len(data) == 1:
+            raise ValueError("a weight says nothing of one set alone")
+        if len(weighted) not in (0, len(data)):
+            raise ValueError("give all of the sets a weight, or none of them")
+        return data
+
+    @field_serializer("data")
+    def write_as_given(self, data: list[TrainingSet]) -> Any:
+        """One set without a list around it; weights where there are some."""
+        rows = [source.model_dump(mode="json") for source in data]
+        rows = [{k: v for k, v in row.items() if (k, v) != ("weight", None)} for row in rows]
+        return rows if len(rows) > 1 else rows[0]
 
 
 class Sft(TrainingStage):
@@ -661,7 +694,7 @@ class Reject(PromptingStage):
 
     def problem_sets(self) -> list[ProblemSet]:
         more = [self.traces.few_shot, self.mix]
-        return [self.data, *(part.data for part in more if part is not None)]
+        return [*self.data, *(part.data for part in more if part is not None)]
 
     def learnt_sets(self) -> list[ProblemSet]:
         return [self.mix.data] if self.mix else []
@@ -693,7 +726,7 @@ class Distill(PromptingStage):
 
     def problem_sets(self) -> list[ProblemSet]:
         few_shot = self.traces.few_shot
-        return [self.data, *([few_shot.data] if few_shot else [])]
+        return [*self.data, *([few_shot.data] if few_shot else [])]
 
 
 class OnPolicyDistill(OnPolicy):
@@ -767,10 +800,6 @@ class EvalSampling(Sampling):
     temperature: NonNegativeFloat = 0.6
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     max_completion_length: PositiveInt = 32_768
-
-
-def as_list(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
 
 
 class Eval(Stage):
@@ -1001,7 +1030,7 @@ def describe_error(error: ValidationError, values: dict) -> str:
         raw = values["stages"][location[1]]
         name = (raw.get("name") or raw.get("kind")) if isinstance(raw, dict) else None
         # pydantic inserts the discriminator's value after the index.
-        location = ["stages", name or location[1], *location[3:]]
+        location = ["stages", name or location[1], *leave_out_numbers(location[3:], raw)]
     key = ".".join(str(part) for part in location)
     prefix = f"{key}: " if key else ""
     if first["type"] == "extra_forbidden":
@@ -1014,6 +1043,18 @@ def describe_error(error: ValidationError, values: dict) -> str:
     if not isinstance(first.get("input"), dict | list):
         return f"{prefix}{message} (got {first.get('input')!r:.80})"
     return f"{prefix}{message}"
+
+
+def leave_out_numbers(location: list, given: Any) -> Iterator[str | int]:
+    """A place in what the user gave: where one thing may stand for a list of one, without its 0."""
+    for part in location:
+        if isinstance(part, int) and not isinstance(given, list):
+            continue
+        try:
+            given = given[part]
+        except (KeyError, TypeError, IndexError):
+            given = None
+        yield part
 
 
 def suggest_key(location: tuple, values: dict) -> str:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from r1pipe import __version__
-from r1pipe.config import EvalSet, Grpo, ProblemSet, Recipe, Stage
+from r1pipe.config import Grpo, ProblemSet, Recipe, Stage
 from r1pipe.environment import PACKAGE, describe_machine, list_versions, read_commit
 from r1pipe.errors import UserError
 from r1pipe.problems import COLUMNS, find_recipe, load_problems
@@ -205,7 +205,8 @@ def verify_data(name: str, entries: list[dict], settings: dict) -> Iterator[Find
     own ones of an eval stage."""
     own = settings.get("data") or settings.get("tokenizer", {}).get("data") or []
     for values in own if isinstance(own, list) else [own]:
-        source = EvalSet.model_validate(values)
+        known = ProblemSet.model_fields
+        source = ProblemSet.model_validate({k: v for k, v in values.items() if k in known})
         entry = next((e for e in entries if e["source"] == describe_source(source)), None)
         if entry is not None and source.recipe is not None:
             yield from verify_rows(name, entry, source)

@@ -1,11 +1,12 @@
 """What every stage is given: the recipe, its folder, its inputs, the shared engine."""
 
+import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1pipe.config import Eval, ProblemSet, PromptingStage, Recipe, TrainingStage
+from r1pipe.config import Eval, ProblemSet, PromptingStage, Recipe, TrainingSet, TrainingStage
 from r1pipe.decontamination import decontaminate
 from r1pipe.errors import UserError
 from r1pipe.inputs import ProblemSets, list_samplings
@@ -63,13 +64,55 @@ class StageContext:
     def training_problems(self, stage: TrainingStage) -> list[Problem]:
         """The stage's problems without those that overlap with any evaluation set of the recipe;
         kept in the stage's folder as problems.jsonl."""
-        problems = self.keep_out_heldout(self.load(stage.data))
+        problems, owners = self._join(stage.data)
+        problems = self.keep_out_heldout(problems)
         if not problems:
             raise UserError(f'stage "{stage.name}": every training problem is a held-out one')
         if isinstance(stage, PromptingStage) and stage.max_prompt_length:
             problems = self._drop_long(problems, stage)
+        if stage.data[0].weight is not None:
+            problems = self._weigh(problems, owners, stage.data)
         self._keep(problems)
         return problems
+
+    def _join(self, sources: list[TrainingSet]) -> tuple[list[Problem], dict[str, int]]:
+        """The rows of all sets, and by id the number of each row's set. An id that an earlier set
+        has gets its set's number."""
+        problems: list[Problem] = []
+        owners: dict[str, int] = {}
+        for number, source in enumerate(sources):
+            for problem in self.load(source):
+                if problem.id in owners:
+                    problem = replace(problem, id=f"{number}:{problem.id}")
+                owners[problem.id] = number
+                problems.append(problem)
+        if len(sources) > 1:  # what becomes of all together is written behind these
+            names = " + ".join(source.label for source in sources)
+            self.facts["sizes"].insert(0, {"data": names, "rows": len(problems)})
+        return problems, owners
+
+    def _weigh(
+        self, problems: list[Problem], owners: dict[str, int], sources: list[TrainingSet]
+    ) -> list[Problem]:
+        """As many rows as stand to each other as the sets' weights, by the run's seed."""
+        rows = [[p for p in problems if owners[p.id] == i] for i in range(len(sources))]
+        scale = min(len(part) / source.weight for part, source in zip(rows, sources))
+        counts = [round(scale * source.weight) for source in sources]
+        told = [
+            f"{count} of {len(part)} problems of {source.label}"
+            for count, part, source in zip(counts, rows, sources)
+        ]
+        if not all(counts):
+            raise UserError(f"{self.stage_name}: by their weights {', '.join(told)}: change them")
+        say(f"{self.stage_name}: {', '.join(told)} by weight")
+        chance = random.Random(f"{self.recipe.seed}/{self.stage_name}/weights")
+        chosen = {
+            p.id
+            for part, count in zip(rows, counts)
+            for p in chance.sample(part, min(count, len(part)))
+        }
+        self.record_left("weights", len(chosen))
+        return [problem for problem in problems if problem.id in chosen]
 
     def _drop_long(self, problems: list[Problem], stage: PromptingStage) -> list[Problem]:
         from r1pipe.models import encode_prompt, load_tokenizer
@@ -141,7 +184,7 @@ class StageContext:
             say(f"{name}: {len(loaded.broken) - NUM_BROKEN_SHOWN} more broken rows skipped")
         if loaded.broken:
             rows = [[row.number, row.reason] for row in loaded.broken[:NUM_BROKEN_KEPT]]
-            self.facts["broken_rows"] = rows
+            self.facts.setdefault("broken_rows", []).extend(rows)
         say(f"{name}: {loaded.describe()}")
         sizes = {"data": f"{source.recipe or source.stage}/{source.split}", **dict(loaded.steps())}
         self.facts.setdefault("sizes", []).append(sizes)
@@ -155,4 +198,4 @@ class StageContext:
     def record_left(self, reason: str, num_left: int) -> None:
         """How many rows a filter left, in the stage's record."""
         if sizes := self.facts.get("sizes"):
-            sizes[0][reason] = num_left  # the data to train on is loaded first
+            sizes[0][reason] = num_left  # the data to train on is first

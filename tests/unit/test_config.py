@@ -63,6 +63,8 @@ ON_POLICY = {"kind": "on_policy_distill", "from": "sft", "num_generations": 1, "
 """In the place of the demo's grpo stage."""
 
 
+A = {"recipe": "a"}
+
 # (what is changed in the demo, words that the one-line error must contain)
 MISTAKES = [
     ({"sede": 1}, ["sede", "unknown key", "seed"]),
@@ -89,6 +91,14 @@ MISTAKES = [
     ({"stages": stages_with(2, max_model_len=9)}, ["did you mean engine.max_model_len"]),
     ({"stages": stages_with(2, seed=9)}, ["seed is a key of the recipe itself"]),
     ({"stages": stages_with(2, data={"recipe": "a", "size": 9})}, ["did you mean options.size"]),
+    (
+        {"stages": stages_with(2, data={"recipe": "a", "splitt": "x"})},
+        ["grpo.data.splitt: unknown"],
+    ),
+    ({"stages": stages_with(2, data=[A, {**A, "weight": 1}])}, ["grpo.data: a set is there twice"]),
+    ({"stages": stages_with(2, data={**A, "weight": 1})}, ["says nothing of one set alone"]),
+    ({"stages": stages_with(2, data=[A, {"recipe": "b", "weight": 1}])}, ["or none of them"]),
+    ({"stages": stages_with(2, data=[A, {"recipe": "b", "wait": 1}])}, ["grpo.data.1.wait: unk"]),
     # What is given already is not what was meant.
     ({"stages": stages_with(2, prompts_a_step=9)}, ["unknown key; known keys: adam_beta2"]),
     ({"engine": {"max_num_seq": 3}}, ["engine.max_num_seq", "max_num_seqs"]),

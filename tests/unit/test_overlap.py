@@ -71,7 +71,7 @@ def test_evaluation_refuses_what_was_trained_on(recipe: Recipe) -> None:
         context = make_context(recipe, run, 1)
         stage = recipe.stages[1]
         (run.path / "sft").mkdir()
-        problems = context.read(recipe.stages[0].data).problems
+        problems = context.read(recipe.stages[0].data[0]).problems
         rows = "".join(dump_row(problem) + "\n" for problem in problems)
         (run.path / "sft" / "problems.jsonl").write_text(rows)
         sets = [HeldOut(source, context) for source in stage.data]
@@ -82,3 +82,37 @@ def test_evaluation_refuses_what_was_trained_on(recipe: Recipe) -> None:
         with pytest.raises(UserError, match=r"50\.0% of gsm8k/test \(max_overlap 0\.0%\)"):
             refuse_overlap(stage, sets)
         refuse_overlap(stage.model_copy(update={"max_overlap": 0.5}), sets)
+
+
+def write_sums(folder: Path, name: str, count: int) -> dict:
+    rows = [{"q": f"{name}: {i} + {i}?", "a": str(2 * i)} for i in range(count)]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {"prompt": "q", "solution": "a"}
+    return {
+        "recipe": "columns",
+        "options": {"path": str(folder / f"{name}.jsonl"), "columns": columns},
+    }
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts"), [((None, None), (30, 10)), ((1, 2), (5, 10)), ((3, 0.5), (30, 5))]
+)
+def test_several_sets_of_one_stage(weights: tuple, counts: tuple, tmp_path: Path) -> None:
+    """Their ids collide; rows stand to each other as the weights."""
+    sets = [write_sums(tmp_path, "first", 30), write_sums(tmp_path, "second", 10)]
+    data = [dict(s) if w is None else {**s, "weight": w} for s, w in zip(sets, weights)]
+    stage = {"kind": "sft", "from": "some/model", "data": data, "train": {"max_steps": 1}}
+    recipe = Recipe(name="run", runs_dir=str(tmp_path), stages=[stage])
+    assert recipe.stages[0].model_dump(mode="json")["data"][0].get("weight") == weights[0]
+    kept = []
+    for _ in range(2):
+        with RunFolder(recipe) as run:
+            context = make_context(recipe, run, 0)
+            kept.append(context.training_problems(recipe.stages[0]))
+    assert kept[0] == kept[1]
+    names = [problem.question.partition(":")[0] for problem in kept[0]]
+    assert (names.count("first"), names.count("second")) == counts
+    assert len({problem.id for problem in kept[0]}) == sum(counts)
+    joined = context.facts["sizes"][0]
+    assert list(joined.values())[1:] == ([40] if weights[0] is None else [40, sum(counts)])
+    assert [entry["rows"] for entry in context.facts["sizes"]] == [40, 30, 10]

@@ -27,7 +27,7 @@ def load(name: str) -> Recipe:
 
 def read(stage: object, key: str) -> object:
     for part in key.split("."):
-        stage = getattr(stage, part)
+        stage = getattr(stage[0] if isinstance(stage, list) else stage, part)
     return stage
 
 
@@ -53,7 +53,7 @@ def test_r1_is_the_paper_s(name: str) -> None:
     base = recipe.stage("cold_start").from_
     assert base not in R1
     assert recipe.stage("sft").from_ == base
-    assert recipe.stage("sft").data.stage == "reject"
+    assert recipe.stage("sft").data[0].stage == "reject"
     assert recipe.stage("cold_start").filters.require_format
     assert recipe.stage("cold_start").filters.min_language_share > 0
     assert recipe.stage("reject").mix.share == 0.25
