@@ -32,6 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.utils import cached_file
 
 from r1pipe.distributed import is_first, local_rank
 from r1pipe.errors import UserError
@@ -149,9 +150,14 @@ def load_model(
             attn_implementation=attn_implementation,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, in one line
         )
     except UNREADABLE as error:
         raise UserError(f"{checkpoint}: cannot be loaded: {first_line(error)}") from error
+    if wrong := sorted(report["mismatched_keys"]):
+        name, found, wanted = wrong[0]
+        what = f"{name} has the shape {list(found)}, by its config.json {list(wanted)}"
+        raise UserError(f"{checkpoint}: {what}")
     if absent := sorted(report["missing_keys"]):
         # transformers would fill them with random numbers.
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
@@ -267,6 +273,11 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     if not tokenizer.encode("2", add_special_tokens=False):
         # transformers makes an empty one of an architecture's own class, without a word.
         raise UserError(f"{checkpoint}: no tokenizer: no tokenizer.json, or an empty one")
+    if lost := find_rowless(tokenizer, checkpoint):
+        raise UserError(
+            f"{checkpoint}: the embedding has no row for the token {lost!r}: take it out of "
+            "tokenizer.json, or model.resize_token_embeddings(len(tokenizer)) first"
+        )
     if not tokenizer.chat_template:
         raise UserError(
             f"{checkpoint}: the tokenizer has no chat template: put one into the folder, as "
@@ -282,6 +293,19 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def find_rowless(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> str | None:
+    """A token of the checkpoint's that its embedding is too small for."""
+    try:
+        num_rows = AutoConfig.from_pretrained(checkpoint).get_text_config().vocab_size
+        stored = Path(cached_file(checkpoint, "tokenizer.json", local_files_only=True))
+        tokens = json.loads(stored.read_text(encoding="utf-8"))["added_tokens"]
+    except (OSError, ValueError, LookupError, AttributeError):
+        return None
+    # Not all of the tokenizer's: transformers gives any Qwen2 an <|endoftext|> of its own.
+    added = (token["content"] for token in tokens)
+    return next((t for t in added if (tokenizer.convert_tokens_to_ids(t) or 0) >= num_rows), None)
 
 
 def read_end_ids(checkpoint: str) -> list[int]:

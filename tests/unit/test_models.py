@@ -223,7 +223,7 @@ DAMAGES = [
     (lambda f: (f / "model.safetensors").unlink(), r"no weights \(\*.safetensors\)"),
     (drop_shard, "model-00002-of-00002.safetensors: cannot be read: No such file"),
     (drop_tensor, "its weights have no model.layers.0.self_attn.q_proj.weight"),
-    (cut_tensor, "cannot be loaded"),
+    (cut_tensor, r"model.norm.weight has the shape \[8\], by its config.json \[32\]"),
     (keep_adapter_only, "an adapter only: merge it"),
     (lambda f: change_json(f / "config.json", model_type=None), "Unrecognized model"),
     (lambda f: (f / "config.json").write_text('{"model_type":'), "not a valid JSON"),
@@ -239,6 +239,17 @@ def test_a_damaged_checkpoint_is_refused(
     damage(save(tmp_path, tokenizer))
     with pytest.raises(UserError, match=message):
         load_model(str(tmp_path), CPU)
+
+
+def test_a_token_without_a_row_in_the_embedding(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    checkpoint = save(tmp_path, tokenizer)
+    load_tokenizer(str(checkpoint))
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(checkpoint)
+    with pytest.raises(UserError, match="the embedding has no row for the token '<extra>'"):
+        load_tokenizer(str(checkpoint))
 
 
 @pytest.mark.parametrize("text", [None, '{"version":'])
