@@ -881,6 +881,9 @@ class Recipe(Strict):
     """Of the weights in the sampler and in the trainer's forward."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    chat_template: str | None = None
+    """Of models from elsewhere whose tokenizer has none, as a base model's: Jinja, or a file of it.
+    Checkpoints that are made from them have it."""
     licenses: dict[str, str] = {}
     """Licences, by the hub's identifiers, of base models and data recipes that do not say their
     own: `publish` needs them."""
@@ -915,6 +918,19 @@ class Recipe(Strict):
                 f"start, at most {MAX_NAME} bytes; another place for runs is runs_dir"
             )
         return name
+
+    @field_validator("chat_template")
+    @classmethod
+    def read_template(cls, template: str | None) -> str | None:
+        """The text itself, of which a finished stage's record then tells."""
+        if template is None or "{" in template:
+            return template
+        path = Path(template).expanduser()
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "not UTF-8"
+            raise ValueError(f"neither Jinja nor a file: {path.absolute()}: {why}") from error
 
     @model_validator(mode="after")
     def link_stages(self) -> "Recipe":

@@ -15,7 +15,6 @@ from r1pipe.grpo.logprobs import Policy
 from r1pipe.models import (
     build_model,
     join_end_ids,
-    load_tokenizer,
     read_end_ids,
     save_checkpoint,
 )
@@ -48,12 +47,12 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
     dtype = context.recipe.dtype
     if isinstance(stage.student, str):
         base = context.checkpoint(stage.student)
-        tokenizer = load_tokenizer(base)
+        tokenizer = context.tokenizer(base)
         attn_implementation = context.recipe.attn_implementation
         policy = load_sharded(base, context.device, attn_implementation, Policy, dtype=dtype)
         student = policy.model
     else:
-        tokenizer = load_tokenizer(teacher)
+        tokenizer = context.tokenizer(teacher)
         student = build_model(stage.student, tokenizer, context.recipe.seed).to(context.device)
         student.generation_config.eos_token_id = join_end_ids(tokenizer, read_end_ids(teacher))
         policy = shard(Policy(student), student, context.device, dtype=dtype)

@@ -421,7 +421,7 @@ class Doctor:
             yield Diagnosis("", "skipped", "its data is not here")
             return
         device = pick_device(recipe.device)
-        engines = Engines(recipe.engine, recipe.dtype, device)
+        engines = Engines(recipe.engine, recipe.dtype, device, recipe.chat_template)
         try:
             sampler = engines.open(place, with_routes=stage.routing_replay)
             source = (place, device, recipe.attn_implementation, Policy)

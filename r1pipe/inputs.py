@@ -112,7 +112,7 @@ class Inputs:
         if place is None:
             return None
         if place not in self._tokenizers:
-            self._tokenizers[place] = load_tokenizer(place)
+            self._tokenizers[place] = load_tokenizer(place, self.recipe.chat_template)
         return self._tokenizers[place]
 
     def find_end_ids(self, name: str) -> list[int]:

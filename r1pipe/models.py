@@ -264,8 +264,11 @@ def is_moe(model: PreTrainedModel) -> bool:
     return any("experts" in name for name, _ in model.named_modules())
 
 
-def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, checked for what every stage needs: a chat template, an end."""
+def load_tokenizer(checkpoint: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, checked for what every stage needs: a chat template, an end.
+
+    `chat_template`, Jinja, is for one that has none.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except Exception as error:  # a damaged file shows as the error of whatever reads it
@@ -278,10 +281,11 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerBase:
             f"{checkpoint}: the embedding has no row for the token {lost!r}: take it out of "
             "tokenizer.json, or model.resize_token_embeddings(len(tokenizer)) first"
         )
+    tokenizer.chat_template = tokenizer.chat_template or chat_template
     if not tokenizer.chat_template:
         raise UserError(
-            f"{checkpoint}: the tokenizer has no chat template: put one into the folder, as "
-            "chat_template.jinja"
+            f"{checkpoint}: the tokenizer has no chat template, as a base model's: give one in the "
+            "recipe (chat_template: FILE.jinja) or in the model's folder, as chat_template.jinja"
         )
     if tokenizer.eos_token_id is None:
         known = [tokenizer.convert_ids_to_tokens(n) for n in read_end_ids(checkpoint)]

@@ -171,7 +171,7 @@ def run_stages(
     # A misspelt reward of the last stage is worth knowing before the first one has run for hours.
     problem_sets = ProblemSets(run.path)
     preflight = Preflight(recipe, devices, stages, problem_sets, skip_doctor)
-    engines = Engines(recipe.engine, recipe.dtype, device)
+    engines = Engines(recipe.engine, recipe.dtype, device, recipe.chat_template)
     ledger = Ledger(run.path, recipe, Hardware.here(recipe, device.type))
     started = time.monotonic()
     try:

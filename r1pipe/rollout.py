@@ -68,8 +68,10 @@ class Sampler:
         dtype: str,
         device: torch.device,
         with_routes: bool = False,
+        chat_template: str | None = None,
     ):
         self.settings, self.device = settings, device
+        self.chat_template = chat_template
         # On CPU they are recorded from outside, in any engine.
         self.can_return_routes = with_routes or device.type == "cpu"
         check_files(checkpoint)
@@ -98,7 +100,7 @@ class Sampler:
 
     def open_tokenizer(self, checkpoint: str) -> None:
         """And what else decides how prompts begin and completions end."""
-        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint)
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint, self.chat_template)
         self.end_ids = join_end_ids(self.tokenizer, read_end_ids(checkpoint))
         self._unsaid = {*self.end_ids, self.tokenizer.pad_token_id}
         self._header, _ = show_turn(self.tokenizer)
@@ -358,8 +360,11 @@ class Sampler:
 class Engines:
     """Keeps the last engine: stages with one architecture share it, and pay one start-up."""
 
-    def __init__(self, settings: Engine, dtype: str, device: torch.device):
+    def __init__(
+        self, settings: Engine, dtype: str, device: torch.device, chat_template: str | None = None
+    ):
         self.settings, self.dtype, self.device = settings, dtype, device
+        self.chat_template = chat_template
         self._sampler: Sampler | None = None
 
     @phase("starting vLLM")
@@ -373,7 +378,9 @@ class Engines:
                     self._sampler.prepare_routes()
                 return self._sampler
         self.close()
-        self._sampler = Sampler(checkpoint, self.settings, self.dtype, self.device, with_routes)
+        self._sampler = Sampler(
+            checkpoint, self.settings, self.dtype, self.device, with_routes, self.chat_template
+        )
         return self._sampler
 
     def close(self) -> None:

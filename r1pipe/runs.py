@@ -29,7 +29,7 @@ from r1pipe.errors import UserError
 from r1pipe.lineage import Lineage, find_snapshot
 from r1pipe.records import dump_row, read_json, read_jsonl, write_text
 
-SHARED_KEYS = ("seed", "dtype", "attn_implementation", "ngram")
+SHARED_KEYS = ("seed", "dtype", "attn_implementation", "ngram", "chat_template")
 """Settings of the recipe that change what a stage makes. The engine's bound only what fits."""
 
 MOST_CHANGES = 3
@@ -184,7 +184,7 @@ class RunFolder:
         """What the stage is made from: its own section and the shared keys, resolved. Not when it
         is saved, nor when it must stop: a run that the circuit breaker has ended can go on with
         other limits."""
-        shared = self.recipe.model_dump(mode="json", include=set(SHARED_KEYS), by_alias=True)
+        shared = self.recipe.model_dump(mode="json", include=set(SHARED_KEYS), exclude_none=True)
         saving = set(Saving.model_fields)
         left_out = {"train": saving} | dict.fromkeys({*saving, "breaker"}, True)
         own = stage.model_dump(mode="json", by_alias=True, exclude=left_out)

@@ -7,7 +7,7 @@ from typing import Any
 
 from r1pipe.config import Sft
 from r1pipe.grpo.logprobs import Policy
-from r1pipe.models import load_tokenizer, save_checkpoint
+from r1pipe.models import save_checkpoint
 from r1pipe.rejection import drop_flawed
 from r1pipe.sharding import load_sharded
 from r1pipe.stage import StageContext
@@ -18,7 +18,7 @@ def run(stage: Sft, context: StageContext) -> dict[str, Any]:
     """Train the checkpoint of `from` on the problems' solutions."""
     problems = drop_flawed(context.training_problems(stage), stage.filters, context)
     checkpoint = context.checkpoint(stage.from_)
-    tokenizer = load_tokenizer(checkpoint)
+    tokenizer = context.tokenizer(checkpoint)
     policy = load_sharded(
         checkpoint,
         context.device,

@@ -18,6 +18,7 @@ from r1pipe.runs import MetricsLog, RunFolder
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from r1pipe.rollout import Engines
 
@@ -60,6 +61,12 @@ class StageContext:
     def checkpoint(self, name: str) -> str:
         """The folder or hub id behind a stage's `from`."""
         return self.run.resolve_checkpoint(name, self.stage_name)
+
+    def tokenizer(self, checkpoint: str) -> "PreTrainedTokenizerBase":
+        """Of a checkpoint's folder or hub id, with the recipe's chat template if it has none."""
+        from r1pipe.models import load_tokenizer
+
+        return load_tokenizer(checkpoint, self.recipe.chat_template)
 
     def training_problems(self, stage: TrainingStage) -> list[Problem]:
         """The stage's problems without those that overlap with any evaluation set of the recipe;

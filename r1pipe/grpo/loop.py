@@ -18,7 +18,7 @@ from r1pipe.grpo.collect import Batch, Collector, Lookahead, sampling_of
 from r1pipe.grpo.kept import KeptBatches, NoSampler
 from r1pipe.grpo.packing import Sample
 from r1pipe.grpo.update import Updater
-from r1pipe.models import export_weights, load_tokenizer, save_checkpoint
+from r1pipe.models import export_weights, save_checkpoint
 from r1pipe.progress import Interrupt, StageProgress, say
 from r1pipe.records import Problem
 from r1pipe.rollout import Sampler
@@ -144,7 +144,7 @@ def replay_steps(
         for metrics, _ in train(part, updater, NoSampler(), None, batches, breaker, steps[0]):
             log.write(metrics)
             show(progress, metrics, goal)
-    tokenizer = load_tokenizer(context.checkpoint(stage.policy))
+    tokenizer = context.tokenizer(context.checkpoint(stage.policy))
     save_checkpoint(updater.model, tokenizer, context.folder)
     return {"replayed": str(source), "optimizer_steps": len(steps)}
 

@@ -1,5 +1,6 @@
 """Recipes: every shipped one parses, every mistake is named with its file and key."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -295,3 +296,15 @@ def test_frozen() -> None:
     assert isinstance(recipe, Recipe)
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 2
+
+
+def test_chat_template_as_text_or_file(tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ messages[0].content }}")
+    by_file, by_text = (
+        load_recipe(DEMO, [f"chat_template={json.dumps(value)}"])
+        for value in (str(file), file.read_text())
+    )
+    assert by_file == by_text
+    with pytest.raises(UserError, match=r"chat_template: neither Jinja nor a file: .*/none.jinja"):
+        load_recipe(DEMO, ["chat_template=none.jinja"])

@@ -343,6 +343,11 @@ def test_chat_template_removed(project: Path) -> None:
     trouble = find_trouble(examine())
     assert "FAIL: model: the tokenizer has no chat template" in trouble.pop("grpo: tokenizers")
     assert list(trouble) == ["grpo: prompts"]  # nothing to measure them by
+    Path("own.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<|end|>{% endif %}"
+        "{% endfor %}"
+    )
+    assert find_trouble(examine("chat_template=own.jinja")) == {}
 
 
 def test_template_that_refuses_the_prompts(project: Path) -> None:

@@ -60,6 +60,7 @@ def save(
 def open_sampler(checkpoint: Path) -> Sampler:
     """As far as it goes without an engine."""
     sampler = Sampler.__new__(Sampler)
+    sampler.chat_template = None
     sampler.open_tokenizer(str(checkpoint))
     return sampler
 
@@ -88,7 +89,7 @@ def test_all_end_tokens_live_on(tokenizer: PreTrainedTokenizerBase, tmp_path: Pa
     model, tokenizer = load_model(str(checkpoint), CPU), load_tokenizer(str(checkpoint))
     # Supervised training ends turns as the template does.
     row = encode_traces([TRACE], tokenizer, None, list_ids(model.generation_config)).rows[0]
-    assert row["input_ids"][-1] == eot
+    assert row.completion_ids[-1] == eot
     save_checkpoint(model, tokenizer, tmp_path / "trained")
     assert sorted(read_end_ids(str(tmp_path / "trained"))) == sorted(ends)
     sampler = open_sampler(tmp_path / "trained")
@@ -127,7 +128,7 @@ def test_a_template_that_opens_the_thinking(
         "<|assistant|>{% endif %}", f"<|assistant|>{opening}{{% endif %}}"
     )
     row = encode_traces([TRACE], tokenizer, None).rows[0]
-    text = tokenizer.decode(row["input_ids"])
+    text = tokenizer.decode([*row.prompt_ids, *row.completion_ids])
     assert text.count("<think>") == 1
     assert text.endswith("1 + 2\n</think>\n3<|end|>")
     # What is judged, and what becomes a trace, begins where the thinking does.
@@ -165,6 +166,21 @@ def test_a_template_that_refuses_a_prompt(tokenizer: PreTrainedTokenizerBase) ->
     tokenizer.chat_template = "{{ messages[0].content + 3 }}"  # no TemplateError
     with pytest.raises(UserError, match="refuses it"):
         encode_prompt(tokenizer, QUESTION)
+
+
+def test_a_template_for_a_model_without_one(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    own, given = tokenizer.chat_template, "{{ messages[0].content }} ="
+    checkpoint = save(tmp_path, tokenizer)
+    assert load_tokenizer(str(checkpoint), given).chat_template == own
+    (checkpoint / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=r"no chat template.* give one in the recipe"):
+        load_tokenizer(str(checkpoint))
+    loaded = load_tokenizer(str(checkpoint), given)
+    assert loaded.decode(encode_prompt(loaded, QUESTION)) == "What is 1 + 2? ="
+    loaded.save_pretrained(checkpoint)
+    assert load_tokenizer(str(checkpoint)).chat_template == given
 
 
 # Files
