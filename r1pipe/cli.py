@@ -63,8 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, Interrupt.handle)
+    handlers = {
+        number: signal.signal(number, Interrupt.handle)
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         code = COMMANDS[options.command].run(options) or 0
         sys.stdout.flush()
@@ -90,6 +92,10 @@ def main(arguments: list[str] | None = None) -> int:
             complain(f"interrupted; {GOES_ON}")
         # Otherwise torchrun ends this process because another one has failed, and has told.
         return 130
+    finally:
+        # A signal that comes while the interpreter ends would raise within its finalizers.
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def open_standard_streams() -> None:
