@@ -59,7 +59,16 @@ def main(arguments: list[str] | None = None) -> int:
         import argcomplete
 
         argcomplete.autocomplete(parser)
-    options = parser.parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    passed_on: list[str] = []
+    if arguments[:1] == ["serve"] and "--" in arguments:
+        place = arguments.index("--")
+        arguments, passed_on = arguments[:place], arguments[place + 1 :]
+    options, unknown = parser.parse_known_args(arguments)
+    options.passed_on = passed_on
+    if unknown:
+        hint = "; vLLM's own flags go after --" if options.command == "serve" else ""
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     if options.command is None:
         parser.print_help()
         return 0

@@ -6,6 +6,7 @@ called: the command line answers without torch.
 """
 
 import argparse
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,10 +177,13 @@ def compare(options: argparse.Namespace) -> None:
 def serve(options: argparse.Namespace) -> None:
     from r1pipe.serve import serve
 
-    serve(options.target, options.host, options.port, options.max_model_len)
+    serve(options.target, options.host, options.port, options.max_model_len, options.passed_on)
 
 
 def chat(options: argparse.Namespace) -> None:
+    from r1pipe.pipeline import silence_libraries
+
+    silence_libraries()
     from r1pipe.serve import chat
 
     sampling = Sampling(
@@ -201,6 +205,21 @@ def complete(options: argparse.Namespace) -> None:
     import argcomplete
 
     print(argcomplete.shellcode(["r1pipe"], shell=options.shell))
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable:
+    """A type of argparse: from `low`, or `above` it, to `high`."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or (above and value == low):
+            limits = f"{'above' if above else 'from'} {low:g}"
+            limits += "" if high == math.inf else f" to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        return value
+
+    read.__name__ = kind.__name__  # "invalid int value"
+    return read
 
 
 def split_pairs(texts: list[str]) -> dict[str, str]:
@@ -246,7 +265,7 @@ SKIP_DOCTOR = argument(
 )
 SERVED = (
     argument("target", metavar="RUN[/STAGE]", help="or a folder, or a hub id"),
-    argument("--max-model-len", type=int, metavar="TOKENS", help="context"),
+    argument("--max-model-len", type=number(int, 1), metavar="TOKENS", help="context"),
 )
 
 REPLAY = (
@@ -396,7 +415,7 @@ COMMANDS: dict[str, Command] = {
             ),
             argument(
                 "--max-overlap",
-                type=float,
+                type=number(float, 0, 1),
                 default=0.0,
                 metavar="SHARE",
                 help="of the held-out problems",
@@ -448,7 +467,7 @@ COMMANDS: dict[str, Command] = {
             *(
                 argument(
                     f"--{end}",
-                    type=int,
+                    type=number(int, 0),
                     nargs="?",
                     const=3,
                     metavar="N",
@@ -468,7 +487,7 @@ COMMANDS: dict[str, Command] = {
             argument("--out", type=Path, metavar="FILE", help="default: RUN/report.html"),
             argument(
                 "--watch",
-                type=float,
+                type=number(float, 0, above=True),
                 nargs="?",
                 const=10.0,
                 metavar="SECONDS",
@@ -490,14 +509,14 @@ COMMANDS: dict[str, Command] = {
         then="r1pipe eval configs/demo.yaml --compare sft grpo",
     ),
     "serve": Command(
-        "vLLM's OpenAI-compatible server for a stage",
+        "vLLM's OpenAI-compatible server for a stage; vLLM's own flags go after --",
         serve,
         (
             *SERVED,
             argument("--host", default="127.0.0.1"),
-            argument("--port", type=int, default=8000),
+            argument("--port", type=number(int, 1, 65535), default=8000),
         ),
-        example="r1pipe serve runs/demo/grpo --port 8000",
+        example="r1pipe serve runs/demo/grpo --port 8000 -- --api-key secret",
         then="r1pipe chat runs/demo/grpo",
     ),
     "chat": Command(
@@ -505,9 +524,11 @@ COMMANDS: dict[str, Command] = {
         chat,
         (
             *SERVED,
-            argument("--temperature", type=float, default=0.6),
-            argument("--top-p", type=float, default=0.95),
-            argument("--max-completion-length", type=int, default=4096, metavar="TOKENS"),
+            argument("--temperature", type=number(float, 0), default=0.6),
+            argument("--top-p", type=number(float, 0, 1, above=True), default=0.95),
+            argument(
+                "--max-completion-length", type=number(int, 1), default=4096, metavar="TOKENS"
+            ),
             argument("--thinking", action="store_true", help="show it through a pipe, too"),
         ),
         example="r1pipe chat runs/demo/grpo --temperature 0.6",

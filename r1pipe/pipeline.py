@@ -1,6 +1,7 @@
 """Runs a recipe's stages in order, or one of them, each continuing from the one before."""
 
 import importlib
+import logging
 import os
 import resource
 import time
@@ -225,10 +226,13 @@ def silence_libraries() -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
+    for name in ("torch._library.triton", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    from transformers.utils import logging
+    warnings.filterwarnings("ignore", "Glyph .* missing from font")
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
 
 
 def find_module(kind: str) -> ModuleType:

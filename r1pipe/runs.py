@@ -154,6 +154,9 @@ class RunFolder:
         }
         write_text(partial / RECORD, json.dumps(record, indent=2) + "\n")
         shutil.rmtree(partial / JOURNAL, ignore_errors=True)
+        # Those who may read the record may read the weights: safetensors keeps them to their owner.
+        for path in partial.glob("*.safetensors"):
+            path.chmod((partial / RECORD).stat().st_mode)
         self.lineages[stage.name].write(partial, self.path)
         target = self.stage_dir(stage.name)
         if target.exists():

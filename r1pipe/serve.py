@@ -7,8 +7,9 @@ echo "Tom has 3 books. Monday brings 4. Tuesday burns 2. How many books now?" | 
 
 import os
 import re
+import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,9 +53,12 @@ def engine_settings(max_model_len: int | None) -> Engine:
     return Engine(max_model_len=max_model_len, kv_cache_gib=None if on_gpu else 1.0)
 
 
-def serve(target: str, host: str, port: int, max_model_len: int | None) -> None:
-    """Become vLLM's server, which ends with Ctrl-C. Does not return."""
+def serve(
+    target: str, host: str, port: int, max_model_len: int | None, flags: Sequence[str] = ()
+) -> None:
+    """Become vLLM's server, which ends with Ctrl-C; `flags` are its own. Does not return."""
     served = find_served(target)
+    require_free_port(host, port)
     settings, device = engine_settings(max_model_len), pick_device("auto")
     command = server_command(
         served.checkpoint, settings, served.dtype, device, served.name, host, port
@@ -68,7 +72,17 @@ def serve(target: str, host: str, port: int, max_model_len: int | None) -> None:
             else "thinking comes within `content`: <think> and </think> are no tokens of this model"
         )
     )
-    os.execv(command[0], command)
+    os.execv(command[0], [*command, *flags])
+
+
+def require_free_port(host: str, port: int) -> None:
+    """Raises UserError; the server would find out when the model is loaded."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        why = re.sub(r" \(while .*", "", error.strerror)
+        raise UserError(f"{host}:{port}: {why}: choose another --host or --port") from error
 
 
 def chat(
@@ -78,7 +92,7 @@ def chat(
     the answer goes to stdout, unless `show_thinking`."""
     served = find_served(target)
     at_terminal = sys.stdin.isatty()
-    questions = ask_questions() if at_terminal else iter([sys.stdin.read().strip()])
+    questions = ask_questions() if at_terminal else iter([read_question()])
     settings, device = engine_settings(max_model_len), pick_device("auto")
     sampler = Sampler(served.checkpoint, settings, served.dtype, device)
     try:
@@ -91,11 +105,29 @@ def chat(
                 continue
             history.append({"role": "user", "content": question})
             pieces = sampler.stream(history, sampling, derive_seed("chat", number))
-            answer = show(split(pieces, sampler.opened_tag), show_thinking or at_terminal)
+            try:
+                answer = show(split(pieces, sampler.opened_tag), show_thinking or at_terminal)
+            except UserError as error:
+                if not at_terminal:
+                    raise
+                say(f"{error}; /new begins another")
+                history.pop()
+                continue
             # A model does not see what it has thought before: R1's template drops it, too.
             history.append({"role": "assistant", "content": answer})
     finally:
         sampler.close()
+
+
+def read_question() -> str:
+    """All of standard input. Raises UserError if that is nothing, or no text."""
+    try:
+        question = sys.stdin.buffer.read().decode().strip()
+    except UnicodeDecodeError as error:
+        raise UserError("the question on standard input is not UTF-8") from error
+    if not question:
+        raise UserError("no question on standard input: echo QUESTION | r1pipe chat RUN")
+    return question
 
 
 def ask_questions() -> Iterator[str]:
@@ -107,6 +139,9 @@ def ask_questions() -> Iterator[str]:
         except EOFError:
             print()
             return
+        except UnicodeDecodeError:
+            say("this is not UTF-8: once more")
+            continue
         if not question:
             return
         yield question
