@@ -40,7 +40,7 @@ from r1pipe.inputs import (
     list_samplings,
 )
 from r1pipe.machine import Diagnosis, Status, examine_machine, examine_sandbox
-from r1pipe.progress import say
+from r1pipe.progress import format_size, say
 from r1pipe.runs import find_mistake
 from r1pipe.scoring import list_rewards, name_rewards
 from r1pipe.thinking import OPEN, close_tag
@@ -387,13 +387,13 @@ class Doctor:
         free = shutil.disk_usage(find_ancestor(self.recipe.run_dir)).free
         rest = self.recipe.doctor.free_disk_gib * GIB
         line = (
-            f"{free / GIB:.1f} GiB free; checkpoints take about {kept / GIB:.1f}, and "
-            f"{meanwhile / GIB:.1f} while a stage runs"
+            f"{format_size(free)} free; checkpoints take about {format_size(kept)}, and "
+            f"{format_size(meanwhile)} while a stage runs"
         )
         if unknown:
             line += f", besides those of {', '.join(unknown)}, whose size is not known"
         if free < kept + meanwhile + rest:
-            what = f"{line}; {rest / GIB:.1f} are to be left: make room or set runs_dir"
+            what = f"{line}; {format_size(rest)} are to be left: make room or set runs_dir"
             return Diagnosis("disk", "FAIL", what)
         return Diagnosis("disk", "ok", line)
 

@@ -34,6 +34,7 @@ from r1pipe.config import (
 )
 from r1pipe.errors import UserError
 from r1pipe.models import find_layers, first_line
+from r1pipe.progress import format_size
 
 GIB = 2**30
 MASTER = 4
@@ -203,13 +204,14 @@ class Estimate:
         return counted > self.devices.size or bool(self.problems)
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.parts.items())
+        sizes = {name: format_size(size) for name, size in self.parts.items()}
+        parts = ", ".join(f"{name} {size.removesuffix(' GiB')}" for name, size in sizes.items())
         parameters = self.shape.parameters
         size = f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
         verdict = "; ".join(["fits" if self.fits else "DOES NOT FIT", *self.problems])
         return (
             f"{self.stage}: {size} parameters on {self.devices.count} x "
-            f"{self.devices.size / GIB:.1f} GiB: about {self.total / GIB:.1f} GiB each ({parts}): "
+            f"{self.devices.size / GIB:.1f} GiB: about {format_size(self.total)} each ({parts}): "
             f"{verdict}"
         )
 
@@ -259,8 +261,8 @@ def engine_parts(
     problems = []
     if room < one_sequence:
         problems.append(
-            f"vLLM has {max(0.0, room) / GIB:.1f} GiB for its KV cache and needs "
-            f"{one_sequence / GIB:.1f} for one sequence of {context} tokens: raise "
+            f"vLLM has {format_size(max(0.0, room))} for its KV cache and needs "
+            f"{format_size(one_sequence)} for one sequence of {context} tokens: raise "
             "engine.tensor_parallel_size or gpu_memory_utilization"
         )
     return {"vLLM": weights, "KV cache": max(0.0, room)}, problems

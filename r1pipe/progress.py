@@ -138,6 +138,15 @@ class StageProgress:
             say(f"{self.label}: {self.done}/{self.total}  {text}  {left:.0f} s left{note}")
 
 
+def format_size(num_bytes: float) -> str:
+    """ "1.5 GiB", or in the unit in which it is not 0.0."""
+    sizes = (
+        (num_bytes / 2**power, unit) for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB"))
+    )
+    size, unit = next(((s, u) for s, u in sizes if s >= 0.05), (num_bytes, "B"))
+    return f"{size:.1f} {unit}" if unit != "B" else f"{size:.0f} B"
+
+
 def say(text: str) -> None:
     """A line for the person, on stderr: stdout is for results. Only rank 0 speaks."""
     if not is_first():

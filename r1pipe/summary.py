@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.cells import cell_len, set_cell_size
+
 from r1pipe.config import OnPolicy
 from r1pipe.runs import RunFolder, read_metrics
 
@@ -161,8 +163,10 @@ def draw_pivot(
 
 def draw_table(rows: list[list[str]]) -> str:
     """Markdown whose columns line up; the first row is the header."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(r, widths)) + " |" for r in rows]
+    widths = [max(cell_len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(set_cell_size(*pair) for pair in zip(r, widths)) + " |" for r in rows
+    ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 

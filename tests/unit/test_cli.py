@@ -4,6 +4,7 @@ import errno
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,8 +16,9 @@ from unit.test_rollout_files import make_rollout_rows
 from r1pipe.cli import FIRST_STEPS, build_parser, main
 from r1pipe.commands import COMMANDS
 from r1pipe.config import STAGE_TYPES, KeptRollouts
-from r1pipe.errors import FULL
+from r1pipe.errors import FULL, UserError
 from r1pipe.rollout_files import RolloutFiles
+from r1pipe.serve import require_free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,7 +53,7 @@ def test_help_has_an_example_that_parses(name: str, capsys: pytest.CaptureFixtur
 
 
 def check_example(line: str) -> None:
-    words = shlex.split(line.partition(">")[0])
+    words = shlex.split(line.partition(">")[0].partition(" -- ")[0])
     assert words[0] == "r1pipe"
     options = build_parser().parse_args(words[1:])
     config = getattr(options, "config", None)
@@ -164,6 +166,56 @@ def test_what_the_disk_refuses_is_one_line(
         monkeypatch.setitem(COMMANDS, "cost", replace(COMMANDS["cost"], run=fail))
         assert main(["cost", "demo"]) == 2
         assert capsys.readouterr().err == f"r1pipe: {line}\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("chat demo --temperature -1", "-1 is not from 0"),
+        ("chat demo --top-p 0", "0 is not above 0 to 1"),
+        ("chat demo --max-completion-length x", "invalid int value: 'x'"),
+        ("serve demo --port 99999", "99999 is not from 1 to 65535"),
+        ("serve demo --tool-call-parser hermes", "vLLM's own flags go after --"),
+        ("report demo --watch 0", "0 is not above 0"),
+        ("report demo --what", "unrecognized arguments: --what\n"),
+    ],
+)
+def test_arguments_that_are_none(line: str, words: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(line.split())
+    assert end.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_what_is_behind_two_dashes_is_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setitem(COMMANDS, "serve", replace(COMMANDS["serve"], run=seen.append))
+    main(["serve", "demo", "--port", "9", "--", "--tool-call-parser", "hermes", "--port", "7"])
+    (options,) = seen
+    assert options.port == 9
+    assert options.passed_on == ["--tool-call-parser", "hermes", "--port", "7"]
+
+
+@pytest.mark.parametrize(
+    ("question", "words"), [(b"", "no question"), (b" \n", "no question"), (b"\xff", "not UTF-8")]
+)
+def test_no_question_starts_no_engine(question: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    done = subprocess.run(
+        [sys.executable, "-m", "r1pipe", "chat", str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        input=question,
+        capture_output=True,
+    )
+    assert done.returncode == 2
+    assert words in done.stderr.decode()
+
+
+def test_a_port_that_is_taken_is_known_before_the_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(UserError, match=f"127.0.0.1:{port}: Address already in use: choose"):
+            require_free_port("127.0.0.1", port)
 
 
 def test_completion_scripts(capsys: pytest.CaptureFixture) -> None:

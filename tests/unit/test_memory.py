@@ -22,6 +22,7 @@ from r1pipe.memory import (
     find_stage_config,
 )
 from r1pipe.models import build_model, build_tokenizer
+from r1pipe.progress import format_size
 from r1pipe.records import Rollout
 
 ROOT = Path(__file__).parents[2]
@@ -167,7 +168,7 @@ def test_the_large_recipe_fits_its_node(tmp_path: Path) -> None:
     assert "optimizer 28.4" in resident
     assert "DOES NOT FIT" in resident
     whole = lines("engine.tensor_parallel_size=1")["grpo"]
-    assert "vLLM has 0.0 GiB for its KV cache" in whole
+    assert "vLLM has 0 B for its KV cache" in whole
 
 
 def test_the_teacher_counts() -> None:
@@ -202,3 +203,14 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(ROOT / "configs" / "r1_zero.yaml")
     line = estimate_stage(recipe.stage("grpo"), recipe, Devices.parse("1x80GB"))
     assert line.startswith("grpo: no memory estimate: no config of")
+
+
+def test_no_size_is_printed_as_nothing() -> None:
+    sizes = {
+        0: "0 B",
+        900: "0.9 KiB",
+        2**18: "0.2 MiB",
+        2**30 // 2: "0.5 GiB",
+        1536 * 2**20: "1.5 GiB",
+    }
+    assert {size: format_size(size) for size in sizes} == sizes

@@ -250,3 +250,20 @@ def test_a_phone_shows_it_without_scrolling_sideways(page: Browser, scheme: str)
     assert page.evaluate("document.documentElement.dataset.theme") == scheme
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
     page.prefer("light")
+
+
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_a_place_that_cannot_be_written_is_one_line(
+    command: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    runs = [str(run)] * (1 if command == "report" else 2)
+    for out, words in {
+        tmp_path / "none" / "x.html": "No such file or directory",
+        Path("/proc/x.html"): "cannot be written",
+        tmp_path: "a folder",
+    }.items():
+        assert main([command, *runs, "--out", str(out)]) == 2
+        line = capsys.readouterr().err
+        assert f"{out}: " in line
+        assert words in line
+        assert len(line.splitlines()) == 1

@@ -24,6 +24,7 @@ def finish(run: RunFolder, name: str) -> None:
     stage = run.recipe.stage(name)
     partial = run.begin(stage)
     (partial / "weights").write_text("x")
+    (partial / "model.safetensors").touch(0o600)  # as safetensors does it
     run.finish(stage, partial, {"train_rows": 3}, 1.0)
 
 
@@ -155,6 +156,13 @@ def test_a_parent_that_was_made_again_is_another(
         finish(run, "sft")
         with pytest.raises(UserError, match="interrupted with another parent"):
             run.begin(run.recipe.stage("grpo"))
+
+
+def test_weights_are_for_those_who_may_read_the_run(tmp_path: Path) -> None:
+    with RunFolder(make_recipe(tmp_path)) as run:
+        finish(run, "random")
+    modes = {path.stat().st_mode for path in (tmp_path / "demo" / "random").iterdir()}
+    assert len(modes) == 1
 
 
 def test_a_stage_that_is_being_made_again_is_not_finished(tmp_path: Path) -> None:
