@@ -22,6 +22,7 @@ of messages) is needed, and what is judged or learnt: `answer` makes the `kind` 
   "#### (.+)" for GSM8K's; "boxed" takes what is in the last box.
 """
 
+import ast
 import json
 import re
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from r1pipe.tables import BrokenRow, read_table
 
 COLUMNS = ("id", "prompt", "messages", "answer", "tests", "solution", "source", "category")
 KINDS = {"answer": "math", "tests": "code", "solution": "text", "messages": "text"}
+LISTED = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
@@ -144,16 +146,29 @@ def read_object(text: str) -> Any:
 
 
 def read_prompt(value: Any, system: str | None) -> list[dict]:
+    value = value.decode() if isinstance(value, bytes) else value
+    if isinstance(value, str) and LISTED.match(value):
+        value = read_listed(value)
     if not isinstance(value, list):
-        return ask(value.decode() if isinstance(value, bytes) else value, system)
+        return ask(value, system)
     messages = read_messages(value)
     if system and not any(message.get("role") == "system" for message in messages):
         messages.insert(0, {"role": "system", "content": system})
     return messages
 
 
+def read_listed(text: str) -> Any:
+    """Messages in a cell of text, as JSON or as pandas writes them into a CSV file."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return ast.literal_eval(text)
+
+
 def read_messages(values: Any) -> list[dict]:
     """Chat messages, ShareGPT's as well, each with text: parts of text are joined."""
+    if isinstance(values, str) and LISTED.match(values):
+        values = read_listed(values)
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
         raise ValueError("messages are a list of {role, content}")
     return [read_message(value) for value in values]

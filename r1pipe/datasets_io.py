@@ -119,7 +119,7 @@ def write_value(value: Any, what: str) -> str:
             f"the {what} is a {type(value).__name__}: name what in it is meant, as COLUMN.KEY with "
             f"a key of {some or 'it, of which there is none'}"
         )
-    if not isinstance(value, str | int):
+    if not isinstance(value, str | int) and what in ("answer", "solution"):
         raise ValueError(f"the {what} is {text}, a {type(value).__name__}: write it as text")
     return text
 

@@ -158,8 +158,8 @@ def find_recipe(name: str) -> Path:
     for folder in DATA_DIRS:
         if (folder / f"{name}.py").is_file():
             return folder / f"{name}.py"
-    if find_format(own):
-        raise UserError(f"{name}: rows, not a data recipe: use recipe columns, with options.path")
+    if find_format(own) or "/" in name:
+        raise UserError(f"{name}: no data recipe; for rows use recipe columns, with options.path")
     known = sorted({p.stem for folder in DATA_DIRS for p in folder.glob("*.py")})
     raise UserError(f'no data recipe "{name}"; {hint_at(name, known)}')
 

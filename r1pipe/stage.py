@@ -184,7 +184,8 @@ class StageContext:
     def load(self, source: ProblemSet) -> list[Problem]:
         """The problems of `source`; says what became of its rows, and keeps it for stage.json."""
         loaded = self.read(source)
-        name = f"{self.stage_name}: {source.recipe or source.stage}/{source.split}"
+        place = f" ({source.options['path']})" if source.recipe == "columns" else ""
+        name = f"{self.stage_name}: {source.recipe or source.stage}/{source.split}{place}"
         for row in loaded.broken[:NUM_BROKEN_SHOWN]:
             say(f"{name}: skipped {row}")
         if len(loaded.broken) > NUM_BROKEN_SHOWN:

@@ -117,6 +117,8 @@ def find_split_files(
 ) -> list[Path]:
     """The files of a split, as hub repositories and their exports name them: train.jsonl,
     train-00000-of-00002.parquet, train/..., also in data/ or in a folder named like the config."""
+    if not split.strip() or "/" in split:
+        raise ValueError(f'split "{split}": a name, such as train')
     named = config or default_config
     own = [folder / named, folder / "data" / named] if named else []
     own = [place for place in own if place.is_dir()]
@@ -136,7 +138,7 @@ def find_split_files(
     elsewhere = f"; options.config may be {', '.join(dict.fromkeys(configs))}" if configs else ""
     raise ValueError(
         f'{folder}: no file of split "{split}" ({split}.jsonl, {split}-*.parquet, ...); '
-        f"there are {', '.join(found) or 'no tables'}{elsewhere}"
+        f"there are {list_some(found)}{elsewhere}"
     )
 
 
@@ -178,7 +180,11 @@ def hint_at(word: str, known: Iterable[object]) -> str:
     """The nearest of what is there, or all of it."""
     words = [str(name) for name in known]
     near = difflib.get_close_matches(word, words, n=1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(words) or 'none'}"
+    return f"did you mean {near[0]}?" if near else f"there are {list_some(words)}"
+
+
+def list_some(words: list[str]) -> str:
+    return ", ".join([*words[:20], *(["..."] if len(words) > 20 else [])]) or "none"
 
 
 def first_line(error: BaseException) -> str:

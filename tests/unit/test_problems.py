@@ -168,7 +168,7 @@ def test_recipe_that_raises(body: str, words: str, tmp_path: Path) -> None:
 
 
 def test_recipe_that_is_data_or_nowhere(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="rows, not a data recipe: use recipe columns"):
+    with pytest.raises(UserError, match="no data recipe; for rows use recipe columns"):
         load_problems(ProblemSet(recipe=str(tmp_path / "mine.jsonl")))
     with pytest.raises(UserError, match=re.escape(f"looked for in {Path.cwd()}")):
         load_problems(ProblemSet(recipe="my/recipe.py"))
