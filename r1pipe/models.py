@@ -307,8 +307,9 @@ def find_rowless(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> str | N
         tokens = json.loads(stored.read_text(encoding="utf-8"))["added_tokens"]
     except (OSError, ValueError, LookupError, AttributeError):
         return None
-    # Not all of the tokenizer's: transformers gives any Qwen2 an <|endoftext|> of its own.
-    added = (token["content"] for token in tokens)
+    # Not all of the tokenizer's: transformers gives any Qwen2 an <|endoftext|> of its own, as the
+    # unknown token that its bytes never need, and saves it with the rest.
+    added = (t["content"] for t in tokens if t["content"] != tokenizer.unk_token)
     return next((t for t in added if (tokenizer.convert_tokens_to_ids(t) or 0) >= num_rows), None)
 
 
