@@ -12,6 +12,7 @@
 of messages) is needed, and what is judged or learnt: `answer` makes the `kind` math, `tests` code,
 `solution` alone text, unless `kind` says otherwise. `id`, `source` and `category` may be there.
 
+- Any other name (`difficulty: level`) is a column that rewards are given under that name.
 - `reward_model.ground_truth` is what is in a column: keys of objects (or of JSON in text), numbers
   in lists; -1 is the last.
 - `messages` instead of `prompt` is a whole conversation: if it ends with the assistant's answer,
@@ -30,6 +31,7 @@ from itertools import chain
 from typing import Any
 
 from r1pipe.datasets_io import ask, describe_missing, last_boxed, load_rows, write_value
+from r1pipe.problems import check_extra
 from r1pipe.tables import BrokenRow, read_table
 
 COLUMNS = ("id", "prompt", "messages", "answer", "tests", "solution", "source", "category")
@@ -96,7 +98,10 @@ def check_mapping(columns: Any) -> None:
         )
     for ours in columns:
         if ours not in COLUMNS:
-            raise ValueError(f"options.columns: {describe_missing(ours, COLUMNS)}")
+            try:
+                check_extra(ours)
+            except ValueError as error:
+                raise ValueError(f"options.columns: {error}") from error
     if ("prompt" in columns) == ("messages" in columns):
         both = ", not both" if "prompt" in columns else ""
         raise ValueError(

@@ -268,6 +268,7 @@ def hash_rows(problems: Iterable[Problem]) -> str:
     digest = hashlib.sha256()
     for problem in problems:
         row = [getattr(problem, column) for column in COLUMNS]
+        row += [problem.extra] if problem.extra else []
         digest.update(json.dumps(row, default=str).encode() + b"\n")
     return digest.hexdigest()
 

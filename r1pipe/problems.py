@@ -5,6 +5,8 @@ Recipes are loaded by path, never imported by name, so a user's own file is as g
 """
 
 import ast
+import difflib
+import functools
 import importlib.util
 import inspect
 import json
@@ -28,8 +30,9 @@ SHIPPED = _IN_WHEEL if _IN_WHEEL.is_dir() else PACKAGE.parent / "data"
 DATA_DIRS = (Path("data"), SHIPPED)
 """Where a recipe's bare name is looked up: here, then among ours."""
 
-COLUMNS = tuple(f.name for f in fields(Problem))
+COLUMNS = tuple(f.name for f in fields(Problem) if f.name != "extra")
 TEXTS = ("id", "kind", "answer", "solution", "source", "category")
+TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 NEEDED = {"math": "answer", "code": "tests", "task": "tests", "text": "solution"}
@@ -212,8 +215,10 @@ def check_row(row: object) -> Problem:
     """A row as a Problem. Raises ValueError for what is missing or wrong."""
     if not isinstance(row, dict):
         raise ValueError("not a dict")
-    if unknown := [key for key in row if key not in COLUMNS]:
-        raise ValueError(f'unknown column "{unknown[0]}"; known: {", ".join(COLUMNS)}')
+    extra = {key: value for key, value in row.items() if key not in COLUMNS}
+    for column in extra:
+        check_extra(column)
+    extra |= extra.pop("extra", None) or {}
     for column in TEXTS:
         if not isinstance(row.get(column), str | None):
             raise ValueError(f'"{column}" is {type(row[column]).__name__}, not a string')
@@ -225,7 +230,8 @@ def check_row(row: object) -> Problem:
     check_prompt(row["prompt"])
     if is_missing(row.get(NEEDED[row["kind"]])):
         raise ValueError(f'(id {row["id"]}): no "{NEEDED[row["kind"]]}"')
-    values = {**row, "source": row.get("source") or "", "category": row.get("category") or ""}
+    values = {c: row[c] for c in COLUMNS if c in row} | {"extra": extra or None}
+    values |= {"source": row.get("source") or "", "category": row.get("category") or ""}
     try:
         json.dumps(list(values.values()), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -233,6 +239,17 @@ def check_row(row: object) -> Problem:
     except (TypeError, ValueError) as error:
         raise ValueError(f"cannot be written as JSON: {first_line(error)}") from error
     return Problem(**values)
+
+
+@functools.cache
+def check_extra(column: object) -> None:
+    """Raises ValueError for the name of a further column that looks like a misspelt one of ours, or
+    that rewards are given something else by."""
+    near = difflib.get_close_matches(str(column), COLUMNS, n=1, cutoff=0.7)
+    if near:
+        raise ValueError(f'unknown column "{column}"; did you mean {near[0]}?')
+    if column in TAKEN or not str(column).isidentifier():
+        raise ValueError(f'a column cannot be called "{column}": give it another name')
 
 
 def check_prompt(prompt: object) -> None:

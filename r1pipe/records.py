@@ -27,6 +27,8 @@ class Problem:
     solution: str | None = None
     source: str = ""
     category: str = ""
+    extra: dict[str, Any] | None = None
+    """Further columns by name, which rewards are given beside the others."""
 
     @property
     def question(self) -> str:
@@ -148,7 +150,8 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 def dump_row(row: Any) -> str:
     """One record or dict as a JSON line, without the line's end. What is not a finite number, such
     as the mean of no rewards, is null: JSON has no NaN."""
-    row = row if isinstance(row, dict) else asdict(row)
+    if not isinstance(row, dict):
+        row = {k: v for k, v in asdict(row).items() if k != "extra" or v is not None}
     try:
         return json.dumps(row, ensure_ascii=False, allow_nan=False)
     except ValueError:

@@ -36,7 +36,7 @@ from rewards import SandboxError
 from rewards.workers import WorkerError
 
 RewardFunction = Callable[..., list[float | None] | Awaitable[list[float | None]]]
-COLUMNS = tuple(field.name for field in fields(Problem) if field.name != "prompt")
+COLUMNS = tuple(f.name for f in fields(Problem) if f.name not in ("prompt", "extra"))
 
 
 def find_reward(name: str) -> RewardFunction:
@@ -192,6 +192,10 @@ class Call:
             name: partial(lambda name: [getattr(p, name) for p in problems], name)
             for name in COLUMNS
         }
+        for name in {name for p in problems for name in p.extra or ()}:
+            columns[name] = partial(
+                lambda name: [(p.extra or {}).get(name) for p in problems], name
+            )
         given: dict[str, Callable[[], Any]] = {
             **columns,
             "prompts": lambda: [[dict(message) for message in p.prompt] for p in problems],

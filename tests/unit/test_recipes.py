@@ -16,10 +16,11 @@ import pyarrow.parquet
 import pytest
 
 import rewards
-from r1pipe.config import ProblemSet
+from r1pipe.config import ProblemSet, Reward
 from r1pipe.errors import UserError
-from r1pipe.problems import Loaded, read_problems
-from r1pipe.records import Problem
+from r1pipe.problems import Loaded, check_row, read_problems
+from r1pipe.records import Problem, Rollout, dump_row
+from r1pipe.scoring import Scorer
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -714,6 +715,27 @@ def test_shapes_of_rows(
     assert problem.kind == ("math" if answer else "text")
 
 
+def test_other_columns_are_for_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_rows(tmp_path / "a.csv", [{"q": "1+1?", "a": 2, "level": 3}])
+    columns = {**QA, "difficulty": "level"}
+    problem = read_one("columns", path, columns=columns)
+    assert check_row(json.loads(dump_row(problem))) == problem
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "by_level.py").write_text(
+        "def named(completions, difficulty, **columns):\n"
+        "    assert 'answer' in columns\n"
+        "    return [float(level or 0) for level in difficulty]\n"
+    )
+    plain = read_one("columns", path, columns=QA)
+    assert "extra" not in json.loads(dump_row(plain))
+    rollout = Rollout("", 0, [], [], [], "2", "stop")
+    scores = Scorer([Reward(function="by_level.named")]).score([problem, plain], [rollout] * 2)
+    assert [score.total for score in scores] == [3.0, 0.0]
+    for name in ("completions", "two words"):
+        with pytest.raises(UserError, match=f'cannot be called "{name}"'):
+            read("columns", path=str(path), columns={**QA, name: "level"})
+
+
 # options, words of the error
 COLUMN_ERRORS = [
     ({"columns": {"prompt": "question", "answer": "final.x"}}, 'row 1: in "final": no column "x"'),
@@ -722,7 +744,7 @@ COLUMN_ERRORS = [
     ({"columns": {"prompt": "question", "answer": "final"}, "answer_pattern": "("}, "regular"),
     ({"columns": {"prompt": "question", "answer": "final"}, "size": 0}, "options.size: a whole"),
     ({"columns": {"prompt": "qestion", "answer": "final"}}, 'row 1: no column "qestion"; did'),
-    ({"columns": {"promt": "question"}}, 'columns: no column "promt"; did you mean prompt?'),
+    ({"columns": {"promt": "question"}}, 'columns: unknown column "promt"; did you mean prompt?'),
     ({"columns": {"answer": "final"}}, '"prompt"'),
     ({"colums": {}}, 'no option "colums"; did you mean columns?'),
     ({}, 'the option "columns" is needed'),
