@@ -26,6 +26,7 @@ from r1pipe.config import (
     Recipe,
     Reject,
     Sampling,
+    Sft,
     Stage,
 )
 from r1pipe.errors import UserError
@@ -230,9 +231,12 @@ class Doctor:
 
     def examine_checkpoints(self, stage: Stage) -> Iterator[Diagnosis]:
         """Names and files of what the stage reads from elsewhere."""
-        from r1pipe.models import check_weights
+        from r1pipe.models import check_settings, check_weights
         from r1pipe.rollout import check_files, read_config
 
+        made = getattr(stage, "model", None) or getattr(stage, "student", None)
+        if isinstance(made, dict):
+            check_settings(made)
         sampled = {name for name, _ in list_samplings(stage)}
         good = []
         for name in list_models(stage):
@@ -312,33 +316,58 @@ class Doctor:
         from r1pipe.memory import find_config
 
         good = []
-        for name, sampling in list_samplings(stage):
+        samplings: list[tuple[str, Sampling | None]] = [*list_samplings(stage)]
+        if isinstance(stage, Sft):
+            samplings.append((stage.from_, None))
+        for name, sampling in samplings:
             try:
                 tokenizer = self.inputs.find_tokenizer(name)
             except UserError:
                 continue  # `examine_tokenizers` tells
             if tokenizer is None:
                 continue
+            if forgotten := self.find_forgotten_system(stage, tokenizer):
+                what = f"the chat template leaves out the system prompt of {forgotten}"
+                yield Diagnosis("", "warn", f"{name}: {what}: write it into the prompt")
             context = self.recipe.engine.max_model_len
             if context is None:
                 try:
-                    context = find_config(name, self.recipe).max_position_embeddings
+                    config = find_config(name, self.recipe).get_text_config()
+                    context = getattr(config, "max_position_embeddings", None)
                 except ValueError as error:
                     yield Diagnosis("", "skipped", str(error))
                     continue
-            if longest := self.measure_prompts(stage, tokenizer, sampling, context):
+            longest = self.measure_prompts(stage, tokenizer, sampling, context)
+            if longest and sampling:
                 good.append(f"{longest} + {sampling.max_completion_length} of {context} ({name})")
+            elif longest:
+                good.append(f"{longest} before the solution ({name})")
         if good:
             yield Diagnosis("", "ok", f"longest and completion, tokens: {', '.join(good)}")
-        elif list_samplings(stage):
+        elif samplings:
             yield Diagnosis("", "skipped", "no tokenizer and data to measure them by yet")
+
+    def find_forgotten_system(
+        self, stage: Stage, tokenizer: "PreTrainedTokenizerBase"
+    ) -> str | None:
+        """Which of the stage's sets has system prompts that no model is shown."""
+        from r1pipe.models import use_template
+
+        for source, problems in self.inputs.list_problems(stage):
+            for problem in problems[:1]:
+                said = [m["content"].strip() for m in problem.prompt if m["role"] == "system"]
+                name = f'problem "{problem.id}"'
+                text = use_template(tokenizer, problem.prompt, name, tokenize=False)
+                if any(system not in text for system in said):
+                    return describe(source)
+        return None
 
     def measure_prompts(
         self,
         stage: Stage,
         tokenizer: "PreTrainedTokenizerBase",
-        sampling: Sampling,
-        context: int,
+        sampling: Sampling | None,
+        context: int | None,
     ) -> int:
         """Tokens of the longest prompt. Raises UserError for one that does not fit."""
         from r1pipe.models import check_length, encode_prompt
@@ -350,7 +379,8 @@ class Doctor:
                 length = len(encode_prompt(tokenizer, problem.prompt, f'problem "{problem.id}"'))
                 if limit is not None and length > limit:
                     continue  # dropped
-                check_length(problem, length, sampling.max_completion_length, context)
+                if sampling and context:
+                    check_length(problem, length, sampling.max_completion_length, context)
                 longest = max(longest, length)
                 num_left -= 1
                 if not num_left:

@@ -48,6 +48,7 @@ CHAT_TEMPLATE = (
 )
 PAD, END, ROLES = "<|pad|>", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>")
 THINK = ("<think>", "</think>")
+SPECIAL = ("pad", "eos", "bos")
 
 TAIL = 16
 """Tokens of a prompt's end that are looked at for an opened tag."""
@@ -90,8 +91,21 @@ def build_model(
 ) -> PreTrainedModel:
     """A model with random weights, float32. `settings`: `model_type` and its config's arguments.
 
-    Raises UserError for a model type that transformers does not know, or a misspelt argument.
+    Raises UserError as `make_model` does.
     """
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
+    return make_model({"vocab_size": len(tokenizer), **ids, **settings}, seed)
+
+
+def check_settings(settings: dict[str, Any]) -> None:
+    """Raises UserError for settings that make no model. Takes no memory for weights."""
+    with torch.device("meta"):
+        make_model(settings, seed=0)
+
+
+def make_model(settings: dict[str, Any], seed: int) -> PreTrainedModel:
+    """Raises UserError for a model type that transformers does not know, a misspelt argument, or
+    values that fit no model."""
     settings = dict(settings)
     model_type = settings.pop("model_type", None)
     if model_type is None:
@@ -100,29 +114,19 @@ def build_model(
         known = AutoConfig.for_model(model_type)
     except ValueError as error:
         raise UserError(f'model: transformers knows no model_type "{model_type}"') from error
+    if known.is_encoder_decoder:
+        raise UserError(
+            f"model: {model_type} is an encoder and a decoder; take a causal language model, such "
+            "as qwen3"
+        )
     for key in settings:
         # Keys that a config does not declare are kept by it, and read by some models (head_dim of
         # Qwen3-MoE): only what looks like a misspelling is refused.
         near = difflib.get_close_matches(key, known.to_dict(), n=1, cutoff=0.85)
         if not hasattr(known, key) and near:
             raise UserError(f'model: a {model_type} config has no "{key}"; did you mean {near[0]}?')
-    if known.is_encoder_decoder:
-        raise UserError(
-            f"model: {model_type} is an encoder and a decoder; take a causal language model, such "
-            "as qwen3"
-        )
     try:
-        config = AutoConfig.for_model(
-            model_type,
-            **{
-                **find_quirks(model_type).config,
-                "vocab_size": len(tokenizer),
-                "pad_token_id": tokenizer.pad_token_id,
-                "eos_token_id": tokenizer.eos_token_id,
-                "bos_token_id": tokenizer.bos_token_id,
-                **settings,
-            },
-        )
+        config = AutoConfig.for_model(model_type, **find_quirks(model_type).config | settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -367,18 +371,23 @@ def use_template(
         raise UserError(what) from error
 
 
-SHOWN = "4 and 2"
-"""Of a conversation that shows what a template writes around an answer."""
+ASKED, SHOWN = "Which numbers?", "4 and 2"
+"""A conversation that shows what a template writes around an answer."""
 
 
 def show_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What the chat template writes before and behind an answer that is given; nothing if it leaves
     answers out. Raises UserError if it cannot be used."""
     messages = [
-        {"role": "user", "content": "Which numbers?"},
+        {"role": "user", "content": ASKED},
         {"role": "assistant", "content": SHOWN},
     ]
     text = use_template(tokenizer, messages, "a question and its answer", tokenize=False)
+    if ASKED not in text:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the chat template leaves out what the user says; one for "
+            "content in parts, as of a multimodal model, must take texts as well"
+        )
     before, _, behind = text.rpartition(SHOWN)
     return before, behind if before else ""
 

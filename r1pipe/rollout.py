@@ -447,6 +447,7 @@ def server_command(
 
     Thinking is returned separately where `<think>` and `</think>` are tokens of the model: vLLM's
     parser works on ids."""
+    check_files(checkpoint)
     config = read_config(checkpoint)
     set_environment(config, device)
     os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING")  # the server's engine has its own process

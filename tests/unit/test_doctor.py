@@ -447,6 +447,44 @@ def test_misspelt_names(project: Path, name: str, words: str) -> None:
     assert words in told
 
 
+def test_system_prompts_that_the_template_refuses_or_leaves_out(project: Path) -> None:
+    Path("mydata.py").write_text(
+        "def load(split, **options):\n    prompt = [{'role': 'system', 'content': 'Be brief.'},"
+        " {'role': 'user', 'content': 'Why?'}]\n"
+        "    yield {'id': 'row-0', 'kind': 'math', 'prompt': prompt, 'answer': '1',"
+        " 'solution': '1'}"
+    )
+    values = yaml.safe_load(Path("mine.yaml").read_text())
+    stage = {key: values["stages"][0][key] for key in ("from", "data")}
+    values["stages"] = [{"kind": "sft", **stage, "train": {"max_steps": 1}}]
+    Path("mine.yaml").write_text(yaml.safe_dump(values))
+    assert not find_trouble(examine())
+    (file,) = (project / "model").glob("chat_template*")
+    template = file.read_text()
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('none') }}{% endif %}"
+    write_template(refusal + template)
+    assert 'FAIL: problem "row-0": the chat template' in find_trouble(examine())["sft: prompts"]
+    write_template("{% set messages = messages[1:] or messages %}" + template)
+    assert "warn: model: the chat template leaves out" in find_trouble(examine())["sft: prompts"]
+
+
+def test_template_for_content_in_parts(project: Path) -> None:
+    write_template("{% for m in messages %}{{ m.content[0].text }}{% endfor %}")
+    assert "leaves out what the user says" in find_trouble(examine())["grpo: tokenizers"]
+
+
+def test_settings_that_make_no_model_are_known_before_any_stage_runs(project: Path) -> None:
+    values = yaml.safe_load(Path("mine.yaml").read_text())
+    data = values["stages"][0]["data"]
+    tokenizer = {"data": data, "vocab_size": 300}
+    settings = {**MODEL, "hidden_act": "nope"}
+    values["stages"].append(
+        {"kind": "init", "name": "new", "model": settings, "tokenizer": tokenizer}
+    )
+    Path("mine.yaml").write_text(yaml.safe_dump(values))
+    assert "can make no qwen3 of this" in find_trouble(examine())["new: checkpoints"]
+
+
 def write_template(template: str, model: Path = Path("model")) -> None:
     (file,) = model.glob("chat_template*")
     file.write_text(template)
