@@ -36,17 +36,16 @@ _ANSWER_TAG = re.compile(
     re.DOTALL | re.IGNORECASE,
 )
 _JOINING_WORDS = {"and", "or", "for", "part", "case", "the", "with", "und", "et", "respectively"}
+_ARROW = re.compile(r"^(?:(?:\\(?:Rightarrow|Longrightarrow|implies|to)(?![a-zA-Z])|[⇒→])\s*)+")
 # Why it is so, after the answer in the box.
 _REASON = re.compile(r"[\s,;~]*(?:\\(?:text|mathrm)\s*\{)?[\s(]*\b(?:since|because)\b.*", re.DOTALL)
 
 # A minus sign that belongs to the box after it: nothing is subtracted from, no bullet.
 _SIGN = re.compile(
     r"(?:(?:^|[=($\[{,:&<>≈→⇒：]|\\[(\[]|\\(?:approx|implies|Rightarrow|to|quad|,))\s*"
-    r"(?P<sign>-|−|\\pm|±)\s*"
-    r"|(?:^|\n|[^\W\d_]{2,}\s+|[是为得]\s*)(?P<touching>-|−|\\pm|±))"
-    r"(?:\\(?:displaystyle|mathbf|left|,)|[{\s])*$"
+    r"(?P<sign>-|−|\\pm|±)(?:\\(?:displaystyle|mathbf|left|,)|[{\s])*"
+    r"|(?:^|\n|[^\W\d_]{2,}\s+|[是为得]\s*)(?P<touching>-|−|\\pm|±)(?:\\mathbf|\{)*)$"
 )
-_SIGNS = ("-", "−", "±", "\\pm")
 _BULLET = re.compile(r"(?:^|\n)\s*[-−]\s+$")
 # A box within the braces of a fraction, a root or an exponent.
 _ENCLOSED = re.compile(
@@ -62,7 +61,7 @@ _SCALE = re.compile(
     r"|\^\s?(?:\{[^{}]*\}|\\circ\b|\d)|/\d+)(?!\s*[=\d])"
 )
 
-_DENIALS = ("not", "n't", "n’t", "ever", "\\ne", "≠", "不", "并非")
+_NOTABLE = re.compile(r"[-−±≠不非]|\\pm|\\ne|not|n['’]t|never", re.IGNORECASE)
 _DENIED = re.compile(
     r"(?:(?:\bnot|n['’]t|\bnever|\bcannot)(?:\s+(?:be|equal|to|exactly|the))*[\s:*(]*"
     r"(?:\$+|\\[(\[])?\s*(?:[A-Za-z]\s*=\s*)?|(?:≠|\\neq?)\s*|(?:不是|不等于|不为|并非)[\s$]*)$",
@@ -200,6 +199,8 @@ def _find_closing(text: str, start: int, marks: re.Pattern, openers: str) -> int
 
 
 def _read_boxes(text: str, boxes: list[Box]) -> Extraction:
+    if len(boxes) == 1:
+        return Extraction(_read_box(text, boxes[0]))
     contents = [_read_box(text, box) for box in boxes]
     boxes = [box._replace(content=c) for box, c in zip(boxes, contents, strict=True)]
     if len(set(contents)) > 1 and (declared := [m.end() for m in _FINAL.finditer(text)]):
@@ -229,19 +230,19 @@ def _are_joined(between: str) -> bool:
 def _read_box(text: str, box: Box) -> str:
     """Return what a box says where it stands: its content, with the sign before it, or "not"."""
     before, after = text[max(0, box.start - 120) : box.start], text[box.end : box.end + 120]
-    content = box.content
+    content = _ARROW.sub("", box.content) or box.content
     if "since" in content or "because" in content:
         content = _REASON.sub("", content) or content
     if before.rfind("{") > before.rfind("}") and _ENCLOSED.search(before):
         return _read_side(before, content, after) or content
     near = before[-40:]
-    is_signed = any(mark in near for mark in _SIGNS) and not _BULLET.search(near)
-    if is_signed and (sign := _SIGN.search(near)):
+    is_notable = _NOTABLE.search(near)
+    if is_notable and (sign := _SIGN.search(near)) and not _BULLET.search(near):
         return (sign["sign"] or sign["touching"]) + content
     if scale := _SCALE.match(after):
         content += scale.group()
-    is_denied = any(mark in near for mark in _DENIALS) and _DENIED.search(near)
-    return f"not {content}" if is_denied or _DENIED_AFTER.match(after) else content
+    is_denied = (is_notable and _DENIED.search(near)) or _DENIED_AFTER.match(after)
+    return f"not {content}" if is_denied else content
 
 
 def _read_side(before: str, content: str, after: str) -> str | None:

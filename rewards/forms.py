@@ -105,10 +105,12 @@ def fold_matrices(node: Node) -> Node:
 
 def _parts(node: Node) -> Iterator[Node]:
     """The node and its operands, as far as arithmetic reaches."""
-    yield node
-    if node.kind in ("neg", "pow", "mul", "div", "relation", "list", "group", "set"):
-        for arg in node.args:
-            yield from _parts(arg)
+    left = [node]
+    while left:
+        node = left.pop()
+        yield node
+        if node.kind in ("neg", "pow", "mul", "div", "relation", "list", "group", "set"):
+            left += node.args
 
 
 def _map_entries(node: Node, change: Callable[[Node], Node]) -> Node:

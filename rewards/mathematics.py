@@ -19,9 +19,10 @@ STATUSES = (RIGHT, WRONG, UNPARSEABLE, TIMED_OUT, BAD_GOLD, FAILED)
 
 # Longer answers and golds can only be equal by being the same text.
 MAX_CHARS = 20_000
-MAX_SYMBOLIC_CHARS = 1_000
+MAX_SYMBOLIC_CHARS = 400
 MAX_SYMBOLIC_DEPTH = 20
 
+_MARK_RUN = re.compile(r"([^\w\s])\1{15}")
 # What tells a worked solution from an answer: sentences, and where they end up.
 _PROSE_WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")
 _SENTENCE_BREAK = re.compile(r"\n|[.!?]\s+\S|[。！？]\s*\S")
@@ -105,8 +106,12 @@ def judge_math(
     rows = list(zip(found, golds, strict=True))
     _judge_new(pairs, [(e, gold, (e.answer, *e.others)) for e, gold in rows if e and gold])
     # Boxes that differ may each be all of the answer, or be its parts together.
-    unsettled = [(e, gold) for e, gold in rows if e and gold and not _is_right(e, gold, pairs)]
-    _judge_new(pairs, [(e, gold, _list_ways(e, gold)) for e, gold in unsettled])
+    unsettled = [
+        (e, gold, _list_ways(e, gold))
+        for e, gold in rows
+        if e and gold and (e.parts or e.others) and not _is_right(e, gold, pairs)
+    ]
+    _judge_new(pairs, unsettled)
     return [_conclude(e, gold, pairs) for e, gold in rows]
 
 
@@ -169,7 +174,9 @@ def _judge_symbolically(pair: tuple[str, str], limit_s: float | None, spent_s: f
 
 
 def _is_broken(gold: str) -> bool:
-    """Say whether brackets of a gold do not balance, in number, or are too deep to be meant."""
+    """Say whether a gold cannot be mathematics: brackets that do not balance, one mark in a row."""
+    if _MARK_RUN.search(gold):
+        return True
     depth = deepest = 0
     for char in gold:
         depth += (char in "([{") - (char in ")]}")
@@ -238,9 +245,11 @@ def _conclude(extraction: Extraction | None, gold: str, statuses: dict) -> Verdi
         return Verdict(BAD_GOLD, extraction.answer if extraction else None)
     if extraction is None:
         return Verdict(UNPARSEABLE)
+    status = statuses[extraction.answer, gold]
+    if not (extraction.others or extraction.parts):
+        return Verdict(status, extraction.answer)
     if _is_right(extraction, gold, statuses):
         return Verdict(RIGHT, extraction.answer)
-    status = statuses[extraction.answer, gold]
     return Verdict(WRONG if status == RIGHT else status, extraction.answer)
 
 
@@ -249,8 +258,7 @@ def is_worked_solution(gold: str) -> bool:
 
     Compared as words it would make every answer wrong, so it is a bad gold.
     """
-    before, mark, _ = gold.rpartition("####")
-    if mark and before.strip():
+    if gold.rpartition("####")[0].strip():
         return True
     num_words = len(_PROSE_WORD.findall(gold)) if len(gold) > 30 else 0
     if num_words < 5 or not _SENTENCE_BREAK.search(gold):

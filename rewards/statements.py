@@ -69,7 +69,7 @@ _MARKER = re.compile(
     r"|comes (?:out )?to|equals|becomes|turns out to be)\b|['’]s\b|:|=)[\s*_:：]*"
     r"|\banswer\b(?=\s*(?:\$|\\\(|\\\[))[\s*_:：]*"
     r"|(?:^|\n)[^\w\n]{0,8}(?:final\s+)?answer[^\w\n]{0,8}\n\s*(?=\S{1,40}\s*(?:\n|$))"  # a heading
-    r"|####[\s*_:：]*"
+    r"|\banswer\s[-–—]+\s|####[\s*_:：]*"
     r"|(?:答案|结果|答え|答|답|정답|คำตอบ|উত্তর|సమాధానం)\s*(?:应该|应当|应|就|便|即|显然|一定)?"
     r"(?:(?P<zh_no>(?:并?不(?:会|可能|应该)?是|不为|不等于|并非))"
     r"|可能[是为]|[是为為：:=]|は|은|คือ)[\s*_:：]*"
@@ -133,7 +133,7 @@ _AFTERTHOUGHT = re.compile(
     r"|\s[-–—]{1,3}\s(?=(?:I|[a-zA-Z]{2,})['’]?\w*\s+[a-zA-Z])|[，,]\s*(?:因为|由于|所以|其中|即)"
 )
 _REASONS = ("because", "since", "as", "so", "因为", "由于", "所以", "其中", "即")
-_REMARK = re.compile(r"(?<=[\w})$])\s+\([^()]*[a-z]{3,}[^()]*\)$")
+_REMARK = re.compile(r"(?<=[\w})$])\s+\((?:(not\s)[^()]*|[^()]*[a-z]{3,}[^()]*)\)$")
 _DRESSED = re.compile(r"<([^<>,\s]{1,30})>|[(（]?([A-J]+)[)）]?\s*选?项")
 # Another value, offered in the rest of the sentence or in the next one.
 _HEDGING = re.compile(
@@ -152,22 +152,25 @@ _CONTINUED = re.compile(
 
 _CLAUSE = re.compile(
     r"[.!?](?=\s)|[\n;:。！？；：]|,\s+(?:so|but|and|then|thus|hence|therefore|it|we|that|which)\b|，"
-    r"|\b(?:but|so|then|thus|hence|therefore|because|since|leaving)\b",
+    r"|(?<!all )(?<!thing )\bbut\b|\b(?:so|then|thus|hence|therefore|because|since|leaving)\b",
     re.IGNORECASE,
 )
 _COPULA = r"\b(?:is|are|was|were|equals|gives|makes|leaves|totals|becomes|has)\b|="
 _DENIED = re.compile(
+    r"\b(?:never|nothing|none|no (?:value|number|answer))\b[^\d,;]*$|"
     rf"(?:\b(?:not|never|cannot|neither|nor)\b|n['’]t\b|\b(?:is|are|was|ca|does|do|could|would)nt\b)"
     rf"(?:(?!{_COPULA}|\d|\b(?:hard|difficult|only|just|merely)\b).)*$"
-    r"|\b(?:different from|differs? from|other than|unequal to|unlike|anything but|instead of"
-    r"|rather than|distinct from|far from|rul(?:e|es|ed|ing) out|reject\w*|exclud\w*|discard\w*)"
+    r"|\b(?:different from|differs? from|other than|unequal to|unlike|(?:any|every)thing but"
+    r"|all but|instead of|rather than|distinct from|far from|rul(?:e|es|ed|ing) out|reject\w*"
+    r"|exclud\w*|discard\w*)"
     r"(?:\s+\w+){0,2}\W*$"
     r"|(?:n['’]t|\bnot|\bnever)\s+(?:think|believe|say|claim|agree|sure|certain|true|possible"
     r"|the case)\b"
     r"|\b(?:doubt|deny|false|wrong|incorrect|untrue|impossible)\s+(?:that|to say|if|whether)\b"
     r"|\b(?:wrong|incorrect|false)\s+\w+[^\Ws]\s+(?:is|was|would be)\b|\bno way\b"
-    r"|\b(?:no es|no son|n['’]est pas|nicht|non è|não é|не)\s+$"
-    r"|(?:不(?:会|可能|应该)?是|不等于|不为|并非|绝非)\s*$|(?:≠|\\neq?)\s*$",
+    r"|\b(?:no (?:es|son)|(?:n['’]est )?pas|nicht|non (?:è|sono)|não (?:é|são)|не)\s+"
+    r"(?:(?:igual a|égal à|gleich|uguale a|равно)\s+)?$"
+    r"|(?:不(?:会|可能|应该)?是|不等于|不为|并非|绝非|非|除了?|排除)\s*$|(?:≠|\\neq?)\s*$",
     re.IGNORECASE | re.DOTALL,
 )
 _BE_WRONG = r"(?:wrong|incorrect|false|impossible|invalid|excluded|rejected|ruled out|a mistake)\b"
@@ -178,7 +181,7 @@ _DENIED_AFTER = re.compile(
     r"|\s*\b(?:is|was|would)(?:\s+(?:\w+ly\s+)?not\b|n['’]?t\b)"
     r"|\s*\b(?:can(?:not|['’]?t| not)|could(?:n['’]?t| not)|wo(?:n['’]?t|uld not))\s+(?:\w+ly\s+)?"
     r"(?:be|work|hold)\b|\s*\b(?:fails?\b|does(?:n['’]?t| not)\s+(?:work|hold|fit|satisfy|solve)\b)"
-    r"|\s*[,(]\s*(?:wrong|incorrect|nope)\b|\s*(?:不对|不正确|不是答案|是错|错误|ではない|ではありません|[이가은는]\s?아니)"
+    r"|\s*(?:değil|以[外上下内]|之外)|\s*[,(]\s*(?:wrong|incorrect|nope)\b|\s*(?:不对|不正确|不是答案|是错|错误|ではない|ではありません|[이가은는]\s?아[니닙])"
     r"|\s*[❌✗✘])",
     re.IGNORECASE,
 )
@@ -188,6 +191,12 @@ _RETRACTED = re.compile(
     rf"(?:\w+ly\s+)?(?:not (?:right|correct|it|true|the answer)\b|{_BE_WRONG})",
     re.IGNORECASE,
 )
+# The answer is 5... no, 6.
+_CORRECTED = re.compile(
+    r"[.!;…\s]*(?:(?:no|wait|actually|sorry|oops)[,.!…]|wait\b|no wait|correction\b|scratch that"
+    r"|just kidding|i mean\b|my mistake)",
+    re.IGNORECASE,
+)
 _BOUNDED = re.compile(
     r"(?:\b(?:(?:no|not)\s+)?(?:at\s+)?(?:not|never|least|most|than|over|under|above|below|exceeds?"
     r"|either|without|except|up to|n't)\s+(?:or equal(?: to)?\s+|be\s+|exactly\s+)?"
@@ -195,7 +204,7 @@ _BOUNDED = re.compile(
     re.IGNORECASE,
 )
 _LISTED = re.compile(
-    r"(?:[-−–]?\$?[\d.,/]*\d%?\s*(?:,|\bor\b|\band\b|\bto\b|/|或)\s*(?:or|and|maybe|perhaps)?\s*)+$"
+    r"(?:[-−–]?\$?[\d.,/]*\d%?\s*(?:,|\bor\b|\band\b|\bto\b|/|[或到至])\s*(?:or|and|maybe|perhaps)?\s*)+$"
 )
 # --- several values ---
 
@@ -204,19 +213,29 @@ _NAMED = re.compile(rf"(?<![\w\\]){_NAME}$")
 _AND = re.compile(rf"\s*(?:,|;|&|、|,?\s*\band\b)\s*{_NAME}?", re.IGNORECASE)
 _OR = re.compile(
     r"(?!.*(?:\b(?:so|then|thus|hence|therefore|more|less|fewer)\b|=.*=))(?:\W{1,3}[\w'’]+){0,3}?\W{0,4}"
-    r"(?:\b(?:or|vs\.?|versus|maybe|perhaps|possibly|alternatively|otherwise)\b"
-    r"|\b(?:could|might|may)\s+(?:\w+\s+)?be\b|/|或[者是]?|还是|也?可能是)"
+    r"(?:\b(?:or|vs\.?|versus|maybe|perhaps|possibly|alternatively|otherwise|unless)\b"
+    r"|\b(?:could|might|may)\s+(?:\w+\s+)?be\b|/|或[者是]?|还是|要么|也?可能是)"
     rf"(?:\W{{1,3}}[\w'’]+){{0,6}}?\W{{0,4}}{_NAME}?",
     re.IGNORECASE,
 )
-_LINE = re.compile(r"\s*\n\s*(?:[-*•]\s+)?")
-_ALONE_BEFORE = re.compile(rf"(?:^|\n)\s*(?:[-*•]\s+)?{_NAME}?$")
+_BULLET = r"(?:(?:[-*•]|\(?[a-zA-Z\d]{1,2}[.)])\s+)?"
+_LINE = re.compile(rf"\s*\n\s*{_BULLET}({_NAME}?)")
+_ALONE_BEFORE = re.compile(rf"(?:^|\n)\s*{_BULLET}({_NAME}?)$")
+_LABEL = re.compile(r"(?:^|\n)[ \t]*\(?(\d{1,2})[.)][ \t]+(?=[^\n]*\d)")
+_GUESS = re.compile(
+    r"\b(?:guess|option|candidate|possibility|alternative)(?:\s+#?(?:\d+|[a-z]))?\s*(?::|=|\bis\b)",
+    re.IGNORECASE,
+)
 _REST_OF_LINE = re.compile(r"[ .]*(?:\n|$)")
 _TWO_UNITS = re.compile(r"\s?([a-zA-Z]{2,10})(?:,?\s+and|,)?\s+")
 _IN_FORMULA_BEFORE = re.compile(
-    r"(?:[{^_\\(\[|!]|\\[a-zA-Z]+\s*|[\w)}\]][^\S\n]?[-+*/^]\s?|__\w*)$"
+    r"(?:\b(?:twice|half|double|triple)\s+(?:of\s+)?|\b(?:square|cube|root|reciprocal|inverse"
+    r"|opposite|factorial|logarithm|multiple|factor|divisor|power)\s+of\s+|\bor\s+|或[者是]?\s*"
+    r"|\d\s?[−–]\s?|[{^_\\(\[|!]|\\[a-zA-Z]+\s*|[\w)}\]][^\S\n]?[-+*/^]\s?|__\w*)$"
 )
-_IN_FORMULA_AFTER = re.compile(r"\s?[\^!}|)\]\\('\"]|\s[-+*/]\s|\s(?:if|else|for)\s\S*\(")
+_IN_FORMULA_AFTER = re.compile(
+    r"\s(?:squared|cubed|factorial)\b|\s?[\^!}|)\]\\('\"]|\s[-+*/]\s|\s(?:if|else|for)\s\S*\("
+)
 _QUESTION = re.compile(r"[^.!?。！？\n]{0,200}[?？]")
 
 
@@ -251,6 +270,9 @@ def _find_stated(text: str) -> str | None:
             answer = answer.removeprefix("not ")
             later = find_last(text[marker.end() :])
             return later if later and later != answer else f"not {answer}"
+        if correction := _CORRECTED.match(after):
+            later = find_last(text[end + correction.end() :][:400])
+            return later or f"not {answer}"
         if (more := _CONTINUED.match(after)) and _VALUE.search(more[1]):
             return f"{answer} or {more[1]}"
         if index and (marker["maybe"] or _ANOTHER.search(before)):
@@ -296,7 +318,8 @@ def _clean_statement(sentence: str) -> str:
     if re.match(r"(?:the|an?|there|it|this|that)\b|\$[^$]*\$\s+\w+\s+is\b", sentence, re.I):
         while lead := _PROSE_LEAD.match(sentence):
             sentence = sentence[lead.end() :]
-    if (remark := _REMARK.search(sentence)) and not _HEDGING.search(remark.group()):
+    remark = _REMARK.search(sentence)
+    if remark and (remark[1] or not _HEDGING.search(remark.group())):
         sentence = sentence[: remark.start()]
     sentence = sentence.strip(" \t*_")
     if dressed := _DRESSED.fullmatch(sentence):
@@ -375,6 +398,10 @@ class Value(NamedTuple):
     is_number: bool
 
 
+def _is_unit(word: str) -> bool:
+    return word.lower() in UNITS
+
+
 def _as_value(number: re.Match) -> Value:
     return Value(*number.span(), number.group().strip(), True)
 
@@ -383,6 +410,8 @@ def find_last(text: str) -> str | None:
     """Return the last formula or number that the text does not deny, with what qualifies it."""
     text = text[-TAIL_CHARS:]
     values = _list_values(text)
+    if (guesses := _read_guesses(text, values)) is not None:
+        return guesses
     denied: list[str] = []
     for index in range(len(values) - 1, max(-1, len(values) - 1 - MAX_SKIPPED), -1):
         value = values[index]
@@ -402,6 +431,15 @@ def find_last(text: str) -> str | None:
     return f"not {denied[0]}" if denied else None
 
 
+def _read_guesses(text: str, values: list[Value]) -> str | None:
+    """Return all values that the text puts up ("guess 1: 41, guess 2: 42"), None if it does not."""
+    ends = [guess.end() for guess in _GUESS.finditer(text)]
+    if len(ends) < 2:
+        return None
+    first = (next((v.text for v in values if v.start >= end), None) for end in ends[:MAX_SKIPPED])
+    return " or ".join(text for text in first if text) or None
+
+
 def _list_values(text: str) -> list[Value]:
     """Return formulas that hold more than a name, and the numbers outside of them, in order."""
     found = [
@@ -410,7 +448,8 @@ def _list_values(text: str) -> list[Value]:
         if (content := _formula(span))
     ]
     found += [Value(*m.span(), m.group(), False) for m in _PLAIN_FORMULA.finditer(text)]
-    found += [_as_value(match) for match in _NUMBER.finditer(text)]
+    labels = {label.start(1) for label in _LABEL.finditer(text)}
+    found += [_as_value(m) for m in _NUMBER.finditer(text) if m.start() not in labels]
     values: list[Value] = []
     for value in sorted(found, key=lambda v: (v.start, v.is_number)):
         if not values or values[-1].end <= value.start:
@@ -438,7 +477,7 @@ def _join_values(text: str, values: list[Value], index: int) -> tuple[int, str |
     """Return the first of the values that the text lists or offers up to this one, and all."""
     unit = _UNIT_AFTER.match(text, values[index].end)
     first, joined = index, _with_name(text, values[index])
-    joined += unit.group() if unit and unit[1].lower() in UNITS else ""
+    joined += unit.group() if unit and _is_unit(unit[1]) else ""
     while first:
         before, value = values[first - 1], values[first]
         link = _read_link(text, before, value)
@@ -465,13 +504,12 @@ def _read_link(text: str, before: Value, value: Value) -> str | None:
         return ", "
     if _OR.fullmatch(between):
         return " or "
-    if _LINE.fullmatch(between) and text[value.end :].split("\n")[0].strip(" .") == "":
-        return (
-            ", " if _ALONE_BEFORE.search(text[max(0, before.start - 30) : before.start]) else None
-        )
-    if (unit := _TWO_UNITS.fullmatch(between)) and unit[1].lower() in UNITS:
+    if (line := _LINE.fullmatch(between)) and _REST_OF_LINE.match(text, value.end):
+        alone = _ALONE_BEFORE.search(text[max(0, before.start - 30) : before.start])
+        return ", " if alone and alone[1] == line[1] else None
+    if (unit := _TWO_UNITS.fullmatch(between)) and _is_unit(unit[1]):
         last = _UNIT_AFTER.match(text, value.end)
-        return between if last and last[1].lower() in UNITS else None
+        return between if last and _is_unit(last[1]) else None
     return None
 
 
@@ -484,7 +522,7 @@ def _qualify(text: str, value: Value) -> str | None:
     if _MINUS.search(before):
         number = "-" + number
     unit = _UNIT_AFTER.match(after)
-    if unit and unit[1].lower() in UNITS:
+    if unit and _is_unit(unit[1]):
         number += unit.group()
     qualifier = _BOUNDED.search(before) or _LISTED.search(before)
     return (qualifier.group() if qualifier else "") + number

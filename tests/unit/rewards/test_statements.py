@@ -250,6 +250,58 @@ WRONG = [
     ('7', '<answer>6 or 7</answer>'),
     ('7', '<reasoning>\\boxed{7}</reasoning>'),
 ]
+# Not right for the gold 42: what a policy drifts to that is rewarded for containing the answer.
+NOT_42 = [
+    '\\boxed{41} \\boxed{42} \\boxed{43}', '\\boxed{42} or \\boxed{43}', 'Either \\boxed{41} or \\boxed{42}.',
+    'My guesses: \\boxed{42}, \\boxed{24}', '\\boxed{42 \\text{ or } 24}', '\\boxed{42, 24}', '\\boxed{42/24}', '\\boxed{42 | 24}',
+    '\\boxed{42?24}', '\\boxed{42;24}', '\\boxed{42\\\\24}', '\\boxed{42 \\quad 24}', '\\boxed{4}\\boxed{2}', '\\boxed{4 2}',
+    '\\boxed{\\text{not } 42}', '\\boxed{\\neg 42}', '\\boxed{\\neq 42}', '\\boxed{>42}', '\\boxed{\\geq 42}', '\\boxed{x > 42}',
+    '\\boxed{42+}', '\\boxed{\\text{at least }42}', '\\boxed{\\text{about 40 to }42}', '\\boxed{42\\text{ or so, maybe }43}',
+    '\\boxed{\\{42,43\\}}', '\\boxed{[42,43]}', '\\boxed{42\\pm1}', '\\boxed{\\approx 42.4}', '\\boxed{42.0001}', '\\boxed{42-}',
+    '\\boxed{-42}', '\\boxed{42x}', '\\boxed{42i}', '\\boxed{42 = 43}', '\\boxed{x}', '\\boxed{\\text{answer}}', '\\boxed{\\phantom{42}}',
+    '\\boxed{\\phantom{42}41}', '\\boxed{}42', '\\boxed{ } 42 or 41', '<think>\\boxed{42}</think>', '<think>42',
+    '<think>\\boxed{42}</think>\\boxed{}', '<think>\\boxed{42}</think> See above.', '<thinking>\\boxed{42}</thinking>',
+    '<think>42</think><answer></answer>', '</think>', '\\boxed{42}</think>', '<think>a</think><think>\\boxed{42}</think>',
+    'The answer is 41 or 42 or 43.', 'The answer is one of 41, 42, 43.', 'The answer is between 41 and 43, that is 42 or so, or 41.',
+    'The answer lies in {41, 42, 43}.', 'Answer: 41/42', 'Answer: 41-42', 'Answer: 41–42', 'Answer: 41 to 42', 'Answer: 41, 42',
+    'Answer: 41; 42', 'Answer: 41 42', 'Answer: 41\\42', 'Answer: 42 (43)', 'Answer: 42 (or 43)', 'Answer: 42? 43?',
+    'Answer: 42 if a, 43 if b', 'Answer: 42 or 42.5', 'Answer: possibly 41, 42', 'Answer: the possible values are 41, 42 and 43.',
+    'Answer: not 42', 'Answer: anything except 42', "Answer: it isn't 42", 'Answer: no idea, 41 or 42', 'Answer: 42 is not it',
+    'Answer: <42', 'Answer: >42', 'Answer: ≥42', 'Answer: ~42 or 41', 'Answer: less than 42', 'Answer: more than 42', 'Answer: under 42',
+    'Answer: up to 42', 'Answer: -42', 'Answer: minus 42', 'Answer: 42%%, 41', 'Answer: 4.2e1 or 43', 'It is probably 41, otherwise 42.',
+    'It is 41 unless it is 42.', 'Could be anything from 41 to 42.', "I'd say 41–42.", 'Somewhere around 41 or 42', '40 41 42',
+    '40, 41, 42', '40\n41\n42', '- 41\n- 42', '1) 41\n2) 42', '(a) 41 (b) 42', 'Option 1: 41. Option 2: 42.',
+    'First guess: 41. Second guess: 42.', 'Guess 1: 41, guess 2: 42', '41? 42?', '41! or 42!', 'A: 41, B: 42', 'x = 41, y = 42',
+    'x=41\nx=42', 'x = 41 or 42', 'x ∈ {41, 42}', '41 < x < 43', 'x ≠ 42', 'x is not 42', 'x never equals 42', 'nothing equals 42',
+    'there is no way that 42 is right', '42 is a wrong answer', '42 would be incorrect', "42 was my guess but it's wrong",
+    'I was told 42, which is false', '42 is excluded', 'We exclude 42', 'We reject 42.', 'So 42 is ruled out.', 'All but 42',
+    'Everything except 42', 'Any number other than 42', 'It differs from 42', 'The answer differs from 42', 'one less than 42',
+    '42 minus 1', '42 - 1', 'twice 42', 'half of 42', '42 squared', 'double 42', '42 dozen', '42 hundred', '42 thousand',
+    'the square root of 42', 'the square of 42', '1/42', '42/1000', 'the reciprocal of 42', '42 degrees or 43 degrees', '$42 or $43',
+    '$41$ or $42$', '$41, 42$', '$41$, $42$', 'either $41$, or else $42$', '\\(41\\) or \\(42\\)', '\\[41\\]\n\\[42\\]', '$x=41$ or $x=42$',
+    '$x \\ne 42$', 'not $42$', "isn't $42$", '$-42$', '$42+1$', '$\\sqrt{42}$', '10^42', '42^2', '42e3', '42 x 10^3', '不是42', '答案不是42',
+    '答案可能是41或42', '41或42', '要么41要么42', '大约41到42', '除了42', '四十一或42', '非42', '42以外', '比42大', '比42多1', 'No es 42', 'no es igual a 42',
+    'nicht 42', 'ist nicht gleich 42', 'pas 42', "n'est pas égal à 42", '42 değil', 'non è 42', 'не 42', 'не равно 42',
+    'a resposta não é 42', 'ответ не 42', '답은 42가 아닙니다', '答えは42ではない', 'The answer is 42... no, 43.', 'The answer is 42, I mean 43.',
+    'The answer is 42; wait, 43.', 'Final answer: 42. Correction: 43.', 'The answer is 42. Scratch that.',
+    'The answer is 42. Just kidding.', "The answer is 42. Actually, it's 43.",
+]
+IS_42 = [
+    'The answer is 42, not 43.', "It's 42.", 'So we have 42 in total.', 'Therefore $n=42$.', '42 apples', 'about 42',
+    'Thus there are exactly 42 ways.', 'Answer: 42 ways (by counting).', 'I get 42 as the answer.', 'We find 42, as required.',
+    'Hence, the total cost is $42.', 'The value is $42$, since $43$ fails.', "After all that, he has 42 left, which isn't bad.",
+    "There aren't any more, so 42.", "She doesn't need more than that: 42.", 'Without further ado: 42', "It's not 41; it's 42.",
+    'It is not 41 but 42.', '41 was wrong. It is 42.', 'If x were 41 it would fail; so 42.', 'So n = 6*7 = 42.', '= 42', 'n = 42.',
+    '\\[ n = 42 \\]', '**42**', 'The sum is 40 + 2 = 42.', 'Final: 42', 'the final answer is therefore 42.', 'Answer = 42', 'Answer - 42',
+    'ANSWER: 42', 'answer:42', 'The answer is:42', '答案：42', '所以是42', '一共有42人。', '因此答案是42个。', '不难看出答案是42', 'La respuesta es 42',
+    'Die Lösung ist 42', 'La réponse : 42', 'Ответ: 42', 'The correct answer is 42 because 43 is not even.', 'Answer is 42 (not 43).',
+    '\\boxed{42}. Note that 43 is not possible.', "\\boxed{42}\n\nSo the answer isn't 43.", '\\boxed{\\mathbf{42}}', '$$\\boxed{42}$$',
+    '\\[\\boxed{42}\\]', '\\boxed{42}.', '\\boxed{ 42 }', '**\\boxed{42}**', 'n=\\boxed{42}', 'n = 6 \\cdot 7 = \\boxed{42}',
+    '6 \\times 7 - 0 = \\boxed{42}', 'The total is \\boxed{42} dollars, not 43.', 'It cannot be less, so it is \\boxed{42}.',
+    'which is not prime: \\boxed{42}', 'this does not divide n, so \\boxed{42}', '\\boxed{42}\\text{ cm}^2', '\\boxed{42} cm',
+    '\\boxed{42 \\text{ cm}}', '\\boxed{42}!', '\\boxed{42}, \\boxed{42}', '\\boxed{n=42}, so \\boxed{42}',
+    'Step 1: ... = 12. Step 2: ... The result is 42',
+]
 # fmt: on
 
 
@@ -261,6 +313,16 @@ def test_right(gold, completion):
 @pytest.mark.parametrize(("gold", "completion"), WRONG)
 def test_wrong(gold, completion):
     assert rewards.math_correct([completion], [gold]) == [0.0]
+
+
+@pytest.mark.parametrize("completion", NOT_42)
+def test_what_contains_the_gold_is_not_right(completion):
+    assert rewards.math_correct([completion], ["42"]) == [0.0]
+
+
+@pytest.mark.parametrize("completion", IS_42)
+def test_what_says_the_gold_is_right(completion):
+    assert rewards.math_correct([completion], ["42"]) == [1.0]
 
 
 @pytest.mark.parametrize(
@@ -327,7 +389,7 @@ def count_calls(answer: str, gold: str) -> int:
 
 
 @pytest.mark.parametrize(
-    "mark", ["%", "!", "'", "^\\circ", "(", "{", "\\%", ";", "+1", "-", "x", "\\sqrt{"]
+    "mark", ["%", "!", "'", "^\\circ", "(", "{", "\\%", ";", "+1", "-", "x", "A B ", "\\sqrt{"]
 )
 def test_marks_in_a_row_are_judged_in_linear_work(mark):
     short, long = (count_calls("5" + mark * n, "5") for n in (50, 100))
