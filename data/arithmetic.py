@@ -75,13 +75,20 @@ def load(
         random.Random(f"arithmetic/{split}/{seed}/{name}") for name in ("mixed", "plain", "facts")
     )
     seen = set()
+    misses = 0
     while len(seen) < size:
+        if misses > 10_000:  # in a row: there may be no more
+            raise ValueError(
+                f"options.size {size}: {len(seen)} different problems are all there are"
+            )
+        misses += 1
         num_steps = rng.randint(min_steps, max_steps)
         start, changes = draw_skeleton(rng, num_steps, max_value, max_change)
         skeleton = f"{start}{''.join(f'{c:+d}' for c in changes)}"
         if split_of(skeleton) != split or skeleton in seen:
             continue
         seen.add(skeleton)
+        misses = 0
         worked = len(changes)
         if habits.random() < guess_share:
             worked = habits.randrange(len(changes))

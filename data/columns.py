@@ -44,7 +44,7 @@ def load(
     split: str = "train",
     *,
     path: str,
-    columns: dict[str, str],
+    columns: dict,
     config: str | None = None,
     kind: str | None = None,
     system: str | None = None,
@@ -136,6 +136,8 @@ def find_cell(row: dict, name: str) -> Any:
         except (KeyError, IndexError, TypeError, ValueError):
             if not done:
                 raise KeyError(key) from None
+            if value is None:
+                raise ValueError(f'the column "{done}" is null') from None
             has = range(len(value)) if isinstance(value, list) else value
             has = has if isinstance(has, dict | range) else ()
             raise ValueError(f'in "{done}": {describe_missing(key, map(str, has))}') from None

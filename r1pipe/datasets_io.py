@@ -125,9 +125,9 @@ def write_value(value: Any, what: str) -> str:
 
 
 def ask(question: str, system: str | None = None) -> list[dict[str, str]]:
-    """A question as chat messages. Raises TypeError if it is not text."""
+    """A question as chat messages. Raises ValueError if it is not text."""
     if not isinstance(question, str):
-        raise TypeError(f"the question is {type(question).__name__}, not text")
+        raise ValueError(f"the question is {type(question).__name__}, not text")
     asked = [{"role": "user", "content": question}]
     return [{"role": "system", "content": system}, *asked] if system else asked
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from r1pipe.config import ProblemSet
 from r1pipe.datasets_io import FilteredRow
 from r1pipe.errors import UserError
@@ -78,7 +80,7 @@ def read_problems(source: ProblemSet) -> Loaded:
     path = find_recipe(source.recipe)
     name = describe_recipe(source)
     load = load_function(path)
-    check_options(load, source.options, name)
+    check_options(load, source.options, name, is_ours=path.resolve().parent == SHIPPED)
     problems: list[Problem] = []
     broken: list[BrokenRow] = []
     filtered: Counter[str] = Counter()
@@ -197,8 +199,9 @@ def load_function(path: Path) -> Callable[..., Iterable[dict]]:
     return module.load
 
 
-def check_options(load: Callable, options: dict, name: str) -> None:
-    """An option that `load` does not take is an error that names the nearest one it does."""
+def check_options(load: Callable, options: dict, name: str, is_ours: bool) -> None:
+    """An option that `load` does not take is an error that names the nearest one it does; of our
+    own recipes, one of another type as well."""
     _, *parameters = inspect.signature(load).parameters.values() or (None,)
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
@@ -209,6 +212,15 @@ def check_options(load: Callable, options: dict, name: str) -> None:
     for parameter in parameters:
         if parameter.default is parameter.empty and parameter.name not in options:
             raise UserError(f'{name}: the option "{parameter.name}" is needed')
+        if is_ours and parameter.name in options:
+            value = options[parameter.name]
+            try:
+                TypeAdapter(parameter.annotation).validate_python(value, strict=True)
+            except ValidationError as error:
+                what = error.errors()[0]["msg"]
+                raise UserError(
+                    f"{name}: options.{parameter.name}: {what} (got {value!r})"
+                ) from error
 
 
 def check_row(row: object) -> Problem:
@@ -218,7 +230,10 @@ def check_row(row: object) -> Problem:
     extra = {key: value for key, value in row.items() if key not in COLUMNS}
     for column in extra:
         check_extra(column)
-    extra |= extra.pop("extra", None) or {}
+    more = extra.pop("extra", None) or {}
+    if not isinstance(more, dict):
+        raise ValueError('"extra" is a dict of further columns')
+    extra |= more
     for column in TEXTS:
         if not isinstance(row.get(column), str | None):
             raise ValueError(f'"{column}" is {type(row[column]).__name__}, not a string')

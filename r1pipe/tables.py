@@ -261,6 +261,10 @@ def open_text(path: Path) -> IO[str]:
         head = file.read(len(POINTER))
     if head == POINTER:
         raise ValueError(f"{path}: a pointer of Git LFS, not the data; fetch it with git lfs pull")
+    if head.startswith(b"PK\x03\x04"):
+        raise ValueError(
+            f"{path}: a zip archive, as Excel's files are: unpack it or save it as CSV"
+        )
     encoding = next((e for mark, e in ENCODINGS.items() if head.startswith(mark)), "utf-8")
     errors = "strict" if encoding == "utf-16" else "surrogateescape"
     return io.TextIOWrapper(unpack(path, "rb"), encoding, errors, newline="")
@@ -318,8 +322,9 @@ def parse_json(text: str) -> Any:
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and text[error.pos] in "{[":
-            raise ValueError("there is more behind the first object of the line") from error
+        if error.msg == "Extra data":
+            more = text[error.pos : error.pos + 20].strip()
+            raise ValueError(f"more behind the first object: {more}") from error
         raise
 
 
@@ -345,7 +350,7 @@ def read_csv(path: Path) -> Iterator[dict | BrokenRow]:
     with open_text(path) as file:
         blank = 0
         for head in file:
-            if head.strip():
+            if head.strip() and not head.startswith("sep="):  # Excel's
                 break
             blank += 1
         else:

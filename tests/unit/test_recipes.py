@@ -505,6 +505,7 @@ TABLES = [
     ("tabs.tsv", b"q\ta\r\n1+1?\t2\r\n2+2?\t4\r\n"),
     ("tabs.csv", b"q\ta\n1+1?\t2\n2+2?\t4\n"),
     ("semicolons.csv", b"\xef\xbb\xbfq;a\n1+1?;2\n2+2?;4\n"),
+    ("excel.csv", b"\xef\xbb\xbfsep=;\r\nq;a\r\n1+1?;2\r\n2+2?;4\r\n"),
     ("spaces.csv", b'q, a\n1+1?, 2\n"2+2?", "4"\n'),
     ("blank.csv", b"\nq,a\n\n1+1?,2\n,\n2+2?,4\n"),
     ("one.csv", b"a,q,,\n2,1+1?,,\n4,2+2?,,\n"),
@@ -526,7 +527,7 @@ BAD_TABLES = [
     ("a.csv", b"q,a,a\n1+1?,2,3\n", ['two columns are called "a"']),
     ("a.jsonl", b'{"q": "?", "a": "1", "a": "2"}', ["row 1", 'the key "a" is there twice']),
     ("a.csv", b'q,a\n1+1?,"2\n2+2?,4\n', ["row 1 (line 2): not CSV"]),
-    ("a.jsonl", ROWS.replace(b"\n", b""), ["row 1", "more behind the first object"]),
+    ("a.jsonl", ROWS.replace(b"\n", b""), ["row 1", "more behind the first object: {"]),
     ("a.json", b'{\n "q": "?"\n}\n', ["an object over several lines"]),
     ("a.json", b'[{"q": "?",]', ["a.json: not JSON"]),
     ("a.jsonl", b"", ["a.jsonl", "no rows"]),
@@ -536,6 +537,7 @@ BAD_TABLES = [
     ("a.parquet", b"no", ["a.parquet: not Parquet"]),
     ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", ["git lfs pull"]),
     ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", ["git lfs pull"]),
+    ("a.csv", b"PK\x03\x04\x14", ["a zip archive"]),
     ("a.txt", b"1+1? 2", ["not one of .jsonl"]),
 ]  # fmt: skip
 
