@@ -322,7 +322,10 @@ def read_end_ids(checkpoint: str) -> list[int]:
     config.json: those at which vLLM stops, beside the tokenizer's one."""
     for read in (GenerationConfig.from_pretrained, AutoConfig.from_pretrained):
         with contextlib.suppress(OSError, ValueError):
-            return list_ids(read(checkpoint))
+            ids = list_ids(read(checkpoint))
+            if any(not isinstance(number, int) for number in ids):
+                raise UserError(f"{checkpoint}: eos_token_id: {ids[0]!r} is no token's number")
+            return ids
     return []
 
 
@@ -382,7 +385,8 @@ def show_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         {"role": "user", "content": ASKED},
         {"role": "assistant", "content": SHOWN},
     ]
-    text = use_template(tokenizer, messages, "a question and its answer", tokenize=False)
+    name = f"{tokenizer.name_or_path}: a question and its answer"
+    text = use_template(tokenizer, messages, name, tokenize=False)
     if ASKED not in text:
         raise UserError(
             f"{tokenizer.name_or_path}: the chat template leaves out what the user says; one for "

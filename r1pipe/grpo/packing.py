@@ -153,7 +153,7 @@ def attend_packed(
     value_1KNE: Tensor,
     attention_mask: None,
     *,
-    sequence_lengths: list[int],
+    sequence_lengths: list[int] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -165,6 +165,11 @@ def attend_packed(
     a mask. A block-diagonal mask over the row would cost the square of the row's length.
     """
     grouped = key_1KND.shape[1] != query_1HND.shape[1]
+    if sequence_lengths is None:
+        raise UserError(
+            "the model's forward hands no arguments of ours to its attention, which this trainer "
+            "needs to keep it within sequences"
+        )
     parts, start = [], 0
     for length, run in groupby(sequence_lengths):
         count = len(list(run))

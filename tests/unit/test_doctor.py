@@ -394,7 +394,7 @@ def test_tokenizer_that_cannot_write_tags(project: Path) -> None:
     """As one whose padding token is a part of them."""
     change_json(project / "model" / "tokenizer_config.json", pad_token="</think>")
     trouble = find_trouble(examine())
-    assert "does not come back from the tokenizer" in trouble["grpo: tokenizers"]
+    assert "makes '<think>1' of '<think>1</think>'" in trouble["grpo: tokenizers"]
 
 
 def test_weights_that_are_not_whole(project: Path) -> None:
@@ -471,6 +471,12 @@ def test_system_prompts_that_the_template_refuses_or_leaves_out(project: Path) -
 def test_template_for_content_in_parts(project: Path) -> None:
     write_template("{% for m in messages %}{{ m.content[0].text }}{% endfor %}")
     assert "leaves out what the user says" in find_trouble(examine())["grpo: tokenizers"]
+    values = yaml.safe_load(Path("mine.yaml").read_text())
+    values["stages"].append({**values["stages"][0], "name": "second"})
+    Path("mine.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError) as told:  # once, though both stages read the model
+        Preflight(load(), LARGE, load().stages, ProblemSets(load().run_dir))
+    assert str(told.value).count("leaves out what the user says") == 1
 
 
 def test_settings_that_make_no_model_are_known_before_any_stage_runs(project: Path) -> None:

@@ -112,6 +112,9 @@ def test_end_token_that_the_tokenizer_does_not_name(
     change_json(checkpoint / "tokenizer_config.json", eos_token=None, pad_token=None)
     loaded = load_tokenizer(str(checkpoint))
     assert (loaded.eos_token, loaded.pad_token) == ("<|end|>", "<|end|>")
+    change_json(checkpoint / "generation_config.json", eos_token_id="1")
+    with pytest.raises(UserError, match="eos_token_id: '1' is no token's number"):
+        read_end_ids(str(checkpoint))
     change_json(checkpoint / "generation_config.json", eos_token_id=None)
     with pytest.raises(UserError, match="no end token: set eos_token in its tokenizer_config"):
         load_tokenizer(str(checkpoint))
