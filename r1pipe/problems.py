@@ -247,13 +247,24 @@ def check_row(row: object) -> Problem:
         raise ValueError(f'(id {row["id"]}): no "{NEEDED[row["kind"]]}"')
     values = {c: row[c] for c in COLUMNS if c in row} | {"extra": extra or None}
     values |= {"source": row.get("source") or "", "category": row.get("category") or ""}
+    check_writable(values)
+    return Problem(**values)
+
+
+def check_writable(values: dict) -> None:
+    """Raises ValueError for what cannot be kept as JSON in UTF-8."""
+    texts = [*(values.get(column) for column in TEXTS), *(m["content"] for m in values["prompt"])]
+    others = [values.get("tests"), values["extra"], *(m for m in values["prompt"] if len(m) > 2)]
     try:
-        json.dumps(list(values.values()), ensure_ascii=False).encode()
+        if any(others):
+            texts.append(json.dumps(others, ensure_ascii=False))
+        for text in texts:
+            if text and not text.isascii():
+                text.encode()
     except UnicodeEncodeError as error:
         raise ValueError("half of a character (a lone surrogate such as \\ud83d)") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"cannot be written as JSON: {first_line(error)}") from error
-    return Problem(**values)
 
 
 @functools.cache

@@ -272,6 +272,8 @@ def open_text(path: Path) -> IO[str]:
 
 def refuse_bytes(text: str) -> None:
     """Raises ValueError for what is no UTF-8."""
+    if text.isascii():
+        return
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -318,7 +320,7 @@ def read_array(path: Path, text: str) -> Iterator[dict | BrokenRow]:
 def parse_json(text: str) -> Any:
     refuse_bytes(text)
     try:
-        return json.loads(text, object_pairs_hook=make_object)
+        return DECODER.decode(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     except json.JSONDecodeError as error:
@@ -336,6 +338,9 @@ def make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f'the key "{twice}" is there twice')
     return values
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=make_object)
 
 
 def check_object(row: Any, number: int, place: str) -> Row | BrokenRow:
