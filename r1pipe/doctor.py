@@ -189,7 +189,7 @@ class Doctor:
         from r1pipe.models import pick_device
         from r1pipe.rollout import (
             check_architecture,
-            check_cpu_attention,
+            check_engine,
             require_moe_layers,
             set_environment,
         )
@@ -204,10 +204,10 @@ class Doctor:
             if isinstance(stage, OnPolicy) and stage.routing_replay:
                 layers = f"; {len(require_moe_layers(config))} layers replayed"
             device = pick_device(self.recipe.device)
-            if device.type == "cpu":
-                check_cpu_attention(config)
+            engine, trains = self.recipe.engine, isinstance(stage, OnPolicy)
+            check_engine(name, config, engine, device.type, self.devices.count, trains)
             if self.thorough:
-                set_environment(config, device)
+                set_environment(config, device, self.recipe.dtype)
                 check_architecture(name, config)
             good.append(f"{name} ({config.model_type})")
         if good and self.thorough:

@@ -12,17 +12,12 @@ class Quirks:
     """Keys that vLLM reads from config.json and transformers does not declare."""
     cpu_engine: dict[str, Any] = field(default_factory=dict)
     """Arguments of vLLM's LLM on CPU."""
-    cpu_environment: dict[str, str] = field(default_factory=dict)
-    """Environment variables of vLLM on CPU."""
 
 
 DEEPSEEK_CPU = {
     # vLLM's CPU rotary kernel mishandles the 3-D queries of DeepSeek's attention (log-prob errors
     # up to 5.6); its native PyTorch version is right.
     "cpu_engine": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}},
-    # The CPU's MLA kernels want a latent of 512 + 64 or bf16; without MLA vLLM computes the same
-    # attention from the expanded keys and values.
-    "cpu_environment": {"VLLM_MLA_DISABLE": "1"},
 }
 
 QUIRKS: dict[str, Quirks] = {
@@ -35,3 +30,20 @@ QUIRKS: dict[str, Quirks] = {
 
 def find_quirks(model_type: str) -> Quirks:
     return QUIRKS.get(model_type, Quirks())
+
+
+MLA_HEADS = ((128, 64, 128), (192, 64, 256), (64, 64, 128), (256, 0, 256))
+"""(qk_nope, qk_rope, v) head sizes for which vLLM's MLA can read a prompt on a GPU, in bf16."""
+
+
+def has_mla(config: Any, device_type: str, dtype: str) -> bool:
+    """Whether vLLM can compute multi-head latent attention of this model in the latent. Without,
+    it computes the same attention from the expanded keys and values.
+
+    The CPU's kernels want a latent of 512 + 64 or bf16, the GPU's bf16 and certain heads. True of
+    models that have no latent.
+    """
+    if not getattr(config, "kv_lora_rank", None):
+        return True
+    heads = tuple(getattr(config, f"{n}_head_dim", 0) for n in ("qk_nope", "qk_rope", "v"))
+    return device_type != "cpu" and dtype == "bfloat16" and heads in MLA_HEADS

@@ -8,15 +8,19 @@ import gc
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 from safetensors import safe_open
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -28,23 +32,31 @@ from r1pipe.models import (
     check_length,
     check_weights,
     encode_prompt,
+    fast_training_kernels,
     find_opening,
     find_strays,
     first_line,
     join_end_ids,
     list_weights,
+    load_model,
     load_tokenizer,
     read_end_ids,
     show_turn,
 )
 from r1pipe.moe import find_moe_layers
 from r1pipe.phases import beat, phase
-from r1pipe.quirks import find_quirks
+from r1pipe.progress import say
+from r1pipe.quirks import find_quirks, has_mla
 from r1pipe.records import Problem, Rollout
 from r1pipe.routes import RouteCapture
 
-CPU_QK_HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """What vLLM's CPU attention kernel is compiled for."""
+PROBE_PROMPTS = ("What is 3 + 4?", "Count to 5.", "Why is the sky blue?", "x + 2 = 9. x = ?")
+PROBE_TOKENS = 16
+PROBE_LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
+"""Mean |log-probability difference| beyond which a reload is taken to have failed. In bf16 two
+right engines differ by about 1e-2; the wrong ones that were seen differed by 0.2 to 5.6."""
 
 
 def derive_seed(*parts: object) -> int:
@@ -75,23 +87,26 @@ class Sampler:
         # On CPU they are recorded from outside, in any engine.
         self.can_return_routes = with_routes or device.type == "cpu"
         check_files(checkpoint)
+        self.dtype = dtype
         self.open_tokenizer(checkpoint)
         self.config = config = read_config(checkpoint)
-        self.architecture = describe_architecture(config)
+        self.kind = describe_kind(config, self.end_ids)
+        check_engine(checkpoint, config, settings, device.type, distributed.world_size())
         if with_routes:
             require_moe_layers(config)
-        set_environment(config, device, with_routes)
+        set_environment(config, device, dtype, with_routes)
         # Imported late and here only: vLLM reads its environment at import.
         from vllm import LLM
 
         check_architecture(checkpoint, config)
         try:
-            self.llm = LLM(
-                checkpoint,
-                **engine_arguments(config, settings, dtype, device, with_routes),
-            )
+            with routes_on_every_rank(settings.tensor_parallel_size if with_routes else 1):
+                self.llm = LLM(
+                    checkpoint,
+                    **engine_arguments(config, settings, dtype, device, with_routes),
+                )
         except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
-            raise UserError(f"{checkpoint}: vLLM cannot run it: {first_line(error)}") from error
+            raise UserError(f"{checkpoint}: vLLM cannot run it: {describe(error)}") from error
         self.max_model_len = self.llm.llm_engine.model_config.max_model_len
         self._capture: RouteCapture | None = None
         self._moe_layers: list[int] = []
@@ -111,8 +126,6 @@ class Sampler:
             raise RuntimeError("the sampler was opened without routes")
         self._moe_layers = require_moe_layers(self.config)
         if self.device.type == "cpu" and self._capture is None:
-            if distributed.alone() and self.settings.tensor_parallel_size > 1:
-                raise UserError("routing_replay on CPU needs engine.tensor_parallel_size 1")
             runner = self.llm.collective_rpc(lambda worker: worker.model_runner)[0]
             self._capture = RouteCapture(runner)
 
@@ -153,14 +166,13 @@ class Sampler:
         plan = self._plan(problems, num_samples, sampling, seed_parts)
         plan = plan[problems_here.start * num_samples : problems_here.stop * num_samples]
         finished = [(have or {}).get((problem.id, number)) for problem, _, number, _ in plan]
-        results: list[Any] = [None] * len(plan)
-        requests = {
-            place: (ids, self._parameters(sampling, seed, with_routes))
-            for place, (_, ids, _, seed) in enumerate(plan)
-            if finished[place] is None
-        }
+        new = [place for place, rollout in enumerate(finished) if rollout is None]
+        requests = (
+            (place, plan[place][1], self._parameters(sampling, plan[place][3], with_routes))
+            for place in new
+        )
         missing = [0] * len(problems_here)
-        for place in requests:
+        for place in new:
             missing[place // num_samples] += 1
 
         def tell(group: int) -> None:
@@ -172,15 +184,17 @@ class Sampler:
         with self._capture.recording() if with_routes and self._capture else nullcontext():
             for place, result in self._run(requests):
                 problem, ids, number, _ = plan[place]
-                results[place] = result
-                finished[place] = self._read(result, problem, ids, number)
+                rollout = finished[place] = self._read(result, problem, ids, number)
+                if with_routes and self._capture is None:
+                    rollout.routes = self._take_routes(result)
                 if on_sample:
-                    on_sample(finished[place])
+                    on_sample(rollout)
                 missing[place // num_samples] -= 1
                 tell(place // num_samples)
-        if with_routes:
-            for rollout, routes in zip(finished, self._routes(results), strict=True):
-                rollout.routes = routes
+        if with_routes and self._capture is not None:
+            routes = self._capture.collect({str(i): count_routes(finished[i]) for i in new})
+            for place in new:
+                finished[place].routes = routes[str(place)]
         return finished
 
     def _plan(
@@ -225,17 +239,20 @@ class Sampler:
             skip_reading_prefix_cache=with_routes and self._capture is not None,
         )
 
-    def _run(self, requests: dict[int, tuple[list[int], Any]]) -> Iterator[tuple[int, Any]]:
-        """vLLM's results of prompts and parameters as they come, each with its request's place."""
+    def _run(self, requests: Iterable[tuple[int, list[int], Any]]) -> Iterator[tuple[int, Any]]:
+        """vLLM's results as they come, each with its request's place. `requests`: places, prompts
+        and parameters, of which the engine gets so many at a time that it never waits for more."""
         from vllm.inputs import tokens_input
 
         engine = self.llm.llm_engine
-        waiting = set()
+        coming, waiting = iter(requests), set()
         try:
-            for place, (ids, wanted) in requests.items():
-                engine.add_request(str(place), tokens_input(ids), wanted)
-                waiting.add(str(place))
-            while engine.has_unfinished_requests():
+            while True:
+                for place, ids, wanted in islice(coming, self._queue_size - len(waiting)):
+                    engine.add_request(str(place), tokens_input(ids), wanted)
+                    waiting.add(str(place))
+                if not engine.has_unfinished_requests():
+                    break
                 results = engine.step()
                 beat()
                 for result in results:
@@ -249,6 +266,12 @@ class Sampler:
     def find_opening(self, prompt_ids: list[int]) -> str:
         """What the chat template has begun of the completion, such as <think>."""
         return find_opening(self.tokenizer, prompt_ids, self._header)
+
+    @property
+    def _queue_size(self) -> int:
+        """As many again as can run: a step admits no more, so what runs together is what it would
+        be with all of them in the queue."""
+        return 2 * self.settings.max_num_seqs
 
     @property
     def opened_tag(self) -> str:
@@ -269,7 +292,7 @@ class Sampler:
         parameters.max_tokens = min(parameters.max_tokens, room)
         parameters.output_kind = RequestOutputKind.DELTA
         parameters.detokenize = True
-        for _, result in self._run({0: (ids, parameters)}):
+        for _, result in self._run([(0, ids, parameters)]):
             yield result.outputs[0].text
 
     def _read(self, result: Any, problem: Problem, prompt_ids: list[int], number: int) -> Rollout:
@@ -287,29 +310,19 @@ class Sampler:
             finish_reason=output.finish_reason,
         )
 
-    def _routes(self, results: list) -> list[np.ndarray]:
-        """Routes `[prompt + completion - 1, L, K]` of each result, L its mixture-of-experts layers.
-
-        Raises RuntimeError if the sampler was not opened with them.
-        """
-        lengths = {
-            result.request_id: len(result.prompt_token_ids) + len(result.outputs[0].token_ids) - 1
-            for result in results
-        }
-        if self._capture is not None:
-            routes = self._capture.collect(lengths)
-            return [routes[result.request_id] for result in results]
+    def _take_routes(self, result: Any) -> np.ndarray:
+        """Those that vLLM returns, `[prompt + completion - 1, L, K]`, L its mixture-of-experts
+        layers. Raises RuntimeError if the sampler was not opened with them."""
         if not self._moe_layers:
             raise RuntimeError("the sampler was opened without routes")
-        routes = []
-        for result in results:
-            rows, length = result.outputs[0].routed_experts, lengths[result.request_id]
-            if rows is None or len(rows) < length:
-                found = 0 if rows is None else len(rows)
-                raise RuntimeError(f"vLLM returned the routes of {found} of {length} tokens")
-            # It has a column for every decoder layer, those of the dense ones unused.
-            routes.append(rows[:length, self._moe_layers])
-        return routes
+        output = result.outputs[0]
+        rows = output.routed_experts
+        length = len(result.prompt_token_ids) + len(output.token_ids) - 1
+        if rows is None or len(rows) < length:
+            found = 0 if rows is None else len(rows)
+            raise RuntimeError(f"vLLM returned the routes of {found} of {length} tokens")
+        # It has a column for every decoder layer, those of the dense ones unused.
+        return rows[:length, self._moe_layers]
 
     def own_part(self, num_problems: int) -> slice:
         """Which of so many problems this rank's engine samples. The ranks of a tensor-parallel
@@ -332,14 +345,38 @@ class Sampler:
             # then computes with the wrong layout, silently (log-prob error 1.4). Without a kernel
             # it builds a new one.
             self.llm.apply_model(drop_expert_kernels)
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        (absent,) = self.llm.collective_rpc(reload_weights, args=(iter(weights),))
+        if absent:
+            more = f" and {len(absent) - 1} more layers" if len(absent) > 1 else ""
+            raise UserError(f"vLLM was given no weights of {absent[0]}{more}")
         if self.device.type == "cpu":
             self.llm.apply_model(repack_tied_head)
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM has kept keys and values of the weights before")
 
     def load_checkpoint(self, checkpoint: str) -> None:
-        """Take over the weights of another checkpoint of the same architecture."""
+        """Take over the weights of another checkpoint of the same kind, and its tokenizer."""
+        self.open_tokenizer(checkpoint)
         self.load_weights(read_weights(Path(checkpoint)))
+
+    def probe(self, checkpoint: str) -> float | None:
+        """Mean |log-probability - that of the checkpoint in transformers| of a few tokens of every
+        rank's engine; None where transformers cannot load it, or memory is too short to."""
+        problems = [
+            Problem(str(n), "", [{"role": "user", "content": text}])
+            for n, text in enumerate(PROBE_PROMPTS)
+        ]
+        length = min(PROBE_TOKENS, self.max_model_len // 2)
+        try:
+            sampling = Sampling(max_completion_length=length)
+            own = self.generate(problems, 1, sampling, ("probe", distributed.rank()))
+        except UserError:  # a context too short for these prompts
+            own = []
+        by_rank = distributed.gather_to_first(own)
+        rollouts = [rollout for part in by_rank for rollout in part]
+        return distributed.on_first_rank(
+            lambda: measure_difference(checkpoint, rollouts, self.dtype, self.device)
+        )
 
     def close(self) -> None:
         """Free the engine, so that another can take its memory."""
@@ -370,18 +407,31 @@ class Engines:
     @phase("starting vLLM")
     def open(self, checkpoint: str, with_routes: bool = False) -> Sampler:
         """A sampler with this checkpoint's weights, `with_routes` one that can return routes."""
-        if self._sampler is not None and Path(checkpoint).is_dir():
-            same = describe_architecture(read_config(checkpoint)) == self._sampler.architecture
-            if same and self._sampler.can_return_routes >= with_routes:
-                self._sampler.load_checkpoint(checkpoint)
+        if self._sampler is not None and self._can_reload(checkpoint, with_routes):
+            self._sampler.load_checkpoint(checkpoint)
+            diff = self._sampler.probe(checkpoint)
+            if diff is not None and diff <= PROBE_LIMITS[self.dtype]:
                 if with_routes:
                     self._sampler.prepare_routes()
                 return self._sampler
+            if diff is not None:
+                say(f"{checkpoint}: reloaded, vLLM is {diff:.1e} off (mean |dlogp|): started anew")
         self.close()
         self._sampler = Sampler(
             checkpoint, self.settings, self.dtype, self.device, with_routes, self.chat_template
         )
         return self._sampler
+
+    def _can_reload(self, checkpoint: str, with_routes: bool) -> bool:
+        # An engine that one process has on several devices has processes of its own, which weights
+        # from here do not reach.
+        if distributed.alone() and self.settings.tensor_parallel_size > 1:
+            return False
+        if self._sampler.can_return_routes < with_routes or not Path(checkpoint).is_dir():
+            return False
+        tokenizer = load_tokenizer(checkpoint, self.chat_template)
+        end_ids = join_end_ids(tokenizer, read_end_ids(checkpoint))
+        return describe_kind(read_config(checkpoint), end_ids) == self._sampler.kind
 
     def close(self) -> None:
         if self._sampler is not None:
@@ -416,11 +466,6 @@ def engine_arguments(
         # An engine per rank, or per `tensor_parallel_size` neighbouring ranks, on the trainer's
         # process group: with any other backend every engine would take the machine's first GPU.
         arguments["distributed_executor_backend"] = "external_launcher"
-        if distributed.world_size() % settings.tensor_parallel_size:
-            raise UserError(
-                f"engine.tensor_parallel_size: {distributed.world_size()} processes cannot be "
-                f"grouped by {settings.tensor_parallel_size}"
-            )
     if settings.kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
     if device.type == "cpu":
@@ -449,7 +494,8 @@ def server_command(
     parser works on ids."""
     check_files(checkpoint)
     config = read_config(checkpoint)
-    set_environment(config, device)
+    check_engine(checkpoint, config, settings, device.type, num_processes=1)
+    set_environment(config, device, dtype)
     os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING")  # the server's engine has its own process
     arguments = engine_arguments(config, settings, dtype, device)
     # It serves: what its log-probs are of is the caller's business, who expects the model's own.
@@ -469,8 +515,11 @@ def server_command(
     return command
 
 
-def set_environment(config: Any, device: torch.device, with_routes: bool = False) -> None:
-    """What vLLM reads from the environment. A value that the user has set stays."""
+def set_environment(
+    config: Any, device: torch.device, dtype: str, with_routes: bool = False
+) -> None:
+    """What vLLM reads from the environment. A value that the user has set stays; what an earlier
+    engine needed and this one does not is taken back."""
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -480,22 +529,86 @@ def set_environment(config: Any, device: torch.device, with_routes: bool = False
         # vLLM would keep one core free and bind its threads to the others; in one process with
         # the trainer, which waits while it samples, both use all cores.
         wanted |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-        wanted |= find_quirks(config.model_type).cpu_environment
-        check_cpu_attention(config)
     elif with_routes:
         wanted["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # the one that returns routes
+    if device.type == "cuda" and dtype == "float32":
+        # Triton's kernels for attention and experts would round products to TF32's ten bits.
+        wanted["TRITON_F32_DEFAULT"] = "ieee"
+    if not has_mla(config, device.type, dtype):
+        wanted["VLLM_MLA_DISABLE"] = "1"
+    for name in _own_variables - wanted.keys():
+        os.environ.pop(name, None)
+    _own_variables.intersection_update(wanted)
     for name, value in wanted.items():
-        os.environ.setdefault(name, value)
+        if name not in os.environ:
+            os.environ[name] = value
+            _own_variables.add(name)
+    if "vllm.envs" in sys.modules:  # an engine has been here, and has read them once and for all
+        sys.modules["vllm.envs"].disable_envs_cache()
 
 
-def check_cpu_attention(config: Any) -> None:
+_own_variables: set[str] = set()
+
+
+def check_engine(
+    name: str,
+    config: Any,
+    settings: Engine,
+    device_type: str,
+    num_processes: int,
+    trains: bool = False,
+) -> None:
+    """Raises UserError for what vLLM would refuse, or not survive, as far as a model's config
+    tells. `trains`: whether a stage sends the engine new weights. Imports no vLLM.
+    """
+    size = settings.tensor_parallel_size
+    if num_processes % size and (trains or num_processes > 1):
+        raise UserError(
+            f"engine.tensor_parallel_size {size}: {num_processes} process"
+            f"{'es' * (num_processes > 1)} cannot be grouped by {size}: start as many with NPROC"
+        )
+    text = config.get_text_config()
+    if heads := getattr(text, "num_attention_heads", None):
+        if heads % size:
+            raise UserError(
+                f"engine.tensor_parallel_size {size}: the {heads} attention heads of {name} cannot "
+                "be shared out evenly"
+            )
+        if device_type == "cpu":
+            check_cpu_attention(name, text)
+    longest = find_longest_context(text)
+    if settings.max_model_len and longest and settings.max_model_len > longest:
+        raise UserError(
+            f"engine.max_model_len {settings.max_model_len} is more than the context of {name}, "
+            f"{longest} tokens: lower it"
+        )
+
+
+def check_cpu_attention(name: str, config: Any) -> None:
     """Raises UserError for a head size that vLLM's CPU attention would refuse with a riddle."""
     rope, nope = (getattr(config, f"qk_{part}_head_dim", None) for part in ("rope", "nope"))
-    if rope and nope and rope + nope not in CPU_QK_HEAD_DIMS:
+    if rope and nope:
+        key, size = "qk_nope_head_dim + qk_rope_head_dim", rope + nope
+    elif size := getattr(config, "head_dim", None):
+        key = "head_dim"
+    else:
+        key = "hidden_size / num_attention_heads"
+        size = config.hidden_size // config.num_attention_heads
+    if size not in CPU_HEAD_SIZES:
         raise UserError(
-            f"model: qk_nope_head_dim + qk_rope_head_dim is {nope + rope}; on CPU vLLM needs one "
-            f"of {', '.join(map(str, CPU_QK_HEAD_DIMS))}"
+            f"{name}: {key} is {size}; on CPU vLLM's attention needs one of "
+            f"{', '.join(map(str, CPU_HEAD_SIZES))}"
         )
+
+
+def find_longest_context(config: Any) -> int | None:
+    """How long sequences may be, with what a scaled rotary embedding adds; None if nothing says."""
+    longest = getattr(config, "max_position_embeddings", None)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    # Some have one for each kind of layer.
+    parts = [scaling, *(part for part in scaling.values() if isinstance(part, dict))]
+    factor = max(float(part.get("factor") or 1.0) for part in parts)
+    return longest and int(longest * max(1.0, factor))
 
 
 def check_architecture(checkpoint: str, config: Any) -> None:
@@ -510,6 +623,49 @@ def check_architecture(checkpoint: str, config: Any) -> None:
         raise UserError(
             f"{checkpoint}: vLLM cannot run the architecture {', '.join(architectures)}"
         )
+
+
+def routes_on_every_rank(tensor_parallel_size: int) -> AbstractContextManager:
+    """Within it, an engine is built of which every rank can return routes.
+
+    vLLM hands them out on the first rank of a tensor-parallel group, where an engine of its own
+    processes asks for them. Under external_launcher every rank is an engine, and asks its own.
+    """
+    if tensor_parallel_size == 1 or distributed.alone():
+        return nullcontext()
+    return mock.patch(
+        "vllm.distributed.aux_output_connector.worker.get_tp_group",
+        return_value=SimpleNamespace(is_first_rank=True),
+    )
+
+
+def reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
+    """Run inside the engine: vLLM's layer-wise reload. Returns the layers that got no weights and
+    so have kept their old ones, which vLLM only logs."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    model = worker.get_model()
+    load, absent = model.load_weights, []
+
+    def load_and_look(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
+        loaded = load(weights)
+        tied = getattr(model.config, "tie_word_embeddings", False)
+        for name, layer in model.named_modules():
+            info = get_layerwise_info(layer)
+            # What is whole has been put in its place by now, and waits no more.
+            waits = info.can_load() and not info.load_numel
+            if waits and any(True for _ in layer.parameters(recurse=False)):
+                absent.append(name)
+        if tied and "lm_head" in absent:
+            absent.remove("lm_head")
+        return loaded
+
+    model.load_weights = load_and_look
+    try:
+        worker.reload_weights(weights_iterator=weights)
+    finally:
+        del model.load_weights  # the instance's; the class has its own
+    return absent
 
 
 def drop_expert_kernels(model: torch.nn.Module) -> None:
@@ -555,14 +711,61 @@ def require_moe_layers(config: Any) -> list[int]:
     return layers
 
 
-def describe_architecture(config: Any) -> str:
-    """Equal for two checkpoints if and only if one's weights fit the other's engine."""
+def describe_kind(config: Any, end_ids: list[int]) -> str:
+    """Equal for two checkpoints if and only if one's weights fit the other's engine, and end where
+    the engine ends: vLLM reads end tokens once. Prompts come as token ids, so chat template and
+    vocabulary do not matter to it."""
     values = {
         key: value
         for key, value in config.to_dict().items()
         if key not in ("_name_or_path", "transformers_version", "dtype")
     }
-    return json.dumps(values, sort_keys=True, default=str)
+    return json.dumps([values, sorted(end_ids)], sort_keys=True, default=str)
+
+
+@torch.no_grad()
+def measure_difference(
+    checkpoint: str, rollouts: list[Rollout], dtype: str, device: torch.device
+) -> float | None:
+    """Mean |sampler - transformers| log-probability; see Sampler.probe."""
+    size = sum(file.stat().st_size for file in list_weights(Path(checkpoint)))
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.5 * size:
+        device = torch.device("cpu")
+    if not rollouts or (device.type == "cpu" and available_memory() < 2 * size):
+        return None
+    try:
+        model = load_model(checkpoint, device, dtype=getattr(torch, dtype)).eval()
+    except UserError:
+        return None
+    diffs = []
+    with fast_training_kernels(device, dtype):
+        for rollout in rollouts:
+            ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids], device=device)
+            logits_NV = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            logprobs_N = logits_NV.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+            sampled = torch.tensor(rollout.logprobs, device=device)
+            diffs.append((logprobs_N[-len(sampled) :] - sampled).abs())
+    return float(torch.cat(diffs).mean())
+
+
+def available_memory() -> int:
+    """Bytes of the machine's memory that can be had, the file cache's included."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024 if found else 0
+
+
+def count_routes(rollout: Rollout) -> int:
+    """Tokens that the sampler has read."""
+    return len(rollout.prompt_ids) + len(rollout.completion_ids) - 1
+
+
+def describe(error: Exception) -> str:
+    """What is wrong, in one line: pydantic begins with a count."""
+    problems = error.errors() if isinstance(error, ValidationError) else []
+    if problems:
+        message = problems[0]["msg"].removeprefix("Value error, ").strip()
+        return message.splitlines()[0]
+    return first_line(error)
 
 
 def read_weights(folder: Path) -> Iterable[tuple[str, torch.Tensor]]:

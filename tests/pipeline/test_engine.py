@@ -4,6 +4,7 @@ Every test here failed before the line in rollout.py or models.py that it names.
 vLLM; each is started once for the module.
 """
 
+import gc
 import json
 import os
 from collections.abc import Iterator
@@ -219,6 +220,104 @@ def test_all_cores_sample_and_train(opened: tuple) -> None:
     assert len(os.sched_getaffinity(0)) == torch.get_num_threads() == os.cpu_count()
 
 
+def test_requests_and_results_are_let_go(opened: tuple, problems: list[Problem]) -> None:
+    """Of many samples the engine has few at a time, and their results are read and dropped."""
+    _, _, sampler = opened
+    engine = sampler.llm.llm_engine
+    seen: list[tuple[int, int]] = []
+
+    def look(rollout: Rollout) -> None:
+        results = sum(type(o).__name__ == "RequestOutput" for o in gc.get_objects())
+        seen.append((engine.get_num_unfinished_requests(), results))
+
+    few = Sampling(max_completion_length=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampler, "settings", SETTINGS.model_copy(update={"max_num_seqs": 4}))
+        rollouts = sampler.generate(problems[:4], 12, few, (0,), on_sample=look)
+    assert len(seen) == 48
+    assert max(unfinished for unfinished, _ in seen) <= 8
+    # One engine step's, at most as many as run.
+    assert max(results for _, results in seen) <= 8
+    assert rollouts == sampler.generate(problems[:4], 12, few, (0,))
+
+
+def test_weights_that_are_missing_are_named(opened: tuple) -> None:
+    """vLLM only logs them, at a level that is not shown."""
+    _, model, sampler = opened
+    name = "model.layers.1.input_layernorm"
+    with pytest.raises(UserError, match=rf"no weights of {name}$"):
+        sampler.load_weights((n, w) for n, w in export_weights(model) if name not in n)
+    sampler.load_weights(export_weights(model))
+
+
+def test_a_kept_prefix_cache_is_an_error(opened: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model, sampler = opened
+    monkeypatch.setattr(sampler.llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(RuntimeError, match="keys and values"):
+        sampler.load_weights(export_weights(model))
+
+
+def test_a_reused_engine_takes_over_the_tokenizer(
+    engines: Engines, tokenizer: object, tmp_path: Path
+) -> None:
+    """Two fine-tunes of one architecture: their templates differ, their end tokens may."""
+    folders = [tmp_path / name for name in ("one", "template", "ends")]
+    for seed, folder in enumerate(folders):
+        save_checkpoint(make_model("llama", tokenizer, seed), tokenizer, folder)
+    template = folders[1] / "chat_template.jinja"
+    template.write_text(
+        template.read_text().replace("<|{{ message.role }}|>", "[{{message.role}}]")
+    )
+    ends = json.loads((folders[2] / "generation_config.json").read_text())
+    ends["eos_token_id"] = [ends["eos_token_id"], 7]
+    (folders[2] / "generation_config.json").write_text(json.dumps(ends))
+    question = Problem("q", "math", [{"role": "user", "content": "1 + 1?"}])
+    first = engines.open(str(folders[0]))
+    (before,) = first.encode([question], 4)
+    assert engines.open(str(folders[1])) is first
+    (after,) = first.encode([question], 4)
+    assert first.tokenizer.decode(after).startswith("[user]1 + 1?")
+    assert before != after
+    third = engines.open(str(folders[2]))
+    assert third is not first
+    rollouts = third.generate([question], 64, SAMPLING, (0,))
+    ended = {r.completion_ids[-1] for r in rollouts if r.finish_reason == "stop"}
+    assert 7 in ended
+
+
+def test_a_reload_that_goes_wrong_gives_way_to_a_new_engine(
+    engines: Engines,
+    tokenizer: object,
+    problems: list[Problem],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture,
+) -> None:
+    """As it would without the line that rebuilds the experts' kernels."""
+    models = [make_model("qwen3_moe", tokenizer, seed) for seed in range(2)]
+    for number, model in enumerate(models):
+        save_checkpoint(model, tokenizer, tmp_path / str(number))
+    first = engines.open(str(tmp_path / "0"))
+    monkeypatch.setattr("r1pipe.rollout.drop_expert_kernels", lambda model: None)
+    second = engines.open(str(tmp_path / "1"))
+    assert second is not first
+    assert "started anew" in capfd.readouterr().err
+    assert logprob_diff(models[1], second.generate(problems, 1, SAMPLING, (0,))) < LIMIT
+
+
+def test_a_context_beyond_the_models_is_told(
+    tokenizer: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By us, and, where we do not know, in vLLM's words, not in pydantic's count of errors."""
+    save_checkpoint(make_model("llama", tokenizer, 0), tokenizer, tmp_path)
+    settings = SETTINGS.model_copy(update={"max_model_len": 4096})
+    with pytest.raises(UserError, match=r"max_model_len 4096 is more than the context of .*, 256"):
+        Sampler(str(tmp_path), settings, "float32", CPU)
+    monkeypatch.setattr("r1pipe.rollout.check_engine", lambda *arguments: None)
+    with pytest.raises(UserError, match=r"vLLM cannot run it: .*max_model_len .*4096"):
+        Sampler(str(tmp_path), settings, "float32", CPU)
+
+
 def test_prompt_that_does_not_fit_is_named(opened: tuple, problems: list[Problem]) -> None:
     _, _, sampler = opened
     long = Problem(
@@ -241,7 +340,7 @@ def test_checkpoint_has_what_vllm_reads(tokenizer: object, tmp_path: Path) -> No
 def test_head_size_that_the_cpu_kernel_refuses(tokenizer: object, tmp_path: Path) -> None:
     settings = {**ARCHITECTURES["deepseek_v3"], "qk_nope_head_dim": 20, "qk_rope_head_dim": 20}
     save_checkpoint(build_model(settings, tokenizer, 0), tokenizer, tmp_path)
-    with pytest.raises(UserError, match="qk_rope_head_dim is 40; on CPU vLLM needs one of 32"):
+    with pytest.raises(UserError, match="qk_rope_head_dim is 40; on CPU"):
         Sampler(str(tmp_path), SETTINGS, "float32", CPU)
 
 

@@ -3,8 +3,11 @@
 Engines are real vLLM; each is started once for the module.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,9 +21,10 @@ from r1pipe.grpo.packing import PackedBatch, Sample, pack
 from r1pipe.models import build_model, build_tokenizer, export_weights, load_model, save_checkpoint
 from r1pipe.moe import ExpertLoad, find_routers, number_packed, pack_routes, replaying
 from r1pipe.problems import load_problems
-from r1pipe.records import Problem, Rollout
-from r1pipe.rollout import Engines, Sampler
+from r1pipe.records import Problem, Rollout, read_jsonl
+from r1pipe.rollout import Engines, Sampler, routes_on_every_rank
 
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 SETTINGS = Engine(max_model_len=128, kv_cache_gib=0.25)
 SAMPLING = Sampling(max_completion_length=16)
@@ -214,3 +218,96 @@ def test_a_dense_model_has_no_routes(problems: list[Problem], tmp_path: Path) ->
         assert sampler.generate(problems[:1], 1, SAMPLING, (0,), with_routes=True)[0].routes.any()
     finally:
         engines.close()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_of_a_tensor_parallel_group_returns_routes(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's own worker of a GPU, with a group that is made up: on all ranks but the first it would
+    have no routes, and the scheduler of that rank would stop at an assertion."""
+    from vllm.distributed.aux_output_connector import connector, worker
+    from vllm.model_executor.layers.fused_moe import routed_experts_capturer
+
+    class Router(torch.nn.Module):
+        layer_id, capture_fn = 0, None
+
+    context = SimpleNamespace(dp_metadata=None)
+    group = SimpleNamespace(is_first_rank=rank == 0)
+    monkeypatch.setattr(routed_experts_capturer, "get_forward_context", lambda: context)
+    monkeypatch.setattr(worker, "resolve_kv_cache_block_sizes", lambda *configs: (4, 4))
+    monkeypatch.setattr(worker, "get_tp_group", lambda: group)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64, max_num_seqs=4),
+        model_config=SimpleNamespace(
+            get_total_num_hidden_layers=lambda: 1,
+            get_num_experts=lambda: 8,
+            get_num_experts_per_tok=lambda: 2,
+            hf_text_config=SimpleNamespace(model_type="qwen3_moe"),
+        ),
+        parallel_config=SimpleNamespace(data_parallel_rank=0, tensor_parallel_size=2),
+        aux_output_config=SimpleNamespace(max_bytes=None),
+        max_concurrent_batches=1,
+    )
+    router = Router()
+    with routes_on_every_rank(2):
+        engine = worker.AuxOutputWorkerConnector(
+            vllm_config=config, model=router, kv_cache_config=SimpleNamespace(num_blocks=8)
+        )
+    assert worker.get_tp_group() is group
+    experts_NK = torch.arange(14).reshape(7, 2) % 8
+    router.capture_fn(experts_NK)
+    engine.begin_step(connector.AuxOutputConnectorMetadata(0, {"a": 0, "b": 0}, {}, ()))
+    pending = engine.prepare_output(
+        SimpleNamespace(
+            req_ids=["a", "b"],
+            query_start_loc_np=np.array([0, 3, 7]),
+            num_computed_tokens_np=np.zeros(2, int),
+        )
+    )
+    pending.enqueue_cpu_copy(np.ones(2, int), np.zeros(2, int))
+    outputs = pending.process_output()
+    engine.close()
+    assert outputs["a"].rows[:, 0].tolist() == experts_NK[:3].tolist()
+    assert outputs["b"].rows[:, 0].tolist() == experts_NK[3:].tolist()
+
+
+TENSOR_PARALLEL = """
+import torch
+from r1pipe import distributed
+from r1pipe.config import Engine, ProblemSet, Sampling
+from r1pipe.problems import load_problems
+from r1pipe.records import dump_row
+from r1pipe.rollout import Sampler
+import sys
+
+with distributed.joined("cpu", 300):
+    problems = load_problems(ProblemSet(recipe="arithmetic", options={"size": 8}))
+    settings = Engine(max_model_len=128, kv_cache_gib=0.25, tensor_parallel_size=2)
+    sampler = Sampler(sys.argv[1], settings, "float32", torch.device("cpu"), with_routes=True)
+    sampling = Sampling(max_completion_length=8)
+    rollouts = sampler.generate(problems, 1, sampling, (0,), with_routes=True)
+    for rollout in rollouts:
+        rollout.routes = rollout.routes.tolist()
+    with open(f"{sys.argv[2]}/{distributed.rank()}.jsonl", "w") as file:
+        file.writelines(dump_row(rollout) + "\\n" for rollout in rollouts)
+"""
+
+
+@pytest.mark.slow
+def test_replay_of_an_engine_on_two_ranks(problems: list[Problem], tmp_path: Path) -> None:
+    """The same routes on both, and they are those of the tokens."""
+    tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in problems), 400)
+    save_checkpoint(build_model(MODELS["qwen3_moe"], tokenizer, 0), tokenizer, tmp_path)
+    script = tmp_path / "engine.py"
+    script.write_text(TENSOR_PARALLEL)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([sys.executable, *command, script, tmp_path, tmp_path], check=True, cwd=ROOT)
+    one, two = ([r for _, r in read_jsonl(tmp_path / f"{rank}.jsonl")] for rank in (0, 1))
+    assert one == two
+    rollouts = [Rollout(**{**r, "routes": np.array(r["routes"], np.uint8)}) for r in one]
+    policy = Policy(load_model(str(tmp_path), CPU).eval())
+    diff, differs = compare(policy, rollouts, "float32")
+    assert not differs.any()
+    assert diff.max() < 1e-4

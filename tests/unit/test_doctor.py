@@ -39,7 +39,7 @@ MODEL = {
     "intermediate_size": 32,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "head_dim": 32,
     "max_position_embeddings": 128,
 }
 RECIPE = """
