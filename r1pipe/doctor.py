@@ -55,6 +55,8 @@ LONGEST_PROMPTS = 100
 """How many are tokenised before a stage: the longest by characters."""
 PARITY_PROMPTS, PARITY_TOKENS = 8, 16
 GIB = 2**30
+TEMPORARY = 100 * 2**20
+"""Bytes for temporary files: kernels are compiled there."""
 
 
 # A recipe
@@ -422,6 +424,16 @@ class Doctor:
         )
         if unknown:
             line += f", besides those of {', '.join(unknown)}, whose size is not known"
+        try:
+            # Which vLLM's and torch's compilers write to.
+            temporary = Path(tempfile.gettempdir())
+            left = shutil.disk_usage(temporary).free
+        except OSError as error:
+            return Diagnosis("disk", "FAIL", f"no folder for temporary files: {error.strerror}")
+        if left < TEMPORARY:
+            what = f"{temporary}: {format_size(left)} free for temporary files, "
+            what += f"{format_size(TEMPORARY)} are needed: make room or set TMPDIR"
+            return Diagnosis("disk", "FAIL", what)
         if free < kept + meanwhile + rest:
             what = f"{line}; {format_size(rest)} are to be left: make room or set runs_dir"
             return Diagnosis("disk", "FAIL", what)

@@ -4,6 +4,8 @@ import importlib
 import logging
 import os
 import resource
+import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator
@@ -15,7 +17,7 @@ from types import ModuleType
 from r1pipe import distributed
 from r1pipe.config import Eval, Recipe, Stage
 from r1pipe.costs import describe_costs
-from r1pipe.doctor import Preflight
+from r1pipe.doctor import Preflight, find_ancestor
 from r1pipe.errors import FULL, Tripped, UserError, is_disk_full
 from r1pipe.inputs import ProblemSets, list_needed
 from r1pipe.ledger import Hardware, Ledger
@@ -203,7 +205,7 @@ def run_stages(
                     if step := run.abandon(context.folder, keep=isinstance(error, Tripped)):
                         say(f"{stage.name}: step {step} is saved")
                     if is_disk_full(error) and not isinstance(error, UserError):
-                        raise UserError(f"{context.folder}: {FULL}") from error
+                        raise UserError(f"{find_full(run.path)}: {FULL}") from error
                     raise
                 ledger.finish(facts, context.folder)
             wall_s = time.monotonic() - stage_started
@@ -216,6 +218,16 @@ def run_stages(
         say(f"{recipe.name}: {len(stages)} stages in {time.monotonic() - started:.0f} s")
 
 
+def is_critical(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.CRITICAL
+
+
+def find_full(folder: Path) -> Path:
+    """Which disk it is: the run's, or that of temporary files, where kernels are compiled."""
+    temporary = Path(tempfile.gettempdir())
+    return min(folder, temporary, key=lambda place: shutil.disk_usage(place).free)
+
+
 def silence_libraries() -> None:
     """Tell the libraries, before they are imported, to be quiet: our own bars say more."""
     for name, value in {
@@ -226,8 +238,12 @@ def silence_libraries() -> None:
         "TOKENIZERS_PARALLELISM": "false",
     }.items():
         os.environ.setdefault(name, value)
-    for name in ("torch._library.triton", "matplotlib"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    cache = find_ancestor(Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")))
+    if not os.access(cache, os.W_OK):  # vLLM would complain of it with a traceback, and go on
+        place = Path(tempfile.gettempdir(), f"vllm-{os.getuid()}")
+        os.environ.setdefault("VLLM_CACHE_ROOT", str(place))
+    for name in ("torch._library.triton", "matplotlib", "vllm.logging_utils.dump_input"):
+        logging.getLogger(name).addFilter(is_critical)  # levels are set again by the libraries
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", "Glyph .* missing from font")
     from transformers.utils.logging import disable_progress_bar

@@ -281,6 +281,12 @@ def test_long_prompts_are_dropped_where_the_recipe_says_so(project: Path) -> Non
         context.training_problems(all_too_long)
 
 
+def test_temporary_files_need_room(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("r1pipe.doctor.TEMPORARY", 2**60)
+    words = "free for temporary files, 1073741824.0 GiB are needed: make room or set TMPDIR"
+    assert words in find_trouble(examine())["disk"]
+
+
 def test_data_out_of_reach_is_skipped_but_stops_a_run(project: Path) -> None:
     Path("mydata.py").write_text("def load(split, **options):\n    raise ConnectionError('no hub')")
     assert find_trouble(examine(thorough=False))["grpo: data"].startswith("FAIL: mydata.py: no hub")
