@@ -12,12 +12,14 @@ Completion = str | Sequence[Mapping[str, object]]
 
 _THINK_TAG = re.compile(r"<(/?)(think|thinking|thoughts?|reason|reasoning)>")
 # What samplers leave of a chat template: <|im_end|>, <｜end▁of▁sentence｜>, </s>, [EOS].
-_SPECIAL_TOKEN = re.compile(
-    r"<[|｜][^|｜<>]{1,40}[|｜]>|</?s>"
-    r"|<(?:eos|bos|pad|unk|eo[td]|(?:start|end)_of_(?:turn|text|sentence)|endoftext)>"
-    r"|\[(?:EOS|BOS|PAD|UNK|EOT|SEP|CLS|/?INST)\]",
-    re.IGNORECASE,
-)
+_SPECIAL_TOKENS = {
+    "<": re.compile(
+        r"<(?:[|｜][^|｜<>]{1,40}[|｜]>|/?s>|(?:eos|bos|pad|unk|eo[td]|endoftext)>"
+        r"|(?:start|end)_of_(?:turn|text|sentence)>)",
+        re.IGNORECASE,
+    ),
+    "[": re.compile(r"\[(?:EOS|BOS|PAD|UNK|EOT|SEP|CLS|/?INST)\]"),
+}
 
 
 def completion_text(completion: Completion) -> str:
@@ -55,6 +57,8 @@ def split_thinking(text: str) -> tuple[str, str]:
     Without any tag all of the text is answer. ``<thinking>``, ``<thought>`` and ``<reasoning>``
     are tags like ``<think>`` where the text closes them, too.
     """
+    if "<think>" not in text and "</" not in text:  # the quick way for most
+        return "", text
     tags = list(_THINK_TAG.finditer(text))
     closed = {"think"} | {tag[2] for tag in tags if tag[1]}
     tags = [tag for tag in tags if tag[2] in closed]
@@ -73,4 +77,7 @@ def split_thinking(text: str) -> tuple[str, str]:
 
 def strip_special_tokens(text: str) -> str:
     """Return ``text`` with a line break in place of each special token of a chat template."""
-    return _SPECIAL_TOKEN.sub("\n", text) if "<" in text or "[" in text else text
+    for opener, tokens in _SPECIAL_TOKENS.items():
+        if opener in text:
+            text = tokens.sub("\n", text)
+    return text

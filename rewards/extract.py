@@ -120,7 +120,7 @@ def find_answer(completion: str) -> Extraction | None:
     """Return the answer and what contradicts it, in the order that ``extract_answer`` states."""
     _, text = split_thinking(completion)
     text = strip_special_tokens(text[-MAX_CHARS:])
-    if any(escape in text for escape in _ESCAPES):
+    if "\x08" in text or "\x0c" in text:
         text = _READ_ESCAPE.sub(lambda m: _ESCAPES[m.group()], text)
     if boxes := find_boxes(text):
         return _read_boxes(text, boxes)
@@ -158,7 +158,7 @@ def find_boxes(text: str) -> list[Box]:
     """Return the last boxes that balance and are not blank, in order; of nested boxes the outer."""
     boxes: list[Box] = []
     matches = list(_BOX.finditer(text))
-    if text.count("boxed{") > text.count("\\boxed{"):
+    if text.count("boxed{") > len(matches):
         matches = sorted([*matches, *_BARE_BOX.finditer(text)], key=lambda m: m.start())
     for match in matches[-MAX_BOXES:]:
         if boxes and match.start() < boxes[-1].end:
@@ -230,7 +230,9 @@ def _are_joined(between: str) -> bool:
 def _read_box(text: str, box: Box) -> str:
     """Return what a box says where it stands: its content, with the sign before it, or "not"."""
     before, after = text[max(0, box.start - 120) : box.start], text[box.end : box.end + 120]
-    content = _ARROW.sub("", box.content) or box.content
+    content = box.content
+    if content[0] in "\\⇒→":
+        content = _ARROW.sub("", content) or content
     if "since" in content or "because" in content:
         content = _REASON.sub("", content) or content
     if before.rfind("{") > before.rfind("}") and _ENCLOSED.search(before):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rewards.vocabulary import UNITS
 
-TAIL_CHARS = 6_000  # where a formula or a number may stand for an answer by being the last
+TAIL_CHARS = 2_000  # where a formula or a number may stand for an answer by being the last
 MAX_SENTENCE_CHARS = 2_000
 MAX_MARKERS = 8
 MAX_SKIPPED = 8  # values that are denied or asked for, before the one that is stated
@@ -58,6 +58,12 @@ _NOUN = (
     r"(?:answer|result|solution|(?:correct|right|best|my|final) (?:option|choice)|r[ée]ponse"
     r"|respuesta|resposta|antwort|risposta|ответ|jibu|đáp án)s?"
 )
+_NOUN_STEMS = (
+    "answer", "result", "solution", "option", "choice", "ponse", "respuesta", "resposta", "antwort",
+    "risposta", "ответ", "jibu", "đáp", "####", "答", "结果", "답", "คำตอบ", "উত্তর", "సమాధానం",
+    "选", "الإجابة",
+)  # fmt: skip
+_CLAIM_STEMS = ("correct", "right", "best", "answer", "go", "choose", "pick", "select", "正确")
 _NOT = r"(?:\s+(?:\w+ly\s+)?not|\s?not|n['’]?t)\b"
 # "The answer is", "Answer:", and their like in some other languages; then what they deny.
 _MARKER = re.compile(
@@ -254,7 +260,10 @@ def _spell_thousands(match: re.Match) -> str:
 
 
 def _find_stated(text: str) -> str | None:
-    markers = list(_MARKER.finditer(text))[-MAX_MARKERS:]
+    start = _find_first(text, _NOUN_STEMS)
+    if start is None:
+        return None
+    markers = list(_MARKER.finditer(text, max(0, start - 20)))[-MAX_MARKERS:]
     for index in reversed(range(len(markers))):
         marker = markers[index]
         before = text[max(0, marker.start() - 80) : marker.start()]
@@ -280,6 +289,13 @@ def _find_stated(text: str) -> str | None:
             return f"{earlier} or {answer}" if earlier != answer else answer
         return answer
     return _find_reversed(text)
+
+
+def _find_first(text: str, stems: tuple[str, ...]) -> int | None:
+    """Return where the first of some words may stand; ten times as fast as patterns for them."""
+    lower = text.lower()
+    found = [at for stem in stems if (at := lower.find(stem)) >= 0]
+    return (min(found) if len(lower) == len(text) else 0) if found else None
 
 
 def _find_reversed(text: str) -> str | None:
@@ -370,9 +386,10 @@ def _is_money(sentence: str, number: re.Match) -> bool:
 
 def _find_option(text: str) -> str | None:
     """Return the option that opens a short text, or that is called right; Yes or No likewise."""
-    letters = {}
-    for claim in list(_CLAIM.finditer(text[-TAIL_CHARS:]))[-MAX_MARKERS:]:
-        clause = _take_clause(text[-TAIL_CHARS:][max(0, claim.start() - 100) : claim.start()])
+    letters, tail = {}, _take_tail(text)
+    claims = list(_CLAIM.finditer(tail)) if _find_first(tail, _CLAIM_STEMS) is not None else []
+    for claim in claims[-MAX_MARKERS:]:
+        clause = _take_clause(tail[max(0, claim.start() - 100) : claim.start()])
         if not _UNCLAIMED.search(clause):
             letters[claim["a"] or claim["b"] or claim["c"] or claim["d"]] = None
     if letters:
@@ -408,7 +425,7 @@ def _as_value(number: re.Match) -> Value:
 
 def find_last(text: str) -> str | None:
     """Return the last formula or number that the text does not deny, with what qualifies it."""
-    text = text[-TAIL_CHARS:]
+    text = _take_tail(text)
     values = _list_values(text)
     if (guesses := _read_guesses(text, values)) is not None:
         return guesses
@@ -429,6 +446,14 @@ def find_last(text: str) -> str | None:
             return joined or value.text
         return _qualify(text, value)
     return f"not {denied[0]}" if denied else None
+
+
+def _take_tail(text: str) -> str:
+    """Return the end of a text, from the start of a line: half a formula is none."""
+    if len(text) <= TAIL_CHARS:
+        return text
+    tail = text[-TAIL_CHARS:]
+    return tail[tail.find("\n") + 1 :] or tail
 
 
 def _read_guesses(text: str, values: list[Value]) -> str | None:
