@@ -9,6 +9,7 @@ Before stages run, all of them get the checks that take no longer than a few sec
 (`preflight`); what needs a parent that is not made yet, once more when it is.
 """
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -197,6 +198,13 @@ class Doctor:
         )
 
         good, missing, layers = [], [], ""
+        if isinstance(stage, OnPolicy):
+            from r1pipe.grpo.logprobs import require_trainable
+
+            for name in dict.fromkeys((stage.policy, stage.from_)):  # and a teacher
+                with contextlib.suppress(ValueError):  # said below
+                    config = find_config(name, self.recipe)
+                    require_trainable(config, self.recipe.attn_implementation)
         for name, _ in list_samplings(stage):
             try:
                 config = find_config(name, self.recipe)

@@ -6,11 +6,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from r1pipe.errors import UserError
 from r1pipe.grpo.divergence import TeacherStates
-from r1pipe.grpo.packing import PackedBatch, attention_arguments, use_packed_attention
+from r1pipe.grpo.packing import (
+    PackedBatch,
+    attention_arguments,
+    require_packable,
+    use_packed_attention,
+)
 
 MAX_LOGITS = 2**25
 """Entries of the logits held at a time: 128 MiB in float32."""
@@ -172,10 +177,16 @@ class Policy(nn.Module):
 
 def prepare(model: PreTrainedModel) -> None:
     """For packed batches. Raises UserError for a model that `Policy` cannot compute."""
-    for key in OWN_SCALES:
-        if getattr(model.config, key, None) not in (None, 1, 1.0):
-            raise UserError(f"{model.config.model_type}: {key} is not supported by this trainer")
+    require_trainable(model.config, model.config._attn_implementation)
     use_packed_attention(model)
+
+
+def require_trainable(config: PretrainedConfig, attn_implementation: str) -> None:
+    """Raises UserError for a model that `Policy` cannot compute. Needs no weights."""
+    for key in OWN_SCALES:
+        if getattr(config.get_text_config(), key, None) not in (None, 1, 1.0):
+            raise UserError(f"{config.model_type}: {key} is not supported by this trainer")
+    require_packable(config, attn_implementation)
 
 
 def compute_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:

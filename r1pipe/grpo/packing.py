@@ -5,23 +5,34 @@ the sequences' borders: by flash-attention's variable-length kernels where the m
 `attend_packed` everywhere else.
 """
 
+import inspect
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from r1pipe.errors import UserError
-from r1pipe.models import find_layers
+from r1pipe.models import find_layers, is_moe
 from r1pipe.records import Rollout
 
 if TYPE_CHECKING:
     from r1pipe.grpo.logprobs import Support
 
-PACKED_SDPA = "r1pipe_packed_sdpa"
+PACKED_SDPA, PROBE = "r1pipe_packed_sdpa", "r1pipe_probe"
+COMPUTED = ("sequence_lengths", "scaling", "dropout", "sliding_window", "position_ids")
+"""Keyword arguments of an attention function that `attend_packed` heeds, or need not."""
+ATTENTION_TYPES = {"full_attention", "sliding_attention"}
+"""Of a config's layer_types: those of which that can be true."""
 
 
 @dataclass
@@ -113,24 +124,112 @@ def pack(samples: list[Sample], device: torch.device) -> PackedBatch:
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Make the model attend within sequences. Its configured implementation decides how.
+    """Make the model attend within sequences. Its configured implementation decides how."""
+    if not is_flash(model.config._attn_implementation):
+        model.set_attn_implementation(PACKED_SDPA)
 
-    Raises UserError for a model whose attention this cannot compute.
+
+def require_packable(config: PretrainedConfig, attn_implementation: str) -> None:
+    """Raises UserError for a model in which tokens of one sequence would reach another's in the
+    same row: a layer mixes them by more than the attention that is cut at the borders.
+
+    Found out, not listed: the model, without memory for its weights, reads a row of two sequences.
+    Every layer has to call the attention that it was given. A module that keeps something of the
+    tokens before takes the cache: each of these must be an attention that was called, or hold one.
     """
-    implementation = model.config._attn_implementation
-    if implementation.startswith("flash_attention"):
-        return
-    if any(hasattr(module, "sinks") for module in find_layers(model)[0].modules()):
+    name = config.model_type
+    types = set(getattr(config.get_text_config(), "layer_types", None) or ())
+    if config.get_text_config() is not config:
         raise UserError(
-            f"{model.config.model_type}: its attention has sinks: set attn_implementation "
-            "to flash_attention_2 or a later one"
+            f"{name}: a multimodal model, which cannot be trained here; there may be a text-only "
+            "checkpoint of it"
         )
-    model.set_attn_implementation(PACKED_SDPA)
-    if model.config._attn_implementation != PACKED_SDPA:  # it only warns
+    if others := types - ATTENTION_TYPES:
         raise UserError(
-            f"{model.config.model_type}: computes its attention in a way of its own, which this "
-            "trainer cannot keep within sequences"
+            f"{name}: its layers of {', '.join(sorted(others))} mix tokens otherwise than by "
+            "attention that can be kept within a sequence: such models cannot be trained here"
         )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    calls = record_attention(model)
+    for number, layer in enumerate(find_layers(model)):
+        mixers = [m for m in layer.modules() if mixes_tokens(m, calls)]
+        if mixers or not any(module in calls for module in layer.modules()):
+            kind = type(next((m for m in mixers if m is not layer), layer)).__name__
+            raise UserError(
+                f"{name}: layer {number} ({kind}) mixes tokens otherwise than by attention that "
+                "can be kept within a sequence: such models cannot be trained here"
+            )
+    asked = {key for keys in calls.values() for key in keys}
+    if asked and not is_flash(attn_implementation) and (extra := asked - set(COMPUTED)):
+        raise UserError(
+            f"{name}: its attention takes {', '.join(sorted(extra))}, which sdpa has not: set "
+            "attn_implementation to flash_attention_2, if the model has that"
+        )
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    # A window that is in the model's mask alone is lost: nothing makes a mask here.
+    if asked and window and types != {"full_attention"} and "sliding_window" not in asked:
+        raise UserError(
+            f"{name}: its attention is not told the sliding_window of {window} tokens: such models "
+            "cannot be trained here"
+        )
+
+
+def is_flash(attn_implementation: str) -> bool:
+    return attn_implementation.startswith("flash_attention")
+
+
+def record_attention(model: PreTrainedModel) -> dict[nn.Module, list[str]]:
+    """The modules of a model on the meta device that attend when it reads a row of two sequences,
+    with the names of what each hands to the attention beside queries, keys and values."""
+    calls: dict[nn.Module, list[str]] = {}
+
+    def attend(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        is_causal: bool | None = None,
+        **asked: object,
+    ) -> tuple[Tensor, None]:
+        asked["attention_mask"] = attention_mask
+        looks_ahead = is_causal is False or getattr(module, "is_causal", True) is False
+        asked["is_causal=False"] = looks_ahead
+        if "sequence_lengths" in asked:  # a model that does not hand it on cannot be told
+            calls[module] = [k for k, v in asked.items() if v is not None and v is not False]
+        _, num_heads, num_tokens, _ = query.shape
+        return query.new_empty(1, num_tokens, num_heads, value.shape[-1]), None
+
+    AttentionInterface.register(PROBE, attend)
+    model.set_attn_implementation(PROBE)
+    if is_moe(model) and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("batched_mm")  # no shape depends on what a token chooses
+    row_1N = torch.zeros(1, 5, dtype=torch.long, device="meta")
+    arguments = {"input_ids": row_1N, "position_ids": row_1N, "sequence_lengths": [3, 2]}
+    try:
+        with torch.no_grad():
+            model.base_model(**arguments, use_cache=False)
+    except (NotImplementedError, RuntimeError):
+        # Experts of the model's own kind. Then all that could attend counts as if it had.
+        return {module: calls.get(module, []) for module in model.modules() if can_attend(module)}
+    return calls
+
+
+def can_attend(module: nn.Module) -> bool:
+    """Whether its forward names transformers' table of attention functions."""
+    forward = inspect.unwrap(type(module).forward)
+    names = getattr(getattr(forward, "__code__", None), "co_names", ())
+    return any(isinstance(forward.__globals__.get(name), AttentionInterface) for name in names)
+
+
+def mixes_tokens(module: nn.Module, attending: Collection[nn.Module]) -> bool:
+    if isinstance(module, nn.Conv1d):
+        return True
+    parameters = inspect.signature(type(module).forward).parameters
+    takes_cache = any(name.startswith("past_") or "cache_params" in name for name in parameters)
+    return takes_cache and not any(m in attending for m in module.modules())
 
 
 def attention_arguments(model: PreTrainedModel, lengths: list[int]) -> dict:
@@ -147,7 +246,7 @@ def attention_arguments(model: PreTrainedModel, lengths: list[int]) -> dict:
 
 
 def attend_packed(
-    module: torch.nn.Module,
+    module: nn.Module,
     query_1HND: Tensor,
     key_1KND: Tensor,
     value_1KNE: Tensor,

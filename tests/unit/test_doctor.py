@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from faked_gpu import fake_gpu
+from transformers import AutoConfig
 
 from r1pipe.check import check_stage
 from r1pipe.cli import main
@@ -331,6 +332,15 @@ def test_golds_of_programs(case: str, project: Path) -> None:
     assert by_name["sandbox"].status == "ok"
     assert by_name["grpo: golds"].status == status
     assert words in by_name["grpo: golds"].detail
+
+
+def test_a_model_that_cannot_be_trained(project: Path) -> None:
+    """A config is enough: nothing of it is made or sampled first."""
+    config = AutoConfig.for_model("falcon_h1", num_hidden_layers=2)
+    config.save_pretrained("hybrid")
+    trouble = find_trouble(examine("stages.grpo.from=hybrid"))
+    assert trouble["grpo: architecture"].startswith("FAIL: falcon_h1: ")
+    assert "cannot be trained here" in trouble["grpo: architecture"]
 
 
 def change_json(path: Path, **changes: object) -> None:

@@ -11,13 +11,20 @@ import numpy as np
 import pytest
 import torch
 from grpo_settings import make_grpo
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    get_scheduler,
+)
 
 from r1pipe.breaker import EventLog
 from r1pipe.config import Grpo, ProblemSet, Supervised
 from r1pipe.errors import UserError
 from r1pipe.grpo import logprobs as logprobs_module
-from r1pipe.grpo.logprobs import Policy, Support, Truncation
+from r1pipe.grpo import packing
+from r1pipe.grpo.logprobs import Policy, Support, Truncation, require_trainable
 from r1pipe.grpo.losses import LOSSES
 from r1pipe.grpo.packing import Sample, attend_packed, cut_batches, pack
 from r1pipe.grpo.update import Updater
@@ -230,10 +237,93 @@ def test_layers_of_other_names(
     assert shape.activations(100, 4, checkpointing=False) > 0
 
 
-def test_attention_that_cannot_be_replaced(tokenizer: PreTrainedTokenizerBase) -> None:
-    settings = {"model_type": "bloom", "hidden_size": 32, "n_layer": 1, "n_head": 2}
-    with pytest.raises(UserError, match="bloom: computes its attention in a way of its own"):
-        Policy(build_model(settings, tokenizer, 0))
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
+LINEAR = ["linear_attention"] * 3 + ["full_attention"]
+# Models of which a packed row would be wrong, and a word of the line that says why.
+UNPACKABLE = {
+    "lfm2": ({"layer_types": ["conv", "full_attention"] * 2}, "Lfm2ShortConv|layers of conv"),
+    "granitemoehybrid": ({"layer_types": LINEAR, **MAMBA}, "Mamba|linear_attention"),
+    "qwen3_next": ({"layer_types": LINEAR, "num_experts": 4}, "DeltaNet|linear_attention"),
+    "qwen3_5_text": ({"layer_types": LINEAR}, "DeltaNet|linear_attention"),
+    "bamba": ({}, "Mixer|linear_attention"),
+    "falcon_h1": ({}, "Mixer|hybrid"),
+    "jamba": ({}, "Mixer|linear_attention"),
+    "nemotron_h": ({}, "Block|Mixer|linear_attention"),
+    "minimax": ({"layer_types": LINEAR, "num_local_experts": 4}, "Lightning|linear_attention"),
+    "mamba2": ({"num_hidden_layers": 2}, "Mixer|linear_attention"),
+    "recurrent_gemma": ({}, "layer 0"),
+    "gemma3": ({}, "multimodal"),
+    "llama4": ({}, "multimodal"),
+    "bloom": ({}, "BloomBlock"),
+    "bert": ({}, "is_causal=False"),
+    "stablelm": ({}, "StableLmAttention"),
+    "phimoe": ({"sliding_window": 8, "num_local_experts": 4}, "sliding_window of 8"),
+    "doge": ({}, "attention_mask"),
+    "gemma2": ({"final_logit_softcapping": None}, "softcap"),
+    "gpt_oss": ({"num_local_experts": 4}, "s_aux"),
+}
+
+
+@pytest.mark.parametrize("by_name", [True, False], ids=["layer_types", "modules"])
+@pytest.mark.parametrize("model_type", UNPACKABLE)
+def test_a_model_that_cannot_be_packed_is_refused(
+    model_type: str, by_name: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its config alone, before there are weights; by what its layers do, too, whatever they are
+    called there."""
+    if not by_name:
+        every = {"conv", "linear_attention", "hybrid", "moe", "mlp", *packing.ATTENTION_TYPES}
+        monkeypatch.setattr(packing, "ATTENTION_TYPES", every)
+    changes, words = UNPACKABLE[model_type]
+    known = AutoConfig.for_model(model_type)
+    # Multimodal and mamba-only configs as they are: without memory their size is no matter.
+    sizes = {key: value for key, value in SMALL.items() if hasattr(known, key)}
+    sizes = {} if model_type in ("gemma3", "llama4", "mamba2", "bamba", "jamba") else sizes
+    config = AutoConfig.for_model(model_type, **{**sizes, **changes})
+    with pytest.raises(UserError, match=rf"^{model_type}\w*: .*({words})") as error:
+        require_trainable(config, "sdpa")
+    assert "\n" not in str(error.value)
+
+
+PACKABLE = {
+    "gemma3_text": {
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "mistral": {"sliding_window": 4},
+    "granitemoehybrid": {"layer_types": ["full_attention"] * 4, "num_local_experts": 4, **MAMBA},
+    "aria_text": {"moe_num_experts": 4, "moe_topk": 2},  # experts of a kind of its own
+    "phi3": {"pad_token_id": 0},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "glm4_moe": {"n_routed_experts": 8, "moe_intermediate_size": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},  # whose feed-forward layers know their layer_idx as well
+}
+
+
+@pytest.mark.parametrize("model_type", PACKABLE)
+def test_other_families_are_packed_right(model_type: str, samples: list[Sample]) -> None:
+    known = AutoConfig.for_model(model_type)
+    sizes = {key: value for key, value in SMALL.items() if hasattr(known, key)}
+    settings = {"initializer_range": 0.2, **sizes, **PACKABLE[model_type], "vocab_size": 400}
+    config = AutoConfig.for_model(model_type, **settings)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = {id(s): logprobs_alone(model, s, 1.0) for s in samples[:5]}
+        batch = pack(samples[:5], CPU)
+        rows = batch.split(Policy(model)(batch, 1.0).logprobs_C)
+    for sample, row in zip(batch.samples, rows, strict=True):
+        torch.testing.assert_close(row, expected[id(sample)], atol=1e-4, rtol=0)
 
 
 def test_sliding_window_and_grouped_heads() -> None:
