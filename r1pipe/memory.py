@@ -395,7 +395,7 @@ def find_config(source: str, recipe: Recipe) -> PretrainedConfig:
         here = folder.is_dir() or not reaches_hub()
         where = folder if folder.is_dir() else source
         return AutoConfig.from_pretrained(where, local_files_only=here)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a config may hold anything
         raise ValueError(
             f'no config of "{source}" to be had (a folder with its config.json is enough)'
         ) from error

@@ -12,6 +12,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -156,6 +157,12 @@ def load_model(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # told below, in one line
         )
+    except AssertionError as error:
+        # vLLM changes the classes of transformers that it runs a model by, for the whole process.
+        raise UserError(
+            f"{checkpoint}: vLLM has no model of its own for it and has taken transformers' class, "
+            "which no stage can train from then on"
+        ) from error
     except UNREADABLE as error:
         raise UserError(f"{checkpoint}: cannot be loaded: {first_line(error)}") from error
     if wrong := sorted(report["mismatched_keys"]):
@@ -182,6 +189,7 @@ UNREADABLE = (
     NotImplementedError,
     RuntimeError,
     SafetensorError,
+    UnpicklingError,
     struct.error,
 )
 """A file that ends early or holds nonsense shows as the error of whatever came to read it."""
@@ -320,13 +328,19 @@ def find_rowless(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> str | N
 def read_end_ids(checkpoint: str) -> list[int]:
     """The end tokens of a checkpoint's generation_config.json or, without such a file, of its
     config.json: those at which vLLM stops, beside the tokenizer's one."""
-    for read in (GenerationConfig.from_pretrained, AutoConfig.from_pretrained):
-        with contextlib.suppress(OSError, ValueError):
-            ids = list_ids(read(checkpoint))
-            if any(not isinstance(number, int) for number in ids):
-                raise UserError(f"{checkpoint}: eos_token_id: {ids[0]!r} is no token's number")
-            return ids
-    return []
+    ids, num_rows = [], None
+    with contextlib.suppress(OSError, ValueError):
+        config = AutoConfig.from_pretrained(checkpoint)
+        ids, num_rows = list_ids(config), getattr(config.get_text_config(), "vocab_size", None)
+    with contextlib.suppress(OSError, ValueError):
+        ids = list_ids(GenerationConfig.from_pretrained(checkpoint))
+    for number in ids:
+        if not isinstance(number, int) or number not in range(num_rows or 2**31):
+            raise UserError(
+                f"{checkpoint}: eos_token_id of its generation_config.json or config.json: "
+                f"{number!r} is the number of no token"
+            )
+    return ids
 
 
 def list_ids(config: GenerationConfig | PreTrainedConfig) -> list[int]:

@@ -113,7 +113,10 @@ def test_end_token_that_the_tokenizer_does_not_name(
     loaded = load_tokenizer(str(checkpoint))
     assert (loaded.eos_token, loaded.pad_token) == ("<|end|>", "<|end|>")
     change_json(checkpoint / "generation_config.json", eos_token_id="1")
-    with pytest.raises(UserError, match="eos_token_id: '1' is no token's number"):
+    with pytest.raises(UserError, match=r"eos_token_id of .*: '1' is the number of no token"):
+        read_end_ids(str(checkpoint))
+    change_json(checkpoint / "generation_config.json", eos_token_id=[1, 999])
+    with pytest.raises(UserError, match=r"eos_token_id of .*: 999 is the number of no token"):
         read_end_ids(str(checkpoint))
     change_json(checkpoint / "generation_config.json", eos_token_id=None)
     with pytest.raises(UserError, match="no end token: set eos_token in its tokenizer_config"):
@@ -228,6 +231,11 @@ def keep_adapter_only(folder: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
 
 
+def pickle_nonsense(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"nonsense" * 99)
+
+
 def ask_for_code(folder: Path) -> None:
     auto_map = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
     change_json(folder / "config.json", auto_map=auto_map, model_type="own")
@@ -247,6 +255,8 @@ DAMAGES = [
     (lambda f: change_json(f / "config.json", model_type=None), "Unrecognized model"),
     (lambda f: (f / "config.json").write_text('{"model_type":'), "not a valid JSON"),
     (lambda f: (f / "config.json").unlink(), "cannot be loaded"),
+    (pickle_nonsense, "cannot be loaded: "),
+    (lambda f: (f / "config.json").write_text("[]"), "cannot be loaded: "),
     (ask_for_code, "contains custom code"),
 ]
 
