@@ -312,14 +312,15 @@ class Doctor:
             return
         from r1pipe.vocabulary import require_same_vocabulary
 
+        names = (stage.from_, stage.student)
         try:
-            pair = [self.inputs.find_tokenizer(name) for name in (stage.from_, stage.student)]
+            pair = [self.inputs.find_tokenizer(name) for name in names]
         except UserError:
             return  # `examine_tokenizers` tells
         if None in pair:
             yield Diagnosis("", "skipped", "teacher and student are not both here yet")
             return
-        require_same_vocabulary(stage, *pair)
+        require_same_vocabulary(stage, *pair, *map(self.inputs.find_end_ids, names))
         yield Diagnosis("", "ok", f"{len(pair[0])} tokens, the same of teacher and student")
 
     def examine_prompts(self, stage: Stage) -> Iterator[Diagnosis]:

@@ -20,7 +20,7 @@ from r1pipe.grpo.collect import Collector
 from r1pipe.grpo.logprobs import Policy
 from r1pipe.grpo.loop import Goal, replay_steps, run_steps
 from r1pipe.grpo.teaching import DistillUpdater, Teacher
-from r1pipe.models import check_length
+from r1pipe.models import check_length, join_end_ids, read_end_ids
 from r1pipe.scoring import Scorer
 from r1pipe.sharding import load_sharded
 from r1pipe.stage import StageContext
@@ -57,7 +57,12 @@ def replay(
 
 def check_vocabularies(stage: OnPolicyDistill, context: StageContext) -> None:
     teacher, student = context.checkpoint(stage.from_), context.checkpoint(stage.student)
-    require_same_vocabulary(stage, context.tokenizer(teacher), context.tokenizer(student))
+    tokenizers = [context.tokenizer(place) for place in (teacher, student)]
+    end_ids = [
+        join_end_ids(tokenizer, read_end_ids(place))
+        for tokenizer, place in zip(tokenizers, (teacher, student))
+    ]
+    require_same_vocabulary(stage, *tokenizers, *end_ids)
 
 
 def make_updater(stage: OnPolicyDistill, context: StageContext) -> DistillUpdater:

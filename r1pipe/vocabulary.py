@@ -4,17 +4,30 @@ from transformers import PreTrainedTokenizerBase
 
 from r1pipe.config import OnPolicyDistill
 from r1pipe.errors import UserError
+from r1pipe.models import find_end_id
 
 
 def require_same_vocabulary(
-    stage: OnPolicyDistill, teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase
+    stage: OnPolicyDistill,
+    teacher: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+    teacher_end_ids: list[int],
+    student_end_ids: list[int],
 ) -> None:
-    """Raises UserError, naming the first token that differs."""
+    """Raises UserError, naming the first token that differs, or that ends the teacher's turns and
+    no sample of the student's."""
     if difference := find_difference(teacher, student):
         raise UserError(
             f'stage "{stage.name}": teacher {stage.from_} and student {stage.student} have not the '
             f"same vocabulary: {difference}; take a student of the teacher's family, or teach it "
             "off-policy, by a distill stage"
+        )
+    end = find_end_id(teacher, teacher_end_ids)
+    if end not in student_end_ids:
+        raise UserError(
+            f'stage "{stage.name}": teacher {stage.from_} ends with '
+            f"{teacher.convert_ids_to_tokens(end)!r}, at which student {stage.student} does not "
+            "stop: add it to eos_token_id in the student's generation_config.json"
         )
 
 

@@ -294,9 +294,16 @@ DIFFERENCES = {
 @pytest.mark.parametrize("case", DIFFERENCES)
 def test_another_vocabulary_is_refused(tokenizer: PreTrainedTokenizerBase, case: str) -> None:
     stage = make_on_policy_distill(name="taught")
-    require_same_vocabulary(stage, tokenizer, copy.deepcopy(tokenizer))
+    ends = [tokenizer.eos_token_id], [tokenizer.eos_token_id]
+    require_same_vocabulary(stage, tokenizer, copy.deepcopy(tokenizer), *ends)
     with pytest.raises(UserError, match=DIFFERENCES[case]) as error:
-        require_same_vocabulary(stage, tokenizer, change_tokenizer(tokenizer, case))
+        require_same_vocabulary(stage, tokenizer, change_tokenizer(tokenizer, case), *ends)
+    chatty = copy.deepcopy(tokenizer)
+    chatty.chat_template = chatty.chat_template.replace("<|end|>", "<|user|>")
+    both = chatty.convert_tokens_to_ids(["<|end|>", "<|user|>"])
+    require_same_vocabulary(stage, chatty, tokenizer, both, both)
+    with pytest.raises(UserError, match=r"ends with '<\|user\|>', at which student y does not"):
+        require_same_vocabulary(stage, chatty, tokenizer, both, ends[1])
     line = str(error.value)
     assert line.startswith('stage "taught": teacher x and student y have not the same vocabulary: ')
     assert "by a distill stage" in line
