@@ -10,15 +10,19 @@ from collections.abc import Mapping, Sequence
 
 Completion = str | Sequence[Mapping[str, object]]
 
-_THINK_TAG = re.compile(r"<(/?)(think|thinking|thoughts?|reason|reasoning)>")
+# R1's tags, and those that others write: [THINK] (Magistral), ◁think▷ (Kimi), ...
+_THINK_TAG = re.compile(
+    r"[<\[◁](?P<close>/?)(?P<name>think|thinking|thoughts?|reason|reasoning|seed:think|THINK)[>\]▷]"
+    r"|<\|(?:begin|(?P<end>end))_of_thought\|>"
+)
 # What samplers leave of a chat template: <|im_end|>, <｜end▁of▁sentence｜>, </s>, [EOS].
 _SPECIAL_TOKENS = {
     "<": re.compile(
-        r"<(?:[|｜][^|｜<>]{1,40}[|｜]>|/?s>|(?:eos|bos|pad|unk|eo[td]|endoftext)>"
+        r"<(?:[|｜][^|｜<>]{1,40}[|｜]>|/?s>|(?:eos|bos|pad|unk|eo[dmt]|end|stop|endoftext|0x[0-9a-f]{2})>"
         r"|(?:start|end)_of_(?:turn|text|sentence)>)",
         re.IGNORECASE,
     ),
-    "[": re.compile(r"\[(?:EOS|BOS|PAD|UNK|EOT|SEP|CLS|/?INST)\]"),
+    "[": re.compile(r"\[(?:EOS|BOS|PAD|UNK|EOT|END|STOP|SEP|CLS|/?INST)\]"),
 }
 
 
@@ -54,18 +58,22 @@ def split_thinking(text: str) -> tuple[str, str]:
     Many chat templates end the prompt with ``<think>``, and samplers return the completion only.
     So a completion whose first tag is ``</think>`` is taken to have begun inside the thinking.
     An unclosed ``<think>`` runs to the end: a completion cut off while thinking has no answer.
-    Without any tag all of the text is answer. ``<thinking>``, ``<thought>`` and ``<reasoning>``
-    are tags like ``<think>`` where the text closes them, too.
+    Without any tag all of the text is answer. ``<thinking>``, ``<thought>``, ``<reasoning>`` and
+    what other models write count like ``<think>`` where the text closes them.
     """
-    if "<think>" not in text and "</" not in text:  # the quick way for most
+    if "<" not in text and "[THINK]" not in text and "◁" not in text:  # the quick way for most
         return "", text
-    tags = list(_THINK_TAG.finditer(text))
-    closed = {"think"} | {tag[2] for tag in tags if tag[1]}
-    tags = [tag for tag in tags if tag[2] in closed]
-    inside = tags[0][2] if tags and tags[0][1] else ""
+    tags = [
+        (tag["name"] or "thought", bool(tag["close"] or tag["end"]), tag)
+        for tag in _THINK_TAG.finditer(text)
+    ]
+    if not tags:
+        return "", text
+    closed = {"think", "THINK"} | {name for name, closes, _ in tags if closes}
+    tags = [tag for tag in tags if tag[0] in closed]
+    inside = tags[0][0] if tags and tags[0][1] else ""
     thinking, answer, position = [], [], 0
-    for tag in tags:
-        closes, name = tag.groups()
+    for name, closes, tag in tags:
         if inside and name != inside:
             continue
         (thinking if inside else answer).append(text[position : tag.start()])
@@ -77,6 +85,7 @@ def split_thinking(text: str) -> tuple[str, str]:
 
 def strip_special_tokens(text: str) -> str:
     """Return ``text`` with a line break in place of each special token of a chat template."""
+    text = text.replace("▁", " ")  # a space, as sentencepiece writes it
     for opener, tokens in _SPECIAL_TOKENS.items():
         if opener in text:
             text = tokens.sub("\n", text)

@@ -12,7 +12,7 @@ MAX_BOX_CHARS = 4_000
 
 # A box, up to what it holds. TeX needs braces; models forget them, or the backslash.
 _BOX = re.compile(
-    r"\\(?:(?:boxed|fbox|framebox)\s*(?:\[[^\[\]{}]{0,40}\]\s*){0,2}(?=\{)"
+    r"\\(?:(?:[bB]oxed|fbox|framebox)\s*(?:\[[^\[\]{}]{0,40}\]\s*){0,2}(?=\{)"
     r"|boxed\s*(?=[(\[]|[-−]?\d|\\[dt]?frac\b|[A-J](?:[\s.,;$]*(?:$|\n))))"
 )
 _BARE_BOX = re.compile(r"(?<![\\a-zA-Z])boxed(?=\{)")
@@ -73,6 +73,11 @@ _DENIED_AFTER = re.compile(
 )
 
 
+_LETTER_BEFORE = re.compile(r"(?:^|[\s*(])([A-J])[).:]$")
+_ANY_LETTER = re.compile(r"[A-J](?<!\w.)(?![\w'’])")
+_LETTER = re.compile(r"\(?\b([A-J])\b\)?")
+
+
 class Extraction(NamedTuple):
     """What a completion answers.
 
@@ -81,12 +86,14 @@ class Extraction(NamedTuple):
         is wrong.
     parts: the boxes that ``answer`` joins, if it joins several: each may be all of the answer.
     together: all boxes in their order, joined: the parts of one answer, if they are the gold.
+    option: the letter that is stated beside a box that holds the option's value.
     """
 
     answer: str
     others: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     together: str = ""
+    option: str = ""
 
 
 def extract_answer(completion: str) -> str | None:
@@ -200,14 +207,15 @@ def _find_closing(text: str, start: int, marks: re.Pattern, openers: str) -> int
 
 def _read_boxes(text: str, boxes: list[Box]) -> Extraction:
     if len(boxes) == 1:
-        return Extraction(_read_box(text, boxes[0]))
+        content = _read_box(text, boxes[0])
+        return Extraction(content, option=_find_option(text, boxes[0]))
     contents = [_read_box(text, box) for box in boxes]
     boxes = [box._replace(content=c) for box, c in zip(boxes, contents, strict=True)]
     if len(set(contents)) > 1 and (declared := [m.end() for m in _FINAL.finditer(text)]):
         boxes = [box for box in boxes if box.start > declared[-1]] or boxes
     contents = list(dict.fromkeys(box.content for box in boxes))
     if len(contents) == 1:
-        return Extraction(contents[0])
+        return Extraction(contents[0], option=_find_option(text, boxes[-1]))
     group = [boxes[-1]]
     for box in reversed(boxes[:-1]):
         if not _are_joined(text[box.end : group[0].start]):
@@ -217,6 +225,21 @@ def _read_boxes(text: str, boxes: list[Box]) -> Extraction:
     others = tuple(c for c in contents if c not in parts)
     together = ", ".join(contents) if others else ""
     return Extraction(", ".join(parts), others, parts if len(parts) > 1 else (), together)
+
+
+def _find_option(text: str, box: Box) -> str:
+    """Return the letter that is stated before a box with a value, or after it; or nothing."""
+    before = text[max(0, box.start - 12) : box.start].rstrip("\\([$ ")
+    if before.endswith((".", ":", ")")) and (letter := _LETTER_BEFORE.search(before)):
+        return letter[1]
+    after = text[box.end : box.end + 300]
+    if not _ANY_LETTER.search(after) or _LETTER.fullmatch(box.content):
+        return ""
+    stated = _find_statement(after) or ""
+    letter = _LETTER.match(stated)
+    return (
+        letter[1] if letter and not re.search(r"\b(?:or|and)\b|,", stated[letter.end() :]) else ""
+    )
 
 
 def _are_joined(between: str) -> bool:

@@ -109,7 +109,7 @@ def judge_math(
     unsettled = [
         (e, gold, _list_ways(e, gold))
         for e, gold in rows
-        if e and gold and (e.parts or e.others) and not _is_right(e, gold, pairs)
+        if e and gold and (e.parts or e.others or e.option) and not _is_right(e, gold, pairs)
     ]
     _judge_new(pairs, unsettled)
     return [_conclude(e, gold, pairs) for e, gold in rows]
@@ -223,19 +223,19 @@ def _find_answer(completion: Completion, row: int) -> Extraction | None:
 
 
 def _list_ways(extraction: Extraction, gold: str) -> list[str]:
-    """The texts that may be all of a gold where boxes differ; several are never one number."""
-    is_number = parse_number(gold) is not None
-    return [
-        *extraction.parts,
-        *([extraction.together] if extraction.together and not is_number else []),
-    ]
+    """The texts that may be all of a gold beside the answer; several are never one number."""
+    if parse_number(gold) is not None:
+        return list(extraction.parts)
+    return [*extraction.parts, *filter(None, (extraction.together, extraction.option))]
 
 
 def _is_right(extraction: Extraction, gold: str, statuses: dict) -> bool:
     def are_right(*texts: str) -> bool:
         return all(statuses.get((text, gold)) == RIGHT for text in texts)
 
-    answer, others, parts, together = extraction
+    answer, others, parts, together, option = extraction
+    if option and are_right(option):
+        return True
     agree = are_right(answer) or bool(parts and are_right(*parts))
     return (agree and are_right(*others)) or bool(together and are_right(together))
 
@@ -246,7 +246,7 @@ def _conclude(extraction: Extraction | None, gold: str, statuses: dict) -> Verdi
     if extraction is None:
         return Verdict(UNPARSEABLE)
     status = statuses[extraction.answer, gold]
-    if not (extraction.others or extraction.parts):
+    if not (extraction.others or extraction.parts or extraction.option):
         return Verdict(status, extraction.answer)
     if _is_right(extraction, gold, statuses):
         return Verdict(RIGHT, extraction.answer)

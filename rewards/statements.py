@@ -16,13 +16,15 @@ MAX_SKIPPED = 8  # values that are denied or asked for, before the one that is s
 
 # --- what a sentence is made of ---
 
-_SENTENCE_END = re.compile(r"[.!?](?=\s|$|[*_]{1,2}(?:\s|$))|[。！？]|\n")
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$|[*_]{1,2}(?:\s|$))|[。！？]|\n|【[解详分点]")
 _MATH_SPAN = re.compile(
     r"\$\$(?P<a>[^$]{1,2000})\$\$|\$(?P<b>(?:\\\$|[^$]){1,500})\$"
     r"|\\\((?P<c>(?:(?!\\\)).){1,1000})\\\)|\\\[(?P<d>(?:(?!\\\]).){1,2000})\\\]",
     re.DOTALL,
 )
 _POWER = r"(?:\s?\^\s?(?:\{\s?[-−]?\d+\s?\}|[-−]?\d+)|\*\*[-−]?\d+|[⁻⁰¹²³⁴-⁹]+)"
+_SUPERSCRIPT = re.compile("[⁻⁰¹²³⁴-⁹]+")
+_PLAIN_DIGITS = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _UNIT_NAME = r"(?:\\?[a-zA-Zµμ°Ω]{1,10})"
 _NUMBER = re.compile(
     r"(?:(?<![\w.,])[-−–]?\\?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?"
@@ -33,7 +35,7 @@ _NUMBER = re.compile(
     r"|(?<![\w.])[-−–]?\.\d+|\d+(?:\.\d+)?(?:[eE][-+−]?\d{1,3}(?!\d|\.\d)|/\d+)?)"
     # thousands, and units that are formulas: m/s^2, cm^{2}
     r"(?:\s?[kKMB](?![\w'’/^])|\s(?:hundred|thousand|million|billion|trillion|dozen)\b|[十百千万亿]+)?"
-    rf"(?:\s?{_UNIT_NAME}(?:{_POWER}(?:\s?[/·]\s?{_UNIT_NAME}{_POWER}?)*"
+    rf"(?:\s?{_UNIT_NAME}(?:[\s·]{_UNIT_NAME}(?={_POWER}))?(?:{_POWER}(?:\s?[/·]\s?{_UNIT_NAME}{_POWER}?)*"
     rf"|(?:/{_UNIT_NAME}{_POWER}?)+))?"
 )
 # An inequality, a tuple or an interval that stands in the text without dollars.
@@ -45,10 +47,16 @@ _LONG_GAP = re.compile(r"(\s)\1{2,}")  # patterns with \s* are quadratic in its 
 _EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3}|__)(?=[^*_\s])([^*\n]{0,200}?[^*_\s])\1(?![\w*])")
 _PROSE_WORD = re.compile(r"(?<![\\\w])(?!(?:sin|cos|tan|ln|log|exp|sqrt|pi|and|or)\b)[^\W\d_]{2,}")
 _WORD = re.compile(rf"{_PROSE_WORD.pattern}|[\u4e00-\u9fff]{{2}}")
-_UNIT_AFTER = re.compile(r"\s?([a-zA-Z]{2,12})\b(?:\s+per\s+[a-z]{1,10}\b)?")
+_UNIT_AFTER = re.compile(
+    r"\s?((?:(?:square|cubic|sq|cu)\s(?=[a-zA-Z]))?[a-zA-Z]{2,12})\b(?:\s+per\s+[a-z]{1,10}\b)?"
+)
+_LETTERS_AFTER = re.compile(r"(?!(?:st|nd|rd|th|[mgshLNJWVAK])\b)[a-zA-Z]{1,2}\b")
 _MINUS = re.compile(r"(?:^|[^\d\s]\s+)(?:minus|negative)\s+$", re.IGNORECASE)
 _OUT_OF = re.compile(r" (?:in|out of) (?=\d)")
-_THOUSANDS = re.compile(r"(\$\s?\d[\d,.]*)\s?([kKmMbB])(?![\w'’/^])")
+_THOUSANDS = re.compile(
+    r"(?:(?<=\$)|(?<=\$ )|(?=[\d,.]+\s?k\s(?:dollars|euros|USD)))"
+    r"(\d[\d,.]*)\s?([kKmMbB])(?![\w'’/^])"
+)
 _THOUSANDS_WORDS = {"k": "thousand", "m": "million", "b": "billion"}
 _CURRENCIES = ("$", "€", "£", "¥", "dollars", "euros", "元", "yuan")
 
@@ -61,7 +69,7 @@ _NOUN = (
 _NOUN_STEMS = (
     "answer", "result", "solution", "option", "choice", "ponse", "respuesta", "resposta", "antwort",
     "risposta", "ответ", "jibu", "đáp", "####", "答", "结果", "답", "คำตอบ", "উত্তর", "సమాధానం",
-    "选", "الإجابة",
+    "选", "正确的", "الإجابة",
 )  # fmt: skip
 _CLAIM_STEMS = ("correct", "right", "best", "answer", "go", "choose", "pick", "select", "正确")
 _NOT = r"(?:\s+(?:\w+ly\s+)?not|\s?not|n['’]?t)\b"
@@ -80,7 +88,7 @@ _MARKER = re.compile(
     r"(?:(?P<zh_no>(?:并?不(?:会|可能|应该)?是|不为|不等于|并非))"
     r"|可能[是为]|[是为為：:=]|は|은|คือ)[\s*_:：]*"
     r"|【答案】[\s*_:：]*"
-    r"|(?<![不别])(?<!不能)(?<!不应)(?:选项?|选择)\s*[是为：:]?\s*"
+    r"|(?<![不别])(?<!不能)(?<!不应)(?:选项?|选择|正确的(?:选项|答案)?)\s*[是为：:]?\s*"
     r"(?=[(（]?[A-J]+\s*[)）]?\s*(?:项|选项)?(?:[。．.,，；;、\s]|$))"
     r"|الإجابة(?:\s+هي|\s*:)[\s*_:：]*",
     re.IGNORECASE,
@@ -114,8 +122,15 @@ _CLAIM = re.compile(
     rf"{_LETTER.format('c')}(?=[*_\s]*(?:[.,;!)]|$|\n|because|since))"
     r"|(?<![A-Za-z])(?P<d>[A-J])\s*(?:选?项)?\s*(?:是|为)?正确(?:的|答案|选项)*(?=[。．.,，;；\s]|$)"
 )
+_LAST_LETTER = re.compile(
+    r"\b(?:option|choice|therefore|thus|hence|so|(?:it|this)(?:['’]s| is| must be| has to be))"
+    r"[,:]?\s+\(?((?-i:[A-J]))\)?[.\s]*$",
+    re.IGNORECASE,
+)
 _UNCLAIMED = re.compile(
-    r"\b(?:if|whether|not|never|neither|nor|unless|or)\b|n['’]t\b|/\s*$|[不或]", re.I
+    r"\b(?:if|whether|not|never|neither|nor|unless|or|doubt|wrong|false)\b"
+    r"|n['’]t\b|/\s*$|[不或]",
+    re.I,
 )
 _OPTION_FIRST = re.compile(
     r"\s*\(?([A-J])(?:(?:\)|[.:,])(?=\s|$)|\)?\s+is\s+(?:the\s+)?(?:correct|right|true|best|answer)\b)"
@@ -163,7 +178,7 @@ _CLAUSE = re.compile(
 )
 _COPULA = r"\b(?:is|are|was|were|equals|gives|makes|leaves|totals|becomes|has)\b|="
 _DENIED = re.compile(
-    r"\b(?:never|nothing|none|no (?:value|number|answer))\b[^\d,;]*$|"
+    r"\b(?:never|nothing|nobody|none|no (?:one|value|number|answer))\b[^\d,;]*$|"
     rf"(?:\b(?:not|never|cannot|neither|nor)\b|n['’]t\b|\b(?:is|are|was|ca|does|do|could|would)nt\b)"
     rf"(?:(?!{_COPULA}|\d|\b(?:hard|difficult|only|just|merely)\b).)*$"
     r"|\b(?:different from|differs? from|other than|unequal to|unlike|(?:any|every)thing but"
@@ -179,10 +194,15 @@ _DENIED = re.compile(
     r"|(?:不(?:会|可能|应该)?是|不等于|不为|并非|绝非|非|除了?|排除)\s*$|(?:≠|\\neq?)\s*$",
     re.IGNORECASE | re.DOTALL,
 )
-_BE_WRONG = r"(?:wrong|incorrect|false|impossible|invalid|excluded|rejected|ruled out|a mistake)\b"
+_BE_WRONG = (
+    r"(?:wrong|incorrect|false|impossible|invalid|excluded|rejected|eliminated|discarded"
+    r"|ruled out|out|a mistake)\b"
+)
 _DENIED_AFTER = re.compile(
     r"[\s)*'\"”\]$]{0,4}(?:"
-    rf"\s*\b(?:is|was|are|were|would be|seems|looks)\s+(?:\w+ly\s+|also\s+)*(?:{_BE_WRONG}"
+    r"\s*\b(?:is|was|are|were|would be|(?:can|must|should) be|ha(?:s|ve) been|seems|looks)\s+"
+    r"(?:\w+ly\s+|also\s+)*"
+    rf"(?:{_BE_WRONG}"
     r"|too (?:large|small|big|high|low|much|many|few)\b|the wrong\b|an? (?:wrong|incorrect)\b)"
     r"|\s*\b(?:is|was|would)(?:\s+(?:\w+ly\s+)?not\b|n['’]?t\b)"
     r"|\s*\b(?:can(?:not|['’]?t| not)|could(?:n['’]?t| not)|wo(?:n['’]?t|uld not))\s+(?:\w+ly\s+)?"
@@ -214,7 +234,7 @@ _LISTED = re.compile(
 )
 # --- several values ---
 
-_NAME = r"(?:[A-Za-z](?:_\{?\w{1,3}\}?)?\s*=\s*)"
+_NAME = r"(?:[A-Za-z](?:_\{?\w{1,3}\}?|\d)?(?:\s*=\s*|\s+is\s+)|[A-Z][a-z]+\s?[:=]\s*)"
 _NAMED = re.compile(rf"(?<![\w\\]){_NAME}$")
 _AND = re.compile(rf"\s*(?:,|;|&|、|,?\s*\band\b)\s*{_NAME}?", re.IGNORECASE)
 _OR = re.compile(
@@ -235,7 +255,7 @@ _GUESS = re.compile(
 _REST_OF_LINE = re.compile(r"[ .]*(?:\n|$)")
 _TWO_UNITS = re.compile(r"\s?([a-zA-Z]{2,10})(?:,?\s+and|,)?\s+")
 _IN_FORMULA_BEFORE = re.compile(
-    r"(?:\b(?:twice|half|double|triple)\s+(?:of\s+)?|\b(?:square|cube|root|reciprocal|inverse"
+    r"(?:√\s?|(?<![a-zA-Z])\\?(?:a?(?:sin|cos|tan)|ln|log|lg|sqrt|exp)\s*|\b(?:twice|half|double|triple)\s+(?:of\s+)?|\b(?:square|cube|root|reciprocal|inverse"
     r"|opposite|factorial|logarithm|multiple|factor|divisor|power)\s+of\s+|\bor\s+|或[者是]?\s*"
     r"|\d\s?[−–]\s?|[{^_\\(\[|!]|\\[a-zA-Z]+\s*|[\w)}\]][^\S\n]?[-+*/^]\s?|__\w*)$"
 )
@@ -277,8 +297,10 @@ def _find_stated(text: str) -> str | None:
         is_denied = marker["no"] or marker["zh_no"] or _WRONG_NOUN.search(before + marker.group())
         if is_denied or answer.startswith("not ") or _RETRACTED.match(after):
             answer = answer.removeprefix("not ")
+            value = _NUMBER.search(answer)
             later = find_last(text[marker.end() :])
-            return later if later and later != answer else f"not {answer}"
+            is_other = later and later not in (answer, value and value.group().strip())
+            return later if is_other else f"not {answer}"
         if correction := _CORRECTED.match(after):
             later = find_last(text[end + correction.end() :][:400])
             return later or f"not {answer}"
@@ -394,6 +416,9 @@ def _find_option(text: str) -> str | None:
             letters[claim["a"] or claim["b"] or claim["c"] or claim["d"]] = None
     if letters:
         return ", ".join(letters)
+    last = _LAST_LETTER.search(tail, max(0, len(tail) - 60))
+    if last and not _UNCLAIMED.search(_take_clause(tail[: last.start()][-100:])):
+        return last[1]
     first = (_OPTION_FIRST.match(text) or _YES_FIRST.match(text)) if len(text) < 300 else None
     return first[1] if first else None
 
@@ -416,11 +441,14 @@ class Value(NamedTuple):
 
 
 def _is_unit(word: str) -> bool:
-    return word.lower() in UNITS
+    return word.lower().split()[-1] in UNITS
 
 
 def _as_value(number: re.Match) -> Value:
-    return Value(*number.span(), number.group().strip(), True)
+    text = number.group().strip()
+    if not text.isascii():
+        text = _SUPERSCRIPT.sub(lambda m: "^" + m.group().translate(_PLAIN_DIGITS), text)
+    return Value(*number.span(), text, True)
 
 
 def find_last(text: str) -> str | None:
@@ -544,6 +572,8 @@ def _qualify(text: str, value: Value) -> str | None:
     if _IN_FORMULA_BEFORE.search(before) or _IN_FORMULA_AFTER.match(after):
         return None
     number = _OUT_OF.sub("/", value.text)
+    if not _UNIT_AFTER.match(after) and (letters := _LETTERS_AFTER.match(after)):
+        return number + letters.group()  # 5x, 3i
     if _MINUS.search(before):
         number = "-" + number
     unit = _UNIT_AFTER.match(after)
