@@ -14,8 +14,16 @@ from rewards.evaluate import (
     is_real,
     to_mp,
 )
-from rewards.forms import Item, read_items, rename_parameter, simplify_form, spread_chain, ungroup
-from rewards.scalars import DIGITS, close, points_for, same_scalars, unit_of
+from rewards.forms import (
+    Item,
+    read_items,
+    read_vector,
+    rename_parameter,
+    simplify_form,
+    spread_chain,
+    ungroup,
+)
+from rewards.scalars import DIGITS, close, points_for, same_scalars, strip_unit, unit_of
 from rewards.structure import free_names, names_quantity
 from rewards.syntax import Node, read_number
 
@@ -54,6 +62,8 @@ def _same_lists(gold: Node, answer: Node) -> bool:
     if len(golds) == len(answers) == 1:
         return _same_items(golds[0], answers[0])
     if len(golds) == 1 and len(answers) > 1:
+        if answer.kind == "list" and answer.value == "or" and _agree(answers):
+            return all(_same_items(golds[0], item) for item in answers)
         return _tuple_as_list(golds[0], answers, answer_kind)
     if len(answers) == 1 and len(golds) > 1:
         return _tuple_as_list(answers[0], golds, gold_kind, swapped=True)
@@ -62,6 +72,11 @@ def _same_lists(gold: Node, answer: Node) -> bool:
     if len(golds) != len(answers):
         return False
     return _match(golds, answers)
+
+
+def _agree(items: list[Item]) -> bool:
+    """Say whether alternatives are one value written in several ways: 3/4 or 0.75."""
+    return all(_same_values(items[0].value, item.value) for item in items[1:])
 
 
 def _spread(items: list[Item], others: list[Item]) -> list[Item]:
@@ -274,6 +289,9 @@ def _same_values(gold: Node, answer: Node) -> bool:
 def _same_residues(gold: Node, answer: Node) -> bool:
     """``3 (mod 7)``: residues of one modulus if both state it, else the number as it is."""
     if gold.kind != answer.kind:
+        residue, family = (gold, answer) if gold.kind == "mod" else (answer, gold)
+        if len(free_names(family)) == 1 and not free_names(residue):
+            return _is_residue_class(residue, family)
         gold, answer = (n.args[0] if n.kind == "mod" else n for n in (gold, answer))
         return _same_values(gold, answer)
     (a, modulus), (b, other) = gold.args, answer.args
@@ -282,6 +300,20 @@ def _same_residues(gold: Node, answer: Node) -> bool:
         return same_scalars(modulus, other) and same_scalars(a, b)
     quotient = Evaluator(POINTS[0]).value(difference)
     return exact(quotient) and quotient.denominator == 1
+
+
+def _is_residue_class(residue: Node, family: Node) -> bool:
+    """``7k + 2`` for ``2 (mod 7)``: linear in one whole number, with the modulus for its slope."""
+    (name,) = free_names(family)
+    if name not in INTEGER_LETTERS:
+        return False
+    values = [Evaluator(POINTS[0].with_value(name, k)).value(family) for k in (0, 1, 2)]
+    start, modulus = (Evaluator(POINTS[0]).value(arg) for arg in residue.args)
+    if not all(exact(v) for v in (*values, start, modulus)) or not modulus:
+        return False
+    slope = values[1] - values[0]
+    is_linear = values[2] - values[1] == slope and abs(slope) == abs(modulus)
+    return is_linear and (values[0] - start) % modulus == 0
 
 
 def _coordinates(node: Node) -> tuple[Node, ...] | None:
@@ -302,6 +334,10 @@ def _same_sequences(gold: Node, answer: Node) -> bool:
     if "tuple" in (gold.kind, answer.kind):
         gold, answer = _nest_rows(gold), _nest_rows(answer)
     ours, theirs = _coordinates(gold), _coordinates(answer)
+    if ours is None:
+        ours = read_vector(gold, len(theirs))
+    if theirs is None:
+        theirs = read_vector(answer, len(ours))
     if ours is None or theirs is None or len(ours) != len(theirs):
         return False
     if gold.kind == answer.kind == "tuple" and len(ours) == 2 and gold.value != answer.value:
@@ -329,6 +365,10 @@ def _same_ratios(gold: Node, answer: Node) -> bool:
     if any(arg.kind == "dots" for arg in (*gold.args, *answer.args)):
         pairs = zip(gold.args, answer.args, strict=True)
         return all(_same_values(g, a) for g, a in pairs)
+    if gold.value == answer.value == "clock":  # 6:30 is no ratio that 1:05 could be equal to
+        pairs = zip(gold.args, answer.args, strict=True)
+        if not all(same_scalars(*map(strip_unit, pair)) for pair in pairs):
+            return False
     units = [{unit_of(arg) for arg in node.args} - {None} for node in (gold, answer)]
     if all(units) and units[0] != units[1]:  # 10:30 am, 10:30 pm
         return False

@@ -7,7 +7,7 @@ from rewards.ellipses import resolve_ellipses, substitute
 from rewards.evaluate import Undefined
 from rewards.scalars import same_scalars
 from rewards.structure import free_names, names_quantity
-from rewards.syntax import Node
+from rewards.syntax import Node, read_number
 
 MAX_ITEMS = 128
 
@@ -39,9 +39,17 @@ def _cut_approximation(node: Node) -> Node:
 
 def _split_name(node: Node) -> tuple[Node | None, Node]:
     """Split ``f(x) = x + 1`` into its name and its value; a value alone has no name."""
+    if node.kind == "apply" and len(node.args) > 2:
+        name, *coordinates = node.args
+        if name.kind == "name" and len(name.value) == 1 and name.value.isupper():  # A(1, 2)
+            return name, Node("tuple", tuple(coordinates), "()")
     if node.kind != "relation":
         return None, node
     name = node.args[0]
+    if node.value == ("mapsto",):  # f: n \\mapsto n + 3
+        if name.kind == "ratio" and len(name.args) == 2:
+            name = Node("apply", name.args)
+        return (name if names_quantity(name) else None), ungroup(node.args[1])
     if set(node.value) == {"="}:
         if len(node.args) > 2 and names_quantity(node.args[-1]):
             return None, node  # a = b = c: nothing is given a value
@@ -49,6 +57,12 @@ def _split_name(node: Node) -> tuple[Node | None, Node]:
             return name, ungroup(node.args[-1])
         if not any(free_names(arg) for arg in node.args):
             return None, _consistent_value(node)
+        if (
+            len(node.args) > 2
+            and names_quantity(name)
+            and not any(free_names(a) for a in node.args[1:])
+        ):
+            return name, _consistent_value(node._replace(args=node.args[1:]))  # x = 6/2 = 3
     if node.value == ("in",) and names_quantity(name):
         return name, ungroup(node.args[1])
     return None, node
@@ -81,6 +95,13 @@ def simplify_form(node: Node) -> Node:
 def spread_chain(item: Item) -> list[Item]:
     """``x = y = z = 1`` gives each of its names the value."""
     node = item.node
+    pairs = (item.name, item.value)
+    if item.name is not None and all(part.kind == "tuple" for part in pairs):
+        names, values = (part.args for part in pairs)
+        if len(names) == len(values) and all(names_quantity(name) for name in names):
+            return [
+                Item(Node("relation", pair, ("=",))) for pair in zip(names, values, strict=True)
+            ]
     if item.name is None or node.kind != "relation" or len(node.args) < 3:
         return [item]
     return [Item(Node("relation", (name, item.value), ("=",))) for name in node.args[:-1]]
@@ -101,6 +122,47 @@ def fold_matrices(node: Node) -> Node:
     if node.kind == "mul" and args[1].kind in ("matrix", "tuple"):
         return _map_entries(args[1], lambda entry: Node("mul", (args[0], entry), "done"))
     return node
+
+
+def read_vector(node: Node, width: int) -> tuple[Node, ...] | None:
+    """The coordinates of ``3i - 2j``, ``3\\hat{i} - 2\\hat{j}`` or ``\\binom{3}{-2}``."""
+    if node.kind == "binomial" and width == 2:
+        return node.args
+    if width not in (2, 3):
+        return None
+    found: dict[str, Node] = {}
+    _find_basis(node, found)
+    if not found.keys() & {"j", "k"} or not found.keys() <= set("ijk"[:width]):
+        return None
+    coordinates = []
+    for axis in "ijk"[:width]:
+        values = {basis: "1" if letter == axis else "0" for letter, basis in found.items()}
+        coordinates.append(_put_in(node, values))
+    origin = _put_in(node, dict.fromkeys(found.values(), "0"))
+    if not same_scalars(origin, Node("number", (), read_number("0"))):
+        return None
+    return tuple(coordinates)
+
+
+def _find_basis(node: Node, found: dict[str, Node]) -> None:
+    letter = None
+    if node.kind == "name":
+        letter = node.value.removeprefix("mathbf ")
+    elif node.kind == "index" and node.args[-1].kind == "text" and node.args[0].kind == "name":
+        letter = node.args[0].value if node.args[-1].value in ("hat", "vec", "bar") else None
+    if letter in ("i", "j", "k"):
+        found[letter] = node
+        return
+    for arg in node.args:
+        if isinstance(arg, Node):
+            _find_basis(arg, found)
+
+
+def _put_in(node: Node, values: dict[Node, str]) -> Node:
+    if node in values:
+        return Node("number", (), read_number(values[node]))
+    args = tuple(_put_in(a, values) if isinstance(a, Node) else a for a in node.args)
+    return node._replace(args=args, value="done" if node.kind in ("add", "mul") else node.value)
 
 
 def _parts(node: Node) -> Iterator[Node]:
@@ -174,8 +236,11 @@ def _expand(nodes: Iterable[Node]) -> list[Item]:
     for node in nodes:
         item = Item(node)
         if item.value.kind == "tuple":  # signs in different coordinates are independent
-            choices = [_expand_signs(part) for part in item.value.args]
-            for args in product(*choices):
+            if _has_sign(item.value, "\\mp"):  # (\\pm 1, \\mp 2): one choice for both
+                choices = [_choose_sign(item.value, upper).args for upper in (True, False)]
+            else:
+                choices = product(*[_expand_signs(part) for part in item.value.args])
+            for args in choices:
                 expanded = Item(node)
                 expanded.value = item.value._replace(args=args)
                 items.append(expanded)
@@ -192,8 +257,10 @@ def _expand_signs(node: Node) -> list[Node]:
     return [_choose_sign(node, upper) for upper in (True, False)]
 
 
-def _has_sign(node: Node) -> bool:
-    return node.kind == "pm" or any(isinstance(a, Node) and _has_sign(a) for a in node.args)
+def _has_sign(node: Node, sign: str | None = None) -> bool:
+    if node.kind == "pm" and sign in (None, node.value):
+        return True
+    return any(isinstance(a, Node) and _has_sign(a, sign) for a in node.args)
 
 
 def _choose_sign(node: Node, upper: bool) -> Node:

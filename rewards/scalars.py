@@ -18,7 +18,7 @@ from rewards.evaluate import (
 )
 from rewards.structure import free_names
 from rewards.syntax import Node, Number
-from rewards.vocabulary import CONVERSIONS
+from rewards.units import Unit, find_scales, is_rate_of, names_no_unit
 
 # Working precision, and the one at which an equality is confirmed.
 DIGITS, MORE_DIGITS = 40, 110
@@ -58,7 +58,7 @@ def _features(node: Node) -> set[str]:
     features = {node.kind} & {"percent", "degree", "base"}
     if node.kind == "function" and node.value == "log" and len(node.args) == 1:
         features.add("log")
-    if node.kind == "unit" and node.value == "radian":
+    if node.kind == "unit" and node.value == (("radian", 1),):
         features.add("degree")  # says that angles are not in degrees: nothing is left open
     for part in node.args:
         if isinstance(part, Node):
@@ -73,39 +73,28 @@ def _drop_base(node: Node) -> Node:
     return node._replace(args=args)
 
 
-def unit_of(node: Node) -> str | None:
+def unit_of(node: Node) -> Unit | None:
     if node.kind == "unit":
         return node.value
     return unit_of(node.args[0]) if node.kind == "neg" else None
 
 
-def _same_quantities(gold: Node, answer: Node, unit: str, other: str) -> bool:
+def _same_quantities(gold: Node, answer: Node, unit: Unit, other: Unit) -> bool:
     """Both state a unit and the units differ: equal only if a known conversion makes them so."""
-    gold, answer = _strip_unit(gold), _strip_unit(answer)
-    is_rate = unit.split("/")[0] == other.split("/")[0] and ("/" in unit) != ("/" in other)
-    if "unit" in (unit.rstrip("23"), other.rstrip("23")) or is_rate:
+    gold, answer = strip_unit(gold), strip_unit(answer)
+    if names_no_unit(unit) or names_no_unit(other) or is_rate_of(unit, other):
         # "5 square units" names none; "5 dollars" an hour may leave the hour to the question.
         return same_scalars(gold, answer)
-    measures = _measure(unit), _measure(other)
-    if None in measures or measures[0][0] != measures[1][0]:
-        return False
-    scale = Node("number", (), Number(measures[1][1] / measures[0][1], 0, 0))
-    return same_scalars(gold, Node("mul", (answer, scale), "done"))
+    scaled = (
+        Node("mul", (answer, Node("number", (), Number(scale, 0, 0))), "done")
+        for scale in find_scales(unit, other)
+    )
+    return any(same_scalars(gold, quantity) for quantity in scaled)
 
 
-def _measure(unit: str) -> tuple[str, Fraction] | None:
-    """What a unit measures, and its size in base units: cm2 is an area of 1/10000 m2."""
-    base = unit.rstrip("23")
-    if base not in CONVERSIONS:
-        return None
-    kind, factor = CONVERSIONS[base]
-    power = int(unit[len(base) :] or 1)
-    return f"{kind}{power}", Fraction(factor) ** power
-
-
-def _strip_unit(node: Node) -> Node:
+def strip_unit(node: Node) -> Node:
     if node.kind == "neg":
-        return Node("neg", (_strip_unit(node.args[0]),))
+        return Node("neg", (strip_unit(node.args[0]),))
     return node.args[0] if node.kind == "unit" else node
 
 

@@ -39,10 +39,16 @@ def names_quantity(node: Node) -> bool:
         return True
     if node.kind == "mul" and node.args[0] == Node("name", (), "m"):  # the measure of an angle
         return node.args[1].kind == "index"
+    if node.kind == "mul" and _is_differential(node):  # \Delta x
+        return True
+    if node.kind == "mul" and all(_is_vector(part) for part in node.args):  # a scalar product
+        return True
     if node.kind == "mul":  # a segment AB, a figure MBCN: capitals side by side
         return node.value == "juxtaposed" and all(_is_capital(part) for part in node.args)
     if node.kind == "abs":
-        return _is_segment(node.args[0])
+        return _is_segment(node.args[0]) or node.value == "norm" or _is_vector(node.args[0])
+    if node.kind == "big":  # a limit, an integral or a sum says by its sign what it is
+        return True
     if node.kind in ("union", "intersection", "difference"):
         return all(names_quantity(arg) for arg in node.args)
     if node.kind in ("ratio", "div", "frac"):
@@ -54,8 +60,28 @@ def names_quantity(node: Node) -> bool:
     return False
 
 
+def _is_vector(node: Node) -> bool:
+    """Say whether an expression is of vectors alone: ``\\vec a``, ``\\vec a + \\vec b``."""
+    if node.kind in ("add", "neg", "group"):
+        return all(_is_vector(arg) for arg in node.args)
+    if node.kind == "mul":  # 2\vec a
+        return node.args[0].kind == "number" and _is_vector(node.args[1])
+    if node.kind == "index":
+        return node.args[-1] == Node("text", (), "vec") or _is_vector(node.args[0])
+    return node.kind == "name" and node.value.startswith("mathbf ")
+
+
 def _is_differential(node: Node) -> bool:
-    return node.kind == "mul" and node.args[0] == Node("name", (), "d")
+    """``dx``, ``\\partial f``, ``\\Delta x``; ``d`` and ``d^2`` alone, too, in a quotient."""
+    if node.kind != "mul":
+        return False
+    first = node.args[0]
+    while first.kind == "mul":
+        first = first.args[0]
+    if first.kind == "pow":
+        first = first.args[0]
+    is_sign = first.kind == "name" and first.value in ("d", "partial", "Delta", "nabla")
+    return is_sign and (node.args[1].kind in ("name", "index", "apply", "pow"))
 
 
 def _is_capital(node: Node) -> bool:

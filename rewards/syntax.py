@@ -11,6 +11,14 @@ from typing import NamedTuple
 from rewards import vocabulary as voc
 from rewards.text import normalize_text, strip_dress
 from rewards.tokens import ParseError, Token, read_tokens, tidy_tokens
+from rewards.units import (
+    AFTER_POWER_WORDS,
+    POWER_WORDS,
+    Unit,
+    find_scales,
+    find_unit,
+    make_unit,
+)
 
 MAX_CHARS = 8_000
 MAX_DEPTH = 40
@@ -44,8 +52,6 @@ def parse_answer(text: str) -> Node:
     text = strip_dress(normalize_text(text))
     if not text:
         raise ParseError("empty")
-    if text.lower() in voc.NUMBER_WORDS:
-        text = voc.NUMBER_WORDS[text.lower()]
     parser = Parser(tidy_tokens(read_tokens(text)))
     tree = parser.parse_groups()
     parser.expect_end()
@@ -122,6 +128,12 @@ class Parser:
                 break
             separators.append(separator)
             items.append(self.parse_relation())
+        while len(items) > 1 and separators[-1] != "or":  # 1 hour and 20 minutes
+            joined = join_amounts(*items[-2:])
+            if joined is None:
+                break
+            items[-2:] = [joined]
+            separators.pop()
         if not separators:
             return items[0]
         return Node("list", tuple(items), separators[-1])
@@ -154,10 +166,13 @@ class Parser:
         return self.token.text == "U" and before in (")", "]") and self.peek().text in ("(", "[")
 
     def parse_ratio(self) -> Node:
+        clock = _is_clock(self.tokens[self.at : self.at + 3])
         items = [self.parse_sum()]
         while not self.in_braces and self.accept(":", "\\colon"):
             items.append(self.parse_sum())
-        return Node("ratio", tuple(items)) if len(items) > 1 else items[0]
+        return (
+            Node("ratio", tuple(items), "clock" if clock else None) if len(items) > 1 else items[0]
+        )
 
     def parse_sum(self) -> Node:
         """A sum; with TeX's ``\\over``, or taken modulo something."""
@@ -204,12 +219,24 @@ class Parser:
                 left = Node("mul", (left, self._parse_factor()))
             elif self.accept("/", "\\div"):
                 left = Node("div", (left, self._parse_factor()))
+            elif left.kind == "unit" and self.token.kind == "number":
+                left = self._parse_smaller_amount(left)
             elif self._starts_factor():
                 left = _join_factors(left, self.parse_power())
             elif (marked := self._parse_mark(left)) is not None:
                 left = marked
             else:
                 return left
+
+    def _parse_smaller_amount(self, amount: Node) -> Node:
+        """``20 minutes`` after ``1 hour``: both together, in the first unit."""
+        quantity = self._parse_number()
+        unit = self._accept_unit()
+        smaller = Node("unit", (quantity,), unit) if unit else None
+        joined = join_amounts(amount, smaller) if smaller else None
+        if joined is None:
+            raise ParseError("two quantities side by side")
+        return joined
 
     def _parse_mark(self, quantity: Node) -> Node | None:
         """What may follow a quantity: a percent sign, "million", a unit. None if nothing does."""
@@ -221,9 +248,9 @@ class Parser:
             scale = read_number(voc.MULTIPLIERS[self.take().text.lower()])
             return Node("mul", (quantity, Node("number", (), scale)), "done")
         unit = self._accept_unit()
-        if unit == "%":
+        if unit == (("%", 1),):
             return Node("percent", (quantity,))
-        if unit == "degree":
+        if unit == (("degree", 1),):
             return Node("degree", (quantity,))
         return Node("unit", (quantity,), unit) if unit else None
 
@@ -257,15 +284,25 @@ class Parser:
             if text in ("^", "**"):
                 self.take()
                 base = self._parse_exponent(base)
-                if base.kind == "pow" and base.args[1] == _MINUS_ONE and self._at_argument():
+                if (
+                    base.kind == "pow"
+                    and base.args[1] == _MINUS_ONE
+                    and self._at_argument(
+                        base.args[0].kind == "name"
+                        and base.args[0].value in ("f", "g", "h", "F", "G")
+                    )
+                ):
                     inverse = Node("index", (base.args[0], Node("text", (), "inverse")))
                     base = self._parse_application(inverse)
             elif text == "_":
                 self.take()
-                base = _subscript(base, self._parse_script())
+                base = _subscript(base, self._accept_label() or self._parse_script())
             elif text == "!":
                 self.take()
                 base = Node("factorial", (base,))
+            elif text == "\\circ" and base.kind == "name" and self.peek().kind == "word":
+                self.take()  # f \circ g
+                base = Node("index", (base, self.parse_atom(), Node("text", (), "of")))
             elif text in ("\\degree", "\\circ", "\\textdegree"):
                 self.take()
                 base = Node("degree", (base,))
@@ -277,10 +314,11 @@ class Parser:
             else:
                 return base
 
-    def _at_argument(self) -> bool:
+    def _at_argument(self, is_function: bool = False) -> bool:
         """Say whether ``(x)``, one letter in brackets, comes next: f^{-1}(x) is an inverse."""
-        texts = [self.token.text, self.peek().kind, self.peek(2).text]
-        return texts == ["(", "word", ")"] and not self.token.space
+        texts = [self.token.text, self.peek(2).text]
+        kinds = ("word", "number") if is_function else ("word",)
+        return texts == ["(", ")"] and self.peek().kind in kinds and not self.token.space
 
     def _parse_exponent(self, base: Node) -> Node:
         text, after = self.token.text, self.peek()
@@ -296,8 +334,11 @@ class Parser:
         return Node("pow", (base, self._parse_script()))
 
     def _skip_temperature(self, node: Node) -> Node:
-        if self.token.text in ("C", "F") and self.peek().kind in ("end", "separator"):
+        scale = {"C": "celsius", "F": "fahrenheit"}.get(self.token.text)
+        following = self.peek()
+        if scale and (following.kind in ("end", "separator", "text") or following.text in ",;)}"):
             self.take()
+            return Node("unit", node.args, ((scale, 1),))
         return node
 
     def _parse_script(self) -> Node:
@@ -313,27 +354,106 @@ class Parser:
             return Node("name", (), self.take().text)
         return self.parse_atom()
 
-    def _accept_unit(self) -> str | None:
+    def _accept_label(self) -> Node | None:
+        """Accept a subscript in words: ``{\\text{out}}``, ``{\\max}``, ``{0,\\min}``."""
+        at, words = self.at, []
+        is_group = self.token.text == "{"
+        at += is_group
+        while at < len(self.tokens):
+            token = self.tokens[at]
+            is_word = token.kind == "text" or token.text[1:] in voc.LABELS
+            if not is_word and not (
+                is_group and (token.kind in ("word", "number") or token.text == ",")
+            ):
+                break
+            words.append(token)
+            at += 1
+            if not is_group:
+                break
+        closes = not is_group or (at < len(self.tokens) and self.tokens[at].text == "}")
+        if not closes or not any(t.kind == "text" or t.text[1:] in voc.LABELS for t in words):
+            return None
+        self.at = at + is_group
+        return Node("text", (), " ".join(token.text.lstrip("\\") for token in words))
+
+    def _accept_unit(self) -> Unit | None:
         """Accept the units after a quantity (``cm^2``, ``miles per hour``), if they end there."""
-        start, words = self.at, []
+        start, parts, sign, power = self.at, [], 1, 1
         while True:
-            token = self.token
-            if token.kind == "text" and token.text.lower() in voc.UNITS:
-                words.append(voc.UNITS[self.take().text.lower()])
-            elif token.text == "per" or (words and _continues_unit(words[-1], token)):
-                words.append(self.take().text)
+            token, following = self.token, self.peek()
+            lower = token.text.lower()
+            if token.kind == "text" and lower in POWER_WORDS:
+                self.take()
+                power = POWER_WORDS[lower]
+            elif token.kind == "text" and parts and lower in AFTER_POWER_WORDS:
+                name, exponent = parts.pop()
+                self.take()
+                parts.append((name, exponent * AFTER_POWER_WORDS[lower]))
+            elif self._at_unit(token) or (sign < 0 and token.kind == "word"):
+                name = find_unit(self.take().text) or token.text
+                parts.append((name, sign * power * self._accept_unit_power()))
+                sign, power = 1, 1
+            elif parts and token.text == "/" and following.text == "(":
+                self.at += 2
+                inner = self._accept_bracketed_unit()
+                if inner is None:
+                    break
+                parts += [(name, -exponent) for name, exponent in inner]
+            elif token.text == "per" or (parts and token.text == "/"):
+                self.take()
+                sign = -1
+            elif parts and token.text in ("\\cdot", "*") and self._at_unit(following):
+                self.take()
             else:
                 break
-        at_end = self.token.kind in ("end", "separator", "text")
-        if words and (at_end or self.token.text in (",", ";", ")", "]", "\\}", "}", ":", "=")):
-            if words.count("{") == words.count("}"):
-                return _join_unit(words)
-            while words and words[-1] == "}":
-                words.pop()
-                self.at -= 1
-            return _join_unit(words)
+        if parts and sign > 0 and self._at_unit_end():
+            return make_unit(parts)
         self.at = start
         return None
+
+    def _at_unit(self, token: Token) -> bool:
+        return token.kind == "text" and find_unit(token.text) is not None
+
+    def _at_unit_end(self) -> bool:
+        is_end = self.token.kind in ("end", "separator", "text", "number")
+        return is_end or self.token.text in (
+            ",",
+            ";",
+            ")",
+            "]",
+            "\\}",
+            "}",
+            ":",
+            "=",
+            "\\approx",
+            "\\\\",
+        )
+
+    def _accept_bracketed_unit(self) -> list[tuple[str, int]] | None:
+        inner = []
+        while self._at_unit(self.token) or self.token.kind == "word":
+            name = find_unit(self.token.text) or self.token.text
+            self.take()
+            inner.append((name, self._accept_unit_power()))
+            self.accept("\\cdot", "*")
+        return inner if self.accept(")") else None
+
+    def _accept_unit_power(self) -> int:
+        """The exponent of a unit: ``^2``, ``^{-1}``; 1 if there is none."""
+        start, sign = self.at, 1
+        if not self.accept("^"):
+            if self.token.kind == "number" and self.token.text in "23" and not self.token.space:
+                return int(self.take().text)
+            return 1
+        is_group = self.accept("{")
+        if self.accept("-"):
+            sign = -1
+        if self.token.kind == "number" and self.token.text.isdigit() and len(self.token.text) == 1:
+            power = sign * int(self.take().text)
+            if not is_group or self.accept("}"):
+                return power
+        self.at = start
+        raise ParseError("an exponent that no unit has")
 
     def parse_atom(self) -> Node:
         token = self.token
@@ -344,9 +464,15 @@ class Parser:
             node = Node("name", (), token.text)
             if self.token.text == "(" and not self.token.space:
                 return self._parse_application(node)
+            if self.token.text == "[" and node.value in ("E", "P") and self.depth == 0:
+                return self._parse_expectation(node)
             return node
         if token.text in ("(", "["):
-            return self.nested(self._parse_brackets)
+            inside = self.nested(self._parse_brackets)
+            is_composed = inside.kind == "index" and inside.args[-1] == Node("text", (), "of")
+            if is_composed and self.token.text == "(":
+                return self._parse_application(inside)
+            return inside
         if token.text == "]" and self.depth == 0:  # ]0, 1[ as written in France
             return self.nested(self._parse_reversed_interval)
         if token.text == "{":
@@ -409,7 +535,7 @@ class Parser:
 
     def _parse_application(self, name: Node) -> Node:
         """``f(x)``: kept as written; what it means is decided where it is evaluated."""
-        inside = self.nested(self._parse_brackets)
+        inside = self.nested(lambda: self._parse_brackets(in_application=True))
         if inside.kind == "tuple" and inside.value != "()":
             raise ParseError("not an argument list")
         if self.token.text in ("^", "**", "!"):  # x(x + 1)^2: only the bracket is squared
@@ -417,9 +543,24 @@ class Parser:
         args = inside.args if inside.kind == "tuple" else (inside,)
         return Node("apply", (name, *args))
 
-    def _parse_brackets(self) -> Node:
+    def _parse_expectation(self, name: Node) -> Node:
+        """``E[X]``: the expectation of X."""
+        inside = self.nested(lambda: self._parse_brackets(in_application=True))
+        return Node("index", (name, inside, Node("text", (), "[]")))
+
+    def _parse_brackets(self, in_application: bool = False) -> Node:
         opener = self.take().text
-        inside = self.parse_groups()
+        if in_application:
+            self.bars = 1  # P(A|B): a bar is no bracket here, unless it opens the argument
+            if self.token.kind == "text":  # P(heads)
+                words = [self.take().text for _ in range(8) if self.token.kind == "text"]
+                inside = Node("text", (), " ".join(words))
+            else:
+                inside = self.parse_groups()
+            if self.accept("|", "\\mid", "\\vert"):
+                inside = Node("index", (inside, self.parse_groups(), Node("text", (), "given")))
+        else:
+            inside = self.parse_groups()
         closer = self.expect(")", "]").text
         if inside.kind == "list" and (len(inside.args) == 2 or opener + closer in ("()", "[]")):
             return Node("tuple", inside.args, opener + closer)
@@ -473,7 +614,8 @@ class Parser:
 
         inside = self.nested(parse_inside)
         self.expect(closer)
-        return Node("abs", (inside,))
+        is_norm = opener in ("\\|", "\\lVert", "\\Vert")
+        return Node("abs", (inside,), "norm" if is_norm else None)
 
     def _parse_command(self) -> Node:
         name = self.take().text[1:]
@@ -506,7 +648,15 @@ class Parser:
             inner = self.take_single()
             if inner.kind != "name":
                 return inner
-            return Node("name", (), name.replace("boldsymbol", "mathbf") + " " + inner.value)
+            node = Node("name", (), name.replace("boldsymbol", "mathbf") + " " + inner.value)
+            if self.token.text in ("[", "(") and node.value in ("mathbb E", "mathbb P"):
+                return self._parse_expectation(node)
+            return node
+        if name in voc.OPERATORS:  # \deg f, \dim V
+            inside = self.nested(self.parse_power)
+            return Node("index", (inside, Node("text", (), name)))
+        if name == "jmath":
+            return Node("name", (), "j")
         if name in ("emptyset", "varnothing"):
             return Node("set", ())
         if name in ("ldots", "dots", "cdots", "dotsc", "dotsb", "vdots"):
@@ -594,6 +744,9 @@ class Parser:
             while not self.accept("}"):
                 if self.take().kind == "end":
                     raise ParseError("unclosed column specification")
+        if name.rstrip("*") in ("alignedat", "alignat"):
+            self.take_single()
+        self._drop_alignment()
         rows = self.nested(self._parse_rows)
         while not self.accept("}"):
             if self.take().kind == "end":
@@ -602,6 +755,30 @@ class Parser:
             lines = [row[0].args if row[0].kind == "list" else row for row in rows]
             return Node("list", sum(lines, ()), ",")  # a system of equations
         return Node("matrix", rows)
+
+    def _drop_alignment(self) -> None:
+        """Drop, up to the end of the environment, ``&`` beside a relation and what ends a row.
+
+        A row that begins with a relation goes on with the row before: ``x &= 6/2 \\\\ &= 3``.
+        """
+        kept, depth, at = [], 1, self.at
+        while at < len(self.tokens) and depth:
+            token, following = (
+                self.tokens[at],
+                self.tokens[at + 1] if at + 1 < len(self.tokens) else _END,
+            )
+            depth += (token.text == "\\begin") - (token.text == "\\end")
+            before = kept[-1].text if kept else ""
+            is_mark = token.text == "&" and (
+                following.text in voc.RELATIONS or (before in voc.RELATIONS and before != "\\to")
+            )
+            ends_row = token.text in (",", ".", ";") and following.text in ("\\\\", "\\end")
+            if token.text == "&" and before == "\\\\" and following.text in voc.RELATIONS:
+                kept.pop()
+            if not is_mark and not ends_row:
+                kept.append(token)
+            at += 1
+        self.tokens[self.at : at] = kept
 
     def _parse_rows(self) -> tuple:
         rows, row = [], []
@@ -621,21 +798,6 @@ class Parser:
                 self.expect("{")
                 break
         return tuple(rows)
-
-
-def _continues_unit(last: str, token: Token) -> bool:
-    """Say whether a token goes on with a unit: ``^2``, ``^{2}``, ``/s``."""
-    if token.kind == "number":
-        return last in ("^", "{")
-    return token.text in ("^", "/", "{", "}", "\\cdot") or (last == "/" and token.kind == "word")
-
-
-def _join_unit(words: list[str]) -> str:
-    powers = {"square": "2", "cubic": "3"}
-    if len(words) == 2 and words[0] in powers:
-        words = [words[1], powers[words[0]]]
-    unit = "".join("/" if word == "per" else word for word in words if word not in "{}^")
-    return {"mile/hour": "mph", "km/hour": "kph"}.get(unit, unit)
 
 
 def read_number(digits: str) -> Number:
@@ -679,6 +841,27 @@ def _subscript(base: Node, script: Node) -> Node:
             return Node("base", (base, script))
         raise ParseError("subscript on a number")
     return Node("index", (base, script))
+
+
+def join_amounts(amount: Node, smaller: Node) -> Node | None:
+    """The sum of two amounts of one measure, if the second is in a smaller unit; else None."""
+    if amount.kind != "unit" or smaller.kind != "unit":
+        return None
+    scales = [scale for scale in find_scales(amount.value, smaller.value) if scale < 1]
+    if not scales:
+        return None
+    scale = Node("number", (), Number(scales[0], 0, 0))
+    rest = Node("mul", (smaller.args[0], scale), "done")
+    return Node("unit", (Node("add", (amount.args[0], rest), "done"),), amount.value)
+
+
+def _is_clock(tokens: list[Token]) -> bool:
+    """Say whether digits look like a time of day: 6:30, but not 3:4."""
+    if [token.kind for token in tokens] != ["number", "mark", "number"] or tokens[1].text != ":":
+        return False
+    hours, minutes = tokens[0].text, tokens[2].text
+    is_time = hours.isdigit() and len(minutes) == 2 and minutes.isdigit()
+    return is_time and len(hours) <= 2 and int(hours) <= 24 and int(minutes) < 60
 
 
 def _is_prime_run(tokens: list[Token], at: int) -> bool:

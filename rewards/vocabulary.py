@@ -1,5 +1,8 @@
 """The words and commands that answers are written with."""
 
+# Tables: a line of Chinese is wide for its number of characters.
+# ruff: noqa: E501
+
 
 def _words(text: str) -> list[str]:
     return text.split()
@@ -13,9 +16,14 @@ MATH_FONTS = {"mathit", "bm"}
 
 CONNECTIVES = {
     "and": "and", "or": "or", "und": "and", "oder": "or", "et": "and", "ou": "or", "y": "and",
-    "和": "and", "或": "or", "且": "and", "或者": "or", "以及": "and", "与": "and",
+    "和": "and", "或": "or", "且": "and", "或者": "or", "以及": "and", "与": "and", "及": "and", "并且": "and",
 }  # fmt: skip
 del CONNECTIVES["y"]  # a variable far more often than Spanish
+
+# Commands that join statements.
+LOGIC = {
+    "\\land": "and", "\\wedge": "and", "\\lor": "or", "\\vee": "or", "&": "and", "\\&": "and",
+}  # fmt: skip
 
 OPERATOR_WORDS = {"mod": "\\mod", "union": "\\cup", "intersect": "\\cap"}
 
@@ -26,7 +34,7 @@ RELATIONS = {
     "\\ne": "!=", "\\neq": "!=", "\\in": "in", "\\approx": "~", "\\simeq": "~", "\\sim": "~",
     "\\doteq": "~", "\\equiv": "=", "\\to": "to", "\\rightarrow": "to", "->": "to",
     "\\cong": "cong", "\\parallel": "parallel", "\\perp": "perp",
-    "\\Rightarrow": "=>", "\\implies": "=>", "\\mapsto": "to",
+    "\\Rightarrow": "=>", "\\implies": "=>", "\\mapsto": "mapsto",
 }  # fmt: skip
 NEGATED = {"=": "!=", "<": ">=", ">": "<="}
 
@@ -75,16 +83,13 @@ DECORATIONS = {
 }  # fmt: skip
 
 MATRICES = {
-    "pmatrix",
-    "bmatrix",
-    "Bmatrix",
-    "matrix",
-    "smallmatrix",
-    "array",
-    "vmatrix",
-    "cases",
-    "aligned",
-}
+    "pmatrix", "bmatrix", "Bmatrix", "matrix", "smallmatrix", "array", "vmatrix", "cases", "dcases",
+    "rcases", "aligned", "align", "alignedat", "gathered", "gather", "split", "eqnarray", "equation",
+}  # fmt: skip
+
+# Operators that name a quantity of their argument, and words that stand in subscripts.
+OPERATORS = set(_words("deg dim ker rank tr Var Cov Pr hom nabla"))
+LABELS = set(_words("max min inf sup exp log ln lim det gcd lcm arg abs"))
 
 FACTOR_COMMANDS = {
     "\\" + name
@@ -93,7 +98,7 @@ FACTOR_COMMANDS = {
         "lvert mathbf mathbb mathcal boldsymbol begin cdots ldots dots "
         "angle triangle measuredangle"
     )
-} | {"\\" + name for name in (*FUNCTIONS, *DECORATIONS)}
+} | {"\\" + name for name in (*FUNCTIONS, *DECORATIONS, *OPERATORS, "jmath")}
 
 ORDINAL_ENDINGS = {"th", "st", "nd", "rd"}
 
@@ -108,14 +113,44 @@ MEANINGFUL_WORDS = {
     "possibly", "either", "undefined", "dozen", "hundred", "thousand", "million", "billion",
     "trillion", "percent", "squared", "cubed", "between", "otherwise", "wrong", "incorrect",
     "isn", "doesn", "don", "inverse", "opposite", "non-zero", "even", "odd", "infinite",
+    "cannot", "cant", "isnt", "aren", "wasn", "weren", "couldn", "shouldn", "wouldn", "didn", "hasn",
+    "haven", "nobody", "nothing", "hardly", "unlikely", "impossible", "false", "untrue", "instead",
+    "rather", "exceeds", "exceeding", "beyond", "within", "might", "could", "probably", "reciprocal",
+    "factorial", "triple", "thrice", "divided", "multiplied", "subtracted", "halves", "almost",
+    # German, French, Spanish, Portuguese, Italian, Dutch
+    "nicht", "kein", "keine", "nie", "mindestens", "weniger", "mehr", "ohne", "oder", "niet", "geen",
+    "minstens", "pas", "moins", "sans", "ni", "jamais", "nunca", "menos", "sin", "mayor",
+    "menor", "nem", "sem", "maior", "mais", "mas", "almeno", "meno", "senza", "maggiore", "minore",
 }  # fmt: skip
+# The same in scripts that are not Latin, as parts of words.
+MEANINGFUL_CJK = (
+    r"不(?!同|等式|定积分)|没|沒|无(?!理|限)|無|非|未(?!知)|否|别|勿|分之|半(?!径)|零下|负|負|[至最][多少]|"
+    r"[大小高低多少早晚][于於]|超[过過]|以[上下内外內]|未満|除了|除以|乘(?!积)|加上|减去|减(?!少)|"
+    r"相反数|倒数|平方根|的平方|的立方|次方|次幂|绝对值|阶乘|错|可能|也许|或许|大概率|[两兩]|[成折](?=$)|"
+    r"ない|ません|以外|아니|않|없|이상|이하|미만|초과|절반|제외|"
+    r"\bн[еи]\b|\bнет\b|менее|более|больше|меньше|кроме|минус|половин|выше|ниже|минимум|максимум|\bбез\b"
+)
 
-# Words of direction: where both sides use them, they must be the same ones.
-DIRECTIONS = {
-    "increase", "decrease", "profit", "loss", "gain", "left", "right", "up", "down", "north",
-    "south", "east", "west", "clockwise", "counterclockwise", "before", "after", "more", "less",
-    "increasing", "decreasing", "rise", "fall", "forward", "backward",
+# Words of direction, by what they say: where both sides use some, they must say the same.
+_DIRECTION_WORDS = {
+    "more": "increase increased increases gain gained rise rose rises risen grow grew up",
+    "fewer": "decrease decreased decreases lose lost fall fell falls fallen drop dropped down",
+    "profit": "profit", "loss": "loss", "income": "deposit deposited earned income",
+    "expense": "withdraw withdrew spent expense", "left": "left", "right": "right", "north": "north",
+    "south": "south", "east": "east", "west": "west", "clockwise": "clockwise",
+    "anticlockwise": "counterclockwise anticlockwise", "before": "before", "after": "after",
+    "than": "more", "less": "less", "increasing": "increasing", "decreasing": "decreasing",
+    "forward": "forward forwards", "backward": "backward backwards", "am": "am", "pm": "pm",
 }  # fmt: skip
+DIRECTIONS = {word: said for said, words in _DIRECTION_WORDS.items() for word in words.split()}
+_CJK_DIRECTIONS = {
+    "more": "增加 上升 增长 提高 上涨 上调 升高 涨", "fewer": "减少 下降 降低 下跌 下调 跌", "profit": "盈利 盈 赚 获利",
+    "loss": "亏损 亏 赔", "income": "收入 存入", "expense": "支出 取出", "left": "向左 左移 左边",
+    "right": "向右 右移 右边", "up": "向上", "down": "向下", "north": "北", "south": "南", "east": "东", "west": "西",
+    "clockwise": "顺时针", "anticlockwise": "逆时针", "forward": "向前 前进", "backward": "向后 后退",
+    "am": "上午 早上 早晨 凌晨", "pm": "下午 晚上 傍晚", "after": "以后 之后", "before": "以前 之前",
+}  # fmt: skip
+CJK_DIRECTIONS = {word: said for said, words in _CJK_DIRECTIONS.items() for word in words.split()}
 # Words before a number that do not name what it is the number of.
 FILLERS = {
     "about", "approximately", "around", "only", "the", "answer", "is", "are", "exactly", "total",
@@ -127,77 +162,12 @@ SHORT_WORDS = {
     "yes", "no", "odd", "one", "two", "six", "ten", "dne", "all", "any", "not", "the", "for", "is",
     "men", "day", "days", "pm", "am", "per", "of", "red", "it", "so", "its", "by", "to", "east",
     "west", "true", "even", "sec", "are", "ways", "was", "has", "can", "but", "nor", "non", "if",
-    "usd", "in", "as", "at", "we", "be", "an", "du", "de", "le", "la", "rs",
+    "usd", "in", "as", "at", "we", "be", "an", "du", "de", "le", "la", "rs", "sq", "cu",
 }  # fmt: skip
 
-# Unit words, in one spelling each. Single letters are units only after a number in a text macro,
-# where they cannot be variables.
-_UNIT_SPELLINGS = {
-    "mm": "mm millimeter millimeters millimetre millimetres",
-    "cm": "cm centimeter centimeters centimetre centimetres 厘米",
-    "dm": "dm decimeter decimeters",
-    "meter": "meter meters metre metres m 米",
-    "km": "km kilometer kilometers kilometre kilometres 千米 公里",
-    "inch": "inch inches",
-    "foot": "foot feet ft",
-    "yard": "yard yards yd",
-    "mile": "mile miles mi",
-    "mg": "mg milligram milligrams",
-    "gram": "gram grams g 克",
-    "kg": "kg kilogram kilograms kgs 千克 公斤",
-    "pound": "pound pounds lb lbs",
-    "ounce": "ounce ounces oz",
-    "ton": "ton tons tonne tonnes 吨",
-    "second": "second seconds sec secs s 秒",
-    "minute": "minute minutes min mins 分钟",
-    "hour": "hour hours hr hrs h 小时 时",
-    "day": "day days 天 日",
-    "week": "week weeks 周",
-    "month": "month months 月",
-    "year": "year years yr yrs 年",
-    "dollar": "dollar dollars usd bucks 美元",
-    "cent": "cent cents",
-    "euro": "euro euros",
-    "yuan": "yuan rmb 元",
-    "liter": "liter liters litre litres l 升",
-    "ml": "ml milliliter milliliters 毫升",
-    "gallon": "gallon gallons",
-    "degree": "degree degrees deg degs 度",
-    "radian": "radian radians rad rads",
-    "mph": "mph",
-    "kph": "kph kmh",
-    "square": "square sq 平方",
-    "cubic": "cubic cu 立方",
-    "unit": "unit units",
-    "%": "percent pct",
-    "am": "am",
-    "pm": "pm",
-}
-# Words that scale the number before them, and whole answers written as a word.
+# Words that scale the number before them.
 MULTIPLIERS = {
     "hundred": "100", "thousand": "1000", "million": "1000000", "billion": "1000000000",
-    "trillion": "1000000000000", "dozen": "12", "万": "10000", "亿": "100000000",
-}  # fmt: skip
-NUMBER_WORDS = {
-    word: str(number)
-    for number, word in enumerate(
-        _words(
-            "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-            "fifteen sixteen seventeen eighteen nineteen twenty"
-        )
-    )
-}
-
-UNITS = {word: unit for unit, words in _UNIT_SPELLINGS.items() for word in words.split()}
-
-# Units that convert into each other: what they measure, and how many of the base unit they are.
-CONVERSIONS = {
-    "mm": ("length", "1/1000"), "cm": ("length", "1/100"), "dm": ("length", "1/10"),
-    "meter": ("length", "1"), "km": ("length", "1000"), "inch": ("length", "127/5000"),
-    "foot": ("length", "381/1250"), "yard": ("length", "1143/1250"),
-    "mile": ("length", "201168/125"), "mg": ("mass", "1/1000"), "gram": ("mass", "1"),
-    "kg": ("mass", "1000"), "ton": ("mass", "1000000"), "second": ("time", "1"),
-    "minute": ("time", "60"), "hour": ("time", "3600"), "day": ("time", "86400"),
-    "week": ("time", "604800"), "dollar": ("money", "1"), "cent": ("money", "1/100"),
-    "liter": ("volume", "1"), "ml": ("volume", "1/1000"),
+    "trillion": "1000000000000", "dozen": "12", "十": "10", "百": "100", "千": "1000",
+    "万": "10000", "亿": "100000000", "兆": "1000000000000",
 }  # fmt: skip
