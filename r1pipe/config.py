@@ -106,6 +106,9 @@ class Reward(Strict):
     weight: float = 1.0
     options: dict[str, Any] = {}
     """Further keyword arguments of the function."""
+    conversational: bool = Field(default=False, exclude_if=lambda given: not given)
+    """Completions are lists of messages, as TRL gives them where prompts are: for a function that
+    reads completion[0]["content"]. Default: strings."""
 
 
 class Engine(Strict):

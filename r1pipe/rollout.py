@@ -504,7 +504,15 @@ def server_command(
         arguments["reasoning_parser"] = "deepseek_r1"
     arguments |= {"served_model_name": name, "host": host, "port": port}
     arguments |= {"uvicorn_log_level": "warning", "disable_uvicorn_access_log": True}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint]
+    # -P: the working folder's files must not stand in for library modules.
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        checkpoint,
+    ]
     for key, value in arguments.items():
         flag = key.replace("_", "-")
         if isinstance(value, bool):

@@ -3,7 +3,8 @@
 The contract is TRL's (1.16, GRPOTrainer._calculate_rewards): plain functions, callable objects, and
 `async` functions of these, called by keyword with
 
-    prompts, completions, completion_ids   one entry per rollout; completions are strings
+    prompts, completions, completion_ids   one entry per rollout; completions are strings, or with
+                                           `conversational` lists of messages
     id, kind, answer, tests, solution, ... every column of the problem, one entry per rollout
     trainer_state                          transformers.TrainerState: global_step, max_steps, epoch
     log_extra(column, values)              a value per rollout, kept with it
@@ -199,7 +200,7 @@ class Call:
         given: dict[str, Callable[[], Any]] = {
             **columns,
             "prompts": lambda: [[dict(message) for message in p.prompt] for p in problems],
-            "completions": lambda: [r.completion for r in rollouts],
+            "completions": lambda: [self.shape_completion(r.completion) for r in rollouts],
             "completion_ids": lambda: [list(r.completion_ids) for r in rollouts],
             "trainer_state": lambda: make_trainer_state(trainer_state),
             "log_extra": lambda: partial(self.log_extra, scores),
@@ -208,6 +209,9 @@ class Call:
         values = {n: make() for n, make in given.items() if self.takes_all or n in self.takes}
         return {**values, **self.reward.options}
 
+    def shape_completion(self, text: str) -> str | list[dict[str, str]]:
+        return [{"role": "assistant", "content": text}] if self.reward.conversational else text
+
     def explain(self, error: BaseException) -> UserError:
         if isinstance(error, UserError):
             return error
@@ -215,7 +219,7 @@ class Call:
             return UserError(f'reward "{self.name}": {error}')
         hint = ""
         if isinstance(error, TypeError) and "string indices" in str(error):
-            hint = "; completions are strings here, not lists of messages"
+            hint = "; completions are strings; lists of messages with conversational: true"
         elif isinstance(error, TypeError) and "required" in str(error):
             known = ", ".join(("prompts", "completions", "completion_ids", *COLUMNS))
             hint = f"; a reward is given {known} and its options"

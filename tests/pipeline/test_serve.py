@@ -30,12 +30,13 @@ def client(finished: tuple) -> Iterator[openai.OpenAI]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [*COMMAND, "serve", str(folder / "sft"), "--port", str(port)]
+    command += ["--", "--api-key", "sesame"]  # vLLM's own flags
     server = subprocess.Popen(
         command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
         wait_until_ready(server, port)
-        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none")
+        yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="sesame")
     finally:
         server.terminate()
         server.communicate(timeout=60)
@@ -52,6 +53,11 @@ def wait_until_ready(server: subprocess.Popen, port: int) -> None:
         except httpx.TransportError:
             time.sleep(0.5)
     raise TimeoutError("the server does not become ready")
+
+
+def test_flags_behind_two_dashes_are_vllms(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="none").models.list()
 
 
 def test_thinking_is_returned_separately(client: openai.OpenAI) -> None:

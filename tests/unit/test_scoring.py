@@ -109,11 +109,13 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         sys.modules.pop(name, None)
 
 
-def call(name: str, options: dict | None = None) -> tuple[list[Score], list[Rollout]]:
+def call(
+    name: str, options: dict | None = None, **settings: object
+) -> tuple[list[Score], list[Rollout]]:
     rows = {"answer": "1", "solution": "s", "category": "sum", "source": "set"}
     problems = [Problem(str(i), "math", [dict(PROMPT[0])], **rows) for i in range(3)]
     rollouts = [make_rollout("x") for _ in problems]
-    scorer = Scorer([Reward(function=name, options=options or {})])
+    scorer = Scorer([Reward(function=name, options=options or {}, **settings)])
     scores = scorer.score(problems, rollouts, {"global_step": 3, "max_steps": 8})
     assert all(problem.prompt == PROMPT for problem in problems)
     return scores, rollouts
@@ -131,6 +133,13 @@ def test_whatever_trl_takes_is_a_reward(name: str, mine: None) -> None:
     assert [score.total for score in scores] == [0.0, 0.5, 1.0]
     assert all(type(score.total) is float for score in scores)
     assert [r.completion_ids for r in rollouts] == [[2]] * 3
+
+
+def test_completions_as_messages(mine: None) -> None:
+    scores, _ = call("mine.messages", conversational=True)
+    assert [score.total for score in scores] == [1.0] * 3
+    plain = Reward(function="mine.messages").model_dump()
+    assert "conversational" not in plain  # the settings of finished runs stay what they were
 
 
 def test_what_rewards_log(mine: None) -> None:
