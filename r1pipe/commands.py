@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from r1pipe.config import Recipe, Sampling, load_recipe
 from r1pipe.errors import UserError
 
@@ -186,11 +188,16 @@ def chat(options: argparse.Namespace) -> None:
     silence_libraries()
     from r1pipe.serve import chat
 
-    sampling = Sampling(
-        temperature=options.temperature,
-        top_p=options.top_p,
-        max_completion_length=options.max_completion_length,
-    )
+    if options.top_p is None:
+        options.top_p = 0.95 if options.temperature else 1.0
+    try:
+        sampling = Sampling(
+            temperature=options.temperature,
+            top_p=options.top_p,
+            max_completion_length=options.max_completion_length,
+        )
+    except ValidationError as error:
+        raise UserError(error.errors()[0]["msg"].removeprefix("Value error, ")) from error
     chat(options.target, options.max_model_len, sampling, show_thinking=options.thinking)
 
 
@@ -525,7 +532,7 @@ COMMANDS: dict[str, Command] = {
         (
             *SERVED,
             argument("--temperature", type=number(float, 0), default=0.6),
-            argument("--top-p", type=number(float, 0, 1, above=True), default=0.95),
+            argument("--top-p", type=number(float, 0, 1, above=True), help="default: 0.95"),
             argument(
                 "--max-completion-length", type=number(int, 1), default=4096, metavar="TOKENS"
             ),

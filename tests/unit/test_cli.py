@@ -196,6 +196,11 @@ def test_what_is_behind_two_dashes_is_vllms(monkeypatch: pytest.MonkeyPatch) -> 
     assert options.passed_on == ["--tool-call-parser", "hermes", "--port", "7"]
 
 
+def test_sampling_that_contradicts_itself(capsys: pytest.CaptureFixture) -> None:
+    assert main(["chat", "demo", "--temperature", "0", "--top-p", "0.5"]) == 2
+    assert "top_p does nothing at temperature 0" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("question", "words"), [(b"", "no question"), (b" \n", "no question"), (b"\xff", "not UTF-8")]
 )
