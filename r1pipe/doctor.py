@@ -43,6 +43,7 @@ from r1pipe.inputs import (
 )
 from r1pipe.machine import Diagnosis, Status, examine_machine, examine_sandbox
 from r1pipe.progress import format_size, say
+from r1pipe.records import Problem
 from r1pipe.runs import find_mistake
 from r1pipe.scoring import list_rewards, name_rewards
 from r1pipe.thinking import OPEN, close_tag
@@ -348,6 +349,8 @@ class Doctor:
                 except ValueError as error:
                     yield Diagnosis("", "skipped", str(error))
                     continue
+            if isinstance(stage, Sft) and (what := self.find_long_trace(stage, name, tokenizer)):
+                yield Diagnosis("", "warn", what)
             longest = self.measure_prompts(stage, tokenizer, sampling, context)
             if longest and sampling:
                 good.append(f"{longest} + {sampling.max_completion_length} of {context} ({name})")
@@ -397,6 +400,34 @@ class Doctor:
                 if not num_left:
                     break
         return longest
+
+    def find_long_trace(
+        self, stage: Sft, name: str, tokenizer: "PreTrainedTokenizerBase"
+    ) -> str | None:
+        """Whether the longest row, by characters, is longer than the model's context, and kept."""
+        from r1pipe.memory import find_config
+        from r1pipe.models import encode_prompt
+
+        def count(problem: Problem) -> int:
+            return count_characters(problem) + len(problem.solution or "")
+
+        try:
+            config = find_config(name, self.recipe).get_text_config()
+        except ValueError:
+            return None
+        context = getattr(config, "max_position_embeddings", None)
+        problems = [p for _, some in self.inputs.list_problems(stage) for p in some]
+        if not problems or not context or stage.train.max_length:
+            return None
+        problem = max(problems, key=count)
+        length = len(encode_prompt(tokenizer, problem.prompt, f'problem "{problem.id}"'))
+        length += len(tokenizer.encode(problem.solution or "", add_special_tokens=False)) + 1
+        if length <= context:
+            return None
+        return (
+            f'problem "{problem.id}" and its solution are {length} tokens, and {name} was made for '
+            f"{context}: train.max_length drops such rows"
+        )
 
     # Disk
 

@@ -288,6 +288,19 @@ def test_temporary_files_need_room(project: Path, monkeypatch: pytest.MonkeyPatc
     assert words in find_trouble(examine())["disk"]
 
 
+def test_a_trace_longer_than_the_model_s_context_is_told(project: Path) -> None:
+    rows = [{"q": "1+1?", "s": solution} for solution in ("2", "1 + " * 200, "3")]
+    Path("traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"path": "traces.jsonl", "columns": {"prompt": "q", "solution": "s"}}
+    sft = {"kind": "sft", "from": "model", "data": {"recipe": "columns", "options": options}}
+    for train, told in ((TRAIN, True), ({**TRAIN, "max_length": 64}, False)):
+        Path("mine.yaml").write_text(
+            yaml.safe_dump({"name": "mine", "stages": [{**sft, "train": train}]})
+        )
+        trouble = find_trouble(examine()).get("sft: prompts", "")
+        assert ('columns-train-1" and its solution are' in trouble) == told, trouble
+
+
 def test_data_out_of_reach_is_skipped_but_stops_a_run(project: Path) -> None:
     Path("mydata.py").write_text("def load(split, **options):\n    raise ConnectionError('no hub')")
     assert find_trouble(examine(thorough=False))["grpo: data"].startswith("FAIL: mydata.py: no hub")
