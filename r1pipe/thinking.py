@@ -6,6 +6,7 @@ from collections.abc import Iterator
 OPEN = "<think>"
 TAG = re.compile(r"(<[^<>/\s][^<>\s]*>|\[[^\[\]/\s]+\]|◁[^◁▷/\s]+▷)\s*$")
 ANY_TAG = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]|◁[^◁▷\s]+▷")
+ROLE = re.compile(r"\||assist|model|bot|gpt|agent|user|human|inst|answer|response", re.IGNORECASE)
 MIND = re.compile(r"think|thought|reason|reflect|analy|scratch", re.IGNORECASE)
 
 
@@ -19,8 +20,9 @@ def find_opened_tag(prompt: str, header: str) -> str:
     found = TAG.search(prompt)
     if found is None:
         return ""
-    begins_turn = not header or header.rstrip().endswith(found[1])
-    return "" if begins_turn and not MIND.search(found[1]) else found[0]
+    tag = found[1]
+    begins_turn = not header or header.rstrip().endswith(tag) or ROLE.search(tag)
+    return "" if begins_turn and not MIND.search(tag) else found[0]
 
 
 def close_tag(tag: str) -> str:

@@ -83,7 +83,9 @@ STAGES = [
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoint")
     tokenizer = build_tokenizer(["What is 3 + 4? 7"], 300)
-    save_checkpoint(build_model(QWEN3, tokenizer, seed=0), tokenizer, folder)
+    model = build_model(QWEN3, tokenizer, seed=0)
+    model.generation_config.eos_token_id = [1, 3]
+    save_checkpoint(model, tokenizer, folder)
     return folder
 
 
@@ -188,6 +190,7 @@ def test_published_model(hub: FakeHub, run: Path, checkpoint: Path) -> None:
     assert repo.files["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
     generation = json.loads(repo.files["generation_config.json"])
     assert {"do_sample": True, "temperature": 0.6, "top_p": 0.95}.items() <= generation.items()
+    assert generation["eos_token_id"] == [1, 3]
     assert json.loads(repo.files["config.json"])["architectures"] == ["Qwen3ForCausalLM"]
     assert not [name for name in repo.files if name in ("stage.json", "problems.jsonl")]
 

@@ -54,6 +54,8 @@ OPENED = [
     ("Assistant: <think>", "", "<think>"),  # a template without answers
     ("2 + 2?<|assistant|>", "<|assistant|>", ""),
     ("2 + 2?<|assistant|>", "", ""),
+    ("2 + 2?<|assistant|>", "<|user|>", ""),  # a template that shows answers otherwise
+    ("2 + 2?<assistant>\n", "user: ", ""),
     ("<|start_header_id|>assistant<|end_header_id|>\n\n", "assistant<|end_header_id|>\n\n", ""),
     ("[INST] 2 + 2? [/INST]", "[/INST]", ""),
     ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "<|im_start|>assistant\n", ""),
