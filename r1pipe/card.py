@@ -217,8 +217,8 @@ def write_vllm_example(facts: Facts) -> str:
     """The dtype is said, because vLLM's own choice turns float32 into bfloat16."""
     quirks = find_quirks(facts.model_type)
     imports, on_cpu, settings = "", "", f'dtype="{facts.dtype}"'
-    if quirks.cpu_engine or quirks.cpu_environment:
-        lines = [f'os.environ["{name}"] = "{v}"' for name, v in quirks.cpu_environment.items()]
+    if quirks.cpu_engine:  # of models with latent attention, which CPUs cannot compute as such
+        lines = ['os.environ["VLLM_MLA_DISABLE"] = "1"']
         lines += [f'settings["{name}"] = {v!r}' for name, v in quirks.cpu_engine.items()]
         imports = "import os\n\nimport torch\n"
         on_cpu = (
