@@ -128,7 +128,7 @@ def find_run(name: str) -> Path:
     for folder in (Path(name), Path("runs") / name):
         if list_stages(folder):
             return folder
-    raise UserError(f"{name}: no such run, here or in runs/: a run's folder holds stages")
+    raise UserError(f"{name}: no such run, in {Path.cwd()} or its runs/: a folder with stages")
 
 
 def list_stages(run: Path) -> list[str]:

@@ -174,7 +174,7 @@ def find_stages(run: Path) -> list[StageFolder]:
     folders += [path.parent for path in sorted(run.glob(".*.partial/stage.json"))]
     stages = list(read_stages(folders))
     if not stages:
-        raise UserError(f"{run}: no such run, here or in runs/: a run's folder holds stages")
+        raise UserError(f"{run}: no such run, in {Path.cwd()} or its runs/: a folder with stages")
     stages.sort(key=lambda stage: "~" if stage.is_running else stage.record.get("finished", ""))
     # One being made again replaces the old one.
     return list({stage.name: stage for stage in stages}.values())
