@@ -290,7 +290,7 @@ def test_interrupted_run_saves_its_step_and_goes_on(tiny_recipe: Path) -> None:
     assert not (folder / "sft").exists()
     saved = re.search(r"sft: step (\d+) is saved", err)
     assert saved
-    assert int(saved[1]) > 5
+    assert int(saved[1]) > 1
     # Other settings must not go on from what these have learnt.
     result = run("sft", tiny_recipe, "--set", "name=interrupted")
     assert result.returncode == 2
