@@ -35,7 +35,7 @@ _NUMBER = re.compile(
     r"|(?<![\w.])[-−–]?\.\d+|\d+(?:\.\d+)?(?:[eE][-+−]?\d{1,3}(?!\d|\.\d)|/\d+)?)"
     # thousands, and units that are formulas: m/s^2, cm^{2}
     r"(?:\s?[kKMB](?![\w'’/^])|\s(?:hundred|thousand|million|billion|trillion|dozen)\b|[十百千万亿]+)?"
-    rf"(?:\s?{_UNIT_NAME}(?:[\s·]{_UNIT_NAME}(?={_POWER}))?(?:{_POWER}(?:\s?[/·]\s?{_UNIT_NAME}{_POWER}?)*"
+    rf"(?P<unit>\s?{_UNIT_NAME}(?:[\s·]{_UNIT_NAME}(?={_POWER}))?(?:{_POWER}(?:\s?[/·]\s?{_UNIT_NAME}{_POWER}?)*"
     rf"|(?:/{_UNIT_NAME}{_POWER}?)+))?"
 )
 # An inequality, a tuple or an interval that stands in the text without dollars.
@@ -48,7 +48,7 @@ _EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3}|__)(?=[^*_\s])([^*\n]{0,200}?[^*_\s]
 _PROSE_WORD = re.compile(r"(?<![\\\w])(?!(?:sin|cos|tan|ln|log|exp|sqrt|pi|and|or)\b)[^\W\d_]{2,}")
 _WORD = re.compile(rf"{_PROSE_WORD.pattern}|[\u4e00-\u9fff]{{2}}")
 _UNIT_AFTER = re.compile(
-    r"\s?((?:(?:square|cubic|sq|cu)\s(?=[a-zA-Z]))?[a-zA-Z]{2,12})\b(?:\s+per\s+[a-z]{1,10}\b)?"
+    r"\s?(?!in\b)((?:(?:square|cubic|sq|cu)\s(?=[a-zA-Z]))?[a-zA-Z]{2,12})\b(?:\s+per\s+[a-z]{1,10}\b)?"
 )
 _LETTERS_AFTER = re.compile(r"(?!(?:st|nd|rd|th|[mgshLNJWVAK])\b)[a-zA-Z]{1,2}\b")
 _MINUS = re.compile(r"(?:^|[^\d\s]\s+)(?:minus|negative)\s+$", re.IGNORECASE)
@@ -79,7 +79,7 @@ _MARKER = re.compile(
     rf"(?:(?P<no>\b(?:is|are|was|were|would|could|can|must|should|will|may|might|does|do|did){_NOT}"
     r"(?:\s+(?:be|equal)\b(?:\s+to\b)?)?|\b(?:no es|non è|não é|n['’]est pas|не)\b)"
     r"|(?P<maybe>\b(?:could|might|may|can)\s+(?:\w+\s+)?be\b)"
-    r"|\b(?:is|are|was|were|est|es|ist|lautet|è|é|ni|là|(?:would|must|should|will|has to) be"
+    r"|\b(?:is|are|est|es|ist|lautet|è|é|ni|là|(?:would|must|should|will|has to) be"
     r"|comes (?:out )?to|equals|becomes|turns out to be)\b|['’]s\b|:|=)[\s*_:：]*"
     r"|\banswer\b(?=\s*(?:\$|\\\(|\\\[))[\s*_:：]*"
     r"|(?:^|\n)[^\w\n]{0,8}(?:final\s+)?answer[^\w\n]{0,8}\n\s*(?=\S{1,40}\s*(?:\n|$))"  # a heading
@@ -172,7 +172,7 @@ _CONTINUED = re.compile(
 # --- what is said of a value ---
 
 _CLAUSE = re.compile(
-    r"[.!?](?=\s)|[\n;:。！？；：]|,\s+(?:so|but|and|then|thus|hence|therefore|it|we|that|which)\b|，"
+    r"[.!?](?=\s)|[\n;:。！？；：]|,\s+(?:so|but|and|then|thus|hence|therefore|which|that|it|we|he|she|they|you|there|this|the)\b|，"
     r"|(?<!all )(?<!thing )\bbut\b|\b(?:so|then|thus|hence|therefore|because|since|leaving)\b",
     re.IGNORECASE,
 )
@@ -225,7 +225,8 @@ _CORRECTED = re.compile(
 )
 _BOUNDED = re.compile(
     r"(?:\b(?:(?:no|not)\s+)?(?:at\s+)?(?:not|never|least|most|than|over|under|above|below|exceeds?"
-    r"|either|without|except|up to|n't)\s+(?:or equal(?: to)?\s+|be\s+|exactly\s+)?"
+    r"|either|without|except|(?<!round )(?<!rounds )(?<!rounded )up to|n't)\s+"
+    r"(?:or equal(?: to)?\s+|be\s+|exactly\s+)?"
     r"|(?:至少|至多|最多|最少|不?大于|不?小于|不?超过|不?多于|不?少于|不足|不到|高于|低于)\s*(?:或等于|等于|[是为有])?\s*)$",
     re.IGNORECASE,
 )
@@ -240,7 +241,7 @@ _AND = re.compile(rf"\s*(?:,|;|&|、|,?\s*\band\b)\s*{_NAME}?", re.IGNORECASE)
 _OR = re.compile(
     r"(?!.*(?:\b(?:so|then|thus|hence|therefore|more|less|fewer)\b|=.*=))(?:\W{1,3}[\w'’]+){0,3}?\W{0,4}"
     r"(?:\b(?:or|vs\.?|versus|maybe|perhaps|possibly|alternatively|otherwise|unless)\b"
-    r"|\b(?:could|might|may)\s+(?:\w+\s+)?be\b|/|或[者是]?|还是|要么|也?可能是)"
+    r"|\b(?:could|might|may)\s+(?:\w+\s+)?be\b|或[者是]?|还是|要么|也?可能是)"
     rf"(?:\W{{1,3}}[\w'’]+){{0,6}}?\W{{0,4}}{_NAME}?",
     re.IGNORECASE,
 )
@@ -253,6 +254,7 @@ _GUESS = re.compile(
     re.IGNORECASE,
 )
 _REST_OF_LINE = re.compile(r"[ .]*(?:\n|$)")
+_NUMBER_ONLY = re.compile(r"\W*[\d.,]*")
 _TWO_UNITS = re.compile(r"\s?([a-zA-Z]{2,10})(?:,?\s+and|,)?\s+")
 _IN_FORMULA_BEFORE = re.compile(
     r"(?:√\s?|(?<![a-zA-Z])\\?(?:a?(?:sin|cos|tan)|ln|log|lg|sqrt|exp)\s*|\b(?:twice|half|double|triple)\s+(?:of\s+)?|\b(?:square|cube|root|reciprocal|inverse"
@@ -445,7 +447,11 @@ def _is_unit(word: str) -> bool:
 
 
 def _as_value(number: re.Match) -> Value:
-    text = number.group().strip()
+    text = number.group()
+    if unit := number["unit"]:
+        words = re.findall(r"[a-zA-Z]{3,}", unit)
+        text = text if all(map(_is_unit, words)) else text.removesuffix(unit)  # 5 hats/person
+    text = text.strip()
     if not text.isascii():
         text = _SUPERSCRIPT.sub(lambda m: "^" + m.group().translate(_PLAIN_DIGITS), text)
     return Value(*number.span(), text, True)
@@ -487,8 +493,8 @@ def _take_tail(text: str) -> str:
 def _read_guesses(text: str, values: list[Value]) -> str | None:
     """Return all values that the text puts up ("guess 1: 41, guess 2: 42"), None if it does not."""
     ends = [guess.end() for guess in _GUESS.finditer(text)]
-    if len(ends) < 2:
-        return None
+    if len(ends) < 2 or sum(value.start >= ends[-1] for value in values) != 1:
+        return None  # something is worked out from them
     first = (next((v.text for v in values if v.start >= end), None) for end in ends[:MAX_SKIPPED])
     return " or ".join(text for text in first if text) or None
 
@@ -537,7 +543,8 @@ def _join_values(text: str, values: list[Value], index: int) -> tuple[int, str |
         if not link:
             break
         first -= 1
-        joined = _with_name(text, before) + link + joined
+        if _NUMBER_ONLY.match(before.text)[0] != _NUMBER_ONLY.match(value.text)[0]:
+            joined = _with_name(text, before) + link + joined  # 5 rings, or 5 years
     return (index, None) if first == index else (first, joined)
 
 

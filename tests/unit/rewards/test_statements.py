@@ -233,6 +233,13 @@ RIGHT = [
     ('(2,3)', '$a = \\boxed{2}$. Then we find $b = \\boxed{3}$.'),
     ('1/3', '\\boxed{1/3}\\approx\\boxed{0.3333}'),
     ('A,C', '\\boxed{A}, and also \\boxed{C}'),
+    ('27', '108 hats / 4 people = 27 hats/person'),
+    ('8', '3 trips at $40 / $5/hr = 8 hours.'),
+    ('90', '30 groups * 3 rings/group = 90 rings, or 90 years.'),
+    ('8', 'Since Ann cannot buy half a can, she needs to buy 8 cans.'),
+    ('3200', 'His first answer was 1800-400 = 1400, so together 1800 + 1400 = 3200'),
+    ('17', 'It is 16.66...%, which rounds up to 17%.'),
+    ('300', 'Option 1: 9 coats. Option 2: 6 coats. The difference is $900 - $600 = $300'),
 ]
 
 # A policy finds every one of these that is rewarded.
