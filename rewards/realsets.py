@@ -14,22 +14,35 @@ from rewards.evaluate import Evaluator, Undefined, Value, real_part, to_mp
 from rewards.structure import free_names, names_quantity
 from rewards.syntax import Node
 
+MAX_WHOLE = 1_000
+
 
 class RealSet(NamedTuple):
     points: list[mpf]
     contains: Callable[[mpf], bool]
+    has_gaps: bool = False  # whole numbers only: membership changes at each of them
 
 
 def equal_sets(a: RealSet, b: RealSet) -> bool:
-    return all(a.contains(x) == b.contains(x) for x in _probes([*a.points, *b.points]))
+    probes = _probes([*a.points, *b.points], a.has_gaps or b.has_gaps)
+    return all(a.contains(x) == b.contains(x) for x in probes)
 
 
 def is_empty(a: RealSet) -> bool:
-    return not any(a.contains(x) for x in _probes(a.points))
+    return not any(a.contains(x) for x in _probes(a.points, a.has_gaps))
 
 
-def _probes(points: list[mpf]) -> list[mpf]:
-    """Every critical point, and one number in every gap between and beyond them."""
+def _probes(points: list[mpf], whole: bool = False) -> list[mpf]:
+    """Every critical point, and one number in every gap between and beyond them.
+
+    ``whole``: the whole numbers from the first to the last of them, too.
+    """
+    finite = [mpf(0), *(p for p in points if abs(p) != mp.inf)]
+    if whole:
+        low, high = int(mp.floor(min(finite))) - 2, int(mp.ceil(max(finite))) + 2
+        if high - low > MAX_WHOLE:
+            raise Undefined("too many whole numbers")
+        points = [*points, *(mpf(n) for n in range(low, high + 1))]
     ordered: list[mpf] = []
     for point in sorted(p for p in points if abs(p) != mp.inf):
         if not ordered or not _near(point, ordered[-1]):
@@ -64,12 +77,24 @@ def all_reals() -> RealSet:
     return RealSet([], lambda x: True)
 
 
+def whole_numbers(least: int | None = None) -> RealSet:
+    return RealSet(
+        [] if least is None else [mpf(least)],
+        lambda x: _near(x, mp.nint(x)) and (least is None or x > least - 0.5),
+        True,
+    )
+
+
 def points(values: list[mpf]) -> RealSet:
     return RealSet(values, lambda x: any(_near(x, value) for value in values))
 
 
 def combine(a: RealSet, b: RealSet, rule: Callable[[bool, bool], bool]) -> RealSet:
-    return RealSet([*a.points, *b.points], lambda x: rule(a.contains(x), b.contains(x)))
+    return RealSet(
+        [*a.points, *b.points],
+        lambda x: rule(a.contains(x), b.contains(x)),
+        a.has_gaps or b.has_gaps,
+    )
 
 
 RULES = {
@@ -78,6 +103,8 @@ RULES = {
     "difference": lambda p, q: p and not q,
 }
 
+# The sets of whole numbers that have a letter; zero is a natural number (ISO 80000-2).
+_WHOLE = {Node("name", (), "mathbb Z"): None, Node("name", (), "mathbb N"): 0}
 _ORDER = {"<", ">", "<=", ">=", "!="}
 
 
@@ -85,6 +112,8 @@ def describes_set(node: Node) -> bool:
     """Say whether ``node`` can only be read as a set of reals."""
     if node.kind in ("union", "intersection", "difference", "builder"):
         return True
+    if node.kind == "relation" and node.value == ("in",):
+        return node.args[1] in _WHOLE
     if node.kind == "relation":
         return bool(set(node.value) & _ORDER) and set(node.value) <= _ORDER | {"="}
     if node.kind == "tuple":
@@ -111,6 +140,8 @@ def build_set(node: Node, evaluate: Evaluator) -> RealSet:
         return points([real_value(part, evaluate) for part in node.args])
     if node == Node("name", (), "mathbb R"):
         return all_reals()
+    if node in _WHOLE:
+        return whole_numbers(_WHOLE[node])
     if node.kind == "builder":
         return _build_builder(node, evaluate)
     if node.kind == "relation":

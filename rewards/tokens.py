@@ -294,7 +294,7 @@ def tidy_tokens(tokens: list[Token]) -> list[Token]:
             part[1] = Token("mark", "=", True)
     for index, (part, separator) in enumerate(parts):
         part = _drop_tail(_drop_remarks(part))
-        if index and _declares_domain(part):
+        if index and _declares_domain(part) and not _restricts(part, tokens):
             continue
         if len(parts) > 1 and part and all(_is_droppable(token) for token in part):
             out += part  # a word among numbers is one of the answers: not to be dropped
@@ -362,6 +362,31 @@ def _declares_domain(part: list[Token]) -> bool:
         domain = [text for text in texts[2:] if text not in ("\\mathbb", "{", "}", "^", "+", "*")]
         return len(domain) == 1 and domain[0] in ("Z", "N", "Q", "R", "C")
     return any(t.kind == "text" and t.text.lower() in ("integer", "integers") for t in part)
+
+
+_ORDER = {
+    "<",
+    ">",
+    "<=",
+    ">=",
+    "\\le",
+    "\\leq",
+    "\\ge",
+    "\\geq",
+    "\\lt",
+    "\\gt",
+    "\\leqslant",
+    "\\geqslant",
+}
+
+
+def _restricts(part: list[Token], tokens: list[Token]) -> bool:
+    """Say whether ``x \\in \\mathbb{Z}`` takes something from an inequality in the same letter."""
+    texts = [token.text for token in part]
+    if len(texts) < 3 or texts[1] != "\\in" or not {"Z", "N"} & set(texts):
+        return False
+    is_whole = texts[0] in ("k", "n", "m", "j")  # whole numbers by custom
+    return not is_whole and any(token.text in _ORDER for token in tokens)
 
 
 def _drop_tail(part: list[Token]) -> list[Token]:

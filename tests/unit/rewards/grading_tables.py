@@ -1226,6 +1226,9 @@ EQUAL = [
     ('\\text{DNE}', 'The limit does not exist.'),
     ('\\binom{9}{4}', 'C_9^4'),
     ('2 7 9', '2, 7, 9'),
+    ('\\{3,4\\}', '2<x<5, x\\in\\mathbb{Z}'),
+    ('\\{x\\in\\mathbb{N}:x<2\\}', '\\{0,1\\}'),
+    ('x\\ge 3, x\\in\\mathbb{Z}', 'x>2, x\\in\\mathbb{Z}'),
 ]
 
 # Different, however alike they look.
@@ -1710,6 +1713,9 @@ DIFFERENT = [
     ('4^\\circ C', '4^\\circ F'),
     ('\\mathrm{SO_3}', '\\mathrm{SO_2}'),
     ('(3,-1)', '3j-i'),
+    ('(2,5)', '2<x<5, x\\in\\mathbb{N}'),
+    ('\\{x\\in\\mathbb{Z}:1\\le x\\le 6\\}', '\\{1,2,3,6\\}'),
+    ('x>2, x\\in\\mathbb{Z}', 'x>2'),
 ]
 
 # No verdict.
