@@ -13,7 +13,7 @@ Numbers are compared exactly: 0.5 is 1/2, 10^100 is not 10^100 + 1, and 5.001 is
     *Marks.* A percent or degree sign, a unit, a currency or a numeral's base that only one side
     has is ignored, because the question often names it: 28% equals 28 and 0.28, 120 degrees equals
     120 and 2 pi / 3, 40_9 equals 40. Where both have one they must agree, by a known conversion
-    if need be: 5 cm is not 5 m, 1 m is 100 cm.
+    if need be: 5 cm is not 5 m, 1 m is 100 cm, 1 hour 20 minutes is 80 minutes (``units.py``).
     *Working out.* Where the gold is a number, so must the answer be: 7 + 3 - 9 is not 1, since
     repeating the question is not answering it. Fractions, mixed numbers, powers and scientific
     notation are numbers; 7 + 3 - 9 = 1 says 1.
@@ -28,7 +28,8 @@ Tuples, vectors, matrices and intervals are ordered, and brackets of pairs count
     written as a tuple.
 Lists (1, 2, 3) and sets are not ordered: most questions that have several answers ask for all of
     them. Repetitions count in lists of numbers, but not in sets and lists of tuples (solutions).
-    A list of n values equals a tuple if in the same order. Named values are matched by name.
+    A list of n values equals a tuple if in the same order. Named values are matched by name:
+    3 boys and 5 girls is not 5 boys and 3 girls. Labelled parts, (a) 3 (b) 5, are in order.
 Equations: ``x = 5``, ``f(x) = 5``, ``|AB| = 5`` say 5; ``a^2 + b = 0`` does not say 0. Whole
     equations are equal up to a factor. Inequalities, intervals and set-builders are sets of reals.
 Multiple choice: C, (C), \\text{C}, "C." and "C) 12" are C. More than one letter is not.
