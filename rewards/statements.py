@@ -7,7 +7,7 @@ beside another is not its answer, or guessing would be rewarded.
 import re
 from typing import NamedTuple
 
-from rewards.vocabulary import UNITS
+from rewards.units import find_unit
 
 TAIL_CHARS = 2_000  # where a formula or a number may stand for an answer by being the last
 MAX_SENTENCE_CHARS = 2_000
@@ -443,7 +443,7 @@ class Value(NamedTuple):
 
 
 def _is_unit(word: str) -> bool:
-    return word.lower().split()[-1] in UNITS
+    return find_unit(word.split()[-1]) is not None
 
 
 def _as_value(number: re.Match) -> Value:
