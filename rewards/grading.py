@@ -333,7 +333,7 @@ def _parse_readings(text: str) -> list[Node]:
     trees = []
     for reading in read_separators(text):
         try:
-            trees.append(parse_answer(reading))
+            trees.append(parse_answer(reading, is_stripped=True))
         except (ParseError, RecursionError):
             continue
     return trees

@@ -42,14 +42,15 @@ class Number(NamedTuple):
     significant: int
 
 
-def parse_answer(text: str) -> Node:
+def parse_answer(text: str, is_stripped: bool = False) -> Node:
     """Parse ``text``; raise ``ParseError`` if any of it is not understood.
 
     Cost is bounded: ``MAX_CHARS`` characters, ``MAX_DEPTH`` nested groups.
     """
     if len(text) > MAX_CHARS:
         raise ParseError("too long")
-    text = strip_dress(normalize_text(text))
+    if not is_stripped:
+        text = strip_dress(normalize_text(text))
     if not text:
         raise ParseError("empty")
     parser = Parser(tidy_tokens(read_tokens(text)))
