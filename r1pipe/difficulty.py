@@ -20,7 +20,7 @@ from r1pipe.config import Difficulty, Grpo, Reward, Sampling
 from r1pipe.errors import UserError
 from r1pipe.lineage import hash_checkpoint
 from r1pipe.progress import say
-from r1pipe.records import Problem, Score, read_jsonl
+from r1pipe.records import Problem, Rollout, Score, read_jsonl
 from r1pipe.runs import JOURNAL
 from r1pipe.sampling import SamplingJob, Source, identify_weights, sample_and_score
 from r1pipe.scoring import mean
@@ -66,13 +66,17 @@ def measure_difficulty(
             seed_parts=seed_parts,
             rewards=[reward],
             origin=identify_weights(context.checkpoint(stage.from_), context.recipe.dtype),
-            folder=context.folder / JOURNAL / "difficulty",
+            folder=context.shared_folder / JOURNAL / "difficulty",
             label=f"{stage.name}: difficulty",
         )
-        _, scores = sample_and_score(job, open_source)
-        for place, problem in enumerate(missing):
-            of_problem = scores[place * settings.num_samples : (place + 1) * settings.num_samples]
-            known[keys[problem.id]] = compute_pass_rate(of_problem, reward)
+
+        def keep(problem: Problem, rollouts: list[Rollout], scores: list[Score]) -> float | None:
+            for rollout in rollouts:
+                rollout.empty()
+            return compute_pass_rate(scores, reward)
+
+        for problem, rate in zip(missing, sample_and_score(job, open_source, keep), strict=True):
+            known[keys[problem.id]] = rate
     rates = {problem.id: known[keys[problem.id]] for problem in problems}
     check_choice(context, settings, rates, len(choose_problems(problems, rates, settings)))
     return rates, [

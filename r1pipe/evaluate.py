@@ -7,6 +7,7 @@ import functools
 import json
 import time
 from dataclasses import asdict
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,18 @@ from r1pipe.measures import (
     sum_up_problems,
 )
 from r1pipe.progress import say
-from r1pipe.records import Problem, describe_rollout, read_json, read_jsonl, write_jsonl, write_text
+from r1pipe.records import (
+    Problem,
+    Rollout,
+    Score,
+    describe_rollout,
+    read_json,
+    read_jsonl,
+    write_jsonl,
+    write_text,
+)
 from r1pipe.runs import JOURNAL
-from r1pipe.sampling import SamplingJob, identify_weights, sample_and_score
+from r1pipe.sampling import SamplingJob, identify_weights, read_samples, sample_and_score
 from r1pipe.stage import StageContext
 from r1pipe.summary import (
     describe_lengths,
@@ -112,12 +122,25 @@ def evaluate(
         folder=context.shared_folder / JOURNAL / str(number),
         label=f"{stage.name}: {name}" + (f" on {heldout.label}" if len(stage.data) > 1 else ""),
     )
-    rollouts, scores = sample_and_score(job, functools.partial(context.engines.open, checkpoint))
     k = min(stage.k or num_samples, num_samples)
-    results = sum_up_problems(problems, rollouts, find_right(scores, reward), k)
-    owners = [problem for problem in problems for _ in range(num_samples)]
+
+    def keep(
+        problem: Problem, rollouts: list[Rollout], scores: list[Score]
+    ) -> tuple[ProblemResult, list[Rollout], list[Score]]:
+        """Figures; the texts stay in the journal."""
+        (result,) = sum_up_problems([problem], rollouts, find_right(scores, reward), k)
+        for rollout in rollouts:
+            rollout.empty()
+        return result, rollouts, scores
+
+    groups = sample_and_score(job, functools.partial(context.engines.open, checkpoint), keep)
+    results = [result for result, _, _ in groups]
+    rollouts = [rollout for _, some, _ in groups for rollout in some]
+    scores = [score for _, _, some in groups for score in some]
     samples = f"samples_{number}.jsonl"
-    write_jsonl(context.folder / samples, map(describe_rollout, owners, rollouts, scores))
+    if is_first():
+        rows = starmap(describe_rollout, read_samples(job))
+        write_jsonl(context.folder / samples, rows)
     record = context.run.read_record(name) if context.recipe.stage(name) else None
     entry = {
         "stage": name,

@@ -75,7 +75,7 @@ def sum_up_problems(
                 majority_right=None
                 if problem.kind == "code"
                 else is_majority_right(rollouts[samples][:k], right[samples][:k]),
-                mean_tokens=round(mean([len(r.completion_ids) for r in rollouts[samples]]), 1),
+                mean_tokens=round(mean([r.num_tokens for r in rollouts[samples]]), 1),
                 question_sha256=hash_question(problem),
             )
         )
@@ -128,7 +128,7 @@ def measure(
         "pass_at": {str(n): average_pass_at_k(results, n) for n in list_ks(num_samples, k)},
         "maj_at_k": round(mean(majority), 4) if majority else None,
         "format_rate": round(mean(find_right(scores, format_reward)), 4),
-        "mean_tokens": round(mean([len(r.completion_ids) for r in rollouts]), 1),
+        "mean_tokens": round(mean([r.num_tokens for r in rollouts]), 1),
         "truncated": round(mean([r.truncated for r in rollouts]), 4),
         "unjudged": round(mean([s.rewards[reward] is None for s in scores]), 4),
         "by_category": split_by_category(results),
@@ -176,7 +176,7 @@ def split_by_length(rollouts: list[Rollout], right: list[bool]) -> list[dict[str
     """
     groups: dict[int, list[int]] = defaultdict(list)
     for place, rollout in enumerate(rollouts):
-        groups[max(0, (len(rollout.completion_ids) // SHORTEST_BIN).bit_length())].append(place)
+        groups[max(0, (rollout.num_tokens // SHORTEST_BIN).bit_length())].append(place)
     return [
         {
             "tokens_from": SHORTEST_BIN << (number - 1) if number else 0,

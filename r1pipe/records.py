@@ -54,6 +54,17 @@ class Rollout:
     completion: str
     finish_reason: str
     routes: Any = field(default=None, repr=False, compare=False)
+    num_tokens: int = -1
+    """Of the completion: what is left of `completion_ids` after `empty`."""
+
+    def __post_init__(self) -> None:
+        if self.num_tokens < 0:
+            self.num_tokens = len(self.completion_ids)
+
+    def empty(self) -> None:
+        """Let go of text and tokens, once nothing but figures is asked for."""
+        self.prompt_ids, self.completion_ids, self.logprobs = [], [], []
+        self.completion, self.routes = "", None
 
     @property
     def truncated(self) -> bool:
@@ -83,7 +94,7 @@ def describe_rollout(problem: Problem, rollout: Rollout, score: Score) -> dict[s
         "answer": problem.answer,
         "completion": rollout.completion,
         "finish_reason": rollout.finish_reason,
-        "num_tokens": len(rollout.completion_ids),
+        "num_tokens": rollout.num_tokens,
         "rewards": score.rewards,
         "reward": score.total,
         "extra": score.extra,
@@ -144,7 +155,7 @@ def open_to_read(path: Path, missing_ok: bool) -> Iterator[BinaryIO | None]:
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Write records or dicts, whole or not at all."""
-    write_text(path, "".join(f"{dump_row(row)}\n" for row in rows))
+    write_lines(path, (f"{dump_row(row)}\n" for row in rows))
 
 
 def dump_row(row: Any) -> str:
@@ -169,9 +180,14 @@ def replace_nan(value: Any) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all: temporary neighbour, fsync, rename. Raises OSError."""
+    write_lines(path, [text])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """The same, of text that comes piece by piece."""
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

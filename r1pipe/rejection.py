@@ -52,23 +52,34 @@ def collect_traces(
         folder=context.shared_folder / JOURNAL,
         label=label,
     )
-    rollouts, scores = sample_and_score(job, open_source)
-    size = settings.num_generations
+    originals = {problem.id: problem for problem in problems}
+
+    def keep(
+        asked: Problem, rollouts: list[Rollout], scores: list[Score]
+    ) -> tuple[list[Problem], Counter[str]]:
+        """Traces of one problem, and what became of all its samples."""
+        counts: Counter[str] = Counter(tokens_sampled=sum(r.num_tokens for r in rollouts))
+        kept = select_samples(rollouts, scores, settings, counts)
+        problem = originals[asked.id]
+        made = [
+            replace(problem, id=f"{problem.id}#{r.sample}", solution=r.completion) for r in kept
+        ]
+        for rollout in rollouts:
+            rollout.empty()
+        return made, counts
+
     traces: list[Problem] = []
     counts: Counter[str] = Counter()
-    for i, problem in enumerate(problems):
-        samples = slice(i * size, (i + 1) * size)
-        kept = select_samples(rollouts[samples], scores[samples], settings, counts)
-        traces += [
-            replace(problem, id=f"{problem.id}#{rollout.sample}", solution=rollout.completion)
-            for rollout in kept
-        ]
+    for made, counts_of_one in sample_and_score(job, open_source, keep):
+        traces += made
+        counts.update(counts_of_one)
+    num_samples = len(problems) * settings.num_generations
     reasons = {reason: counts[reason] for reason in (*ENDS, *DROPS)}
-    say(f"{label}: {len(rollouts)} samples, {describe(reasons)}: {len(traces)} traces")
+    say(f"{label}: {num_samples} samples, {describe(reasons)}: {len(traces)} traces")
     return traces, {
-        "samples": len(rollouts),
-        "tokens_sampled": sum(len(rollout.completion_ids) for rollout in rollouts),
-        "samples_accepted": len(rollouts) - sum(reasons[end] for end in ENDS),
+        "samples": num_samples,
+        "tokens_sampled": counts["tokens_sampled"],
+        "samples_accepted": num_samples - sum(reasons[end] for end in ENDS),
         **{f"dropped/{reason}": n for reason, n in reasons.items()},
         "problems_with_traces": counts["problems_with_traces"],
         "traces": len(traces),
@@ -161,7 +172,7 @@ def judge_difficulty(pass_rate: float, settings: Traces) -> str | None:
 
 def measure_length(rollout: Rollout) -> tuple[int, int, int]:
     """In tokens, where the source tells them; in characters otherwise."""
-    return len(rollout.completion_ids), len(rollout.completion), rollout.sample
+    return rollout.num_tokens, len(rollout.completion), rollout.sample
 
 
 def find_end(rollout: Rollout, score: Score) -> str | None:

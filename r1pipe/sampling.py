@@ -10,11 +10,11 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Generic, Protocol, TextIO, TypeVar
 
 from r1pipe import distributed
 from r1pipe.config import Reward, Sampling
@@ -24,8 +24,15 @@ from r1pipe.scoring import Scorer
 
 Samples = dict[tuple[str, int], Rollout]
 """By the problem's id and the sample's number."""
-Group = tuple[list[Rollout], list[Score]]
-"""The samples of one problem and their scores."""
+Place = tuple[str, int]
+"""Of a line in the journal: its file's name, and where in it the line begins."""
+T = TypeVar("T")
+Keep = Callable[[Problem, list[Rollout], list[Score]], T]
+"""Given one problem's samples and their scores, returns what is asked of them. It should `empty`
+the rollouts: they are held until the last one is sampled."""
+
+MAX_WAITING = 256
+"""Groups that may wait for their scores before sampling waits for the graders."""
 
 
 class Source(Protocol):
@@ -63,25 +70,32 @@ class Journal:
         self._lock = threading.Lock()
         self._file: TextIO | None = None
 
-    def read(self) -> tuple[Samples, dict[str, list[Score]]]:
-        """Samples, and by the problem's id the scores of all its samples; the same on all ranks."""
-        return distributed.on_first_rank(self._read)
+    def read(self) -> tuple[dict[tuple[str, int], Place], dict[str, list[Score]]]:
+        """Where the samples are, and by the problem's id the scores of all its samples; the same on
+        all ranks."""
+        return distributed.on_first_rank(self.find)
 
-    def _read(self) -> tuple[Samples, dict[str, list[Score]]]:
-        samples: Samples = {}
+    def find(self) -> tuple[dict[tuple[str, int], Place], dict[str, list[Score]]]:
+        places: dict[tuple[str, int], Place] = {}
         scores: dict[str, list[Score]] = {}
         for path in sorted(self.folder.glob("*.jsonl")):
             rows = read_whole_lines(path)
-            if rows[:1] != [self._header]:
+            if next(rows, (0, None))[1] != self._header:
                 path.unlink()
                 continue
-            for row in rows[1:]:
+            for begin, row in rows:
                 if "scores" in row:
                     scores[row["problem_id"]] = [Score(**score) for score in row["scores"]]
                 else:
-                    rollout = Rollout(prompt_ids=[], logprobs=[], **row)
-                    samples[rollout.problem_id, rollout.sample] = rollout
-        return samples, scores
+                    places[row["problem_id"], row["sample"]] = path.name, begin
+        return places, scores
+
+    def load(self, place: Place) -> Rollout:
+        """A sample, without its prompt and log-probabilities."""
+        name, begin = place
+        with (self.folder / name).open("rb") as file:
+            file.seek(begin)
+            return Rollout(prompt_ids=[], logprobs=[], **json.loads(file.readline()))
 
     def __enter__(self) -> "Journal":
         """Begin a file of this rank and of this start."""
@@ -114,19 +128,20 @@ class Journal:
             self._file.flush()
 
 
-def read_whole_lines(path: Path) -> list[dict]:
-    """The rows of a file whose writer may have been killed in the middle of the last one. What
-    comes after a broken line is left out as well, and no error: it is sampled again."""
-    rows = []
-    with path.open(encoding="utf-8", errors="replace") as lines:
+def read_whole_lines(path: Path) -> Iterator[tuple[int, dict]]:
+    """The rows of a file, and where each begins, whose writer may have been killed in the middle of
+    the last one. What comes after a broken line is left out as well, and no error: it is sampled
+    again."""
+    begin = 0
+    with path.open("rb") as lines:
         for line in lines:
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 break
             try:
-                rows.append(json.loads(line))
+                yield begin, json.loads(line)
             except ValueError:
                 break
-    return rows
+            begin += len(line)
 
 
 @dataclass(frozen=True)
@@ -160,63 +175,79 @@ class SamplingJob:
         return digest.hexdigest()
 
 
-def sample_and_score(
-    job: SamplingJob, open_source: Callable[[], Source]
-) -> tuple[list[Rollout], list[Score]]:
-    """`num_samples` scored rollouts per problem, those of one problem next to each other; without
-    prompts and log-probabilities.
+def sample_and_score(job: SamplingJob, open_source: Callable[[], Source], keep: Keep[T]) -> list[T]:
+    """What `keep` makes of each problem's samples, in the order of the problems.
 
     What the journal has is not sampled again; if that is everything the source is not opened. Of
-    several ranks each samples and scores its share, and gets everything.
+    several ranks each samples and scores its share, and all get what was kept of every share:
+    texts and tokens of the rest never leave the rank and the journal.
     """
     scorer = Scorer(job.rewards)
     journal = Journal(job.folder, job.digest())
-    have, scores = journal.read()
-    if have:
+    places, scores = journal.read()
+    if places:
         total = len(job.problems) * job.num_samples
-        say(f"{job.label}: {len(have)} of {total} samples are there from before")
+        say(f"{job.label}: {len(places)} of {total} samples are there from before")
     numbers = range(job.num_samples)
-    groups: dict[str, Group] = {
-        problem_id: ([have[problem_id, n] for n in numbers], scores_of_problem)
-        for problem_id, scores_of_problem in scores.items()
-        if all((problem_id, n) in have for n in numbers)
-    }
-    missing = [problem for problem in job.problems if problem.id not in groups]
+
+    def is_whole(problem: Problem) -> bool:
+        return problem.id in scores and all((problem.id, n) in places for n in numbers)
+
+    whole = [problem for problem in job.problems if is_whole(problem)]
+    own = distributed.cut(len(whole), distributed.rank(), distributed.world_size())
+    kept: dict[str, T] = {}
+    for problem in whole[own]:
+        rollouts = [journal.load(places[problem.id, n]) for n in numbers]
+        kept[problem.id] = keep(problem, rollouts, scores[problem.id])
+    missing = [problem for problem in job.problems if not is_whole(problem)]
     if missing:
         source = open_source()
+        part = missing[source.own_part(len(missing))]
+        have = {
+            (problem.id, n): journal.load(places[problem.id, n])
+            for problem in part
+            for n in numbers
+            if (problem.id, n) in places
+        }
         with journal:
-            new = sample_missing(job, missing, have, source, scorer, journal)
-        for part in distributed.gather(new):
-            groups |= part
-    ordered = [groups[problem.id] for problem in job.problems]
-    return [r for rollouts, _ in ordered for r in rollouts], [s for _, ss in ordered for s in ss]
+            kept |= sample_missing(job, missing, have, source, Judge(scorer, journal, keep))
+    by_id = {name: value for part in distributed.gather(kept) for name, value in part.items()}
+    return [by_id[problem.id] for problem in job.problems]
+
+
+def read_samples(job: SamplingJob) -> Iterator[tuple[Problem, Rollout, Score]]:
+    """All samples of a job that is done, one at a time, in the order of the problems; without
+    prompts and log-probabilities. For the first rank."""
+    journal = Journal(job.folder, job.digest())
+    places, scores = journal.find()
+    for problem in job.problems:
+        for number, score in enumerate(scores[problem.id]):
+            yield problem, journal.load(places[problem.id, number]), score
 
 
 def sample_missing(
-    job: SamplingJob,
-    problems: list[Problem],
-    have: Samples,
-    source: Source,
-    scorer: Scorer,
-    journal: Journal,
-) -> dict[str, Group]:
-    """This rank's groups: samples in the journal at once, scores as soon as they are judged."""
+    job: SamplingJob, problems: list[Problem], have: Samples, source: Source, judge: "Judge[T]"
+) -> dict[str, T]:
+    """What is kept of this rank's groups: samples go into the journal at once, scores as soon as
+    they are judged."""
     part = source.own_part(len(problems))
     problems_here = problems[part]
     kept = problems_here[source.kept_part(len(problems_here))]
     kept_ids = {problem.id for problem in kept}
-    num_new = sum((p.id, n) not in have for p in problems_here for n in range(job.num_samples))
-    groups: dict[str, Group] = {}
-    with StageProgress(job.label, num_new) as progress, Judge(scorer, journal, groups) as judge:
+    num_new = len(problems_here) * job.num_samples - len(have)
+    with StageProgress(job.label, num_new) as progress, judge:
 
         def on_sample(rollout: Rollout) -> None:
             if rollout.problem_id in kept_ids:
-                journal.add_sample(rollout)
+                judge.journal.add_sample(rollout)
             progress.advance()
 
         def on_group(index: int, rollouts: list[Rollout]) -> None:
             if problems_here[index].id in kept_ids:
                 judge.take(problems_here[index], rollouts)
+            else:
+                for rollout in rollouts:
+                    rollout.empty()
 
         source.generate(
             problems,
@@ -228,27 +259,32 @@ def sample_missing(
             on_sample=on_sample,
             have=have,
         )
-    return groups
+    return judge.kept
 
 
-class Judge:
+class Judge(Generic[T]):
     """Scores groups in a thread while others are being sampled: at a time all that have piled up,
     so that the graders' processes always have work. Use as a context manager."""
 
-    def __init__(self, scorer: Scorer, journal: Journal, groups: dict[str, Group]):
-        self._scorer, self._journal, self._groups = scorer, journal, groups
+    def __init__(self, scorer: Scorer, journal: Journal, keep: Keep[T]):
+        self._scorer, self.journal, self._keep = scorer, journal, keep
+        self.kept: dict[str, T] = {}
+        """By the problem's id, what `keep` has made of its samples."""
         self._waiting: deque[tuple[Problem, list[Rollout]]] = deque()
         self._thread = ThreadPoolExecutor(1, "judge")
         self._running: deque[Future[None]] = deque()
 
-    def __enter__(self) -> "Judge":
+    def __enter__(self) -> "Judge[T]":
         return self
 
     def take(self, problem: Problem, rollouts: list[Rollout]) -> None:
         """Raises what an earlier call of the rewards has raised."""
+        for rollout in rollouts:
+            rollout.prompt_ids, rollout.logprobs = [], []
         self._waiting.append((problem, rollouts))
         self._running.append(self._thread.submit(self._judge))
-        while self._running and self._running[0].done():
+        # Each call takes all that wait, so those behind the first one find little or nothing.
+        while self._running and (self._running[0].done() or len(self._running) > MAX_WAITING):
             self._running.popleft().result()
 
     def _judge(self) -> None:
@@ -258,10 +294,9 @@ class Judge:
         # What is no number is no verdict either; where it is trained on, the breaker looks at it.
         scores = map(without_nonfinite, self._scorer.score(owners, rollouts))
         for problem, group in batch:
-            for rollout in group:
-                rollout.prompt_ids, rollout.logprobs = [], []
-            self._groups[problem.id] = (group, [next(scores) for _ in group])
-            self._journal.add_scores(problem.id, self._groups[problem.id][1])
+            of_group = [next(scores) for _ in group]
+            self.journal.add_scores(problem.id, of_group)
+            self.kept[problem.id] = self._keep(problem, group, of_group)
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         self._thread.shutdown()

@@ -5,14 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from samples import sample_all
 from test_engine import ARCHITECTURES, CPU, SETTINGS
 
 from r1pipe.config import ProblemSet, Reward, Sampling
+from r1pipe.errors import UserError
 from r1pipe.models import build_model, build_tokenizer, save_checkpoint
 from r1pipe.problems import load_problems
 from r1pipe.records import Rollout
 from r1pipe.rollout import Sampler
-from r1pipe.sampling import SamplingJob, sample_and_score
+from r1pipe.sampling import SamplingJob
 
 PROBLEMS = load_problems(ProblemSet(recipe="arithmetic", options={"size": 6}))
 
@@ -71,7 +73,7 @@ def describe(result: tuple) -> list[tuple]:
 
 def interrupt(job: SamplingJob, sampler: Sampler, breaks_after: int) -> None:
     with pytest.raises(KeyboardInterrupt):
-        sample_and_score(job, lambda: Counted(sampler, breaks_after))
+        sample_all(job, lambda: Counted(sampler, breaks_after))
 
 
 def must_not_open() -> Sampler:
@@ -82,14 +84,14 @@ def test_goes_on_where_it_was_interrupted(
     sampler: Sampler, job: SamplingJob, tmp_path: Path
 ) -> None:
     """Also in the middle of a problem's samples, and twice."""
-    uninterrupted = sample_and_score(replace(job, folder=tmp_path / "other"), lambda: sampler)
+    uninterrupted = sample_all(replace(job, folder=tmp_path / "other"), lambda: sampler)
     interrupt(job, sampler, 7)
     interrupt(job, sampler, 9)
     last = Counted(sampler)
-    result = sample_and_score(job, lambda: last)
+    result = sample_all(job, lambda: last)
     assert last.num_sampled == 24 - 7 - 9
     assert describe(result) == describe(uninterrupted)
-    assert describe(sample_and_score(job, must_not_open)) == describe(uninterrupted)
+    assert describe(sample_all(job, must_not_open)) == describe(uninterrupted)
 
 
 def test_a_line_cut_by_a_kill_is_sampled_again(sampler: Sampler, job: SamplingJob) -> None:
@@ -100,7 +102,7 @@ def test_a_line_cut_by_a_kill_is_sampled_again(sampler: Sampler, job: SamplingJo
     assert len(samples) == 10
     journal.write_bytes(lines[0] + b"".join(samples)[:-5])
     last = Counted(sampler)
-    result = sample_and_score(job, lambda: last)
+    result = sample_all(job, lambda: last)
     assert last.num_sampled == 24 - 9
     assert len(describe(result)) == 24
 
@@ -121,11 +123,11 @@ def test_samples_of_another_protocol_are_not_taken(
 ) -> None:
     interrupt(job, sampler, 7)
     last = Counted(sampler)
-    sample_and_score(replace(job, **change), lambda: last)
+    sample_all(replace(job, **change), lambda: last)
     assert last.num_sampled == 24
 
 
 def test_a_reward_that_fails_ends_the_sampling(sampler: Sampler, job: SamplingJob) -> None:
     broken = replace(job, rewards=[Reward(function="reward_of_tests.raises")])
-    with pytest.raises(ValueError, match="broken reward"):
-        sample_and_score(broken, lambda: sampler)
+    with pytest.raises(UserError, match="broken reward"):
+        sample_all(broken, lambda: sampler)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from samples import sample_all
 from test_engine import ARCHITECTURES, CPU, SETTINGS
 
 from r1pipe.config import ProblemSet, Reward, Sampling, TeacherEndpoint
@@ -17,7 +18,7 @@ from r1pipe.models import build_model, build_tokenizer, save_checkpoint
 from r1pipe.problems import load_problems
 from r1pipe.records import Rollout
 from r1pipe.rollout import Sampler
-from r1pipe.sampling import SamplingJob, sample_and_score
+from r1pipe.sampling import SamplingJob
 from r1pipe.teacher import Teacher
 
 pytestmark = pytest.mark.slow
@@ -86,7 +87,7 @@ def test_vllm_server_says_what_our_engine_says(
         label="reject",
     )
     teacher = Teacher(TeacherEndpoint(base_url=base_url, model="policy"))
-    theirs, _ = sample_and_score(job, lambda: teacher)
+    theirs, _ = sample_all(job, lambda: teacher)
     sampler = Sampler(checkpoint, SETTINGS, "float32", CPU)
     try:
         own = sampler.generate(PROBLEMS, 4, job.sampling, job.seed_parts)

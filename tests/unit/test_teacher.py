@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from samples import sample_all
 from teacher_server import Answer, TeacherServer, say, say_right, teacher_server
 
 from r1pipe.config import Reward, Sampling, TeacherEndpoint
 from r1pipe.errors import UserError
 from r1pipe.records import Problem
-from r1pipe.sampling import SamplingJob, sample_and_score
+from r1pipe.sampling import SamplingJob
 from r1pipe.teacher import Teacher
 
 KEY = "sk-very-secret"
@@ -56,7 +57,7 @@ def make_teacher(
 def test_samples_are_judged_like_our_own(
     server: TeacherServer, teacher: Teacher, job: SamplingJob
 ) -> None:
-    rollouts, scores = sample_and_score(job, lambda: teacher)
+    rollouts, scores = sample_all(job, lambda: teacher)
     assert [(r.problem_id, r.sample) for r in rollouts] == [
         (str(p), n) for p in range(4) for n in range(3)
     ]
@@ -77,7 +78,7 @@ def test_busy_and_broken_servers_are_asked_again(
     server.answer = lambda number, request: (
         ((429, 500, 503)[number % 3], {"error": "busy"}) if number < 3 else say_right(request)
     )
-    rollouts, _ = sample_and_score(job, lambda: teacher)
+    rollouts, _ = sample_all(job, lambda: teacher)
     assert len(rollouts) == 12
     assert len(server.requests) == 12 + 3
 
@@ -90,12 +91,12 @@ def test_goes_on_after_an_error_with_what_it_has(
     server.answer = lambda number, request: (401, refusal) if number == 7 else say_right(request)
     one_by_one = make_teacher(server, monkeypatch, max_concurrency=1)
     with pytest.raises(UserError, match="Incorrect API key provided") as error:
-        sample_and_score(job, lambda: one_by_one)
+        sample_all(job, lambda: one_by_one)
     assert KEY not in str(error.value)
     assert "\n" not in str(error.value)
     assert 'problem "2"' in str(error.value)
     server.requests.clear()
-    rollouts, scores = sample_and_score(job, lambda: one_by_one)
+    rollouts, scores = sample_all(job, lambda: one_by_one)
     assert len(server.requests) == 12 - 7
     assert all(score.total == 2.0 for score in scores)
     assert len({rollout.completion for rollout in rollouts}) == 12
@@ -109,7 +110,7 @@ def test_requests_run_beside_each_other_up_to_the_limit(
         return say_right(request)
 
     server.answer = answer
-    sample_and_score(job, lambda: make_teacher(server, monkeypatch, max_concurrency=3))
+    sample_all(job, lambda: make_teacher(server, monkeypatch, max_concurrency=3))
     assert server.most_under_way == 3
 
 
@@ -118,7 +119,7 @@ def test_unreachable_teacher_is_one_line(
 ) -> None:
     nowhere = make_teacher(server, monkeypatch, base_url="http://127.0.0.1:9/v1", max_retries=0)
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9") as error:
-        sample_and_score(job, lambda: nowhere)
+        sample_all(job, lambda: nowhere)
     assert "\n" not in str(error.value)
 
 
@@ -143,7 +144,7 @@ def test_thinking_is_put_into_our_format(
 ) -> None:
     text, fields = given
     server.answer = lambda number, request: say(text, **fields)
-    rollouts, _ = sample_and_score(job, lambda: teacher)
+    rollouts, _ = sample_all(job, lambda: teacher)
     assert {rollout.completion for rollout in rollouts} == {completion}
 
 
@@ -151,5 +152,5 @@ def test_cut_answers_count_as_truncated(
     server: TeacherServer, teacher: Teacher, job: SamplingJob
 ) -> None:
     server.answer = lambda number, request: say("half", finish_reason="length")
-    rollouts, _ = sample_and_score(job, lambda: teacher)
+    rollouts, _ = sample_all(job, lambda: teacher)
     assert all(rollout.truncated for rollout in rollouts)

@@ -1,0 +1,14 @@
+"""All samples of a job in memory, for tests that look at each."""
+
+from collections.abc import Callable
+
+from r1pipe.records import Rollout, Score
+from r1pipe.sampling import SamplingJob, Source, sample_and_score
+
+
+def sample_all(
+    job: SamplingJob, open_source: Callable[[], Source]
+) -> tuple[list[Rollout], list[Score]]:
+    """Those of one problem next to each other."""
+    groups = sample_and_score(job, open_source, lambda problem, *group: group)
+    return [r for rollouts, _ in groups for r in rollouts], [s for _, ss in groups for s in ss]
