@@ -72,11 +72,14 @@ class Breaker:
 
     def examine_update(self, metrics: Facts) -> bool:
         """`metrics`: of the optimizer step at hand, over all ranks."""
-        checks = find_checks("update")
-        if self.batch.made_at != self.batch.step:
-            # A stale sampler differs from the trainer by a step of learning, not by an error.
-            checks.remove("logprob_diff")
-        return self._examine(checks, metrics, self.batch.step)
+        name = "sampler/logprob_diff_mean"
+        if self.batch.made_at != self.batch.step and name in metrics:
+            # A stale sampler differs from the trainer by a step of learning, not by an error: it is
+            # held to the policy that it was then.
+            metrics = {key: value for key, value in metrics.items() if key != name}
+            if self.batch.logprob_diff is not None:
+                metrics[name] = self.batch.logprob_diff
+        return self._examine(find_checks("update"), metrics, self.batch.step)
 
     def examine_sync(self, logprob_diff: float, step: int) -> None:
         """Of a probe after a weight sync: what will be sampled with it can still be skipped."""

@@ -938,6 +938,7 @@ class Recipe(Strict):
     @model_validator(mode="after")
     def link_stages(self) -> "Recipe":
         earlier: set[str] = set()
+        size = self.engine.tensor_parallel_size
         for stage in self.stages:
             if stage.name in earlier:
                 raise ValueError(f'stages: two are called "{stage.name}"; give one a name')
@@ -948,6 +949,12 @@ class Recipe(Strict):
             for source in stage.problem_sets():
                 if source.stage and source.stage not in earlier:
                     raise ValueError(f'stages: "{stage.name}": no earlier stage "{source.stage}"')
+            if isinstance(stage, OnPolicy) and stage.async_steps and size > 1:
+                raise ValueError(
+                    f"stages.{stage.name}.async_steps: sampling beside the training needs "
+                    f"engine.tensor_parallel_size 1, not {size}: collectives of two threads would "
+                    "meet in another order on every rank"
+                )
             earlier.add(stage.name)
         return self
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,8 @@ from r1pipe.progress import Interrupt
 from r1pipe.records import Problem, Rollout, Score, describe_rollout
 from r1pipe.rollout import Sampler
 from r1pipe.scoring import Scorer, mean, reward_metrics
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -73,6 +75,9 @@ class Group:
         ]
 
 
+BATCH_FACTS = ("step", "made_at", "rounds", "seconds", "logprob_diff")
+
+
 @dataclass
 class Batch:
     """What one step trains on, and what it took to get."""
@@ -86,6 +91,9 @@ class Batch:
     """This rank's part of them, whole."""
     rounds: int
     seconds: dict[str, float]
+    logprob_diff: float | None = None
+    """If it was sampled ahead: mean |sampler - trainer| log-probability of some of it, by the
+    policy that sampled it."""
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -110,6 +118,7 @@ class Batch:
             "groups_sampled": len(self.groups),
             "sampling_rounds": self.rounds,
             "staleness": self.step - self.made_at,
+            **({} if (d := self.logprob_diff) is None else {"sampler/logprob_diff_ahead": d}),
             "tokens_sampled": num_tokens,
             "completions/mean_length": num_tokens / len(rollouts),
             "completions/truncated": mean([float(r.truncated) for r in rollouts]),
@@ -128,7 +137,7 @@ class Batch:
     def state_dict(self) -> dict[str, Any]:
         """As plain values and tensors, of a batch that has not been trained on."""
         return {
-            **{name: getattr(self, name) for name in ("step", "made_at", "rounds", "seconds")},
+            **{name: getattr(self, name) for name in BATCH_FACTS},
             "groups": [group.state_dict() for group in self.groups],
             "own_groups": [group.state_dict() for group in self.own_groups],
         }
@@ -320,8 +329,14 @@ class Lookahead:
         batch = self._next.result() if self._next else self._collect(step, step)
         self._next = None
         if self._async_steps and step < self._num_steps:
-            self._next = self._thread.submit(self._collect, step + 1, step)
+            self._next = self._thread.submit(run_at, find_place(), self._collect, step + 1, step)
         return batch
+
+    @property
+    def ahead(self) -> Batch | None:
+        """What was sampled ahead, once it is there."""
+        self.wait()
+        return self._next.result() if self._next and not self._next.exception() else None
 
     def wait(self) -> None:
         """Until nothing is being sampled: weights must not change meanwhile."""
@@ -338,6 +353,23 @@ class Lookahead:
         if state["ahead"]:
             self._next = Future()
             self._next.set_result(Batch.from_state(state["ahead"]))
+
+
+def find_place() -> tuple[int, Any] | None:
+    """The GPU and the stream that this thread works on: both are a thread's own."""
+    if not torch.cuda.is_initialized():
+        return None
+    return torch.cuda.current_device(), torch.cuda.current_stream()
+
+
+def run_at(place: tuple[int, Any] | None, function: Callable[..., T], *arguments: Any) -> T:
+    """Call it from another thread as from the one of that place. vLLM's graphs and copies belong to
+    the stream that the engine was first used on; on another they would be read half-written."""
+    if place is not None:
+        device, stream = place
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(stream)
+    return function(*arguments)
 
 
 def put_aside_silent(groups: list[Group]) -> None:

@@ -45,6 +45,8 @@ class KeptBatches:
             seconds={"sample": time.perf_counter() - started, "score": 0.0},
         )
 
+    ahead = None
+
     def wait(self) -> None:
         """Nothing is sampled."""
 

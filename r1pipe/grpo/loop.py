@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from r1pipe.breaker import Breaker, EventLog
 from r1pipe.checkpoints import Checkpoints
 from r1pipe.config import OnPolicy, Sampling
@@ -172,6 +174,7 @@ def train(
         clock = Clock()
         batch = batches.take(step)  # rolled out, scored, with advantages
         clock.lap("wait")
+        before = updater.copy_weights() if stage.async_steps else {}  # those of the sampler
 
         metrics = {"step": step, **batch.metrics()}
         if breaker.examine_batch(batch, metrics):
@@ -184,12 +187,24 @@ def train(
 
         batches.wait()
         clock.lap("wait")
+        if ahead := batches.ahead:
+            ahead.logprob_diff = compare_ahead(updater, before, ahead)
         sampler.load_weights(export_weights(updater.model))
         if stage.verifies_sync:
             metrics |= probe_sync(stage, updater, sampler, breaker, batch, collector.seed)
         clock.lap("sync")
         breaker.close_step(metrics)
         yield metrics | clock.metrics(metrics["tokens_trained"]), batch
+
+
+def compare_ahead(updater: Updater, weights: dict[str, Tensor], batch: Batch) -> float | None:
+    """Mean |sampler - trainer| log-probability of some samples of a batch that was sampled ahead,
+    by the policy that sampled it: by the one that will train on them it would be a step of learning
+    more. Every rank must call it."""
+    groups = batch.own_groups[:PROBE_PROMPTS]
+    samples = [Sample(group.rollouts[0], 0.0) for group in groups]
+    metrics = updater.evaluate_with(weights, samples).metrics()
+    return metrics.get("sampler/logprob_diff_mean")
 
 
 def check_last_sync(

@@ -202,6 +202,21 @@ class Updater(PackedTrainer):
                         sample.ref_logprobs = ref
         return agreement
 
+    def copy_weights(self) -> dict[str, Tensor]:
+        """Of the policy, this rank's part, in the CPU's memory."""
+        return {
+            name: tensor.to("cpu", copy=True) for name, tensor in take_weights(self.policy).items()
+        }
+
+    def evaluate_with(self, weights: dict[str, Tensor], samples: list[Sample]) -> "Agreement":
+        """`evaluate` by the policy of other weights, as `copy_weights` gave them."""
+        own = self.copy_weights()
+        put_weights(self.policy, weights)
+        try:
+            return self.evaluate(samples)
+        finally:
+            put_weights(self.policy, own)
+
     def measure(self, batch: PackedBatch) -> LogProbs:
         """The policy's log-probabilities, its distribution cut as the sampler cuts its own."""
         truncation = self.truncation if self.truncation.cuts else None

@@ -383,6 +383,21 @@ def test_a_stale_sampler_is_no_fault(tmp_path: Path) -> None:
         breaker.examine_update(apart)
 
 
+def test_a_stale_batch_is_held_to_the_policy_that_sampled_it(tmp_path: Path) -> None:
+    """However far the one that trains on it has come since."""
+    breaker = make_breaker(tmp_path)
+    apart = {"sampler/logprob_diff_mean": 0.1, "entropy": 1.0}
+    batch = make_batch(2, GOOD, made_at=1)
+    batch.logprob_diff = 1e-6
+    breaker.examine_batch(batch, METRICS)
+    assert not breaker.examine_update(apart)
+    for wrong in (0.01, float("nan")):
+        batch.logprob_diff = wrong
+        breaker.examine_batch(batch, METRICS)
+        with pytest.raises(Tripped, match="disagree"):
+            breaker.examine_update(apart)
+
+
 def test_a_run_can_go_on_with_other_limits(tmp_path: Path) -> None:
     one, other = (
         Recipe(name="x", stages=[make_grpo(**changes)])

@@ -75,6 +75,10 @@ MISTAKES = [
     ({"stages": stages_with(2, max_steps=0)}, ["stages.grpo.max_steps", "0"]),
     ({"stages": stages_with(2, num_generations=1)}, ["stages.grpo.num_generations"]),
     ({"stages": stages_with(2, steps_per_generation=3)}, ["steps_per_generation"]),
+    (
+        {"stages": stages_with(2, async_steps=1), "engine": {"tensor_parallel_size": 2}},
+        ["stages.grpo.async_steps", "tensor_parallel_size 1, not 2"],
+    ),
     ({"stages": stages_with(2, kind="ppo")}, ["kind must be one of", "grpo"]),
     ({"stages": stages_with(2, data={"recipe": "a", "stage": "b"})}, ["recipe or stage"]),
     ({"stages": stages_with(1, train={"learning_rate": 1e-3})}, ["stages.sft.train", "max_steps"]),

@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+import torch
 
 from r1pipe.config import Difficulty
 from r1pipe.grpo.collect import Lookahead
@@ -89,6 +90,29 @@ def test_lookahead_samples_while_the_caller_trains() -> None:
         assert batches.take(2) == (2, 1)
         assert batches.take(3) == (3, 2)
     assert len(made) == 3, "nothing is sampled beyond the last step"
+
+
+def test_lookahead_samples_on_the_callers_gpu_and_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU that is made up: both are a thread's own, and others in a new one."""
+    here: dict[int, dict[str, object]] = {}
+
+    def mine() -> dict[str, object]:
+        return here.setdefault(threading.get_ident(), {"device": 0, "stream": "default"})
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: mine()["device"])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: mine()["stream"])
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: mine().update(device=device))
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: mine().update(stream=stream))
+    mine().update(device=3, stream="vllm's")
+
+    def sample(step: int, made_at: int) -> tuple:
+        return threading.get_ident(), *mine().values()
+
+    with Lookahead(sample, 2, async_steps=1) as batches:
+        first, second = batches.take(1), batches.take(2)
+    assert first[0] != second[0]
+    assert first[1:] == second[1:] == (3, "vllm's")
 
 
 def test_lookahead_without_async_samples_in_order() -> None:
