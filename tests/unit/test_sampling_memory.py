@@ -108,7 +108,7 @@ def measure(job: SamplingJob, keep: Callable) -> tuple[float, float]:
 def test_bytes_a_token(
     keep: Callable, limit: float, job: SamplingJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With the tokens, their log-probabilities and the text, all of it, about 80 stay; the peak is
+    """With the tokens, their log-probabilities and the text, all of it, 46 stay; the peak is
     that of the few groups that wait for their scores. Here a sample is 500 tokens: of longer ones
     the figures weigh less."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "pipeline")
