@@ -34,7 +34,7 @@ _NUMBER = re.compile(
     r"(?:\s?\\?%|\s?(?:π|\\pi\b))?"
     r"|(?<![\w.])[-−–]?\.\d+|\d+(?:\.\d+)?(?:[eE][-+−]?\d{1,3}(?!\d|\.\d)|/\d+)?)"
     # thousands, and units that are formulas: m/s^2, cm^{2}
-    r"(?:\s?[kKMB](?![\w'’/^])|\s(?:hundred|thousand|million|billion|trillion|dozen)\b|[十百千万亿]+)?"
+    r"(?:\s?[kKMB](?![\w'’/^])|\s(?:hundred|thousand|million|billion|trillion|dozen)\b|[十百千万亿]+(?![克米瓦卡升分]))?"
     rf"(?P<unit>\s?{_UNIT_NAME}(?:[\s·]{_UNIT_NAME}(?={_POWER}))?(?:{_POWER}(?:\s?[/·]\s?{_UNIT_NAME}{_POWER}?)*"
     rf"|(?:/{_UNIT_NAME}{_POWER}?)+))?"
 )
@@ -48,7 +48,7 @@ _EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3}|__)(?=[^*_\s])([^*\n]{0,200}?[^*_\s]
 _PROSE_WORD = re.compile(r"(?<![\\\w])(?!(?:sin|cos|tan|ln|log|exp|sqrt|pi|and|or)\b)[^\W\d_]{2,}")
 _WORD = re.compile(rf"{_PROSE_WORD.pattern}|[\u4e00-\u9fff]{{2}}")
 _UNIT_AFTER = re.compile(
-    r"\s?(?!in\b)((?:(?:square|cubic|sq|cu)\s(?=[a-zA-Z]))?[a-zA-Z]{2,12})\b(?:\s+per\s+[a-z]{1,10}\b)?"
+    r"\s?(?!in\b)((?:(?:square|cubic|sq|cu)\s(?!in\b)(?=[a-zA-Z]))?[a-zA-Z]{2,12})\b(?:\s+per\s+(?:second|minute|hour|day|week|month|year)\b)?"
 )
 _LETTERS_AFTER = re.compile(r"(?!(?:st|nd|rd|th|[mgshLNJWVAK])\b)[a-zA-Z]{1,2}\b")
 _MINUS = re.compile(r"(?:^|[^\d\s]\s+)(?:minus|negative)\s+$", re.IGNORECASE)

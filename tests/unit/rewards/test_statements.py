@@ -240,6 +240,9 @@ RIGHT = [
     ('3200', 'His first answer was 1800-400 = 1400, so together 1800 + 1400 = 3200'),
     ('17', 'It is 16.66...%, which rounds up to 17%.'),
     ('300', 'Option 1: 9 coats. Option 2: 6 coats. The difference is $900 - $600 = $300'),
+    ('300', '面积 = 5400 / 18 = 300千克'),
+    ('5', 'So he spent 500/100 = 5 cents per page'),
+    ('7', 'The difference is 25 - 18 = 7 sq in'),
 ]
 
 # A policy finds every one of these that is rewarded.
