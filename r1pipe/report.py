@@ -120,7 +120,7 @@ def collect(run: Path, stages: list[StageFolder]) -> dict[str, Any]:
 
 
 def describe_stage(stage: StageFolder) -> dict[str, Any]:
-    hidden = ("stage", "kind", "settings", "fingerprint", "parents")
+    hidden = ("stage", "kind", "settings", "parents")
     return {
         "name": stage.name,
         "kind": stage.kind,

@@ -12,7 +12,6 @@ A stage's folder appears by one rename, after everything in it is written.
 
 import difflib
 import fcntl
-import hashlib
 import json
 import os
 import re
@@ -174,7 +173,6 @@ class RunFolder:
         return {
             "stage": stage.name,
             "kind": stage.kind,
-            "fingerprint": self.fingerprint(stage),
             "settings": self.settings(stage),
             "parents": self._find_parents(stage),
         }
@@ -192,16 +190,6 @@ class RunFolder:
         left_out = {"train": saving} | dict.fromkeys({*saving, "breaker"}, True)
         own = stage.model_dump(mode="json", by_alias=True, exclude=left_out)
         return {**shared, **own}
-
-    def fingerprint(self, stage: Stage) -> str:
-        """Changes when the stage's settings do, or those of anything that it starts from."""
-        parents = [
-            self.fingerprint(parent)
-            for name in stage.parents()
-            if (parent := self.recipe.stage(name)) is not None
-        ]
-        text = json.dumps([self.settings(stage), parents], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def is_finished(self, stage: Stage) -> bool:
         """Raises UserError if the stage was finished with other settings than it has now."""
@@ -224,9 +212,13 @@ class RunFolder:
 
     def _find_change(self, stage: Stage, record: dict[str, Any]) -> str:
         """What is not as it was when the stage was begun; empty if nothing."""
-        if record["settings"] != self.settings(stage):
-            now, then = (dict(flatten(s)) for s in (self.settings(stage), record["settings"]))
-            changed = sorted(key for key in {**now, **then} if now.get(key) != then.get(key))
+        now, then = (dict(flatten(s)) for s in (self.settings(stage), record["settings"]))
+        changed = sorted(key for key in {**now, **then} if now.get(key) != then.get(key))
+        # A key that is younger than the record, and not set: the stage was made with its default.
+        own = dict(flatten(stage.model_dump(mode="json", by_alias=True, exclude_defaults=True)))
+        younger = {key for key in changed if key not in then and key not in own}
+        changed = [key for key in changed if key not in younger]
+        if changed:
             values = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in changed}
             shown = [f"{key}: {old}, now {new}" for key, (old, new) in values.items()][
                 :MOST_CHANGES
@@ -235,10 +227,12 @@ class RunFolder:
             return f"other settings ({', '.join(shown)}{more})"
         parents = self._find_parents(stage)
         known = record.get("parents") or parents
-        if again := [name for name in parents if parents[name] != known.get(name)]:
+        if again := [name for name in {**known, **parents} if parents.get(name) != known.get(name)]:
             return f"another parent ({', '.join(again)}, made again since)"
-        if record["fingerprint"] != self.fingerprint(stage) or known != parents:
-            return f"another parent (other settings of {', '.join(stage.parents())})"
+        for name in stage.parents():
+            parent, made = self.recipe.stage(name), self.read_record(name)
+            if parent and made and self._find_change(parent, made):
+                return f"another parent (other settings of {name})"
         return ""
 
     def _find_parents(self, stage: Stage) -> dict[str, str]:

@@ -404,7 +404,7 @@ def test_a_run_can_go_on_with_other_limits(tmp_path: Path) -> None:
         for changes in ({}, {"breaker": {"truncated": {"limit": 0.9}}})
     )
     folders = [RunFolder(recipe) for recipe in (one, other)]
-    assert folders[0].fingerprint(one.stages[0]) == folders[1].fingerprint(other.stages[0])
+    assert folders[0].settings(one.stages[0]) == folders[1].settings(other.stages[0])
 
 
 def test_what_a_recipe_leaves_out_is_the_checks_own() -> None:

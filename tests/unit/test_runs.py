@@ -243,3 +243,21 @@ def test_response_length_is_told_from_start_to_end(tmp_path: Path) -> None:
         "right 0.06 -> 0.78"
     ]
     assert f"# Response length\n\n- {lines[0]}\n" in format_report([], lines)
+
+
+def test_a_key_that_is_younger_than_a_stage_is_no_change(tmp_path: Path) -> None:
+    """As long as it has its default: runs of an earlier version still resume."""
+    recipe = make_recipe(tmp_path)
+    with RunFolder(recipe) as run:
+        finish(run, "random")
+        finish(run, "sft")
+        path = run.stage_dir("sft") / "stage.json"
+        record = json.loads(path.read_text())
+        del record["settings"]["train"]["micro_batch_tokens"]
+        path.write_text(json.dumps(record))
+        assert run.is_finished(recipe.stage("sft"))
+    with (
+        RunFolder(make_recipe(tmp_path, "stages.sft.train.micro_batch_tokens=64")) as run,
+        pytest.raises(UserError, match="micro_batch_tokens: not set, now 64"),
+    ):
+        run.is_finished(run.recipe.stage("sft"))
