@@ -143,7 +143,7 @@ def _read_row(completion: Completion, tests: object, row: int) -> _Text | CodeVe
 
 def _find_programs(texts: list[_Text]) -> list[_Program | CodeVerdict]:
     """Extract the programs, in the workers: nobody knows what a hostile text does to a parser."""
-    items = [(text, tests.called, tests.prompt) for text, tests in texts]
+    items = [(text, tests.called, tests.prompt, tests.setup) for text, tests in texts]
     results = workers.run_task("rewards.code_extract:extract_code", items)
     programs = []
     for (_, tests), result in zip(texts, results, strict=True):
@@ -178,7 +178,9 @@ def _judge_programs(jobs: list[_Program], limits: Limits, stop: bool) -> list[Co
 
 
 def _make_function_item(job: _Program, limits: Limits, stop: bool) -> tuple:
-    return job.code, job.tests._asdict(), job.tests.num_asserts, limits, stop
+    tests = job.tests._asdict()
+    del tests["setup"]  # the program has what it needs of it
+    return job.code, tests, job.tests.num_asserts, limits, stop
 
 
 def _make_program_item(job: _Program, limits: Limits, stop: bool) -> tuple:

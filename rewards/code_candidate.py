@@ -88,10 +88,23 @@ class Candidate:
     def _find(self, target: str | int) -> object:
         if isinstance(target, int):
             return self.objects[target]
-        try:
+        if target in self.namespace:
             return self.namespace[target]
-        except KeyError:
-            raise NameError(f"name {target!r} is not defined") from None
+        if not target.isidentifier():  # an entry point such as Solution().solve
+            owner, _, name = target.rpartition(".")
+            return self._find_method(eval(owner, self.namespace), name)
+        module = self.namespace["__name__"]
+        for kind in (self.namespace.get("Solution"), *self.namespace.values()):
+            if isinstance(kind, type) and kind.__module__ == module and target in vars(kind):
+                return self._find_method(kind, target)
+        raise NameError(f"name {target!r} is not defined")
+
+    def _find_method(self, owner: object, name: str) -> object:
+        """Return an object's method, or a class's: bound to a new object where it needs one."""
+        if isinstance(owner, type):
+            found = next((vars(k)[name] for k in owner.__mro__ if name in vars(k)), None)
+            owner = owner if isinstance(found, staticmethod | classmethod) else owner()
+        return getattr(owner, name)
 
     def _refer(self, value: object) -> dict:
         if isinstance(value, CheckersFunction):

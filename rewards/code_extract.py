@@ -19,15 +19,22 @@ it, the prompt has opened that one.
 What is found may be a whole program, or, with a prompt, the body of the function that the prompt
 begins: then it is put behind it. A program that defines the entry point itself is put behind the
 prompt as well, whose imports and helpers it may use; so the prompt's own stub is replaced.
+
+Names that are then still missing are taken from the tests' set-up code, if it has them; those of a
+class ``Solution`` also from the modules that LeetCode and its like import for everybody.
 """
 
 import ast
 import builtins
+import functools
+import importlib
 import re
+import sys
 import textwrap
 import warnings
 from typing import NamedTuple
 
+from rewards.code_tests import JUDGE_SETUP
 from rewards.completions import split_thinking
 
 MAX_CHARS = 200_000
@@ -52,15 +59,26 @@ class _Block(NamedTuple):
         return _PYTHON_MARK.fullmatch(self.mark) is not None
 
 
-def extract_code(text: str, entry_point: str | None = None, prompt: str = "") -> str | None:
-    """Return the program that a completion gives, ready to be run; None if there is none."""
+def extract_code(
+    text: str, entry_point: str | None = None, prompt: str = "", setup: str | None = None
+) -> str | None:
+    """Return the program that a completion gives, ready to be run; None if there is none.
+
+    ``entry_point`` is the name that it has to define, ``prompt`` the code that it may continue,
+    ``setup`` the code that missing names come from; None where programs run as they are.
+    """
     text = split_thinking(text)[1]
     if len(text) > MAX_CHARS:
         return None
     tail = _END_TOKENS.search(text, max(0, len(text) - 400))
     text = (text[: tail.start()] if tail else text).replace("\r\n", "\n")
     code = _find_code(text, entry_point, prompt)
-    return None if code is None else _join(prompt, code, entry_point)
+    if code is None:
+        return None
+    code = _join(prompt, code, entry_point)
+    if setup is not None and re.search(r"^class Solution\b", code, re.MULTILINE):
+        setup = f"{JUDGE_SETUP}\n{setup}"
+    return _add_setup(code, setup) if setup else code
 
 
 def _find_code(text: str, entry_point: str | None, prompt: str) -> str | None:
@@ -242,9 +260,68 @@ def _find_missing(code: str) -> set[str]:
             bound.add(node.arg)
         elif isinstance(node, ast.ExceptHandler | ast.MatchAs | ast.MatchStar) and node.name:
             bound.add(node.name)
-    if "*" in bound:  # whatever it brings
-        return set()
+    for node in ast.walk(tree) if "*" in bound else ():
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            if node.module not in sys.stdlib_module_names:  # whatever it brings
+                return set()
+            bound |= set(_list_public_names(node.module))
     return {name.id for name in names} - bound - set(dir(builtins))
+
+
+def _add_setup(code: str, setup: str) -> str:
+    """Put in front of a program what it misses and ``setup`` has."""
+    offered, added = _read_setup(setup), {}
+    for _ in range(4):  # what is added may need more
+        missing = _find_missing("\n".join([*added, code])) & offered.keys()
+        if not missing:
+            break
+        needed = {}
+        for name in sorted(missing):
+            is_module = re.search(rf"\b{name}\.", code) is not None
+            ways = offered[name]
+            needed[next((w for w in ways if w.startswith("import ") == is_module), ways[-1])] = None
+        added = needed | added
+    if not added:
+        return code
+    tree, first = _parse(code), 1  # the line to put it on: behind imports from the future
+    for statement in tree.body:
+        if isinstance(statement, ast.ImportFrom) and statement.module == "__future__":
+            first = statement.end_lineno + 1
+    lines = code.split("\n")
+    return "\n".join([*lines[: first - 1], *added, *lines[first - 1 :]])
+
+
+@functools.lru_cache(maxsize=64)
+def _read_setup(setup: str) -> dict[str, list[str]]:
+    """Return the names that set-up code defines, with the statements that do."""
+    tree, offered = _parse(setup), {}
+    for statement in tree.body if tree else ():
+        if isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*":
+            module = statement.module
+            pairs = [(n, f"from {module} import {n}") for n in _list_public_names(module)]
+        elif isinstance(statement, ast.Import):
+            pairs = [
+                ((a.asname or a.name).partition(".")[0], ast.unparse(ast.Import([a])))
+                for a in statement.names
+            ]
+        else:
+            pairs = [(name, ast.unparse(statement)) for name in _bound_names(statement)]
+        for name, text in pairs:
+            offered.setdefault(name, []).append(text)
+    return offered
+
+
+@functools.cache
+def _list_public_names(module: str | None) -> tuple[str, ...]:
+    """Return what ``from module import *`` brings, of the standard library's modules."""
+    if module not in sys.stdlib_module_names:
+        return ()
+    try:
+        found = importlib.import_module(module)
+    except ImportError:
+        return ()
+    public = [name for name in vars(found) if not name.startswith("_")]
+    return tuple(getattr(found, "__all__", public))
 
 
 def _parse(code: str) -> ast.Module | None:
@@ -304,7 +381,7 @@ def _join(prompt: str, code: str, entry_point: str | None) -> str:
     """Return the code with what it needs of the prompt in front of it."""
     if not prompt:
         return code
-    if entry_point and defines(code, entry_point):
+    if entry_point and (defines(code, entry_point) or _has_method(code, entry_point)):
         return f"{prompt}\n\n{code}" if _parse(prompt) else code
     for body in (code, textwrap.indent(code, "    ")):
         if body[:1].isspace() and _parse(prompt + body):

@@ -137,6 +137,67 @@ PROBLEMS = {
         "from collections import Counter\ndef count(s):\n    return Counter(s)\n",
         ["from collections import Counter\ndef count(s):\n    return Counter('x')\n"],
     ),
+    "calls: arguments on lines of JSON, a method of Solution": (
+        {"fn_name": "most", "inputs": ['["a", "b", "a"]\n1', '[]\n2\n'],
+         "outputs": ['["a"]', "[]"], "testtype": "functional"},
+        "class Solution:\n    def __init__(self): self.found = []\n"
+        "    def most(self, names: List[str], k: int) -> Tuple[str]:\n"
+        "        self.found += [n for n, _ in Counter(names).most_common(k)]\n"
+        "        return tuple(self.found)\n",
+        ["class Solution:\n    def most(self, names, k): return names[:k + 1]\n",
+         "class Solution:\n    def least(self, names, k): return names[:k]\n",
+         "class Any:\n    __eq__ = lambda a, b: True\ndef most(names, k): return Any()\n",
+         "import os\ndef most(names, k): os._exit(0)\n"],
+    ),
+    "calls: lists of arguments, results in lists, keys that were numbers": (
+        {"metadata": '{"func_name": "turn"}', "inputs": [[{"1": "ab", "2": "c"}, 1], [{}, 0]],
+         "outputs": [[{"1": "ba", "2": "c"}], [{}]]},
+        "def turn(words, step):\n    return {n + step - step: w[::-1] for n, w in words.items()}\n",
+        ["def turn(words, step): return words\n", "def turn(words, step): return {}\n"],
+    ),
+    "calls: fractions, values of Python's, one over several lines": (
+        {"entry_point": "half", "inputs": ["(1, 2)", "[3,\n 4]", [[0.5]], "None"],
+         "outputs": ["[0.5, 1]", "[1.5, 2.0]", [0.25], "True"]},
+        "def half(xs):\n    return xs is None or [x * 0.49999999999 for x in xs]",
+        ["def half(xs):\n    return xs is None or [x * 0.4999 for x in xs]",
+         "def half(xs):\n    return xs is None or [float('nan') for x in xs]"],
+    ),
+    "calls: no name, so a program": (
+        {"fn_name": None, "metadata": {"func_name": None}, "testtype": "stdin",
+         "inputs": ["1"], "outputs": ["2"]},
+        "print(int(input()) + 1)", ["print(1)", "def f(x): return x + 1"],
+    ),
+    "an entry point that is a method": (
+        {"entry_point": "Solution().add", "code": "def check(candidate):\n"
+         "    assert candidate(a=1, b=2) == 3\n    assert candidate(2, 2) == 4\n"},
+        "class Solution:\n    def add(self, a: Optional[int], b: int) -> int:\n"
+        "        return reduce(operator.add, [a, b])\n",
+        ["class Solution:\n    def add(self, a, b): return 3\n", "def add(a, b): return a + b\n"],
+    ),
+    "a name that is a method, called by check and by the tests": (
+        {"entry_point": "add", "code": "def check(candidate):\n    assert candidate(1, 2) == 3\n\n"
+         "check(Solution().add)\nassert add(2, 2) == 4\n"},
+        "class Solution:\n    def add(self, a, b): return a + b\n",
+        ["class Solution:\n    def add(self, a, b): return 3\n"],
+    ),
+    "a static method": (
+        {"entry_point": "Solution.add", "test_list": ["assert candidate(1, 2) == 3"]},
+        "class Solution:\n    @staticmethod\n    def add(a, b): return a + b\n",
+        ["class Solution:\n    def add(self, a, b): return a * b\n"],
+    ),
+    "set-up code that the solution may use": (
+        {"test_imports": ["from collections import Counter"],
+         "test_setup_code": "from typing import *\nimport math\ndef low(x): return math.floor(x)",
+         "test_list": ["assert count([1.5, 1]) == {1: 2}"]},
+        "from __future__ import annotations\ndef count(xs: List[int]) -> dict:\n"
+        "    return Counter(map(low, xs))\n",
+        ["def count(xs: List[int]): return {}", "def count(xs: Lost[int]): return {1: 2}"],
+    ),
+    "no set-up code": (
+        {"test_list": ["assert f([1]) == [1]"]},
+        "from typing import List\ndef f(xs: List[int]): return xs\n",
+        ["def f(xs: List[int]): return xs\n"],
+    ),
     "input and output": (
         {"inputs": ["2\n1 2\n3 4\n", "0\n", "1\n-5 5"], "outputs": ["3\n7\n", "", "0 \n\n"]},
         "for _ in range(int(input())):\n    print(sum(map(int, input().split())))\n",
