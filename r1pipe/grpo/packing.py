@@ -7,6 +7,7 @@ the sequences' borders: by flash-attention's variable-length kernels where the m
 
 import inspect
 from collections.abc import Collection
+from copy import deepcopy
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -150,7 +151,8 @@ def require_packable(config: PretrainedConfig, attn_implementation: str) -> None
             "attention that can be kept within a sequence: such models cannot be trained here"
         )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+        # Of a copy: the config says how a model attends and computes its experts.
+        model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=torch.bfloat16).eval()
     calls = record_attention(model)
     for number, layer in enumerate(find_layers(model)):
         mixers = [m for m in layer.modules() if mixes_tokens(m, calls)]

@@ -592,3 +592,15 @@ def test_every_row_is_drawn_once_an_epoch_from_any_step_on() -> None:
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
     assert list(itertools.islice(draw_batches(7, 3, 0, 5), 9)) == batches[5:]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_looking_at_a_model_leaves_its_config(
+    tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
+    """It says which attention and which code of the experts the model runs: batched_mm, by which
+    it is looked at, takes ten times as long."""
+    config = build_model(MODELS[name], tokenizer, seed=0).config
+    before = (config._attn_implementation, config._experts_implementation)
+    require_trainable(config, "sdpa")
+    assert (config._attn_implementation, config._experts_implementation) == before
