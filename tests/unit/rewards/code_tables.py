@@ -157,7 +157,7 @@ PROBLEMS = {
     ),
     "calls: fractions, values of Python's, one over several lines": (
         {"entry_point": "half", "inputs": ["(1, 2)", "[3,\n 4]", [[0.5]], "None"],
-         "outputs": ["[0.5, 1]", "[1.5, 2.0]", [0.25], "True"]},
+         "outputs": ["[0.5, 1.0]", "[1.5, 2.0]", [0.25], "True"]},
         "def half(xs):\n    return xs is None or [x * 0.49999999999 for x in xs]",
         ["def half(xs):\n    return xs is None or [x * 0.4999 for x in xs]",
          "def half(xs):\n    return xs is None or [float('nan') for x in xs]"],
