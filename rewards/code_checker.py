@@ -299,7 +299,7 @@ def _check(link: Link, count: Count, units: list, entry_point: str | None, promp
             count.error = count.error or _tell(error)
             completed = False
     if entry_point and defines_check(trees):
-        namespace["check"](namespace[entry_point])
+        namespace["check"](CandidateFunction(link, entry_point))  # whatever has its name by now
     return completed
 
 
@@ -313,14 +313,33 @@ def _bind_names(namespace: dict, trees: list, link: Link, entry_point: str | Non
 
     Modules are this process's own: a test's ``math.isclose`` must not be the candidate's.
     """
-    used = {n.id for t in trees for n in ast.walk(t) if isinstance(n, ast.Name)}
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    used = {node.id for node in nodes if isinstance(node, ast.Name)}
     for name in used - set(namespace) - set(vars(builtins)):
-        if name in sys.stdlib_module_names and name != entry_point:
-            namespace[name] = importlib.import_module(name)
-        else:
-            namespace[name] = CandidateFunction(link, name)
+        module = _find_module(name, nodes) if name != entry_point else None
+        namespace[name] = module or CandidateFunction(link, name)
     if entry_point:
         namespace[entry_point] = namespace["candidate"] = CandidateFunction(link, entry_point)
+
+
+def _find_module(name: str, nodes: list[ast.AST]) -> types.ModuleType | None:
+    """Return the module that a name stands for: not for a function ``select``, a variable ``nt``.
+
+    It is never called, and something that the module has is asked of it.
+    """
+    if name not in sys.stdlib_module_names:
+        return None
+    of_name = [
+        n for n in nodes if isinstance(getattr(n, "func", getattr(n, "value", None)), ast.Name)
+    ]
+    if any(isinstance(n, ast.Call) and n.func.id == name for n in of_name):
+        return None
+    attributes = [n.attr for n in of_name if isinstance(n, ast.Attribute) and n.value.id == name]
+    try:
+        module = importlib.import_module(name) if attributes else None
+    except ImportError:
+        return None
+    return module if any(hasattr(module, attribute) for attribute in attributes) else None
 
 
 class _AssertCounter(ast.NodeTransformer):

@@ -6,6 +6,9 @@ import functools
 import inspect
 import json
 import re
+import symtable
+import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -48,9 +51,9 @@ class FunctionTests(NamedTuple):
         if self.entry_point:
             return _find_root(self.entry_point).id
         calls = (node.func for node in _list_nodes(self.units) if isinstance(node, ast.Call))
-        names = (call.id for call in calls if isinstance(call, ast.Name))
-        known = {*vars(builtins), *_list_bound_names(self.units)}
-        return next((name for name in names if name not in known), None)
+        names = [call.id for call in calls if isinstance(call, ast.Name)]
+        asked = list_asked_names(self.units)
+        return next((name for name in names if name in asked), min(asked, default=None))
 
 
 class ProgramTests(NamedTuple):
@@ -219,6 +222,7 @@ def _read_function_tests(tests: Mapping) -> FunctionTests:
     units = _read_units(tests)
     try:
         trees = [ast.parse(unit) for unit in units]
+        asked = list_asked_names(units)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise BadTestsError(f"the tests are not Python: {error}") from error
     if not any(isinstance(node, ast.Assert | ast.Raise) for node in _list_nodes(units)):
@@ -228,9 +232,52 @@ def _read_function_tests(tests: Mapping) -> FunctionTests:
     )
     if has_check and not entry_point:
         raise BadTestsError("check() without an 'entry_point' to be checked")
-    entry_point = _check_entry_point(entry_point) if entry_point else None
     setup = "\n".join(_read_setup(tests))
-    return FunctionTests(units, entry_point, prompt or "", bool(tests.get("in_place")), setup)
+    entry_point = _check_entry_point(entry_point) if entry_point else None
+    read = FunctionTests(units, entry_point, prompt or "", bool(tests.get("in_place")), setup)
+    if not has_check and not asked:
+        name = None if entry_point else _find_called_builtin(units)
+        if name is None:
+            raise BadTestsError("the tests call nothing but what they define themselves")
+        return read._replace(entry_point=name)
+    # The prompt's stub has the name, too, and must not be what is tested.
+    return read._replace(entry_point=read.called) if prompt and not entry_point else read
+
+
+@functools.lru_cache(maxsize=64)
+def list_asked_names(units: tuple[str, ...]) -> set[str]:
+    """Return the names that test code uses and neither it nor Python defines."""
+    used, defined = set(), set(vars(builtins))
+    for unit in units:
+        tables = [symtable.symtable(unit, "<tests>", "exec")]
+        for table in tables:
+            tables += table.get_children()
+            is_outermost = table.get_type() == "module"
+            for symbol in table.get_symbols():
+                if is_outermost or symbol.is_global():
+                    if symbol.is_referenced():
+                        used.add(symbol.get_name())
+                    if symbol.is_assigned() or symbol.is_imported() or symbol.is_namespace():
+                        defined.add(symbol.get_name())
+    nodes = _list_nodes(units)
+    bases = [
+        n.value for n in nodes if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name)
+    ]
+    num_bases = Counter(base.id for base in bases)  # as in math.pi
+    num_uses = Counter(node.id for node in nodes if isinstance(node, ast.Name))
+    modules = {n for n in num_bases.keys() & sys.stdlib_module_names if num_bases[n] == num_uses[n]}
+    return used - defined - modules
+
+
+def _is_call_by_name(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+
+
+def _find_called_builtin(units: tuple[str, ...]) -> str | None:
+    """Return what the first assert calls: a function may be named ``sum``, as one of MBPP's is."""
+    asserts = [node for node in _list_nodes(units) if isinstance(node, ast.Assert)]
+    calls = [n for node in asserts for n in ast.walk(node.test) if _is_call_by_name(n)]
+    return next((c.func.id for c in calls if hasattr(builtins, c.func.id)), None)
 
 
 def _check_entry_point(name: str) -> str:
@@ -274,19 +321,3 @@ def _read_units(tests: Mapping) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=64)  # asked for each completion of a group
 def _list_nodes(units: tuple[str, ...]) -> tuple[ast.AST, ...]:
     return tuple(node for unit in units for node in ast.walk(ast.parse(unit)))
-
-
-@functools.lru_cache(maxsize=64)
-def _list_bound_names(units: tuple[str, ...]) -> frozenset[str]:
-    """Return the names that the tests give a value themselves."""
-    names = set()
-    for node in _list_nodes(units):
-        if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load):
-            names.add(node.id)
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names.add(node.name)
-        elif isinstance(node, ast.alias):
-            names.add((node.asname or node.name).partition(".")[0])
-        elif isinstance(node, ast.arg):
-            names.add(node.arg)
-    return frozenset(names)

@@ -198,6 +198,37 @@ PROBLEMS = {
         "from typing import List\ndef f(xs: List[int]): return xs\n",
         ["def f(xs: List[int]): return xs\n"],
     ),
+    "variables named as modules are, here and elsewhere": (
+        {"test_list": ["nt = square(3)\nqueue = [nt]\nqueue.append(4)\nassert queue == [9, 4]",
+                       "for winreg in (1,): assert square(winreg) == math.floor(1.5)"]},
+        "def square(x): return x * x\n",
+        ["class math: floor = lambda x: 2\ndef square(x): return x + x\n"],
+    ),
+    "a function named as a module is": (
+        {"test_list": ["assert select([3, 1]) == 1", "def on(f, x): return f(x)",
+                       "assert on(copy, 2) == 2"]},
+        "def select(xs): return min(xs)\ndef copy(x): return x\n",
+        ["def select(xs): return max(xs)\ndef copy(x): return x\n", "def select(xs): return 1\n"],
+    ),
+    "a class named as a module is": (
+        {"code": "q = queue()\nq.push(1)\nassert q.size() == 1\n"},
+        "class queue:\n    def push(self, x): self.x = x\n    def size(self): return self.x\n",
+        ["def queue(): return []\n"],
+    ),
+    "a function named as a builtin is": (
+        {"test_list": ["assert sum(10, 15) == 6", "assert sum(5, 7) == 1"]},
+        "def sum(a, b): return 1 if b == 7 else 6\n",
+        ["def sum(a, b): return 6\n", "def total(a, b): return 6\n"],
+    ),
+    "tests with a reference of the same name": (
+        {"entry_point": "f", "code": "def f(x): return x * x\n"
+         "def check(candidate):\n    assert candidate(3) == f(3)\n"},
+        "def f(x): return x ** 2\n", ["def f(x): return 6\n"],
+    ),
+    "a stub in the prompt, and no entry point": (
+        {"prompt": "def f(x):\n", "code": "assert f(3) == 9\n"},
+        "    return x * x\n", ["    return 6\n"],
+    ),
     "input and output": (
         {"inputs": ["2\n1 2\n3 4\n", "0\n", "1\n-5 5"], "outputs": ["3\n7\n", "", "0 \n\n"]},
         "for _ in range(int(input())):\n    print(sum(map(int, input().split())))\n",
