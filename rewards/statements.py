@@ -179,7 +179,7 @@ _CLAUSE = re.compile(
 _COPULA = r"\b(?:is|are|was|were|equals|gives|makes|leaves|totals|becomes|has)\b|="
 _DENIED = re.compile(
     r"\b(?:never|nothing|nobody|none|no (?:one|value|number|answer))\b[^\d,;]*$|"
-    rf"(?:\b(?:not|never|cannot|neither|nor)\b|n['’]t\b|\b(?:is|are|was|ca|does|do|could|would)nt\b)"
+    rf"(?:\b(?:not|never|cannot|neither|nor|hardly|scarcely)\b|n['’]t\b|\b(?:is|are|was|ca|does|do|could|would)nt\b)"
     rf"(?:(?!{_COPULA}|\d|\b(?:hard|difficult|only|just|merely)\b).)*$"
     r"|\b(?:different from|differs? from|other than|unequal to|unlike|(?:any|every)thing but"
     r"|all but|instead of|rather than|distinct from|far from|rul(?:e|es|ed|ing) out|reject\w*"
@@ -191,12 +191,23 @@ _DENIED = re.compile(
     r"|\b(?:wrong|incorrect|false)\s+\w+[^\Ws]\s+(?:is|was|would be)\b|\bno way\b"
     r"|\b(?:no (?:es|son)|(?:n['’]est )?pas|nicht|non (?:è|sono)|não (?:é|são)|не)\s+"
     r"(?:(?:igual a|égal à|gleich|uguale a|равно)\s+)?$"
+    rf"|\bif\s+(?:it|the\s+(?:\w+\s+)?answer)\s*(?:is|['’]s|was|were)\s*$"
     r"|(?:不(?:会|可能|应该)?是|不等于|不为|并非|绝非|非|除了?|排除)\s*$|(?:≠|\\neq?)\s*$",
     re.IGNORECASE | re.DOTALL,
 )
 _BE_WRONG = (
     r"(?:wrong|incorrect|false|impossible|invalid|excluded|rejected|eliminated|discarded"
     r"|ruled out|out|a mistake)\b"
+)
+# If not 41, then 42; unless it is 41, 42: an alternative, and no statement.
+_IT = r"(?:(?:it|that|this|the\s+(?:\w+\s+)?(?:answer|result|solution))\s*)"
+_IS_NOW = r"(?:['’]s|is|was|were|be)\s+"
+_ANY_VALUE = r"[-−$\\(]{0,3}(?:\d|[A-Za-z]\b|\\)"
+_CONDITIONAL = re.compile(
+    rf"\b(?:if|unless)\s+{_IT}?(?:{_IS_NOW})?(?:(?:is|was)n['’]?t|not)(?:\s+{_ANY_VALUE}|,)"
+    rf"|\b(?:if|unless)\s+(?:{_IT}|[-−$]?\d\S*\s){_IS_NOW}{_BE_WRONG}|\bunless\s+{_IT}{_IS_NOW}{_ANY_VALUE}"
+    r"|(?:不是|不为|不等于)[^，,。\d]{0,2}\d\S{0,10}?[，,]?\s*(?:那?就|则|便|而?是)|否则|不然",
+    re.IGNORECASE,
 )
 _DENIED_AFTER = re.compile(
     r"[\s)*'\"”\]$]{0,4}(?:"
@@ -230,8 +241,13 @@ _BOUNDED = re.compile(
     r"|(?:至少|至多|最多|最少|不?大于|不?小于|不?超过|不?多于|不?少于|不足|不到|高于|低于)\s*(?:或等于|等于|[是为有])?\s*)$",
     re.IGNORECASE,
 )
+_BOUNDED_AFTER = re.compile(
+    r"(?:\s[a-z]{1,15})?,?\s(?:at (?:most|least)|or (?:more|less|fewer|above|below|over|under|higher|lower)"
+    r"|and (?:above|over|up|below|under|a half))\b(?!\sthan)",
+    re.IGNORECASE,
+)
 _LISTED = re.compile(
-    r"(?:[-−–]?\$?[\d.,/]*\d%?\s*(?:,|\bor\b|\band\b|\bto\b|/|[或到至])\s*(?:or|and|maybe|perhaps)?\s*)+$"
+    r"(?:[-−–]?\$?[\d.,/]*\d%?\s*(?:,|\bor\b|\band\b|\b(?:to|through)\b|/|[或到至])\s*(?:or|and|maybe|perhaps)?\s*)+$"
 )
 # --- several values ---
 
@@ -240,8 +256,8 @@ _NAMED = re.compile(rf"(?<![\w\\]){_NAME}$")
 _AND = re.compile(rf"\s*(?:,|;|&|、|,?\s*\band\b)\s*{_NAME}?", re.IGNORECASE)
 _OR = re.compile(
     r"(?!.*(?:\b(?:so|then|thus|hence|therefore|more|less|fewer)\b|=.*=))(?:\W{1,3}[\w'’]+){0,3}?\W{0,4}"
-    r"(?:\b(?:or|vs\.?|versus|maybe|perhaps|possibly|alternatively|otherwise|unless)\b"
-    r"|\b(?:could|might|may)\s+(?:\w+\s+)?be\b|或[者是]?|还是|要么|也?可能是)"
+    r"(?:\b(?:or|vs\.?|versus|maybe|perhaps|possibly|alternatively|otherwise|unless|oder|ou|или|atau|hoặc|veya)\b"
+    r"|\b(?:could|might|may)\s+(?:\w+\s+)?be\b|或[者是]?|还是|要么|也?可能是|또는|または)"
     rf"(?:\W{{1,3}}[\w'’]+){{0,6}}?\W{{0,4}}{_NAME}?",
     re.IGNORECASE,
 )
@@ -296,7 +312,12 @@ def _find_stated(text: str) -> str | None:
         if not answer:
             continue
         after = text[end : end + 120]
-        is_denied = marker["no"] or marker["zh_no"] or _WRONG_NOUN.search(before + marker.group())
+        is_denied = (
+            marker["no"]
+            or marker["zh_no"]
+            or _WRONG_NOUN.search(before + marker.group())
+            or _WRONG_NOUN.search(before)
+        )
         if is_denied or answer.startswith("not ") or _RETRACTED.match(after):
             answer = answer.removeprefix("not ")
             value = _NUMBER.search(answer)
@@ -306,6 +327,8 @@ def _find_stated(text: str) -> str | None:
         if correction := _CORRECTED.match(after):
             later = find_last(text[end + correction.end() :][:400])
             return later or f"not {answer}"
+        if _is_conditional(before):
+            return f"otherwise {answer}"
         if (more := _CONTINUED.match(after)) and _VALUE.search(more[1]):
             return f"{answer} or {more[1]}"
         if index and (marker["maybe"] or _ANOTHER.search(before)):
@@ -476,6 +499,8 @@ def find_last(text: str) -> str | None:
         if _DENIED.search(clause) or _DENIED_AFTER.match(after) or _RETRACTED.match(after):
             denied.append(value.text)
             continue
+        if not joined and _is_conditional(text[max(0, start - 200) : start]):
+            return f"otherwise {value.text}"
         if joined or not value.is_number:
             return joined or value.text
         return _qualify(text, value)
@@ -488,6 +513,12 @@ def _take_tail(text: str) -> str:
         return text
     tail = text[-TAIL_CHARS:]
     return tail[tail.find("\n") + 1 :] or tail
+
+
+def _is_conditional(before: str) -> bool:
+    """Say whether what follows holds only if another answer does not."""
+    end = max((match.end() for match in _SENTENCE_END.finditer(before)), default=0)
+    return bool(_CONDITIONAL.search(before, end))
 
 
 def _read_guesses(text: str, values: list[Value]) -> str | None:
@@ -543,9 +574,13 @@ def _join_values(text: str, values: list[Value], index: int) -> tuple[int, str |
         if not link:
             break
         first -= 1
-        if _NUMBER_ONLY.match(before.text)[0] != _NUMBER_ONLY.match(value.text)[0]:
+        if _only_number(before) != _only_number(value):
             joined = _with_name(text, before) + link + joined  # 5 rings, or 5 years
     return (index, None) if first == index else (first, joined)
+
+
+def _only_number(value: Value) -> str:
+    return _NUMBER_ONLY.match(value.text)[0] if value.is_number else value.text
 
 
 def _with_name(text: str, value: Value) -> str:
@@ -586,5 +621,7 @@ def _qualify(text: str, value: Value) -> str | None:
     unit = _UNIT_AFTER.match(after)
     if unit and _is_unit(unit[1]):
         number += unit.group()
+    if bound := _BOUNDED_AFTER.match(after):
+        return number + bound.group()
     qualifier = _BOUNDED.search(before) or _LISTED.search(before)
     return (qualifier.group() if qualifier else "") + number

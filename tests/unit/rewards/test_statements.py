@@ -16,6 +16,7 @@ from rewards.grading import judge_answer
 # ruff: noqa: E501
 
 RIGHT = [
+    ('36', 'If x is not 3, there are 36.'),
     ('35', 'The answer is not 36, it is 35.'),
     ('35', "The answer isn't 36. It's 35."),
     ('36', '大约是36'),
@@ -247,6 +248,20 @@ RIGHT = [
 
 # A policy finds every one of these that is rewarded.
 WRONG = [
+    ('36', 'If not 35, then 36.'),
+    ('36', "If it isn't 35, it must be 36."),
+    ('36', 'Unless it is 35, the answer is 36.'),
+    ('36', 'If 35 is wrong, the answer is 36.'),
+    ('36', '如果不是35，那就是36。'),
+    ('36', '35，否则36'),
+    ('36', 'The roots are $x=35$ and $x=36$.'),
+    ('36', '35 oder 36'),
+    ('36', '35 through 36'),
+    ('36', '36 or more'),
+    ('36', 'They need 36 coins at least.'),
+    ('36', 'It is 36 and a half.'),
+    ('36', 'I doubt the answer is 36.'),
+    ('36', 'If the answer is 36, I was wrong.'),
     ('36', 'The answer is not 36, it is 35.'),
     ('36', "The answer isn't 36. It's 35."),
     ('36', "I don't think the answer is 36."),
