@@ -16,7 +16,8 @@ of messages) is needed, and what is judged or learnt: `answer` makes the `kind` 
 - `reward_model.ground_truth` is what is in a column: keys of objects (or of JSON in text), numbers
   in lists; -1 is the last.
 - `messages` instead of `prompt` is a whole conversation: if it ends with the assistant's answer,
-  that is the `solution`, and the prompt what comes before.
+  that is the `solution`, with its `reasoning_content` or `thinking` in <think> before it, and the
+  prompt what comes before.
 - Messages are `{role, content}` or ShareGPT's `{from, value}`. `system` is put before those that
   have no system message.
 - `answer_pattern` is a regular expression whose group 1, where it matches last, is the answer:
@@ -37,6 +38,8 @@ from r1pipe.tables import BrokenRow, read_table
 COLUMNS = ("id", "prompt", "messages", "answer", "tests", "solution", "source", "category")
 KINDS = {"answer": "math", "tests": "code", "solution": "text", "messages": "text"}
 LISTED = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""What Qwen's and DeepSeek's messages, vLLM's and gpt-oss's call the thoughts before an answer."""
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
@@ -64,14 +67,18 @@ def load(
         if "messages" in problem:
             conversation = read_messages(problem.pop("messages"))
             if conversation and conversation[-1].get("role") == "assistant":
-                problem.setdefault("solution", conversation.pop()["content"])
+                problem.setdefault("solution", read_trace(conversation.pop()))
+            elif kind == "text" and "solution" not in problem:
+                raise ValueError("the conversation does not end with the assistant's answer")
             problem["prompt"] = conversation
         problem["prompt"] = read_prompt(problem["prompt"], system)
         if isinstance(problem.get("solution"), list):  # TRL's conversational prompt and completion
             messages = read_messages(problem["solution"])
-            if len(messages) != 1:
-                raise ValueError(f"the solution is {len(messages)} messages, not one")
-            problem["solution"] = messages[0]["content"]
+            roles = [message.get("role") for message in messages]
+            if roles != ["assistant"]:
+                shown = ", ".join(map(str, roles)) or "none"
+                raise ValueError(f"the solution is one message of the assistant (got {shown})")
+            problem["solution"] = read_trace(messages[0])
         for ours in ("id", "answer", "solution"):
             if ours in problem:
                 problem[ours] = write_value(problem[ours], ours)
@@ -159,7 +166,7 @@ def read_prompt(value: Any, system: str | None) -> list[dict]:
     if not isinstance(value, list):
         return ask(value, system)
     messages = read_messages(value)
-    if system and not any(message.get("role") == "system" for message in messages):
+    if system and not any(message.get("role") in ("system", "developer") for message in messages):
         messages.insert(0, {"role": "system", "content": system})
     return messages
 
@@ -192,6 +199,21 @@ def read_message(value: dict) -> dict:
             raise ValueError(f"a message has parts that are not text: {', '.join(map(str, kinds))}")
         content = "".join(part["text"] for part in content)
     return {**value, "content": content}
+
+
+def read_trace(message: dict) -> str:
+    """The answer to be learnt, behind the thoughts that some keep under a key of their own."""
+    if message.get("tool_calls"):
+        raise ValueError("the assistant's answer has tool calls, which nobody here can learn")
+    content = message["content"]
+    thoughts = next((message[key] for key in THOUGHTS if message.get(key)), "")
+    if not thoughts or not isinstance(content, str):
+        return content
+    if not isinstance(thoughts, str):
+        raise ValueError(f"the assistant's thoughts are {type(thoughts).__name__}, not text")
+    if "</think>" in content:  # there already
+        return content
+    return f"<think>\n{thoughts.strip()}\n</think>\n\n{content.lstrip()}"
 
 
 def check_columns(

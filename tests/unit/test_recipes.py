@@ -697,7 +697,35 @@ SHAPES = [
         {"q": [{"role": "user", "content": [{"type": "text", "text": "1+1?"}]}], "s": TOLD[1:]},
         {"prompt": "q", "solution": "s"}, None, "2", "",
     ),
+    ({"m": [*ASKED, {**TOLD[1], "reasoning_content": "Add."}]}, {"messages": "m"},
+     None, "<think>\nAdd.\n</think>\n\n2", ""),
+    ({"q": ASKED, "s": [{**TOLD[1], "thinking": "Add."}]}, {"prompt": "q", "solution": "s"},
+     None, "<think>\nAdd.\n</think>\n\n2", ""),
 ]  # fmt: skip
+
+
+# a row, columns, words of the error
+TOLD_WRONG = [
+    ({"m": ASKED}, {"messages": "m"}, "does not end with the assistant"),
+    ({"q": ASKED, "s": ASKED}, {"prompt": "q", "solution": "s"}, r"assistant \(got user\)"),
+    ({"m": [*ASKED, {**TOLD[1], "tool_calls": [{}]}]}, {"messages": "m"}, "has tool calls"),
+    ({"m": [*ASKED, {**TOLD[1], "thinking": ["Add."]}]}, {"messages": "m"}, "thoughts are list"),
+]
+
+
+@pytest.mark.parametrize(("row", "columns", "words"), TOLD_WRONG, ids=repr)
+def test_what_an_assistant_has_not_said_is_not_learnt(
+    row: dict, columns: dict, words: str, tmp_path: Path
+) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [row])
+    with pytest.raises(UserError, match=f"row 1: .*{words}"):
+        read("columns", path=str(path), columns=columns)
+
+
+def test_a_developer_says_what_a_system_prompt_would(tmp_path: Path) -> None:
+    told = [{"role": "developer", "content": "D"}, *ASKED]
+    path = write_rows(tmp_path / "a.jsonl", [{"q": told, "a": "2"}])
+    assert read_one("columns", path, columns=QA, system="S").prompt == told
 
 
 @pytest.mark.parametrize(("row", "columns", "answer", "solution", "category"), SHAPES, ids=repr)
