@@ -33,7 +33,8 @@ def main() -> None:
     steps = parser.parse_args().steps
     if CHROMIUM is None:
         sys.exit("no chromium here (Debian's package of that name)")
-    with tempfile.TemporaryDirectory() as folder:
+    # chromium may still be writing into its profile.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         run = write_large_run(Path(folder) / "large", steps)
         started = time.perf_counter()
         page = write_report(run)

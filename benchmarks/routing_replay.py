@@ -3,9 +3,9 @@
     .venv/bin/python benchmarks/routing_replay.py
 
 Tiny models with random weights sample; the trainer computes the log-probabilities of the same
-tokens as it does in training, once with its own routes and once with the sampler's. In bfloat16 one
-process computes by autocast, several in layers of bf16; routers in float32 either way, but with
---own-routers as transformers has them. Prints a Markdown table.
+tokens as it does in training, once with its own routes and once with the sampler's. In bfloat16 the
+trainer computes in layers of bf16, and autocast is there to compare; routers in float32 either way,
+but with --own-routers as transformers has them. Prints a Markdown table.
 """
 
 import argparse

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from r1pipe import distributed
 from r1pipe.check import check_functions
 from r1pipe.config import (
+    Distill,
     Eval,
     Grpo,
     OnPolicy,
@@ -189,7 +190,7 @@ class Doctor:
 
     def examine_architecture(self, stage: Stage) -> Iterator[Diagnosis]:
         """Of the models that the stage samples from. Only a thorough look imports vLLM."""
-        from r1pipe.memory import find_config
+        from r1pipe.memory import find_config, find_stage_config
         from r1pipe.models import pick_device
         from r1pipe.rollout import (
             check_architecture,
@@ -199,12 +200,14 @@ class Doctor:
         )
 
         good, missing, layers = [], [], ""
-        if isinstance(stage, OnPolicy):
+        if isinstance(stage, Sft | Distill | OnPolicy):
             from r1pipe.grpo.logprobs import require_trainable
 
-            for name in dict.fromkeys((stage.policy, stage.from_)):  # and a teacher
-                with contextlib.suppress(ValueError):  # said below
-                    config = find_config(name, self.recipe)
+            with contextlib.suppress(ValueError):  # said below
+                configs = [find_stage_config(stage, self.recipe)]
+                if isinstance(stage, OnPolicyDistill):
+                    configs.append(find_config(stage.from_, self.recipe))
+                for config in configs:
                     require_trainable(config, self.recipe.attn_implementation)
         for name, _ in list_samplings(stage):
             try:

@@ -224,8 +224,7 @@ def estimate_on_policy(stage: OnPolicy, recipe: Recipe, shape: Shape, devices: D
     share = shape.parameters / devices.count
     parts = trainer_parts(shape, devices, longest, element, stage)
     if isinstance(stage, Grpo) and stage.beta:
-        # Sharded, it is held in the dtype that it computes in.
-        parts["reference"] = (element if devices.count > 1 else MASTER) * share
+        parts["reference"] = element * share
     if isinstance(stage, OnPolicyDistill):
         teacher = Shape.of(find_config(stage.from_, recipe))
         parts["teacher"] = teacher_bytes(teacher, devices, element)
@@ -237,7 +236,7 @@ def estimate_on_policy(stage: OnPolicy, recipe: Recipe, shape: Shape, devices: D
 def teacher_bytes(shape: Shape, devices: Devices, element: int) -> float:
     """Weights that are not trained; sharded, with a layer on its way and the whole head."""
     if devices.count == 1:
-        return MASTER * shape.parameters
+        return element * shape.parameters
     head = shape.config.vocab_size * shape.config.hidden_size
     share = shape.parameters / devices.count
     return element * (share + shape.largest_layer + shape.outside_layers + head)
@@ -282,7 +281,7 @@ def trainer_parts(
     shape: Shape, devices: Devices, longest: int, element: int, settings: Optimization
 ) -> dict[str, float]:
     """`longest`: tokens of the longest sequence, which may be a micro-batch of its own."""
-    from r1pipe.grpo.logprobs import MAX_LOGITS
+    from r1pipe.grpo.logprobs import max_logits
 
     num_tokens = max(settings.tokens_per_micro_batch(on_gpu=devices.is_gpu), longest)
     sharded, checkpointing = devices.count > 1, settings.gradient_checkpointing
@@ -295,13 +294,16 @@ def trainer_parts(
         # its gradient from where it begins.
         layer = (LAYER_COPIES * element + MASTER) * shape.largest_layer
         parts["whole layers"] = layer + 2 * element * shape.outside_layers
-    stream = element if sharded else MASTER
-    parts["activations"] = shape.activations(num_tokens, element, checkpointing, stream)
+    parts["activations"] = shape.activations(num_tokens, element, checkpointing, element)
     if element == 2 and not sharded:
-        # Autocast keeps a bf16 copy of each matrix for the backward pass.
+        # There is a bf16 copy of each matrix for the backward pass.
         copied = shape.largest_layer if checkpointing else shape.parameters
         parts["activations"] += element * copied
-    parts["logits"] = 4 * LOGIT_COPIES * min(MAX_LOGITS, num_tokens * shape.config.vocab_size)
+    parts["logits"] = (
+        4
+        * LOGIT_COPIES
+        * min(max_logits(on_gpu=devices.is_gpu), num_tokens * shape.config.vocab_size)
+    )
     parts["process"] = GPU_PROCESS if devices.is_gpu else CPU_PROCESS
     return parts
 

@@ -18,6 +18,7 @@ are all sharded (ZeRO stage 3).
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from types import MethodType
 from typing import Any, TypeVar
 from unittest.mock import patch
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -50,8 +52,8 @@ def load_sharded(
     rank's slices of the safetensors files, so no rank ever holds more than its share and the
     layer-sized pieces on their way. Alone: the whole model.
 
-    `dtype`, the recipe's, is what the layers compute in. A sharded model that is not `trained` is
-    held in it, too: without updates there is nothing that float32 would keep.
+    `dtype`, the recipe's, is what the layers compute in. A model that is not `trained` is held in
+    it, too: without updates there is nothing that float32 would keep.
     """
     roots: list[Root] = []
 
@@ -62,10 +64,10 @@ def load_sharded(
         root = wrap(model)
         roots.append(shard(root, model, device, dtype=dtype))
 
+    held = torch.float32 if trained else getattr(torch, dtype)
     if distributed.alone():
-        prepare(load_model(checkpoint, device, attn_implementation))
+        prepare(load_model(checkpoint, device, attn_implementation, held))
     else:
-        held = torch.float32 if trained else getattr(torch, dtype)
         with distributing(prepare):
             load_model(checkpoint, device, attn_implementation, held)
     return roots[0].to(device).requires_grad_(trained)
@@ -77,8 +79,8 @@ def shard(root: Root, model: PreTrainedModel, device: torch.device, *, dtype: st
 
     In bfloat16 layers are put together and computed in bf16, as the sampler's are, and not by
     autocast, which would put them together in float32 and keep the residual stream in it: twice
-    the memory, and further from the sampler (benchmarks/README.md). The parts that the ranks hold,
-    and the sums of gradients, stay float32.
+    the memory, further from the sampler (benchmarks/README.md), and experts in float32, because it
+    has no rule for grouped_mm. What is held, and the sums of gradients, stay float32.
 
     Gradients become sums over ranks, for a loss that divides by the size of the whole batch.
     """
@@ -87,6 +89,10 @@ def shard(root: Root, model: PreTrainedModel, device: torch.device, *, dtype: st
         route_in_float32(model)
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if distributed.alone():
+        if dtype == "bfloat16" and next(model.parameters()).dtype != torch.bfloat16:
+            for module in (*find_layers(model), root):
+                # A bound method, so that a copy of the model has the copy's.
+                module.forward = MethodType(run_in_bfloat16, module)
         return root
     if device.type == "cpu":
         give_memory_back()
@@ -111,9 +117,35 @@ def give_memory_back() -> None:
         ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**20)
 
 
-def computes_by_autocast(dtype: str) -> bool:
-    """Whether a trainer has to make the layers compute in bf16; sharded ones do by themselves."""
-    return dtype == "bfloat16" and distributed.alone()
+class Unbound(nn.Module):
+    """A module with its class's own forward."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def run_in_bfloat16(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The module's forward with bf16 copies of its parameters, through which their gradients come:
+    what FSDP's MixedPrecisionPolicy does, for one process."""
+    copies: dict[Tensor, Tensor] = {}  # a tied parameter has one
+    own = {
+        f"module.{name}": copies.setdefault(parameter, parameter.to(torch.bfloat16))
+        for name, parameter in list_own_parameters(self)
+    }
+    return functional_call(Unbound(self), own, args, kwargs)
+
+
+def list_own_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Without those of modules inside that make copies themselves."""
+    for name, parameter in module.named_parameters(recurse=False):
+        yield prefix + name, parameter
+    for name, child in module.named_children():
+        if getattr(child.forward, "__func__", None) is not run_in_bfloat16:
+            yield from list_own_parameters(child, f"{prefix}{name}.")
 
 
 @contextmanager

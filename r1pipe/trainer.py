@@ -23,13 +23,7 @@ from r1pipe.moe import ExpertLoad, number_packed
 from r1pipe.optimizer import OffloadedAdamW, find_schedule
 from r1pipe.phases import beat
 from r1pipe.records import Rollout
-from r1pipe.sharding import (
-    computes_by_autocast,
-    put_optimizer,
-    put_weights,
-    take_optimizer,
-    take_weights,
-)
+from r1pipe.sharding import put_optimizer, put_weights, take_optimizer, take_weights
 
 
 class PackedTrainer:
@@ -68,14 +62,7 @@ class PackedTrainer:
 
     @contextlib.contextmanager
     def kernels(self) -> Iterator[None]:
-        device = self.model.device
-        autocast = torch.autocast(
-            device.type,
-            torch.bfloat16,
-            enabled=computes_by_autocast(self.dtype),
-            cache_enabled=False,
-        )
-        with fast_training_kernels(device, self.dtype), autocast:
+        with fast_training_kernels(self.model.device, self.dtype):
             yield
 
     def batches(self, samples: list[Sample]) -> Iterator[PackedBatch | None]:

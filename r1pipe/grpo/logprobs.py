@@ -1,10 +1,11 @@
 """Log-probabilities of completions, without the logits of a whole batch at once."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -17,8 +18,9 @@ from r1pipe.grpo.packing import (
     use_packed_attention,
 )
 
-MAX_LOGITS = 2**25
-"""Entries of the logits held at a time: 128 MiB in float32."""
+MAX_LOGITS, MAX_LOGITS_ON_GPU = 2**25, 2**27
+"""Entries of the logits held at a time: 128 MiB in float32; 512 MiB, at which a vocabulary of 152k
+has 880 tokens in a product, enough for a GPU."""
 
 OWN_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config keys of models that do more than one matrix product from hidden state to logits."""
@@ -122,9 +124,12 @@ class Policy(nn.Module):
         rounding may put it on the other side of the border.
         """
         hidden_CD = compute_hidden(self.model, batch)
-        sizes = chunk_sizes(len(hidden_CD), self.model.config.get_text_config().vocab_size)
+        head = Head(self.model.get_output_embeddings())
+        sizes = chunk_sizes(len(hidden_CD), len(head.weight_VD), hidden_CD.device)
         # Recomputing a chunk's logits in backward costs one product more; keeping them all, memory.
         recompute = torch.is_grad_enabled() and len(sizes) > 1
+        if recompute:
+            head.add_up_in_float32()
         columns = (
             hidden_CD.split(sizes),
             batch.target_C.split(sizes),
@@ -133,7 +138,7 @@ class Policy(nn.Module):
         )
         parts = []
         for hidden, target, kept, states in zip(*columns, strict=True):
-            arguments = (hidden, target, temperature, kept, truncation, states)
+            arguments = (head, hidden, target, temperature, kept, truncation, states)
             if recompute:
                 parts.append(checkpoint(self.score, *arguments, use_reentrant=False))
             else:
@@ -148,6 +153,7 @@ class Policy(nn.Module):
 
     def score(
         self,
+        head: "Head",
         hidden_CD: Tensor,
         target_C: Tensor,
         temperature: float,
@@ -157,7 +163,7 @@ class Policy(nn.Module):
     ) -> tuple[Tensor, Tensor, Support | None, Tensor | None]:
         """One chunk: log-probability, entropy, support if `truncation` is given, divergence if a
         `teacher` is."""
-        logits_CV = self.model.get_output_embeddings()(hidden_CD).float() / temperature
+        logits_CV = head(hidden_CD).float() / temperature
         target_C1 = target_C.unsqueeze(-1)
         kept = None
         if support is not None:
@@ -173,6 +179,66 @@ class Policy(nn.Module):
             entropy_C = torch.special.entr(all_logprobs_CV.exp()).sum(-1)
         divergence_C = teacher.measure(all_logprobs_CV, temperature) if teacher else None
         return logprobs_C, entropy_C, kept, divergence_C
+
+
+class Head:
+    """The product that makes logits, `[C, D] -> [C, V]`, for the chunks of one micro-batch."""
+
+    def __init__(self, module: nn.Module):
+        self.weight_VD, self.bias_V = module.weight, getattr(module, "bias", None)
+        self.gradient_VD: Tensor | None = None
+        self.adds_up = False
+
+    def add_up_in_float32(self) -> None:
+        """The weight's gradient over the chunks. In bf16 each sum would lose what its eight bits do
+        not hold: with 75 chunks the error is five times that of one product."""
+        self.adds_up = True
+        self.weight_VD = TakeGradient.apply(self.weight_VD, self)
+
+    def __call__(self, hidden_CD: Tensor) -> Tensor:
+        if self.adds_up:
+            return AddGradient.apply(hidden_CD, self.weight_VD, self.bias_V, self)
+        return linear(hidden_CD, self.weight_VD, self.bias_V)
+
+
+class TakeGradient(torch.autograd.Function):
+    """The weight as it is; its gradient is what the chunks' backward passes have added up."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, head: Head) -> Tensor:
+        ctx.head = head
+        ctx.set_materialize_grads(False)
+        return weight_VD.view_as(weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, nothing: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.head.gradient_VD, None
+
+
+class AddGradient(torch.autograd.Function):
+    """`linear`, whose backward adds the weight's gradient to the head's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, head: Head
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_CD, weight_VD)
+        ctx.head = head
+        return linear(hidden_CD, weight_VD, bias_V)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_CV: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_CD, weight_VD = ctx.saved_tensors
+        if ctx.needs_input_grad[1]:
+            head = ctx.head
+            if head.gradient_VD is None:
+                head.gradient_VD = (gradient_CV.t() @ hidden_CD).float()
+            elif hidden_CD.dtype == torch.float32:
+                head.gradient_VD.addmm_(gradient_CV.t(), hidden_CD)
+            else:
+                head.gradient_VD += gradient_CV.t() @ hidden_CD
+        hidden = gradient_CV @ weight_VD if ctx.needs_input_grad[0] else None
+        return hidden, None, gradient_CV.sum(0) if ctx.needs_input_grad[2] else None, None
 
 
 def prepare(model: PreTrainedModel) -> None:
@@ -200,6 +266,10 @@ def compute_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     return hidden_ND[batch.predictor_C]
 
 
-def chunk_sizes(num_tokens: int, vocab_size: int) -> list[int]:
-    size = max(1, MAX_LOGITS // vocab_size)
+def max_logits(*, on_gpu: bool) -> int:
+    return MAX_LOGITS_ON_GPU if on_gpu else MAX_LOGITS
+
+
+def chunk_sizes(num_tokens: int, vocab_size: int, device: torch.device) -> list[int]:
+    size = max(1, max_logits(on_gpu=device.type == "cuda") // vocab_size)
     return [min(size, num_tokens - start) for start in range(0, num_tokens, size)]

@@ -23,6 +23,7 @@ from r1pipe.moe import ExpertLoad, find_routers, number_packed, pack_routes, rep
 from r1pipe.problems import load_problems
 from r1pipe.records import Problem, Rollout, read_jsonl
 from r1pipe.rollout import Engines, Sampler, routes_on_every_rank
+from r1pipe.sharding import load_sharded
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -94,8 +95,10 @@ def opened(
     folder = tmp_path_factory.mktemp("checkpoint")
     save_checkpoint(model, tokenizer, folder)
     engines = Engines(SETTINGS, dtype, CPU)
+    policy = load_sharded(str(folder), CPU, "sdpa", Policy, dtype=dtype)
+    policy.model.eval()
     yield (
-        Policy(load_model(str(folder), CPU).eval()),
+        policy,
         engines.open(str(folder), with_routes=True),
         dtype,
     )
@@ -108,9 +111,7 @@ def pack_rollouts(rollouts: list[Rollout]) -> tuple[PackedBatch, Tensor]:
 
 
 @torch.no_grad()
-def compare(
-    policy: Policy, rollouts: list[Rollout], dtype: str, replay: bool = False
-) -> tuple[Tensor, Tensor]:
+def compare(policy: Policy, rollouts: list[Rollout], replay: bool = False) -> tuple[Tensor, Tensor]:
     """|trainer - sampler| of each completion token, and whether a token's experts differ in a
     layer."""
     batch, routes_NLK = pack_rollouts(rollouts)
@@ -120,10 +121,7 @@ def compare(
         taken.append(output[2])
 
     hooks = [r.module.register_forward_hook(keep) for r in find_routers(policy.model)]
-    with (
-        torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"),
-        replaying(policy.model, routes_NLK if replay else None),
-    ):
+    with replaying(policy.model, routes_NLK if replay else None):
         logprobs_C = policy(batch, 1.0).logprobs_C
     for hook in hooks:
         hook.remove()
@@ -150,27 +148,29 @@ def test_routes_of_every_token_that_was_read(opened: tuple, problems: list[Probl
 def test_replay_removes_the_difference(opened: tuple, problems: list[Problem]) -> None:
     policy, sampler, dtype = opened
     rollouts = sampler.generate(problems, 4, SAMPLING, (0,), with_routes=True)
-    own_diff, own_differs = compare(policy, rollouts, dtype)
-    diff, differs = compare(policy, rollouts, dtype, replay=True)
+    own_diff, own_differs = compare(policy, rollouts)
+    diff, differs = compare(policy, rollouts, replay=True)
     assert not differs.any()
     if dtype == "float32":
         assert not own_differs.any()
         assert own_diff.max() < 1e-4
         assert diff.max() < 1e-4
     else:
-        assert own_differs.float().mean() > 0.01
-        # Few tokens are far apart, and replay is for them.
-        assert diff.square().mean() < 0.5 * own_diff.square().mean()
-        assert diff.max() < 0.5 * own_diff.max()
+        assert own_differs.any()
+        # Few tokens are far apart, and replay is for them: what is left of the difference of the
+        # hundredth that is furthest apart was 1 to 9% over six seeds of both models, with AVX-512
+        # and AVX2.
+        worst = own_diff.topk(len(own_diff) // 100).indices
+        assert diff[worst].mean() < 0.3 * own_diff[worst].mean()
 
 
 def test_a_wrong_route_shows(opened: tuple, problems: list[Problem]) -> None:
-    policy, sampler, dtype = opened
+    policy, sampler, _ = opened
     rollouts = sampler.generate(problems, 1, SAMPLING, (0,), with_routes=True)
-    right, _ = compare(policy, rollouts, dtype, replay=True)
+    right, _ = compare(policy, rollouts, replay=True)
     for rollout in rollouts:
         rollout.routes = (rollout.routes + 5) % 16
-    wrong, _ = compare(policy, rollouts, dtype, replay=True)
+    wrong, _ = compare(policy, rollouts, replay=True)
     assert wrong.mean() > 10 * right.mean()
 
 
@@ -186,7 +186,7 @@ def test_the_sampler_gets_the_bias(opened: tuple, problems: list[Problem]) -> No
     load.balance()
     sampler.load_weights(export_weights(policy.model))
     after = sampler.generate(problems, 1, SAMPLING, (0,), with_routes=True)
-    diff, differs = compare(policy, after, dtype)
+    diff, differs = compare(policy, after)
     if dtype == "float32":
         assert not differs.any()
         assert diff.max() < 1e-4

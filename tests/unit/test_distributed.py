@@ -132,7 +132,7 @@ def test_losses_are_those_of_one_process(name: str, cases: tuple[Path, dict]) ->
 
 
 def test_bf16_layers_and_float32_masters(cases: tuple[Path, dict]) -> None:
-    """Against autocast in one process, which rounds elsewhere."""
+    """Against one process, which sums in another order."""
     folder, by_name = cases
     results = json.loads((folder / "bf16.json").read_text())
     for result in results:
