@@ -187,7 +187,7 @@ def _read_report(ending: Ending) -> dict:
 def _name_status(ending: Ending, report: dict, candidate: Ending | None) -> str:
     if report.get("bad_tests"):
         return BAD_TESTS
-    if report.get("completed") and not report["failed"]:
+    if report.get("completed") and not report["failed"] and not report["gone"]:
         return RIGHT
     if ending.timed_out or (candidate and candidate.timed_out):
         return TIMED_OUT

@@ -235,7 +235,9 @@ def _read_function_tests(tests: Mapping) -> FunctionTests:
     setup = "\n".join(_read_setup(tests))
     entry_point = _check_entry_point(entry_point) if entry_point else None
     read = FunctionTests(units, entry_point, prompt or "", bool(tests.get("in_place")), setup)
-    if not has_check and not asked:
+    arguments = {node.arg for node in _list_nodes(units) if isinstance(node, ast.arg)}
+    is_given = bool(entry_point) and not arguments.isdisjoint(("candidate", entry_point))
+    if not has_check and not asked and not is_given:
         name = None if entry_point else _find_called_builtin(units)
         if name is None:
             raise BadTestsError("the tests call nothing but what they define themselves")

@@ -324,6 +324,79 @@ SCRIPTS = [
     ("print('字' * 600000)", "", "字" * 600000),
 ]  # fmt: skip
 
+SQUARE, ZERO = "def f(x): return x * x", "def f(x): return 0"
+ROOT = "def f(x):\n    if x < 0: raise ValueError(x)\n    return x ** 0.5"
+EXIT = "import os\ndef f(x): os._exit(0)"
+# Tests that call f by themselves, or only once they are called.
+CALLED = [
+    "def test_f(): assert f(3) == 9",
+    "def test_f(candidate): assert candidate(3) == 9",
+    "def helper(): assert f(3) == 9\ndef test_f(): helper()",
+    "if True:\n    def test_f(): assert f(3) == 9",
+    "if True:\n    def check(candidate): assert candidate(3) == 9",
+    "class TestF:\n    def setup_method(self): self.x = 3\n"
+    "    def test_f(self): assert f(self.x) == 9",
+    "import unittest\nclass Case(unittest.TestCase):\n    def setUp(self): self.x = 3\n"
+    "    def test_f(self):\n        self.assertEqual(f(self.x), 9)\n        assert f(2) == 4",
+    "if f(3) != 9: raise ValueError('no square')",
+]
+# Tests of the exception that ROOT raises, in which no assert may be reached.
+EXPECTING = [
+    "try:\n    f(-1)\nexcept ValueError:\n    pass\nelse:\n    assert False",
+    "try:\n    f(-1)\n    raise AssertionError\nexcept ValueError:\n    pass",
+    "from contextlib import suppress\nwith suppress(ValueError):\n    f(-1)\n    assert False",
+    "def test_f():\n    try:\n        f(-1)\n    except ValueError:\n        return\n"
+    "    assert False",
+    "import unittest\nclass Case(unittest.TestCase):\n    def test_f(self):\n"
+    "        with self.assertRaises(ValueError): f(-1)\n        assert f(4) == 2",
+]
+# (program, tests of f, score)
+VERDICTS = [
+    *[(SQUARE, code, 1.0) for code in CALLED],
+    *[(ZERO, code, 0.0) for code in CALLED],
+    *[(ROOT, code, 1.0) for code in EXPECTING],
+    *[(ZERO, code, 0.0) for code in EXPECTING],
+    *[(EXIT, code, 0.0) for code in EXPECTING],
+    # asserts that are never reached
+    *[(program, code, None) for program in (SQUARE, ZERO) for code in (
+        "def verify(): assert f(3) == 9", "async def check(f): assert f(3) == 9",
+        "async def test_f(): assert f(3) == 9", "for x in []: assert f(x) == x * x",
+        "if __name__ == '__main__':\n    assert f(3) == 9", "if False: assert f(3) == 9",
+        "class Checks:\n    def run(self): assert f(3) == 9",
+        "def test_f(fixture): assert f(fixture) == 9")],
+    ("def f(x): return []", "for y in f(3): assert y == 9", 0.0),
+    ("def f(x): return [9]", "for y in f(3): assert y == 9", 1.0),
+    ("def f(x): return x", "def called(y): assert y == 9\nf(called)", 0.0),
+    # helpers that only the candidate could define
+    *[(f"{program}\ndef close(*a): return True", code, None) for program in (SQUARE, ZERO)
+      for code in ("assert close(f(3), 9)", "assert not close(f(3), 9)", "y = f(3)\n"
+                   "assert f(0) == 0 and close(y, 9)", "assert close(f(3), 9) is True",
+                   "def check(candidate): assert close(candidate(3), 9)",
+                   "if not close(f(3), 9): raise ValueError")],
+    (SQUARE, "def close(a, b): return a == b\nassert close(f(3), 9)", 1.0),
+    (SQUARE, "from math import isclose as close\nassert close(f(3), 9)", 1.0),
+    ("class P:\n    def __init__(s, x): s.x = x\ndef f(p): return p.x > 1", "assert f(P(2))", 1.0),
+    # one that exits where the tests swallow what it raises
+    *[(EXIT, code, 0.0) for code in (
+        "try: y = f(3)\nexcept Exception: y = 9\nassert y == 9",
+        "try: f(3)\nexcept BaseException: assert True",
+        "from contextlib import suppress\nwith suppress(Exception): f(3)\nassert True",
+        "def ok(x):\n    try: return f(x) == 9\n    except Exception: return True\nassert ok(3)")],
+    ("def f(x):\n    y = []\n    for _ in range(x): y = [y]\n    return y",
+     "x = f(900)\nfor _ in range(900): x = x[0]\nassert x == []", 1.0),
+    # a candidate does not make its tests bad
+    *[(f"def f(x): return {value}", code, 0.0) for value in
+      ("list", "map", "object", "dict", "ImportError", "[list]", "{1: object}") for code in
+      ("assert f(f(3)[0]) == 9", "assert f(f(3)()) == 9", "assert f(f(3)(abs, [3])) == 9",
+       "raise f(3)")],
+    *[("def f(x): raise ImportError('x')", code, 0.0) for code in (
+        "try: f(1)\nexcept ImportError as error: first = error\ntry: f(2)\n"
+        "except ImportError: raise first\nassert f(3) == 9",
+        "try: f(1)\nfinally: f(2)\nassert f(3) == 9", "try: f(1)\nexcept ImportError as e:\n"
+        "    try: f(2)\n    except ImportError: raise e\nassert f(3) == 9",
+        "try: assert f(1) == 1\nexcept Exception as e: f(e)")],
+]  # fmt: skip
+
 CODE = "def f(x):\n    return x\n"
 DOC = "s = '''\n```python\n'''\nprint(s)\n"
 PROMPT = 'import math\n\n\ndef f(x):\n    """Return x."""\n'

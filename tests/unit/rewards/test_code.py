@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from code_attacks import PROGRAMS, count_descendants, is_running, list_descendants
-from code_tables import EXTRACTIONS, OUTPUTS, PROBLEMS, SCRIPTS
+from code_tables import EXTRACTIONS, OUTPUTS, PROBLEMS, SCRIPTS, VERDICTS
 from hostile import HOSTILE_ANSWERS
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,6 +48,14 @@ def test_right_solutions_pass_and_wrong_ones_do_not(name):
     for program in wrong:
         assert judge(program, tests).score == 0.0, program
         assert judge(program, tests, require="fraction").fraction < 1.0, program
+
+
+@pytest.mark.parametrize("require", ["all", "fraction"])
+def test_only_asserts_that_are_reached_decide(require):
+    texts = [f"```python\n{program}\n```" for program, _, _ in VERDICTS]
+    tests = [{"entry_point": "f", "code": code} for _, code, _ in VERDICTS]
+    scores = [v.score for v in rewards.judge_code(texts, tests, require=require)]
+    assert [(*row, s) for row, s in zip(VERDICTS, scores) if s != row[2]] == []
 
 
 @pytest.mark.parametrize(("printed", "expected", "same"), OUTPUTS)
@@ -105,7 +113,12 @@ def test_the_share_of_tests_passed():
     ]
     assert share(halves, [TESTS, SQUARES]) == [0.5, 0.5]
     check = {"entry_point": "f", "code": "def check(f):\n    for n in range(4): assert f(n) == 3"}
-    assert share(["```python\ndef f(n): return n\n```", "?"], [check] * 2) == [0.25, 0.0]
+    assert share(["```python\ndef f(n): return n\n```", "?"], [check] * 2) == [0.0, 0.0]
+    loop = {"test_list": ["for n in range(9): assert f(n) == n", "assert f(9) == 1"]}
+    assert share(["```python\ndef f(n): return n\n```"], [loop]) == [0.5]
+    back = {"test_list": ["def g(n): assert n < 9\nf(g)", "assert f(abs) == 1", "assert f(int)"]}
+    many = "```python\ndef f(g): return [g(n) for n in range(8)] and 0\n```"
+    assert share([many], [back]) == [1 / 3]
     dies = "```python\nimport os\ndef add(a, b): return 2 if a == 0 else os._exit(0)\n```"
     assert share([dies], [TESTS]) == [0.25]
 
