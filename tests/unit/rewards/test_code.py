@@ -123,6 +123,19 @@ def test_the_share_of_tests_passed():
     assert share([dies], [TESTS]) == [0.25]
 
 
+def test_what_the_readme_says_of_changed_arguments_and_nan():
+    unchanged = {"code": "xs = [3, 1]\nassert order(xs) == [1, 3]\nassert xs == [3, 1]"}
+    in_place, copied = "def order(xs):\n    xs.sort()\n    return xs", "order = sorted"
+    clears = "def order(xs):\n    xs.clear()\n    return xs"
+    assert judge(in_place, unchanged).score == judge(copied, unchanged).score == 1.0
+    assert judge(in_place, unchanged | {"in_place": True}).score == 0.0
+    assert judge(copied, unchanged | {"in_place": True}).score == 1.0
+    assert judge(clears, {"code": "xs = [3, 1]\nassert order(xs) == sorted(xs)"}).score == 0.0
+    nan = "def root(x): return float('nan')"
+    assert judge(nan, {"code": "assert abs(root(81) - 9) <= 1e-6"}).score == 0.0
+    assert judge(nan, {"code": "if abs(root(81) - 9) > 1e-6: raise ValueError"}).score == 1.0
+
+
 @pytest.mark.parametrize(
     ("tests", "reason"),
     [
