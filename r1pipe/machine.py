@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from r1pipe.environment import VLLM_BUILDS, find_python_range, find_version, list_requirements
 from rewards import SandboxError, sandbox_in_use
 
-NAMED_PACKAGES = ("torch", "transformers", "trl", "accelerate")
+NAMED_PACKAGES = ("torch", "transformers", "accelerate")
 """With a line of their own, beside vLLM."""
 
 Status = Literal["ok", "warn", "FAIL", "skipped"]

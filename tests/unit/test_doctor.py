@@ -562,9 +562,9 @@ def fake(folder: Path, name: str, version: str, *lines: str) -> None:
 def test_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_trouble(list(examine_packages())) == {}
     monkeypatch.syspath_prepend(tmp_path)
-    fake(tmp_path, "trl", "1.15.0")
+    fake(tmp_path, "accelerate", "1.14.0")
     assert find_trouble(list(examine_packages())) == {
-        "trl": "FAIL: 1.15.0 is not >=1.16,<1.17; run make setup"
+        "accelerate": "FAIL: 1.14.0 is not >=1.15; run make setup"
     }
     fake(tmp_path, "vllm", "0.30.0")
     trouble = find_trouble(list(examine_packages()))
