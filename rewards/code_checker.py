@@ -337,9 +337,9 @@ def _check(link: Link, count: Count, units: list, entry_point: str | None, promp
     link.start()
     counter = _AssertCounter()
     parts = [functools.partial(_execute, counter, tree, namespace) for tree in trees]
-    completed = all([_run(part, count) for part in parts])
+    completed = False not in [_run(part, count) for part in parts]
     parts = list(_list_tests(namespace, trees, link, entry_point))
-    return all([_run(part, count) for part in parts]) and completed
+    return False not in [_run(part, count) for part in parts] and completed
 
 
 def _execute(counter: "_AssertCounter", tree: ast.Module, namespace: dict) -> None:

@@ -416,6 +416,9 @@ def f(x): return 'x' * (sizes.pop() if sizes else 0)""",
     "return itself": "def f(x): return f",
     "return not a number": "def f(x): return float('nan')",
     "return a true thing": "def f(x): return True",
+    "return a class": "def f(x): return object",
+    "fail to import": "def f(x): raise ImportError('no module', name='x')",
+    "import what is not there": "def f(x): import not_there",
     "recurse without end": "def f(x): return f(x)",
     "act at exit": """
 import atexit, os
