@@ -242,7 +242,8 @@ _BOUNDED = re.compile(
     re.IGNORECASE,
 )
 _BOUNDED_AFTER = re.compile(
-    r"(?:\s[a-z]{1,15})?,?\s(?:at (?:most|least)|or (?:more|less|fewer|above|below|over|under|higher|lower)"
+    r"(?:\s[a-z]{1,15})?,?\s(?:at (?:most|least)|or (?:more|less|fewer|above|below|over|under"
+    r"|higher|lower)"
     r"|and (?:above|over|up|below|under|a half))\b(?!\sthan)",
     re.IGNORECASE,
 )
