@@ -153,7 +153,7 @@ def _read_call_tests(tests: Mapping, name: str) -> FunctionTests:
 def _read_arguments(given: object) -> list:
     if isinstance(given, str):
         try:
-            return [_read_value(line) for line in given.splitlines() if line.strip()]
+            return [_read_value(line) for line in given.split("\n") if line.strip()]
         except (ValueError, SyntaxError):
             return [json.loads(given)]  # one, over several lines
     if isinstance(given, Mapping):

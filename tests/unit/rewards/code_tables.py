@@ -138,8 +138,8 @@ PROBLEMS = {
         ["from collections import Counter\ndef count(s):\n    return Counter('x')\n"],
     ),
     "calls: arguments on lines of JSON, a method of Solution": (
-        {"fn_name": "most", "inputs": ['["a", "b", "a"]\n1', '[]\n2\n'],
-         "outputs": ['["a"]', "[]"], "testtype": "functional"},
+        {"fn_name": "most", "inputs": ['["a\u2028", "b", "a\u2028"]\n1', '[]\n2\n'],
+         "outputs": ['["a\u2028"]', "[]"], "testtype": "functional"},
         "class Solution:\n    def __init__(self): self.found = []\n"
         "    def most(self, names: List[str], k: int) -> Tuple[str]:\n"
         "        self.found += [n for n, _ in Counter(names).most_common(k)]\n"
