@@ -56,6 +56,9 @@ _SIDE_START = re.compile(
     r"|(?<![\\a-zA-Z])[^\W\d_]{2,}"
 )
 _SIDE_END = re.compile(r"[=$\n&，。；;]|\\[)\]]|[.,:](?:\s|$)|(?<![\\a-zA-Z])[^\W\d_]{2,}|\\text\b")
+# 2\boxed{17} and \boxed{17}x do not say 17.
+_FACTOR_BEFORE = re.compile(r"(?<![\w.^{])\d+$")
+_FACTOR_AFTER = re.compile(r"[nxyzij](?![a-zA-Z])")
 _SCALE = re.compile(
     r"\s?(?:\\?%|\\times\s*10\s*\^\s*(?:\{[^{}]*\}|\d)|\\pi\b|π|\\sqrt\s*\{[^{}]*\}"
     r"|\^\s?(?:\{[^{}]*\}|\\circ\b|\d)|/\d+)(?!\s*[=\d])"
@@ -264,8 +267,10 @@ def _read_box(text: str, box: Box) -> str:
     is_notable = _NOTABLE.search(near)
     if is_notable and (sign := _SIGN.search(near)) and not _BULLET.search(near):
         return (sign["sign"] or sign["touching"]) + content
-    if scale := _SCALE.match(after):
+    if scale := _SCALE.match(after) or _FACTOR_AFTER.match(after):
         content += scale.group()
+    if near[-1:].isdigit() and (factor := _FACTOR_BEFORE.search(near)):
+        content = rf"{factor.group()}\cdot {content}"
     is_denied = (is_notable and _DENIED.search(near)) or _DENIED_AFTER.match(after)
     return f"not {content}" if is_denied else content
 

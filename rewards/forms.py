@@ -80,7 +80,13 @@ def simplify_form(node: Node) -> Node:
     """Write out what stands for several answers in one: families, and exclusions of values."""
     node = fold_matrices(resolve_ellipses(ungroup(node)))
     if node.kind == "builder":
+        element, condition = node.args
+        if condition.kind == "relation" and condition.value == ("!=",) and _has_sign(condition):
+            return node._replace(args=(element, simplify_form(condition)))
         return _open_family(node)
+    if node.kind == "difference" and node.args[1].kind == "set" and _has_sign(node.args[1]):
+        points = tuple(p for part in node.args[1].args for p in _expand_signs(part))
+        return node._replace(args=(node.args[0], Node("set", points)))
     if node.kind == "relation" and node.value == ("!=",) and _has_sign(node):
         return Node("list", tuple(_expand_signs(node)), "and")
     if node.kind == "list" and node.args[0].kind == "relation" and node.args[0].value == ("!=",):

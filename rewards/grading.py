@@ -92,6 +92,12 @@ _NONEXISTENT = re.compile(
     r"(?:(?:it|limit) )?(?:dne|does ?n[o']?t exist|doesn t exist|undefined|not defined)"
 )
 _MATHEMATICAL = re.compile(r"[\\^_<>=]")
+_GLUED_AREA = re.compile(r"(?<=\d)[ckd]?m\^\{?[23]\}?$")  # 8m^3: a unit beside another unit
+_CONSTANT = re.compile(r"(?<![a-zA-Z\\])c_(?=\{?\d)")
+_CJK_AMOUNT = re.compile(
+    r"\s*[有共约是为和与及]?([^\W\da-z_]{1,8}?)[有是为:]?\s*(-?\d[\d./]*)\s*[^\W\da-z_]{0,4}",
+    re.IGNORECASE,
+)
 _LEAD = re.compile(r"(?:[a-z]{3,}\s+)*(?=\d)|")
 _CJK_DIRECTION = re.compile("|".join(sorted(CJK_DIRECTIONS, key=len, reverse=True)))
 _CONNECTIVES = {"or", "then", "versus"}
@@ -109,6 +115,8 @@ def judge_answer(answer: str, gold: str) -> str:
     if not answer:
         return UNPARSEABLE
     answer, gold = _read_phrase(answer), _read_phrase(gold)
+    if "C_" in gold and "C_" not in answer and not _CONSTANT.search(gold):
+        answer = _CONSTANT.sub("C_", answer)  # the constants of a general solution
     if spell(answer) == spell(gold):
         return RIGHT
     if max(len(answer), len(gold)) > MAX_CHARS:
@@ -126,6 +134,10 @@ def judge_answer(answer: str, gold: str) -> str:
         return _judge_prose(answer, gold)
     if not answers:
         return RIGHT if _same_words(answer, gold) else UNPARSEABLE
+    if any(tree.kind == "unit" for tree in golds):
+        answers = _parse_readings(_GLUED_AREA.sub(r"\\text{ \g<0>}", answer)) + answers
+    elif any(tree.kind == "unit" for tree in answers):
+        golds = _parse_readings(_GLUED_AREA.sub(r"\\text{ \g<0>}", gold)) + golds
     if _contradict(answer, gold) or _swaps_amounts(answer, gold):
         return WRONG
     return _compare_readings(golds, answers)
@@ -298,6 +310,10 @@ def _name_amounts(text: str) -> dict[str, str]:
     """What ``3 boys and 5 girls`` says of each: ``{"boy": "3", "girl": "5"}``."""
     amounts: dict[str, str] = {}
     plain = _plain(text)
+    if not plain.isascii():
+        pairs = [_CJK_AMOUNT.fullmatch(part) for part in re.split(r"[,;，；、]", plain)]
+        if all(pairs) and len({pair[1] for pair in pairs}) == len(pairs):
+            return {pair[1]: pair[2] for pair in pairs}
     parts = re.split(
         r"[,;，；、]|\band\b|&|\\\\|[和与及](?=\s*[-\d])|(?<=[^\W\d_a-zA-Z])\s*(?=\d)", plain
     )

@@ -177,7 +177,10 @@ def _build_builder(node: Node, evaluate: Evaluator) -> RealSet:
 
 
 def _build_list(node: Node, evaluate: Evaluator) -> RealSet:
-    """``x < 1 or x > 3``. A comma or "and" means both, unless no number satisfies both."""
+    """``x < 1 or x > 3``. A comma or "and" means both, unless no number satisfies both.
+
+    A logical sign and its Chinese words mean both whatever satisfies them.
+    """
     if len(unknowns(node)) > 1:
         raise Undefined("conditions on several variables")
     sets = [build_set(part, evaluate) for part in node.args]
@@ -185,7 +188,7 @@ def _build_list(node: Node, evaluate: Evaluator) -> RealSet:
         both = sets[0]
         for other in sets[1:]:
             both = combine(both, other, RULES["intersection"])
-        if not is_empty(both):
+        if node.value == "both" or not is_empty(both):
             return both
     union = sets[0]
     for other in sets[1:]:

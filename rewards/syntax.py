@@ -4,6 +4,7 @@ A recursive-descent parser over tokens. It reads all of its input or raises ``Pa
 answer that is only half understood must not be judged by the half (``3, 4, and maybe 5``).
 """
 
+import re
 from collections.abc import Callable
 from fractions import Fraction
 from typing import NamedTuple
@@ -42,6 +43,11 @@ class Number(NamedTuple):
     significant: int
 
 
+_APPLIED = re.compile(
+    r"\\(?:operatorname\*?|mathrm)\s*\{\s*([A-Za-z]{2,})\s*\}\s*\(\s*[-\d\\](?![^()]*,)"
+)
+
+
 def parse_answer(text: str, is_stripped: bool = False) -> Node:
     """Parse ``text``; raise ``ParseError`` if any of it is not understood.
 
@@ -53,6 +59,10 @@ def parse_answer(text: str, is_stripped: bool = False) -> Node:
         text = strip_dress(normalize_text(text))
     if not text:
         raise ParseError("empty")
+    if "=" not in text and ("\\op" in text or "\\mathrm" in text):
+        names = [name for name in _APPLIED.findall(text) if name not in voc.KNOWN_OPERATORS]
+        if names:  # erf(1) is not 1
+            raise ParseError(f"unknown function {names[0][:20]}")
     parser = Parser(tidy_tokens(read_tokens(text)))
     tree = parser.parse_groups()
     parser.expect_end()
@@ -738,7 +748,7 @@ class Parser:
                 raise ParseError("unknown environment")
             words.append(token.text)
         name = "".join(words)
-        if name.rstrip("*") not in voc.MATRICES:
+        if name.rstrip("*") not in voc.MATRICES or name.lower() == "vmatrix":  # a determinant
             raise ParseError(f"unknown environment {name[:20]}")
         if name == "array":
             self.expect("{")

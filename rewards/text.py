@@ -59,6 +59,8 @@ _ORNAMENT = re.compile(
 _ROW_SPACE = re.compile(
     r"\\\\\*?\s*\[\s*-?[\d.]+\s*\\?(?:pt|em|ex|mm|cm|in|mu|pc|px|baselineskip)\s*\]|\\\\\*"
 )
+# A time of day: 8时20分 is 8:20, 9点半 is 9:30.
+_CJK_CLOCK = re.compile(r"(?<![\d.:])(\d{1,2})\s*[时時点點](?:\s*(\d{1,2})\s*分|(半))$")
 # ]0, 1[ and [2; 3[ as written in France.
 _FRENCH_INTERVAL = re.compile(
     r"(?<![\w)\]}.])([\[\]])(\s*(?:[^\s\[\]();,]|\([^()]{0,40}\))(?:[^\[\]();,]|\([^()]{0,40}\)){0,80})([;,])"
@@ -85,6 +87,7 @@ _BARE_UNIT = re.compile(
     rf"|{_SYMBOL_POWER}(?:(?:\s*(?:/|\\cdot|\*)\s*|\s+){_SYMBOL_POWER}){{1,3}}"
     rf"|{_SYMBOL_POWER}\s*/\s*\({_SYMBOL_POWER}(?:(?:\s*(?:\\cdot|\*)\s*|\s+){_SYMBOL_POWER}){{0,2}}\)))$"
 )
+_UNIT_GAP = re.compile(r"(?<=[\w}])(?<!\\cdot)\s+(?=[a-zA-Z])")
 _HOURS = re.compile(r"(?<=\d)\s?([hdm])\s?(?=\d+(?:\.\d+)?\s?(?:min|m|s|sec|h|cm|mm)\b)")
 _MICRO = re.compile(
     r"\\(?P<macro>text|mathrm)\s*\{\s*\\mu\s*\}\s*(?:\\(?:text|mathrm)\s*\{\s*(?P<a>[a-zA-Z]{1,3})\s*\})?"
@@ -227,9 +230,13 @@ def strip_dress(text: str) -> str:
     text = text.lstrip(' \t`",:;=').rstrip(' \t`".,:;\\')
     text = _EMPHASIS.sub(r"\2", text)
     if not text.isascii() and any(char.isalnum() for char in text):
-        text = _ORNAMENT.sub(" ", text).strip()
+        text = _CJK_CLOCK.sub(_write_clock, _ORNAMENT.sub(" ", text).strip())
     text = _read_units(spell_numbers(text))
-    return _FRENCH_INTERVAL.sub(_turn_brackets, text) if "[" in text else text
+    return _FRENCH_INTERVAL.sub(_turn_brackets, text) if "]" in text or "[" in text else text
+
+
+def _write_clock(match: re.Match) -> str:
+    return f"{match[1]}:{(match[2] or '').zfill(2) if not match[3] else 30}"
 
 
 def _read_numerals(text: str) -> str:
@@ -297,6 +304,7 @@ def _mark_unit(match: re.Match) -> str:
     unit = match.group("unit")
     if not match.group("space") and "/" not in unit:
         return match.group()
+    unit = _UNIT_GAP.sub(r"\\cdot ", unit) if "(" in unit else unit
     return rf"\text{{ {unit}}}"
 
 

@@ -97,12 +97,12 @@ def _build() -> tuple[dict[str, str], dict[str, str], dict[str, tuple[Measure, .
             dimensions, factor = measures[symbol][0]
             measures[name] = ((dimensions, factor * Fraction(10) ** exponent),)
             symbols[prefix + symbol] = name
+            symbols |= {prefix + "ohm": name} if symbol == "Ω" else {}
         for word in spelled.split():
             plural = word if word == "hertz" else word + "s"
             words |= {word: symbol, plural: symbol}
             for prefix_word, prefix in _PREFIX_WORDS.items():
                 words |= {prefix_word + w: prefix + symbol for w in (word, plural)}
-            symbols |= {prefix + "ohm": name} if symbol == "Ω" else {}
     for taken in ("pm", "min", "cT", "cd"):  # words of their own
         symbols.pop(taken, None)
     measures["l"], measures["ml"] = measures["L"], measures["mL"]

@@ -16,13 +16,13 @@ MATH_FONTS = {"mathit", "bm"}
 
 CONNECTIVES = {
     "and": "and", "or": "or", "und": "and", "oder": "or", "et": "and", "ou": "or", "y": "and",
-    "和": "and", "或": "or", "且": "and", "或者": "or", "以及": "and", "与": "and", "及": "and", "并且": "and",
+    "和": "and", "或": "or", "且": "both", "或者": "or", "以及": "and", "与": "and", "及": "and", "并且": "both",
 }  # fmt: skip
 del CONNECTIVES["y"]  # a variable far more often than Spanish
 
 # Commands that join statements.
 LOGIC = {
-    "\\land": "and", "\\wedge": "and", "\\lor": "or", "\\vee": "or", "&": "and", "\\&": "and",
+    "\\land": "both", "\\wedge": "both", "\\lor": "or", "\\vee": "or", "&": "and", "\\&": "and",
 }  # fmt: skip
 
 OPERATOR_WORDS = {"mod": "\\mod", "union": "\\cup", "intersect": "\\cap"}
@@ -91,6 +91,8 @@ MATRICES = {
 OPERATORS = set(_words("deg dim ker rank tr Var Cov Pr hom nabla"))
 LABELS = set(_words("max min inf sup exp log ln lim det gcd lcm arg abs"))
 
+KNOWN_OPERATORS = OPERATORS | LABELS | set(FUNCTIONS)
+
 FACTOR_COMMANDS = {
     "\\" + name
     for name in _words(
@@ -127,7 +129,7 @@ MEANINGFUL_CJK = (
     r"不(?!同|等式|定积分)|没|沒|无(?!理|限)|無|非|未(?!知)|否|别|勿|分之|半(?!径)|零下|负|負|[至最][多少]|"
     r"[大小高低多少早晚][于於]|超[过過]|以[上下内外內]|未満|除了|除以|乘(?!积)|加上|减去|减(?!少)|"
     r"相反数|倒数|平方根|的平方|的立方|次方|次幂|绝对值|阶乘|错|可能|也许|或许|大概率|[两兩]|[成折](?=$)|"
-    r"ない|ません|以外|아니|않|없|이상|이하|미만|초과|절반|제외|"
+    r"^的(?:倍数|约数|因数)|^多$|ない|ません|以外|아니|않|없|이상|이하|미만|초과|절반|제외|"
     r"\bн[еи]\b|\bнет\b|менее|более|больше|меньше|кроме|минус|половин|выше|ниже|минимум|максимум|\bбез\b"
 )
 

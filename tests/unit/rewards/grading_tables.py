@@ -4,6 +4,18 @@
 # ruff: noqa: E501
 # Equal under the conventions.
 EQUAL = [
+    ('12平方米', '12m²'),
+    ('12m³', '12立方米'),
+    ('7时40分', '7:40'),
+    ('7:05', '7点5分'),
+    ('9点半', '9:30'),
+    ('(-\\infty,-2)\\cup(-2,2)\\cup(2,\\infty)', '\\{x \\in \\mathbb{R} : x \\ne \\pm 2\\}'),
+    ('(-\\infty,-2)\\cup(-2,2)\\cup(2,\\infty)', '\\mathbb{R}\\setminus\\{\\pm 2\\}'),
+    ('(-2,5]', ']-2;5]'),
+    ('y=C_1\\cos x+C_2\\sin x', 'y=c_1\\cos x+c_2\\sin x'),
+    ('9 W/(m K)', '9'),
+    ('9 W/(m K)', '9 W/(m·K)'),
+    ('3 kΩ', '3000 Ω'),
     ('12', '12 apples'),
     ('12', '\\text{12 apples}'),
     ('12', '12\\text{ apples}'),
@@ -1233,6 +1245,16 @@ EQUAL = [
 
 # Different, however alike they look.
 DIFFERENT = [
+    ('甲3元，乙8元', '甲8元，乙3元'),
+    ('男生3人，女生8人', '男生8人，女生3人'),
+    ('8', '8的倍数'),
+    ('8', '8多'),
+    ('(-\\infty,2)\\cup(7,\\infty)', 'x<2 \\land x>7'),
+    ('x<-1或x>6', 'x<-1且x>6'),
+    ('3 kΩ', '3 Ω'),
+    ('\\begin{bmatrix}1&2\\\\3&5\\end{bmatrix}', '\\begin{vmatrix}1&2\\\\3&5\\end{vmatrix}'),
+    ('(-\\infty,-2)\\cup(-2,2)\\cup(2,\\infty)', '\\{x : x \\ne \\pm 3\\}'),
+    ('12m³', '12平方米'),
     ('5', '50'),
     ('5', '-5'),
     ('5', '5,6'),
@@ -1720,6 +1742,7 @@ DIFFERENT = [
 
 # No verdict.
 UNJUDGEABLE = [
+    ('\\operatorname{erf}(2)', '2'),
     ('', '5'),
     ('  ', '5'),
     ('$$', '5'),

@@ -248,6 +248,8 @@ RIGHT = [
 
 # A policy finds every one of these that is rewarded.
 WRONG = [
+    ('36', r'$2\boxed{36}$'),
+    ('36', r'\boxed{36}x'),
     ('36', 'If not 35, then 36.'),
     ('36', "If it isn't 35, it must be 36."),
     ('36', 'Unless it is 35, the answer is 36.'),
