@@ -46,7 +46,9 @@ MAX_NAME = 100
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False
+    )
 
 
 def refuse_idle(settings: BaseModel, idle: Mapping[str, Any], prefix: str = "") -> None:
@@ -852,6 +854,14 @@ class Eval(Stage):
             raise ValueError(f"k {self.k} is above num_samples {most}")
         return self
 
+    @field_validator("checkpoints")
+    @classmethod
+    def be_named_once(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f'"{name}" is there twice')
+        return names
+
     @field_serializer("data")
     def write_as_given(self, data: list[EvalSet]) -> Any:
         """One set without a list around it."""
@@ -878,7 +888,7 @@ STAGE_TYPES: dict[str, type[Stage]] = {
 
 class Recipe(Strict):
     name: str
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     runs_dir: str = "runs"
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights in the sampler and in the trainer's forward."""

@@ -10,6 +10,7 @@ Before stages run, all of them get the checks that take no longer than a few sec
 """
 
 import contextlib
+import functools
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -145,10 +146,27 @@ class Doctor:
                 yield Diagnosis("", "skipped", f'the stage "{source.stage}" has not run')
                 continue
             check_solutions(stage, source, loaded.problems)
+            trains = source in getattr(stage, "data", ()) and not isinstance(stage, Eval)
+            if trains and all(problem.question in self.heldout for problem in loaded.problems):
+                status = "FAIL" if len(stage.data) == 1 else "warn"
+                what = f"{describe(source)}: every problem is one of an eval stage, so left out"
+                yield Diagnosis("", status, f"{what}: take another split, or other rows")
+                continue
             filtered = len(loaded.problems) < loaded.num_rows
             of_rows = f" ({loaded.describe()})" if filtered else ""
             count = f"{describe(source)}: {len(loaded.problems)} problems{of_rows}"
             yield Diagnosis("", "ok", count)
+
+    @functools.cached_property
+    def heldout(self) -> set[str]:
+        """Questions of the recipe's eval stages."""
+        evals = [stage for stage in self.recipe.stages if isinstance(stage, Eval)]
+        return {
+            problem.question
+            for stage in evals
+            for _, problems in self.inputs.list_problems(stage)
+            for problem in problems
+        }
 
     def examine_golds(self, stage: Stage) -> Iterator[Diagnosis]:
         try:
@@ -335,23 +353,31 @@ class Doctor:
         if isinstance(stage, Sft):
             samplings.append((stage.from_, None))
         for name, sampling in samplings:
-            try:
-                tokenizer = self.inputs.find_tokenizer(name)
-            except UserError:
-                continue  # `examine_tokenizers` tells
-            if tokenizer is None:
-                continue
-            if forgotten := self.find_forgotten_system(stage, tokenizer):
-                what = f"the chat template leaves out the system prompt of {forgotten}"
-                yield Diagnosis("", "warn", f"{name}: {what}: write it into the prompt")
-            context = self.recipe.engine.max_model_len
+            context, problem = self.recipe.engine.max_model_len, ""
             if context is None:
                 try:
                     config = find_config(name, self.recipe).get_text_config()
                     context = getattr(config, "max_position_embeddings", None)
                 except ValueError as error:
-                    yield Diagnosis("", "skipped", str(error))
-                    continue
+                    problem = str(error)
+            try:
+                tokenizer = self.inputs.find_tokenizer(name)
+            except UserError:
+                continue  # `examine_tokenizers` tells
+            if tokenizer is None:
+                if sampling and context and sampling.max_completion_length >= context:
+                    raise UserError(
+                        f"max_completion_length {sampling.max_completion_length} leaves no room "
+                        f"for a prompt in the context of {context}: lower it, or raise "
+                        "engine.max_model_len"
+                    )
+                continue
+            if forgotten := self.find_forgotten_system(stage, tokenizer):
+                what = f"the chat template leaves out the system prompt of {forgotten}"
+                yield Diagnosis("", "warn", f"{name}: {what}: write it into the prompt")
+            if problem:
+                yield Diagnosis("", "skipped", problem)
+                continue
             if isinstance(stage, Sft) and (what := self.find_long_trace(stage, name, tokenizer)):
                 yield Diagnosis("", "warn", what)
             longest = self.measure_prompts(stage, tokenizer, sampling, context)
@@ -390,11 +416,13 @@ class Doctor:
         from r1pipe.models import check_length, encode_prompt
 
         longest, limit = 0, getattr(stage, "max_prompt_length", None)
+        shortest = None
         for _, problems in self.inputs.list_problems(stage):
             num_left = len(problems) if self.thorough else LONGEST_PROMPTS
             for problem in sorted(problems, key=count_characters, reverse=True):
                 length = len(encode_prompt(tokenizer, problem.prompt, f'problem "{problem.id}"'))
                 if limit is not None and length > limit:
+                    shortest = min(length, shortest or length)
                     continue  # dropped
                 if sampling and context:
                     check_length(problem, length, sampling.max_completion_length, context)
@@ -402,6 +430,11 @@ class Doctor:
                 num_left -= 1
                 if not num_left:
                     break
+        if shortest and not longest:
+            raise UserError(
+                f"max_prompt_length {limit}: no prompt is that short, the shortest has {shortest} "
+                "tokens: raise it"
+            )
         return longest
 
     def find_long_trace(
@@ -436,6 +469,9 @@ class Doctor:
 
     def examine_folder(self) -> Diagnosis:
         folder = find_ancestor(self.recipe.run_dir)
+        places = (self.recipe.run_dir, *self.recipe.run_dir.parents)
+        if file := next((place for place in places if place.is_file()), None):
+            return Diagnosis("run folder", "FAIL", f"{file} is a file, not a folder; set runs_dir")
         try:
             with tempfile.TemporaryFile(dir=folder):
                 pass

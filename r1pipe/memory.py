@@ -404,8 +404,12 @@ def find_config(source: str, recipe: Recipe) -> PretrainedConfig:
 
 
 def make_config(settings: dict[str, Any]) -> PretrainedConfig:
+    """Raises ValueError for what makes none."""
     settings = dict(settings)
-    return AutoConfig.for_model(settings.pop("model_type", ""), **settings)
+    try:
+        return AutoConfig.for_model(settings.pop("model_type", ""), **settings)
+    except Exception as error:  # each checks its values in its own way
+        raise ValueError(str(error)) from error
 
 
 def reaches_hub() -> bool:

@@ -94,6 +94,11 @@ def build_model(
 
     Raises UserError as `make_model` does.
     """
+    if settings.get("vocab_size", len(tokenizer)) < len(tokenizer):
+        raise UserError(
+            f"model: vocab_size {settings['vocab_size']} is less than the {len(tokenizer)} tokens "
+            "of the tokenizer: leave it out"
+        )
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in SPECIAL}
     return make_model({"vocab_size": len(tokenizer), **ids, **settings}, seed)
 

@@ -18,6 +18,7 @@ import asyncio
 import functools
 import importlib
 import inspect
+import math
 import re
 import threading
 import traceback
@@ -236,7 +237,7 @@ class Call:
         else:
             # Single values of NumPy and torch have tolist(), too.
             values = [v.tolist() if hasattr(v, "tolist") else v for v in values]
-            odd = [v for v in values if not isinstance(v, int | float | None)]
+            odd = [v for v in values if not isinstance(v, int | float | None) or is_infinite(v)]
             what = f"{odd[0]!r:.60} as a value" if odd else ""
         if what:
             raise UserError(
@@ -268,10 +269,16 @@ class Call:
         scores[0].metrics = {**metrics, name: [*metrics.get(name, ()), number]}
 
 
+def is_infinite(value: float | None) -> bool:
+    """Which would make every advantage of its group NaN."""
+    return isinstance(value, float) and math.isinf(value)
+
+
 def make_trainer_state(facts: Mapping[str, float]) -> Any:
+    """Where nothing trains, that of the first of one step: functions divide by max_steps."""
     from transformers import TrainerState
 
-    return TrainerState(**facts)
+    return TrainerState(**{"max_steps": 1, "epoch": 0.0, **facts})
 
 
 @functools.cache

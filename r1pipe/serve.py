@@ -17,6 +17,7 @@ from rich.console import Console
 
 from r1pipe.config import Engine, Sampling
 from r1pipe.errors import UserError
+from r1pipe.lineage import list_stages
 from r1pipe.models import pick_device
 from r1pipe.progress import say
 from r1pipe.rollout import Sampler, derive_seed, server_command
@@ -42,6 +43,9 @@ def find_served(target: str) -> Served:
     looks_like_id = re.fullmatch(r"[\w.-]+/[\w.-]+", target) is not None
     if looks_like_id and not any(path.exists() for path in (folder.parent, "runs" / folder.parent)):
         return Served(target, target, default)
+    if not list_stages(folder) and (inside := sorted(folder.glob("*/config.json"))):
+        some = ", or ".join(str(file.parent) for file in inside[:3])
+        raise UserError(f"{target}: neither a run nor a checkpoint; did you mean {some}?")
     run, stage = find_checkpoint(folder)
     name = f"{run.path.resolve().name}/{stage.name}"
     return Served(str(stage.folder), name, stage.settings.get("dtype", default))

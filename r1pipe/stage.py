@@ -122,10 +122,10 @@ class StageContext:
         return [problem for problem in problems if problem.id in chosen]
 
     def _drop_long(self, problems: list[Problem], stage: PromptingStage) -> list[Problem]:
-        from r1pipe.models import encode_prompt, load_tokenizer
+        from r1pipe.models import encode_prompt
 
         [(name, _)] = list_samplings(stage)
-        tokenizer = load_tokenizer(self.checkpoint(name))
+        tokenizer = self.tokenizer(self.checkpoint(name))
         limit = stage.max_prompt_length
         kept = [
             p

@@ -206,7 +206,8 @@ def find_checkpoint(target: Path) -> tuple[FinishedRun, StageFolder]:
     Raises UserError for a stage that is not finished or has no checkpoint.
     """
     name = ""
-    if not list_stages(target) and not list_stages("runs" / target) and target.name:
+    parents = (target.parent, "runs" / target.parent)
+    if not any(map(list_stages, (target, "runs" / target))) and any(map(list_stages, parents)):
         target, name = target.parent, target.name
     run = read_run(find_run(str(target)))
     made = {stage.name: stage for stage in run.stages.values() if stage.makes_checkpoint}

@@ -200,6 +200,8 @@ def plot_curves(run: RunFolder, summary: list[dict], path: Path) -> None:
             left.axvline(offset + 0.5, color="tab:gray", lw=0.5, ls=":")
         left.text(offset + 0.6, 0.01, stage.name, fontsize=8, transform=left.get_xaxis_transform())
         offset += len(metrics)
+    if offset:  # a single step's own limits would lie far from its stage's name
+        left.set_xlim(0.5, offset + 0.5)
     left.set(title="on-policy: rewards of the samples", xlabel="step", ylabel="mean reward")
     if left.lines:
         left.legend(loc="best")

@@ -121,6 +121,12 @@ MISTAKES = [
         ["stages.grpo.rewards.0.wieght", "weight"],
     ),
     (
+        {"stages": stages_with(2, rewards=[{"function": "a.b", "weight": float("nan")}])},
+        ["stages.grpo.rewards.0.weight", "finite"],
+    ),
+    ({"seed": 2**70}, ["seed", "less than"]),
+    ({"stages": stages_with(4, checkpoints=["sft", "sft"])}, ['"sft" is there twice']),
+    (
         {"stages": stages_with(3, student="distill")},
         ["stages", '"distill" starts from "distill"'],
     ),

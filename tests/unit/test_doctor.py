@@ -209,6 +209,16 @@ BROKEN = {
         "grpo: prompts",
         "FAIL: .*do not fit the context of 128",
     ),
+    "no prompt short enough": (
+        ["stages.grpo.max_prompt_length=2"],
+        "grpo: prompts",
+        r"FAIL: max_prompt_length 2: no prompt is that short, the shortest has \d+ tokens",
+    ),
+    "a file in the place of a folder": (
+        ["runs_dir=mine.yaml"],
+        "run folder",
+        "FAIL: mine.yaml is a file, not a folder",
+    ),
     "a folder that cannot be written": (
         ["runs_dir=/proc"],
         "run folder and disk",
@@ -258,6 +268,24 @@ def test_a_lack_of_solutions_is_known_before_any_stage_runs(
         check_stage(load().stages[1])
 
 
+def test_what_a_later_stage_has_no_room_or_no_rows_for_is_known_before(project: Path) -> None:
+    values = yaml.safe_load(Path("mine.yaml").read_text())
+    (grpo,) = values["stages"]
+    begin = {"kind": "init", "model": MODEL, "tokenizer": {"vocab_size": 300, "data": grpo["data"]}}
+    after = {"kind": "eval", "checkpoints": ["grpo"], "data": grpo["data"]}
+    grpo |= {"from": "init", "max_completion_length": 128}
+    after["sampling"] = {"max_completion_length": 8}
+    changed = {**values, "stages": [begin, grpo, after]}
+    Path("mine.yaml").write_text(yaml.safe_dump(changed))
+    failed = {d.what: d.detail for d in examine() if d.status == "FAIL"}
+    assert list(failed) == ["grpo: data", "grpo: prompts"]
+    assert "every problem is one of an eval stage" in failed["grpo: data"]
+    assert "128 leaves no room for a prompt in the context of 128" in failed["grpo: prompts"]
+    odd = examine("stages.init.model.hidden_size='32'")
+    (what,) = [d.detail for d in odd if d.what == "init: checkpoints"]
+    assert re.search("transformers can make no qwen3 of this.*hidden_size", what)
+
+
 def test_long_prompts_are_dropped_where_the_recipe_says_so(project: Path) -> None:
     rows = [{"q": f"What is {'1 + ' * count}1?", "a": "1"} for count in (0, 40, 1)]
     Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -267,7 +295,11 @@ def test_long_prompts_are_dropped_where_the_recipe_says_so(project: Path) -> Non
         "engine.max_model_len=60",
     )
     assert "or, where the stage trains, drop" in find_trouble(examine(*asked))["grpo: prompts"]
-    recipe = load(*asked, "stages.grpo.max_prompt_length=40")
+    for file in Path("model").glob("chat_template*"):
+        file.unlink()
+    change_json(Path("model/tokenizer_config.json"), chat_template=None)
+    mine = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+    recipe = load(*asked, "stages.grpo.max_prompt_length=40", f"chat_template='{mine}'")
     assert find_trouble(Doctor(recipe, LARGE, False).examine(recipe.stages)) == {}
     (stage,) = recipe.stages
     with RunFolder(recipe) as run:

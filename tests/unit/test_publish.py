@@ -26,6 +26,7 @@ from r1pipe.models import build_model, build_tokenizer, save_checkpoint
 from r1pipe.publish import find_objections
 from r1pipe.records import write_jsonl, write_text
 from r1pipe.runs import RunFolder
+from r1pipe.serve import find_served
 from r1pipe.stage_folders import find_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -332,10 +333,15 @@ def test_targets_that_are_none(run: Path) -> None:
     for target, words in (
         (run / "stf", "stf: no finished stage of that name; did you mean sft?"),
         (run / "eval", "eval: makes no checkpoint; there are random, sft"),
-        (run.parent / "none", "no such run"),
+        (run.parent / "none", "none: no such run"),
     ):
         with pytest.raises(UserError, match=words):
             find_checkpoint(target)
+    models = run.parent / "models"
+    (models / "one").mkdir(parents=True)
+    (models / "one/config.json").touch()
+    with pytest.raises(UserError, match=r"neither a run nor a checkpoint; did you mean .*one"):
+        find_served(str(models))
 
 
 def test_what_should_not_be_published(hub: FakeHub, run: Path) -> None:

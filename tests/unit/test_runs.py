@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,12 @@ def test_figures_that_there_are_not_are_null_and_can_be_plotted(tmp_path: Path) 
         entry = {"stage": "grpo", "dataset": "x", "pass_at_1": 0.5, "ci_low": 0.4, "ci_high": 0.6}
         entry |= {"num_problems": 1, "num_samples": 1, "temperature": 1.0}
         plot_curves(run, [entry], tmp_path / "curves.png")
+        metrics = run.stage_dir("grpo") / "metrics.jsonl"
+        rows = metrics.read_text()
+        metrics.write_text(rows[: rows.index("\n") + 1])
+        with warnings.catch_warnings(action="error"):
+            plot_curves(run, [entry], tmp_path / "one_step.png")
+        metrics.write_text(rows)
         (line,) = describe_lengths(run)
         assert line.startswith("grpo: response length 7.0 -> 7.0 tokens in 3 steps")
         assert line.endswith(", x 0.50 -> -")

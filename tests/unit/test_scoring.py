@@ -83,6 +83,10 @@ judge, bound = Judge(), functools.partial(Judge(), source=["set"])
 def by_column(category, kind, solution, **columns):
     assert (category[0], kind[0], solution[0], columns["source"][0]) == ("sum", "math", "s", "set")
     return [0, 0.5, 1]
+def endless(completions, **columns):
+    return [float("inf")] * len(completions)
+
+
 def by_step(trainer_state, completions, **columns):
     return [0, 0.5, float((trainer_state.global_step, trainer_state.max_steps) == (3, 8))]
 def vandal(prompts, completion_ids, **columns):
@@ -178,6 +182,7 @@ BAD_REWARDS = [
     ("needy.f", {}, r"No module named 'nowhere_at_all' \(.*needy.py:1\)"),
     ("script.f", {}, r"SystemExit: 3 \(.*script.py:2\)"),
     ("mine.flat", {}, "returned one value, 1.0"),
+    ("mine.endless", {}, "returned inf as a value"),
     ("mine.nothing", {}, "returned None"),
     ("mine.words", {}, "'1.0' as a value"),
     ("mine.few", {}, "1 values for 3 completions"),
@@ -205,3 +210,18 @@ def test_only_complete_samples_with_full_rewards_become_traces() -> None:
     assert find_end(make_rollout("x", "length"), full) == "truncated"
     assert find_end(make_rollout("x"), Score({"a": 1.0, "b": 0.5}, 1.5)) == "wrong"
     assert find_end(make_rollout("x"), Score({"a": 1.0, "b": None}, 1.0)) == "unjudged"
+
+
+def test_where_nothing_trains_a_function_may_divide_by_max_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "schedule.py").write_text(
+        "def share_of_steps(trainer_state, completions, **columns):\n"
+        "    done = trainer_state.global_step / trainer_state.max_steps\n"
+        "    return [done + trainer_state.epoch] * len(completions)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    problem = Problem("a", "math", [{"role": "user", "content": "?"}], answer="1")
+    rollout = Rollout("a", 0, [], [], [], "1", "stop")
+    (score,) = Scorer([Reward(function="schedule.share_of_steps")]).score([problem], [rollout])
+    assert score.total == 0.0
