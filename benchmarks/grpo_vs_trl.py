@@ -305,7 +305,7 @@ def repair_trl(options: argparse.Namespace, device: torch.device, clock: "PhaseC
 
     architecture = AutoConfig.from_pretrained(options.folder)
     if device.type == "cpu":
-        set_environment(architecture, device)
+        set_environment(architecture, device, "float32")
     from trl.generation import vllm_generation
 
     engine = vllm_generation.LLM

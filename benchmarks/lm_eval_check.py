@@ -80,7 +80,7 @@ def ask_lm_eval(
     problems = load_problems(stage.data[0])
     num_samples = stage.num_samples or default_num_samples(len(problems))
     config = read_config(checkpoint)
-    set_environment(config, torch.device("cpu"))
+    set_environment(config, torch.device("cpu"), recipe.dtype)
     arguments: dict[str, Any] = {"pretrained": checkpoint, "dtype": recipe.dtype}
     if backend == "vllm":
         context = recipe.engine.max_model_len or config.max_position_embeddings
