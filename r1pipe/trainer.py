@@ -60,10 +60,8 @@ class PackedTrainer:
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    @contextlib.contextmanager
-    def kernels(self) -> Iterator[None]:
-        with fast_training_kernels(self.model.device, self.dtype):
-            yield
+    def kernels(self) -> contextlib.AbstractContextManager:
+        return fast_training_kernels(self.model.device, self.dtype)
 
     def batches(self, samples: list[Sample]) -> Iterator[PackedBatch | None]:
         """As many on every rank, because each one's forward gathers the sharded layers: a rank that

@@ -62,6 +62,19 @@ def test_the_command_is_there(wheel: Path, tmp_path: Path) -> None:
     assert result.stdout.startswith("r1pipe ")
 
 
+def run_code(site: Path, folder: Path, code: str) -> str:
+    """What Python prints in that folder, with the wheel's packages and no clone."""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PYTHONPATH": str(site)},
+        cwd=folder,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return result.stdout
+
+
 def test_rewards_work_where_there_is_no_torch(wheel: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules.update(torch=None, transformers=None, vllm=None, r1pipe=None)\n"
@@ -69,15 +82,7 @@ def test_rewards_work_where_there_is_no_torch(wheel: Path, tmp_path: Path) -> No
         "print(rewards.math_correct(['<think>\\n1</think>\\\\boxed{7}'], answer=['7']))\n"
     )
     site = wheel.parent / "site"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": str(site)},
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    file, verdict = result.stdout.splitlines()
+    file, verdict = run_code(site, tmp_path, code).splitlines()
     assert Path(file).is_relative_to(site)
     assert verdict == "[1.0]"
 
@@ -98,15 +103,7 @@ def test_data_recipes_are_found_where_there_is_no_clone(wheel: Path, tmp_path: P
         "    print(len(problems), find_recipe(source['recipe']).absolute())\n"
     )
     site = wheel.parent / "site"
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env={"PYTHONPATH": str(site)},
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    found = [line.split() for line in result.stdout.splitlines()]
+    found = [line.split() for line in run_code(site, tmp_path, code).splitlines()]
     ours = str(site / "r1pipe" / "data_recipes")
     mine = str(tmp_path / "data" / "mine.py")
     assert found == [["1", f"{ours}/columns.py"], ["1000", f"{ours}/arithmetic.py"], ["1", mine]]
