@@ -17,15 +17,16 @@ import time
 
 import torch
 
-from r1pipe import distributed
-from r1pipe.config import Grpo
-from r1pipe.grpo import update
-from r1pipe.grpo.logprobs import Policy
-from r1pipe.grpo.packing import Sample
-from r1pipe.models import build_model, build_tokenizer
+from r1pipe.config.rl import Grpo
+from r1pipe.models.model import build_model
+from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.pipeline import silence_libraries
-from r1pipe.records import Rollout
-from r1pipe.sharding import shard
+from r1pipe.rl import update
+from r1pipe.trainer.fsdp import shard
+from r1pipe.trainer.packing import Sample
+from r1pipe.trainer.policy import Policy
+from r1pipe.types import Rollout
+from r1pipe.utils import distributed
 
 CPU = torch.device("cpu")
 MODEL = {

@@ -13,9 +13,11 @@ import time
 
 import torch
 
-from r1pipe.config import Init, ProblemSet, load_recipe
-from r1pipe.models import build_model, build_tokenizer
-from r1pipe.problems import load_problems
+from r1pipe.config.base import Init, ProblemSet
+from r1pipe.config.load import load_recipe
+from r1pipe.data.problems import load_problems
+from r1pipe.models.model import build_model
+from r1pipe.models.tokenizer import build_tokenizer
 
 BATCH = 64
 

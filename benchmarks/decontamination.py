@@ -19,8 +19,9 @@ from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
 
-from r1pipe.decontamination import OverlapIndex, decontaminate, split_words
-from r1pipe.records import Problem, read_jsonl
+from r1pipe.data.decontamination import OverlapIndex, decontaminate, split_words
+from r1pipe.types import Problem
+from r1pipe.utils.jsonl import read_jsonl
 
 NGRAM = 13
 NUM_SHOWN = 8

@@ -25,11 +25,11 @@ from unittest import mock
 
 import yaml
 
-from r1pipe.config import Recipe
-from r1pipe.records import read_jsonl, write_text
-from r1pipe.runs import read_metrics
-from r1pipe.statistics import clustered_interval, paired_interval
-from r1pipe.summary import draw_table
+from r1pipe.config.recipe import Recipe
+from r1pipe.evals.statistics import clustered_interval, paired_interval
+from r1pipe.evals.tables import draw_table
+from r1pipe.runs.logs import read_metrics
+from r1pipe.utils.jsonl import read_jsonl, write_text
 
 ROOT = Path(__file__).parents[1]
 ARMS = {
@@ -130,7 +130,7 @@ def accept_all(completions: list[str], **columns: object) -> list[float]:
 @contextmanager
 def stopwatch() -> Iterator[dict[str, float]]:
     """Seconds, by the clock and of the CPU, without those of starting vLLM."""
-    from r1pipe.rollout import Engines
+    from r1pipe.rollout.engine import Engines
 
     clocks = {"wall": time.perf_counter, "cpu": time.process_time}
     started = {name: clock() for name, clock in clocks.items()}

@@ -33,12 +33,15 @@ from typing import Any
 import torch
 import yaml
 
-from r1pipe.config import Engine, Grpo, ProblemSet
-from r1pipe.models import build_model, build_tokenizer, load_model, load_tokenizer, pick_device
-from r1pipe.models import save_checkpoint as save
-from r1pipe.problems import load_problems
-from r1pipe.records import Problem, Rollout
-from r1pipe.runs import read_metrics
+from r1pipe.config.base import ProblemSet
+from r1pipe.config.recipe import Engine
+from r1pipe.config.rl import Grpo
+from r1pipe.data.problems import load_problems
+from r1pipe.models.model import build_model, load_model, pick_device
+from r1pipe.models.tokenizer import build_tokenizer, load_tokenizer
+from r1pipe.models.weights import save_checkpoint as save
+from r1pipe.runs.logs import read_metrics
+from r1pipe.types import Problem, Rollout
 
 MODELS = {
     "qwen3": {
@@ -198,13 +201,13 @@ def draw_length(rng: random.Random, limit: int) -> int:
 def run_ours(options: argparse.Namespace) -> list[dict]:
     """The update alone, or a grpo stage by the command that users give."""
     if options.update_only:
-        from r1pipe.grpo.update import Updater
+        from r1pipe.rl.update import Updater
 
         device = pick_device("auto")
         model = load_model(options.folder, device)
         updater = Updater(model, None, make_stage(options), dtype=dtype_name(device), seed=0)
         return [time_update(options, updater, step) for step in range(options.steps)]
-    from r1pipe.cli import main as r1pipe
+    from r1pipe.cli.main import main as r1pipe
 
     folder = Path(tempfile.mkdtemp(dir=options.folder))
     recipe = {
@@ -228,7 +231,7 @@ def describe_step(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def time_update(options: argparse.Namespace, updater: Any, step: int) -> dict[str, float]:
-    from r1pipe.grpo.packing import Sample
+    from r1pipe.trainer.packing import Sample
 
     rollouts = [rollout for group in make_rollouts(options, step) for rollout in group]
     samples = [Sample(rollout, (-1.0) ** i) for i, rollout in enumerate(rollouts)]
@@ -301,7 +304,8 @@ def repair_trl(options: argparse.Namespace, device: torch.device, clock: "PhaseC
     """See the top of the file; and time its phases."""
     from transformers import AutoConfig
 
-    from r1pipe.rollout import drop_expert_kernels, engine_arguments, set_environment
+    from r1pipe.rollout.engine import drop_expert_kernels
+    from r1pipe.rollout.vllm_args import engine_arguments, set_environment
 
     architecture = AutoConfig.from_pretrained(options.folder)
     if device.type == "cpu":

@@ -22,13 +22,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from r1pipe.config import Eval, Recipe, load_recipe
-from r1pipe.measures import default_num_samples
-from r1pipe.models import find_quirks
-from r1pipe.problems import load_problems
-from r1pipe.records import Problem, read_jsonl, write_jsonl
-from r1pipe.rollout import read_config, set_environment
-from r1pipe.statistics import clustered_interval, paired_interval
+from r1pipe.config.evals import Eval
+from r1pipe.config.load import load_recipe
+from r1pipe.config.recipe import Recipe
+from r1pipe.data.problems import load_problems
+from r1pipe.evals.metrics import default_num_samples
+from r1pipe.evals.statistics import clustered_interval, paired_interval
+from r1pipe.models.model import find_quirks
+from r1pipe.rollout.vllm_args import read_config, set_environment
+from r1pipe.types import Problem
+from r1pipe.utils.jsonl import read_jsonl, write_jsonl
 
 BOXED = r"\\boxed\{\s*\$?(-?[\d,]+)(?:\.0+)?\s*\}"
 NAME = "r1pipe_check"

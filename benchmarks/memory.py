@@ -23,25 +23,25 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from r1pipe import distributed, models
-from r1pipe.breaker import EventLog
-from r1pipe.config import ProblemSet, Recipe
-from r1pipe.grpo.logprobs import Policy
-from r1pipe.grpo.packing import Sample
-from r1pipe.grpo.update import Updater
-from r1pipe.memory import GIB, MASTER, Devices, Shape, estimate_shape
-from r1pipe.models import (
-    build_model,
-    build_tokenizer,
-    encode_prompt,
-    load_tokenizer,
-    save_checkpoint,
-)
+from r1pipe.config.base import ProblemSet
+from r1pipe.config.recipe import Recipe
+from r1pipe.data.problems import load_problems
+from r1pipe.doctor.memory import Devices, estimate_shape
+from r1pipe.doctor.model_shape import GIB, MASTER, Shape
+from r1pipe.models import weights
+from r1pipe.models.model import build_model
+from r1pipe.models.tokenizer import build_tokenizer, encode_prompt, load_tokenizer
+from r1pipe.models.weights import save_checkpoint
 from r1pipe.pipeline import silence_libraries
-from r1pipe.problems import load_problems
-from r1pipe.records import Problem, Rollout
-from r1pipe.sharding import load_sharded
-from r1pipe.supervised import SupervisedTrainer, encode_traces
+from r1pipe.rl.update import Updater
+from r1pipe.sft.encode import encode_traces
+from r1pipe.sft.trainer import SupervisedTrainer
+from r1pipe.trainer.breaker import EventLog
+from r1pipe.trainer.fsdp import load_sharded
+from r1pipe.trainer.packing import Sample
+from r1pipe.trainer.policy import Policy
+from r1pipe.types import Problem, Rollout
+from r1pipe.utils import distributed
 
 COMMON = {"hidden_size": 768, "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64}
 MODELS = {
@@ -154,7 +154,7 @@ def run_rank(folder: Path) -> None:
             events = EventLog(Path(tempfile.mkdtemp(dir=folder)))
             measure("train", lambda: [trainer.take_step(traces, n, "sft", events) for n in (1, 2)])
         # In several files, as a model of more than 4 GiB.
-        models.MAX_FILE_BYTES = 2**27
+        weights.MAX_FILE_BYTES = 2**27
         saved = folder / "saved" / str(distributed.rank())
         saved.mkdir(parents=True, exist_ok=True)
         measure("save", lambda: save_checkpoint(model, tokenizer, saved))

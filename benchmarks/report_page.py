@@ -14,9 +14,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from r1pipe.config import KeptRollouts
-from r1pipe.report import write_report
-from r1pipe.rollout_files import RolloutFiles
+from r1pipe.config.recipe import KeptRollouts
+from r1pipe.report.html import write_report
+from r1pipe.rollout.store import RolloutFiles
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 

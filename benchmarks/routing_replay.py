@@ -17,22 +17,18 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from r1pipe.config import Engine, ProblemSet, Sampling
-from r1pipe.grpo.logprobs import Policy
-from r1pipe.grpo.packing import Sample, pack
-from r1pipe.models import (
-    build_model,
-    build_tokenizer,
-    fast_training_kernels,
-    load_model,
-    pick_device,
-    save_checkpoint,
-)
-from r1pipe.moe import find_routers, pack_routes, replaying, route_in_float32
+from r1pipe.config.base import ProblemSet, Sampling
+from r1pipe.config.recipe import Engine
+from r1pipe.data.problems import load_problems
+from r1pipe.models.model import build_model, fast_training_kernels, load_model, pick_device
+from r1pipe.models.routing import find_routers, pack_routes, replaying, route_in_float32
+from r1pipe.models.tokenizer import build_tokenizer
+from r1pipe.models.weights import save_checkpoint
 from r1pipe.pipeline import silence_libraries
-from r1pipe.problems import load_problems
-from r1pipe.records import Rollout
-from r1pipe.rollout import Engines
+from r1pipe.rollout.engine import Engines
+from r1pipe.trainer.packing import Sample, pack
+from r1pipe.trainer.policy import Policy
+from r1pipe.types import Rollout
 
 COMMON = {
     "hidden_size": 128,

@@ -7,7 +7,7 @@ see the cards; the problems are the Mathematical Association of America's. The o
 
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import MATH_INSTRUCTION, ask, load_rows
+from r1pipe.data.rows import MATH_INSTRUCTION, ask, load_rows
 
 HUB = {2024: ("HuggingFaceH4/aime_2024", "train"), 2025: ("math-ai/aime25", "test")}
 

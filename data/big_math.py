@@ -10,7 +10,7 @@ filtered out, too. The rate of your own policy: `difficulty` of a stage (README.
 
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import MATH_INSTRUCTION, Unwanted, ask, load_rows
+from r1pipe.data.rows import MATH_INSTRUCTION, Unwanted, ask, load_rows
 
 HUB_ID = "SynthLabsAI/Big-Math-RL-Verified"
 LICENSE = "apache-2.0"

@@ -10,7 +10,7 @@ The first `max_tests` tests are used, public ones first. Problems without tests 
 
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import CODE_INSTRUCTION, Unwanted, ask, load_rows
+from r1pipe.data.rows import CODE_INSTRUCTION, Unwanted, ask, load_rows
 
 HUB_ID = "deepmind/code_contests"
 LICENSE = "cc-by-4.0"

@@ -12,7 +12,7 @@ import hashlib
 import random
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import ask, load_rows, write_trace
+from r1pipe.data.rows import ask, load_rows, write_trace
 
 LICENSE = "cc0-1.0"
 

@@ -7,7 +7,7 @@ Hub id `agentica-org/DeepScaleR-Preview-Dataset`, MIT licence; split train. Rows
 
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import MATH_INSTRUCTION, ask, load_rows, write_trace, write_value
+from r1pipe.data.rows import MATH_INSTRUCTION, ask, load_rows, write_trace, write_value
 
 HUB_ID = "agentica-org/DeepScaleR-Preview-Dataset"
 LICENSE = "mit"

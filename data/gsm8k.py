@@ -10,7 +10,7 @@ hub's `answer` ("... #### 72") or separate `solution` and `answer`. Calculator a
 import re
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import MATH_INSTRUCTION, ask, load_rows, write_trace
+from r1pipe.data.rows import MATH_INSTRUCTION, ask, load_rows, write_trace
 
 HUB_ID = "openai/gsm8k"
 LICENSE = "mit"

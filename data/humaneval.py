@@ -8,7 +8,7 @@ check(candidate)).
 
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import CODE_INSTRUCTION, ask, load_rows
+from r1pipe.data.rows import CODE_INSTRUCTION, ask, load_rows
 
 HUB_ID = "openai/openai_humaneval"
 LICENSE = "mit"

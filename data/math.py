@@ -13,15 +13,8 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from r1pipe.datasets_io import (
-    MATH_INSTRUCTION,
-    Unwanted,
-    ask,
-    last_boxed,
-    load_rows,
-    write_trace,
-)
-from r1pipe.tables import read_table
+from r1pipe.data.rows import MATH_INSTRUCTION, Unwanted, ask, last_boxed, load_rows, write_trace
+from r1pipe.data.tables import read_table
 
 HUB_ID = "EleutherAI/hendrycks_math"
 LICENSE = "mit"

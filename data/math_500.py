@@ -7,7 +7,7 @@ Hub id `HuggingFaceH4/MATH-500`, split test. Licence: see the card (MATH itself:
 
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import MATH_INSTRUCTION, ask, load_rows, write_trace
+from r1pipe.data.rows import MATH_INSTRUCTION, ask, load_rows, write_trace
 
 HUB_ID = "HuggingFaceH4/MATH-500"
 

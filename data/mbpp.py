@@ -8,7 +8,7 @@ prompt (10). Rows of configuration full: `task_id`, `text`, `code`, `test_list`,
 
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import CODE_INSTRUCTION, ask, load_rows
+from r1pipe.data.rows import CODE_INSTRUCTION, ask, load_rows
 
 HUB_ID = "google-research-datasets/mbpp"
 LICENSE = "cc-by-4.0"

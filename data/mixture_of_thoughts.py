@@ -10,7 +10,7 @@ Rows have a trace and no answer to compare with: `kind` is text. `max_tokens` fi
 
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import Unwanted, load_rows
+from r1pipe.data.rows import Unwanted, load_rows
 
 HUB_ID = "open-r1/Mixture-of-Thoughts"
 

@@ -11,14 +11,7 @@ keeps rows of these.
 
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import (
-    MATH_INSTRUCTION,
-    Unwanted,
-    ask,
-    last_boxed,
-    load_rows,
-    write_trace,
-)
+from r1pipe.data.rows import MATH_INSTRUCTION, Unwanted, ask, last_boxed, load_rows, write_trace
 
 HUB_ID = "AI-MO/NuminaMath-1.5"
 LICENSE = "apache-2.0"

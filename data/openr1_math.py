@@ -10,7 +10,7 @@ and so are those whose answer is no more than the word "proof".
 
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import MATH_INSTRUCTION, Unwanted, ask, load_rows
+from r1pipe.data.rows import MATH_INSTRUCTION, Unwanted, ask, load_rows
 
 HUB_ID = "open-r1/OpenR1-Math-220k"
 LICENSE = "apache-2.0"

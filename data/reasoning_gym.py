@@ -14,7 +14,7 @@ import difflib
 import json
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import ask
+from r1pipe.data.rows import ask
 
 INSTRUCTION = (
     "Reason step by step within <think> and </think>, then give the answer, and nothing else, "

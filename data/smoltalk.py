@@ -10,7 +10,7 @@ these; the default leaves out those of mathematics, programs and function calls.
 
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import Unwanted, load_rows
+from r1pipe.data.rows import Unwanted, load_rows
 
 HUB_ID = "HuggingFaceTB/smoltalk"
 NOT_GENERAL = ("apigen-80k", "metamathqa-50k", "numina-cot-100k", "self-oss-instruct")

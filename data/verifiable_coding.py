@@ -13,7 +13,7 @@ tests are used.
 import json
 from collections.abc import Iterator
 
-from r1pipe.datasets_io import CODE_INSTRUCTION, Unwanted, ask, load_rows
+from r1pipe.data.rows import CODE_INSTRUCTION, Unwanted, ask, load_rows
 
 HUB_ID = "open-r1/verifiable-coding-problems-python"
 

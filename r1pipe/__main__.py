@@ -4,6 +4,6 @@ from r1pipe import put_working_folder_last
 
 put_working_folder_last()
 
-from r1pipe.cli import main  # noqa: E402
+from r1pipe.cli.main import main  # noqa: E402
 
 sys.exit(main())

@@ -24,9 +24,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.run import get_args_parser, run
 
-from r1pipe.config import STAGE_TYPES
-from r1pipe.distributed import LAUNCHER
-from r1pipe.errors import GOES_ON, HUNG, LOST
+from r1pipe.config.recipe import STAGE_TYPES
+from r1pipe.utils.distributed import LAUNCHER
+from r1pipe.utils.errors import GOES_ON, HUNG, LOST
 
 
 def main(arguments: list[str] | None = None) -> int:

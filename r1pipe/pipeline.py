@@ -14,28 +14,31 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
-from r1pipe import distributed
-from r1pipe.config import Eval, Recipe, Stage
-from r1pipe.costs import describe_costs
-from r1pipe.doctor import Preflight, find_ancestor
-from r1pipe.errors import FULL, Tripped, UserError, is_disk_full
-from r1pipe.inputs import ProblemSets, list_needed
-from r1pipe.ledger import Hardware, Ledger
-from r1pipe.phases import phase
-from r1pipe.progress import say
-from r1pipe.rollout_view import find_rollouts
-from r1pipe.runs import RunFolder
-from r1pipe.tracking import Tracking, check_tracking
-from r1pipe.watchdog import Watchdog, clear_stacks
+from r1pipe.config.base import Stage
+from r1pipe.config.evals import Eval
+from r1pipe.config.recipe import Recipe
+from r1pipe.data.problem_sets import ProblemSets, list_needed
+from r1pipe.doctor.preflight import Preflight
+from r1pipe.doctor.recipe import find_ancestor
+from r1pipe.report.costs import describe_costs
+from r1pipe.rollout.store import find_rollouts
+from r1pipe.runs.folder import RunFolder
+from r1pipe.runs.ledger import Hardware, Ledger
+from r1pipe.runs.tracking import Tracking, check_tracking
+from r1pipe.utils import distributed
+from r1pipe.utils.errors import FULL, Tripped, UserError, is_disk_full
+from r1pipe.utils.phases import phase
+from r1pipe.utils.progress import say
+from r1pipe.utils.watchdog import Watchdog, clear_stacks
 
 STAGE_MODULES = {
-    "init": "r1pipe.init",
-    "sft": "r1pipe.sft",
-    "grpo": "r1pipe.grpo.stage",
-    "reject": "r1pipe.reject",
-    "distill": "r1pipe.distill",
-    "on_policy_distill": "r1pipe.on_policy_distill",
-    "eval": "r1pipe.evaluate",
+    "init": "r1pipe.stages.init",
+    "sft": "r1pipe.stages.sft",
+    "grpo": "r1pipe.stages.grpo",
+    "reject": "r1pipe.stages.reject",
+    "distill": "r1pipe.stages.distill",
+    "on_policy_distill": "r1pipe.stages.on_policy_distill",
+    "eval": "r1pipe.stages.eval",
 }
 """Where a kind of stage has its `run(stage, context)`, and `replay` if it can; imported when its
 turn comes."""
@@ -110,7 +113,7 @@ def evaluate_checkpoints(
         run_stages(run, to_do, redone, skip_doctor)
         folders = {name: run.stage_dir(stage.name) for name, stage in singles.items()}
         if distributed.is_first():
-            from r1pipe.evaluate import join_evaluations
+            from r1pipe.stages.eval import join_evaluations
 
             print(join_evaluations(folders))
 
@@ -163,10 +166,10 @@ def run_stages(
         return
     check_tracking(run.recipe)
     silence_libraries()
-    from r1pipe.memory import Devices, estimate_stage
-    from r1pipe.models import pick_device
-    from r1pipe.rollout import Engines
-    from r1pipe.stage import StageContext
+    from r1pipe.context import StageContext
+    from r1pipe.doctor.memory import Devices, estimate_stage
+    from r1pipe.models.model import pick_device
+    from r1pipe.rollout.engine import Engines
 
     recipe = run.recipe
     device = pick_device(recipe.device)

@@ -15,14 +15,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from r1pipe.config import Engine, Sampling
-from r1pipe.errors import UserError
-from r1pipe.lineage import list_stages
-from r1pipe.models import pick_device
-from r1pipe.progress import say
-from r1pipe.rollout import Sampler, derive_seed, server_command
-from r1pipe.stage_folders import find_checkpoint
-from r1pipe.thinking import ThinkingSplitter
+from r1pipe.config.base import Sampling
+from r1pipe.config.recipe import Engine
+from r1pipe.models.model import pick_device
+from r1pipe.models.thinking import ThinkingSplitter
+from r1pipe.rollout.engine import Sampler
+from r1pipe.rollout.vllm_args import server_command
+from r1pipe.runs.lineage import list_stages
+from r1pipe.runs.reader import find_checkpoint
+from r1pipe.utils.errors import UserError
+from r1pipe.utils.progress import say
+from r1pipe.utils.seeds import derive_seed
 
 
 @dataclass(frozen=True)

@@ -10,19 +10,9 @@ the same as 0.0, "judged, and not right". The functions are module-level and pic
 Importing this package is cheap: sympy and math-verify live in the worker processes only.
 """
 
-from rewards.code import (
-    CodeVerdict,
-    code_passes,
-    configure_sandbox,
-    count_code_verdicts,
-    judge_code,
-    sandbox_in_use,
-)
-from rewards.code_extract import extract_code
-from rewards.countdown import countdown_correct
-from rewards.extract import extract_answer
-from rewards.gym import reasoning_gym_score
-from rewards.mathematics import (
+from rewards.code.extract import extract_code
+from rewards.code.judge import CodeVerdict, code_passes, count_code_verdicts, judge_code
+from rewards.math.verify import (
     Verdict,
     count_verdicts,
     grade_answer,
@@ -30,15 +20,13 @@ from rewards.mathematics import (
     judge_pairs,
     math_correct,
 )
-from rewards.sandbox import SandboxError
-from rewards.shaping import (
-    cosine_length,
-    format,
-    language_consistency,
-    repetition,
-    soft_overlong,
-)
-from rewards.workers import configure_workers, shut_down_workers
+from rewards.sandbox.choice import configure_sandbox, sandbox_in_use
+from rewards.sandbox.client import SandboxError
+from rewards.shaping import cosine_length, format, language_consistency, repetition, soft_overlong
+from rewards.tasks.countdown import countdown_correct
+from rewards.tasks.reasoning_gym import reasoning_gym_score
+from rewards.text.answers import extract_answer
+from rewards.workers.pool import configure_workers, shut_down_workers
 
 __all__ = [
     "CodeVerdict",

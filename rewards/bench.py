@@ -18,16 +18,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from rewards import workers
-from rewards.code import judge_code, sandbox_in_use
-from rewards.extract import find_answer
-from rewards.mathematics import judge_math, judge_pairs
-from rewards.sandbox import SandboxError
+from rewards.code.judge import judge_code
+from rewards.math.verify import judge_math, judge_pairs
+from rewards.sandbox.choice import sandbox_in_use
+from rewards.sandbox.client import SandboxError
+from rewards.text.answers import find_answer
+from rewards.workers import pool as workers
 
 _SUMMARY = __doc__.split("\n")[0]
 NO_VERDICT = {"none", "bad_gold", "bad_tests", "failed"}
 KINDS = ("answer", "completion", "code")
-PEER = "rewards.symbolic:judge_as_peer"
+PEER = "rewards.math.fallback:judge_as_peer"
 IMPORT_LIMIT_S = 120.0
 
 

@@ -9,14 +9,14 @@ import math
 import re
 from collections.abc import Sequence
 
-from rewards.completions import (
+from rewards.math.verify import judge_math
+from rewards.text.completions import (
     Completion,
     completion_text,
     split_thinking,
     strip_special_tokens,
 )
-from rewards.languages import language_share
-from rewards.mathematics import judge_math
+from rewards.text.languages import language_share
 
 _THINK_TAG = re.compile(r"<\s*/?\s*think\s*/?\s*>", re.IGNORECASE)
 _ANSWER_TAG = re.compile(r"</?answer>")  # of which a pair without content is no answer
@@ -166,7 +166,7 @@ def language_consistency(
 ) -> list[float]:
     """Return the share of the reasoning's words that are in the target language.
 
-    ``language`` is a code (``en``, ``zh`` and the others of ``rewards.languages.LANGUAGES``) for
+    ``language`` is a code (``en``, ``zh``, others of ``rewards.text.languages.LANGUAGES``) for
     all rows, or a dataset column with one for each. The reasoning is what ``<think>`` holds, or
     the whole completion if nothing is marked as thinking. Formulas, code, numbers and single
     letters are no words; two Han characters count as one. Without any words the share is 0.0:

@@ -1,6 +1,6 @@
 """Small stages that train on their own samples, for tests of the loop and its parts."""
 
-from r1pipe.config import Grpo, OnPolicyDistill
+from r1pipe.config.rl import Grpo, OnPolicyDistill
 
 
 def make_grpo(**changes: object) -> Grpo:

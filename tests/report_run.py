@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from r1pipe.config import KeptRollouts
-from r1pipe.records import write_jsonl, write_text
-from r1pipe.rollout_files import RolloutFiles
+from r1pipe.config.recipe import KeptRollouts
+from r1pipe.rollout.store import RolloutFiles
+from r1pipe.utils.jsonl import write_jsonl, write_text
 
 FUNCTIONS = ("rewards.math_correct", "rewards.format")
 SOURCE = {"data": {"recipe": "arithmetic", "stage": None}}

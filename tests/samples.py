@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from r1pipe.records import Rollout, Score
-from r1pipe.sampling import SamplingJob, Source, sample_and_score
+from r1pipe.rollout.sampling import SamplingJob, Source, sample_and_score
+from r1pipe.types import Rollout, Score
 
 
 def sample_all(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from r1pipe.cli import main
+from r1pipe.cli.main import main
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,12 +11,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import is_flash_attn_2_available
 
-from r1pipe.grpo.logprobs import Policy
-from r1pipe.grpo.packing import Sample, pack
-from r1pipe.records import Rollout, read_jsonl
+from r1pipe.trainer.packing import Sample, pack
+from r1pipe.trainer.policy import Policy
+from r1pipe.types import Rollout
+from r1pipe.utils.jsonl import read_jsonl
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "unit"))
+sys.path.insert(0, str(ROOT / "tests" / "unit" / "trainer"))
 
 from test_distributed import FLOAT32, compare_with_one_process, run_cases  # noqa: E402
 

@@ -15,18 +15,18 @@ import threading
 import time
 from pathlib import Path
 
-from r1pipe.cli import main
-from r1pipe.runs import find_steps
+from r1pipe.cli.main import main
+from r1pipe.runs.folder import find_steps
 
 # Phase: the function that is running in some thread, and its file.
 PHASES = {
-    "sampling": ("rollout.py", "generate"),
+    "sampling": ("engine.py", "generate"),
     "scoring": ("scoring.py", "score"),
     "updating": ("update.py", "step"),
-    "syncing": ("rollout.py", "load_weights"),
+    "syncing": ("engine.py", "load_weights"),
     "saving": ("checkpoints.py", "save"),
-    "finishing": ("models.py", "save_checkpoint"),
-    "supervised": ("supervised.py", "take_step"),
+    "finishing": ("weights.py", "save_checkpoint"),
+    "supervised": ("trainer.py", "take_step"),
 }
 
 

@@ -8,13 +8,16 @@ import torch
 from grpo_settings import make_grpo
 from test_engine import ARCHITECTURES, CPU, SETTINGS, lengthen
 
-from r1pipe.config import ProblemSet, Reward, Sampling
-from r1pipe.grpo.collect import Batch, Collector
-from r1pipe.models import build_model, build_tokenizer, save_checkpoint
-from r1pipe.problems import load_problems
-from r1pipe.records import Problem
-from r1pipe.rollout import Sampler
-from r1pipe.scoring import Scorer
+from r1pipe.config.base import ProblemSet, Reward, Sampling
+from r1pipe.data.problems import load_problems
+from r1pipe.models.model import build_model
+from r1pipe.models.tokenizer import build_tokenizer
+from r1pipe.models.weights import save_checkpoint
+from r1pipe.rl.batch import Batch
+from r1pipe.rl.collect import Collector
+from r1pipe.rollout.engine import Sampler
+from r1pipe.rollout.scoring import Scorer
+from r1pipe.types import Problem
 
 PROBLEMS = load_problems(ProblemSet(recipe="arithmetic", options={"size": 40}))
 

@@ -1,6 +1,6 @@
 """The sampler agrees with the trainer, in each of the cases in which it was seen not to.
 
-Every test here failed before the line in rollout.py or models.py that it names. Engines are real
+Every test here failed before the line in rollout/ or models/ that it names. Engines are real
 vLLM; each is started once for the module.
 """
 
@@ -16,20 +16,18 @@ import torch
 import yaml
 from transformers import PreTrainedModel
 
-from r1pipe.config import Engine, ProblemSet, Sampling
-from r1pipe.errors import UserError
-from r1pipe.grpo.logprobs import Policy, Truncation
-from r1pipe.grpo.packing import Sample, pack
-from r1pipe.models import (
-    build_model,
-    build_tokenizer,
-    export_weights,
-    fast_training_kernels,
-    save_checkpoint,
-)
-from r1pipe.problems import load_problems
-from r1pipe.records import Problem, Rollout
-from r1pipe.rollout import Engines, Sampler, derive_seed
+from r1pipe.config.base import ProblemSet, Sampling
+from r1pipe.config.recipe import Engine
+from r1pipe.data.problems import load_problems
+from r1pipe.models.model import build_model, fast_training_kernels
+from r1pipe.models.tokenizer import build_tokenizer
+from r1pipe.models.weights import export_weights, save_checkpoint
+from r1pipe.rollout.engine import Engines, Sampler
+from r1pipe.trainer.packing import Sample, pack
+from r1pipe.trainer.policy import Policy, Truncation
+from r1pipe.types import Problem, Rollout
+from r1pipe.utils.errors import UserError
+from r1pipe.utils.seeds import derive_seed
 
 ROOT = Path(__file__).parents[2]
 DEMO = {
@@ -298,7 +296,7 @@ def test_a_reload_that_goes_wrong_gives_way_to_a_new_engine(
     for number, model in enumerate(models):
         save_checkpoint(model, tokenizer, tmp_path / str(number))
     first = engines.open(str(tmp_path / "0"))
-    monkeypatch.setattr("r1pipe.rollout.drop_expert_kernels", lambda model: None)
+    monkeypatch.setattr("r1pipe.rollout.engine.drop_expert_kernels", lambda model: None)
     second = engines.open(str(tmp_path / "1"))
     assert second is not first
     assert "started anew" in capfd.readouterr().err
@@ -313,7 +311,7 @@ def test_a_context_beyond_the_models_is_told(
     settings = SETTINGS.model_copy(update={"max_model_len": 4096})
     with pytest.raises(UserError, match=r"max_model_len 4096 is more than the context of .*, 256"):
         Sampler(str(tmp_path), settings, "float32", CPU)
-    monkeypatch.setattr("r1pipe.rollout.check_engine", lambda *arguments: None)
+    monkeypatch.setattr("r1pipe.rollout.vllm_args.check_engine", lambda *arguments: None)
     with pytest.raises(UserError, match=r"vLLM cannot run it: .*max_model_len .*4096"):
         Sampler(str(tmp_path), settings, "float32", CPU)
 

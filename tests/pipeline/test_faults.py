@@ -14,19 +14,22 @@ import torch
 from grpo_settings import make_grpo
 from test_engine import ARCHITECTURES, CPU, SETTINGS
 
-from r1pipe.breaker import Breaker, EventLog
-from r1pipe.config import Grpo, ProblemSet
-from r1pipe.errors import Tripped
-from r1pipe.grpo.collect import Collector, Lookahead
-from r1pipe.grpo.loop import train
-from r1pipe.grpo.losses import LossInputs, TokenLosses, clip_tokens
-from r1pipe.grpo.update import Updater
-from r1pipe.models import build_model, build_tokenizer, export_weights, load_model, save_checkpoint
-from r1pipe.moe import find_routers
-from r1pipe.problems import load_problems
-from r1pipe.records import read_jsonl
-from r1pipe.rollout import Sampler
-from r1pipe.scoring import Scorer
+from r1pipe.config.base import ProblemSet
+from r1pipe.config.rl import Grpo
+from r1pipe.data.problems import load_problems
+from r1pipe.models.model import build_model, load_model
+from r1pipe.models.routing import find_routers
+from r1pipe.models.tokenizer import build_tokenizer
+from r1pipe.models.weights import export_weights, save_checkpoint
+from r1pipe.rl.collect import Collector, Lookahead
+from r1pipe.rl.loop import train
+from r1pipe.rl.losses import LossInputs, TokenLosses, clip_tokens
+from r1pipe.rl.update import Updater
+from r1pipe.rollout.engine import Sampler
+from r1pipe.rollout.scoring import Scorer
+from r1pipe.trainer.breaker import Breaker, EventLog
+from r1pipe.utils.errors import Tripped
+from r1pipe.utils.jsonl import read_jsonl
 
 PROBLEMS = load_problems(ProblemSet(recipe="arithmetic", options={"size": 40}))
 GOOD_STEPS = 2

@@ -7,9 +7,9 @@ import yaml
 from test_processes import run_two
 from test_run import read_lines, run
 
-from r1pipe.errors import HUNG
-from r1pipe.rollout_files import read_rollouts
-from r1pipe.runs import find_steps
+from r1pipe.rollout.store import read_rollouts
+from r1pipe.runs.folder import find_steps
+from r1pipe.utils.errors import HUNG
 
 LIMIT_S = 90
 """More than vLLM takes to start, which is one piece of work."""

@@ -10,8 +10,8 @@ import yaml
 from test_resume import assert_equal, run_and_kill
 from test_run import read_lines, run
 
-from r1pipe.models import build_tokenizer
-from r1pipe.rollout_files import read_rollouts
+from r1pipe.models.tokenizer import build_tokenizer
+from r1pipe.rollout.store import read_rollouts
 
 STAGE = "on_policy_distill"
 STEPS, PROMPTS = 6, 16

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from test_run import read_lines, run
 
-from r1pipe.rollout_files import read_rollouts
+from r1pipe.rollout.store import read_rollouts
 
 LIMITS = {"num_samples": 4, "min_pass_rate": 0.1, "max_pass_rate": 0.9}
 

@@ -14,7 +14,7 @@ import yaml
 from test_resume import assert_equal
 from test_run import read_lines, run, start, wait_for
 
-from r1pipe.rollout_files import read_rollouts
+from r1pipe.rollout.store import read_rollouts
 
 TIMES = ("seconds/", "tokens_per_s", "train_", "wall_s", "eval_s", "checkpoint")
 

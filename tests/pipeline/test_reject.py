@@ -11,8 +11,8 @@ import yaml
 from teacher_server import Answer, say, teacher_server
 from test_run import read_lines, run, start, wait_for
 
-from r1pipe.config import ProblemSet
-from r1pipe.problems import load_problems
+from r1pipe.config.base import ProblemSet
+from r1pipe.data.problems import load_problems
 
 DATA = {"recipe": "arithmetic", "options": {"size": 30, "seed": 7}}
 EXAMPLES = {"recipe": "arithmetic", "options": {"size": 5, "seed": 8}}

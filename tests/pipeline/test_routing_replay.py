@@ -14,16 +14,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from r1pipe.config import Engine, ProblemSet, Sampling
-from r1pipe.errors import UserError
-from r1pipe.grpo.logprobs import Policy
-from r1pipe.grpo.packing import PackedBatch, Sample, pack
-from r1pipe.models import build_model, build_tokenizer, export_weights, load_model, save_checkpoint
-from r1pipe.moe import ExpertLoad, find_routers, number_packed, pack_routes, replaying
-from r1pipe.problems import load_problems
-from r1pipe.records import Problem, Rollout, read_jsonl
-from r1pipe.rollout import Engines, Sampler, routes_on_every_rank
-from r1pipe.sharding import load_sharded
+from r1pipe.config.base import ProblemSet, Sampling
+from r1pipe.config.recipe import Engine
+from r1pipe.data.problems import load_problems
+from r1pipe.models.expert_load import ExpertLoad, number_packed
+from r1pipe.models.model import build_model, load_model
+from r1pipe.models.routing import find_routers, pack_routes, replaying
+from r1pipe.models.tokenizer import build_tokenizer
+from r1pipe.models.weights import export_weights, save_checkpoint
+from r1pipe.rollout.engine import Engines, Sampler, routes_on_every_rank
+from r1pipe.trainer.fsdp import load_sharded
+from r1pipe.trainer.packing import PackedBatch, Sample, pack
+from r1pipe.trainer.policy import Policy
+from r1pipe.types import Problem, Rollout
+from r1pipe.utils.errors import UserError
+from r1pipe.utils.jsonl import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -276,10 +281,10 @@ def test_every_rank_of_a_tensor_parallel_group_returns_routes(
 TENSOR_PARALLEL = """
 import torch
 from r1pipe import distributed
-from r1pipe.config import Engine, ProblemSet, Sampling
-from r1pipe.problems import load_problems
-from r1pipe.records import dump_row
-from r1pipe.rollout import Sampler
+from r1pipe.config.recipe import Engine, ProblemSet, Sampling
+from r1pipe.data.problems import load_problems
+from r1pipe.utils.jsonl import dump_row
+from r1pipe.rollout.engine import Sampler
 import sys
 
 with distributed.joined("cpu", 300):

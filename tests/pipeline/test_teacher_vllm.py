@@ -13,13 +13,16 @@ import pytest
 from samples import sample_all
 from test_engine import ARCHITECTURES, CPU, SETTINGS
 
-from r1pipe.config import ProblemSet, Reward, Sampling, TeacherEndpoint
-from r1pipe.models import build_model, build_tokenizer, save_checkpoint
-from r1pipe.problems import load_problems
-from r1pipe.records import Rollout
-from r1pipe.rollout import Sampler
-from r1pipe.sampling import SamplingJob
-from r1pipe.teacher import Teacher
+from r1pipe.config.base import ProblemSet, Reward, Sampling
+from r1pipe.config.traces import TeacherEndpoint
+from r1pipe.data.problems import load_problems
+from r1pipe.models.model import build_model
+from r1pipe.models.tokenizer import build_tokenizer
+from r1pipe.models.weights import save_checkpoint
+from r1pipe.rollout.engine import Sampler
+from r1pipe.rollout.sampling import SamplingJob
+from r1pipe.rollout.teacher import Teacher
+from r1pipe.types import Rollout
 
 pytestmark = pytest.mark.slow
 

@@ -1,63 +1,108 @@
-"""The direction cli -> pipeline -> stages -> shared modules -> rewards, read from the imports."""
+"""Which package imports which, read from the source: always from a floor below its own."""
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STAGES = {"init", "sft", "reject", "distill", "on_policy_distill", "evaluate", "grpo.stage"}
-ABOVE = {"cli", "commands", "doctor", "launch", "pipeline", "__main__"}
+FLOORS = {
+    "r1pipe": (
+        "__main__",
+        "cli",
+        "pipeline publish serve launch",
+        "stages doctor report",
+        "rl sft evals",
+        "context trainer",
+        "rollout runs",
+        "models data",
+        "config",
+        "types utils",
+    ),
+    "rewards": (
+        "bench",
+        "tasks",
+        "code shaping",
+        "math sandbox",
+        "text workers",
+    ),
+}
+"""From the roof down. Packages on one floor know nothing of each other, and no package is in two
+places, so there are no circles."""
+
+OUTSIDE = {
+    "vllm": {"r1pipe.rollout"},
+    "trackio": {"r1pipe.runs"},
+    "wandb": {"r1pipe.runs"},
+    "mlflow": {"r1pipe.runs"},
+    "matplotlib": {"r1pipe.evals"},
+    "gguf": {"r1pipe.models"},
+}
+"""Libraries that only these packages may import."""
 
 
-def imported_modules(path: Path) -> set[str]:
-    modules = set()
+def list_modules(package: str) -> dict[str, Path]:
+    paths = (ROOT / package).rglob("*.py")
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in paths}
+
+
+def list_imports(path: Path) -> Iterator[str]:
+    """Every module that a file imports, at its head or later."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
-            modules |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
-            modules |= {alias.name for alias in node.names}
-    return modules
+            yield from (alias.name for alias in node.names)
 
 
-def own_modules() -> dict[str, set[str]]:
-    package = ROOT / "r1pipe"
-    return {
-        ".".join(path.relative_to(package).with_suffix("").parts): imported_modules(path)
-        for path in package.rglob("*.py")
-    }
+def find_room(name: str) -> str | None:
+    """`rl` of `r1pipe.rl.losses`; None of the root's own names."""
+    root, _, rest = name.partition(".")
+    room = rest.partition(".")[0]
+    return room if room in " ".join(FLOORS.get(root, ())).split() else None
+
+
+@pytest.mark.parametrize("package", FLOORS)
+def test_imports_go_down(package: str) -> None:
+    floor = {room: n for n, rooms in enumerate(FLOORS[package]) for room in rooms.split()}
+    for name, path in list_modules(package).items():
+        if name.endswith("__init__") and name.count(".") == 1:
+            continue  # the package's public names
+        own = name.split(".")[1]
+        assert own in floor, f"{own} has no floor: add it to FLOORS"
+        for imported in list_imports(path):
+            if imported.split(".")[0] == package and (room := find_room(imported)):
+                fits = room == own or floor[room] > floor[own]
+                assert fits, f"{name} imports {imported}: {own} is not above {room}"
 
 
 def test_stages_do_not_import_each_other() -> None:
-    for name, imports in own_modules().items():
-        if name in STAGES:
-            for other in STAGES - {name}:
-                assert f"r1pipe.{other}" not in imports, f"{name} imports {other}"
-
-
-def test_shared_modules_import_no_stage_and_nothing_above() -> None:
-    for name, imports in own_modules().items():
-        forbidden = ABOVE if name in STAGES else STAGES | ABOVE
-        if name not in ABOVE:
-            for other in forbidden:
-                assert f"r1pipe.{other}" not in imports, f"{name} imports {other}"
+    for name, path in list_modules("r1pipe").items():
+        if name.startswith("r1pipe.stages."):
+            others = [x for x in list_imports(path) if x.startswith("r1pipe.stages.")]
+            assert not others, f"{name} imports {others}"
 
 
 def test_rewards_import_no_r1pipe_torch_or_vllm() -> None:
-    for path in (ROOT / "rewards").rglob("*.py"):
-        for module in imported_modules(path):
-            assert module.split(".")[0] not in ("r1pipe", "torch", "vllm"), f"{path}: {module}"
+    for name, path in list_modules("rewards").items():
+        for imported in list_imports(path):
+            assert imported.split(".")[0] not in ("r1pipe", "torch", "vllm"), f"{name}: {imported}"
 
 
-def test_only_rollout_imports_vllm() -> None:
-    for name, imports in own_modules().items():
-        if name != "rollout":
-            assert not {m for m in imports if m.split(".")[0] == "vllm"}, name
+@pytest.mark.parametrize("library", OUTSIDE)
+def test_only_these_import(library: str) -> None:
+    for name, path in list_modules("r1pipe").items():
+        if any(imported.split(".")[0] == library for imported in list_imports(path)):
+            assert ".".join(name.split(".")[:2]) in OUTSIDE[library], f"{name} imports {library}"
 
 
-@pytest.mark.parametrize("module", ["r1pipe.config", "r1pipe.records", "r1pipe.cli", "rewards"])
+@pytest.mark.parametrize(
+    "module",
+    ["r1pipe.config.recipe", "r1pipe.config.load", "r1pipe.types", "r1pipe.cli.main", "rewards"],
+)
 def test_imports_without_torch(module: str) -> None:
     code = (
         f"import sys, {module}; assert not {{'torch', 'transformers', 'vllm'}} & set(sys.modules)"

@@ -13,8 +13,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from rewards import code_runs
-from rewards.sandbox import Limits
+from rewards.code import runs as code_runs
+from rewards.sandbox.client import Limits
 
 ESCAPED = "escaped"
 # Small, so that a sandbox that fails takes nothing down with it.
@@ -332,11 +332,11 @@ def check(candidate): pass
 def candidate(x): return 0
 def f(x): return 0
 import sys, types
-for name in ('tests', '__main__', 'rewards.code_checker'):
+for name in ('tests', '__main__', 'rewards.sandbox.inside.checker'):
     sys.modules[name] = types.ModuleType(name)""",
     "replace the modules of the judge": """
 import json, struct, os, sys
-import rewards.plain_data as p, rewards.code_candidate as i
+import rewards.sandbox.inside.plain_data as p, rewards.sandbox.inside.candidate as i
 p.encode = i.encode = lambda *a: 730281945
 i.receive_frame = p.receive_frame = lambda fd: {'do': 'call'}
 json.dumps = lambda *a, **k: '{"value": true}'

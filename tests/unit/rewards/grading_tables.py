@@ -1,4 +1,4 @@
-"""Pairs of (gold, answer) that pin the conventions of ``rewards.grading``."""
+"""Pairs of (gold, answer) that pin the conventions of ``rewards.math.grading``."""
 
 # fmt: off
 # ruff: noqa: E501

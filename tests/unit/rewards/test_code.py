@@ -19,9 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import code, code_runs, workers
-from rewards.plain_data import PlainDataError, decode, encode
-from rewards.sandbox import Limits, SandboxError, Server
+from rewards.code import judge as code
+from rewards.code import runs as code_runs
+from rewards.sandbox import choice
+from rewards.sandbox.client import Limits, SandboxError, Server
+from rewards.sandbox.inside.plain_data import PlainDataError, decode, encode
+from rewards.workers import pool as workers
 
 ROOT = Path(rewards.__file__).resolve().parent.parent
 ADD = "```python\ndef add(a, b):\n    return a + b\n```"
@@ -294,7 +297,7 @@ def test_whatever_is_sent_gives_builtin_types_or_a_clear_error(data):
 
 
 def test_the_sandbox_in_use_is_known_and_logged(caplog, monkeypatch):
-    monkeypatch.setattr(code, "_found", {})
+    monkeypatch.setattr(choice, "_found", {})
     with caplog.at_level(logging.INFO, logger="rewards"):
         in_use = rewards.sandbox_in_use()
         rewards.code_passes([ADD], [TESTS])
@@ -305,19 +308,19 @@ def test_the_sandbox_in_use_is_known_and_logged(caplog, monkeypatch):
 
 def test_without_a_sandbox_nothing_is_run(monkeypatch, tmp_path):
     def find_none(path, items, limit_s=None):
-        if path == "rewards.code_extract:extract_code":
+        if path == "rewards.code.extract:extract_code":
             return [workers.Result("ok", "print(1)", 0.0)]
-        assert path == "rewards.code_runs:probe"
+        assert path == "rewards.code.runs:probe"
         return [workers.Result("ok", {"error": "not allowed"}, 0.0)]
 
-    monkeypatch.setattr(code, "_found", {})
+    monkeypatch.setattr(choice, "_found", {})
     monkeypatch.setattr(workers, "run_task", find_none)
     with pytest.raises(SandboxError, match=r"no sandbox works here \(namespaces: not allowed; bub"):
         rewards.code_passes([ADD], [TESTS])
 
 
 def test_no_sandbox_is_a_choice_that_is_warned_of(caplog, monkeypatch):
-    monkeypatch.setattr(code, "_found", {})
+    monkeypatch.setattr(choice, "_found", {})
     monkeypatch.setenv("REWARDS_SANDBOX", "none")
     assert rewards.sandbox_in_use() == "none"
     assert rewards.code_passes([ADD], [TESTS]) == [1.0]
@@ -339,9 +342,9 @@ def test_unknown_sandboxes_are_errors(monkeypatch):
 BLOCK_NAMESPACES = """
 import os
 from pathlib import Path
-from rewards import sandbox_kernel
+from rewards.sandbox import kernel
 uid, gid = os.getuid(), os.getgid()
-sandbox_kernel.unshare(sandbox_kernel.CLONE_NEWUSER)
+kernel.unshare(kernel.CLONE_NEWUSER)
 try:
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/gid_map").write_text(f"1000 {gid} 1")

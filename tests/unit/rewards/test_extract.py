@@ -3,8 +3,8 @@
 import pytest
 
 from rewards import extract_answer
-from rewards.completions import split_thinking
-from rewards.extract import find_answer
+from rewards.text.answers import find_answer
+from rewards.text.completions import split_thinking
 
 EXTRACTIONS = [
     # 1. boxes

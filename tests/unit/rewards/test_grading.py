@@ -3,7 +3,7 @@
 import pytest
 from grading_tables import DIFFERENT, EQUAL, UNJUDGEABLE
 
-from rewards.grading import judge_answer
+from rewards.math.grading import judge_answer
 
 
 @pytest.mark.parametrize(("gold", "answer"), EQUAL)

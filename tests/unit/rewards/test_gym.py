@@ -5,12 +5,12 @@ import json
 import pytest
 
 import rewards
-from r1pipe.config import ProblemSet
-from r1pipe.errors import UserError
-from r1pipe.problems import load_problems
-from r1pipe.records import Problem
-from rewards.gym import find_tagged_answer
-from rewards.gym_scorer import is_plain
+from r1pipe.config.base import ProblemSet
+from r1pipe.data.problems import load_problems
+from r1pipe.types import Problem
+from r1pipe.utils.errors import UserError
+from rewards.sandbox.inside.gym_scorer import is_plain
+from rewards.tasks.reasoning_gym import find_tagged_answer
 
 factory = pytest.importorskip("reasoning_gym.factory")
 

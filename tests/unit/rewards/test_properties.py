@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards.grading import judge_answer
-from rewards.numbers import parse_number
+from rewards.math.grading import judge_answer
+from rewards.math.numbers import parse_number
 
 STATUSES = {"right", "wrong", "unparseable", "bad_gold", "unread_gold"}
 

@@ -21,8 +21,9 @@ from code_attacks import (
     run_programs,
 )
 
-from rewards import code_runs, sandbox
-from rewards.sandbox import SandboxError
+from rewards.code import runs as code_runs
+from rewards.sandbox import client as sandbox
+from rewards.sandbox.client import SandboxError
 
 HERE = Path(__file__).resolve().parent
 NOBODY = 65_534
@@ -156,9 +157,9 @@ OLD_LANDLOCK = """
 import runpy, sys, types
 sys.argv = sys.argv[1:]
 package = sys.modules["rewards"] = types.ModuleType("rewards")
-package.__path__ = [sys.argv[0].rpartition("/")[0]]
-from rewards import sandbox_kernel
-sandbox_kernel.landlock_version = lambda: 1
+package.__path__ = [sys.argv[0].removesuffix("/sandbox/server.py")]
+from rewards.sandbox import kernel
+kernel.landlock_version = lambda: 1
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -169,7 +170,7 @@ def attack_old_landlock(mechanism: str, context: dict) -> dict:
 
     def make_old(*args):
         command = make_command(*args)
-        at = next(n for n, part in enumerate(command) if part.endswith("sandbox_server.py"))
+        at = next(n for n, part in enumerate(command) if part.endswith("server.py"))
         return [*command[:at], "-c", OLD_LANDLOCK, *command[at:]]
 
     with pytest.MonkeyPatch.context() as patch:

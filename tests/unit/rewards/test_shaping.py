@@ -7,7 +7,7 @@ import pickle
 import pytest
 
 import rewards
-from rewards.languages import LANGUAGES
+from rewards.text.languages import LANGUAGES
 
 
 @pytest.mark.parametrize(

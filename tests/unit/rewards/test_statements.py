@@ -9,8 +9,8 @@ import time
 import pytest
 
 import rewards
-from rewards.extract import find_answer
-from rewards.grading import judge_answer
+from rewards.math.grading import judge_answer
+from rewards.text.answers import find_answer
 
 # fmt: off
 # ruff: noqa: E501
@@ -588,7 +588,7 @@ def test_marks_in_a_row_are_judged_in_linear_work(mark):
 
 def test_golds_whose_brackets_do_not_balance_are_not_handed_on(monkeypatch):
     monkeypatch.setattr(
-        "rewards.mathematics.run_task", _refuse_symbolic(rewards.mathematics.run_task)
+        "rewards.math.verify.run_task", _refuse_symbolic(rewards.math.verify.run_task)
     )
     for gold in ("(" * 200, "[" * 200 + "5", "(" * 50 + "\\foo" + ")" * 50, "\\foo{3"):
         assert rewards.math_correct(["\\boxed{5}"], [gold]) == [None]

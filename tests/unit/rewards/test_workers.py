@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import rewards
-from rewards.workers import Pool, WorkerError, configure_workers, run_task
+from rewards.workers.pool import Pool, WorkerError, configure_workers, run_task
 
 ROOT = Path(rewards.__file__).resolve().parent.parent
 

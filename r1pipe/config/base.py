@@ -1,0 +1,256 @@
+"""What every kind of stage shares: strict models, problem sets, sampling, rewards, training."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+MAX_NAME = 100
+"""Bytes of a run's or a stage's name: it is a folder's, to which others add something."""
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False
+    )
+
+
+def refuse_idle(settings: BaseModel, idle: Mapping[str, Any], prefix: str = "") -> None:
+    """Raises ValueError for a key that does nothing although it is set: to another value than its
+    default, because a recipe that is written down has all keys. `idle`: by key, the words that say
+    when it does nothing; false where it does something."""
+    for key, when in idle.items():
+        if when and getattr(settings, key) != type(settings).model_fields[key].get_default():
+            raise ValueError(f"{prefix}{key} does nothing {when}; leave it out")
+
+
+class ProblemSet(Strict):
+    """Problems from a recipe in data/ (`recipe`), or the traces of an earlier stage (`stage`)."""
+
+    recipe: str | None = None
+    """A name in data/ ("arithmetic"), or the path of a .py file with `load(split, **options)`."""
+    stage: str | None = None
+    """An earlier `reject` stage whose traces are the rows."""
+    split: str = "train"
+    options: dict[str, Any] = {}
+    """Keyword arguments of the recipe's `load`."""
+    on_broken_row: Literal["error", "skip"] = "error"
+    """What a row that is not as its dataset promises does: end the run, or be skipped, counted."""
+
+    @model_validator(mode="after")
+    def name_one_source(self) -> "ProblemSet":
+        if (self.recipe is None) == (self.stage is None):
+            raise ValueError("give either recipe or stage")
+        idle = self.stage and "with stage, whose traces are read whole"
+        refuse_idle(self, dict.fromkeys(("split", "options", "on_broken_row"), idle))
+        return self
+
+    @property
+    def label(self) -> str:
+        return f"{self.recipe or self.stage}/{self.split}"
+
+
+class Sampling(Strict):
+    temperature: NonNegativeFloat = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0: no limit."""
+    max_completion_length: PositiveInt
+    """Tokens; a completion that reaches it counts as truncated."""
+
+    @model_validator(mode="after")
+    def use_every_key(self) -> "Sampling":
+        # top_p 1 and top_k 0 say the same as a temperature of 0: nothing is cut.
+        idle = not self.temperature and "at temperature 0, which takes the likeliest token"
+        refuse_idle(self, {"top_p": self.top_p < 1 and idle, "top_k": self.top_k and idle})
+        return self
+
+
+class Reward(Strict):
+    function: str
+    """A dotted name, such as rewards.math_correct (TRL's reward contract)."""
+    weight: float = 1.0
+    options: dict[str, Any] = {}
+    """Further keyword arguments of the function."""
+    conversational: bool = Field(default=False, exclude_if=lambda given: not given)
+    """Completions are lists of messages, as TRL gives them where prompts are: for a function that
+    reads completion[0]["content"]. Default: strings."""
+
+
+class Saving(Strict):
+    """When a training stage saves what it needs to go on exactly where it was."""
+
+    save_steps: PositiveInt | None = None
+    """Every so many steps; None: only when the run is told to end."""
+    save_total_limit: PositiveInt = 2
+    """How many checkpoints are kept while the stage runs, the newest, and besides the best one: of
+    grpo by reward, of on_policy_distill by divergence."""
+    save_grace_s: NonNegativeFloat = 20.0
+    """After SIGTERM or Ctrl-C: seconds that the running step may take to end and be saved. A second
+    signal ends the run at once."""
+
+    @model_validator(mode="after")
+    def save_what_is_kept(self) -> "Saving":
+        refuse_idle(self, {"save_total_limit": self.save_steps is None and "without save_steps"})
+        return self
+
+
+class Optimization(Saving):
+    """What all training has in common: TRL's and transformers' names where they have the option."""
+
+    learning_rate: PositiveFloat
+    min_lr: NonNegativeFloat = 0.0
+    """Where the cosine ends."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"]
+    """Each after `warmup_steps`."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegativeFloat = 0.0
+    adam_beta2: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    max_grad_norm: PositiveFloat = 1.0
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens in one forward and backward pass: bounds memory, changes nothing else. Default: 16384
+    on GPU; 1024 on CPU, where activations that stay in the cache make an update a tenth faster."""
+    gradient_checkpointing: bool = False
+    offload_optimizer: bool = False
+    """AdamW's moments stay in the CPU's memory (8 bytes a parameter, over all processes)."""
+    bias_update_rate: NonNegativeFloat
+    """How far a router's bias moves at each optimizer step towards an even load of its experts
+    (DeepSeek-V3); nothing happens to models whose routers have none."""
+    seq_aux_loss_coef: NonNegativeFloat = 0.0
+    """Weight of DeepSeek-V3's auxiliary loss, which evens the load out within each sequence.
+    DeepSeek-V3: 1e-4."""
+
+    @model_validator(mode="after")
+    def end_a_cosine(self) -> "Optimization":
+        refuse_idle(self, {"min_lr": self.lr_scheduler_type != "cosine" and "without the cosine"})
+        return self
+
+    def tokens_per_micro_batch(self, *, on_gpu: bool) -> int:
+        return self.micro_batch_tokens or (16384 if on_gpu else 1024)
+
+
+class TokenizerTraining(Strict):
+    """A byte-level BPE trained on the prompts and solutions of some problems."""
+
+    data: ProblemSet
+    vocab_size: PositiveInt = 512
+
+
+class Stage(Strict):
+    name: str = ""
+    """The stage's folder in the run; default: its kind."""
+
+    trains: ClassVar[bool] = False
+    """Whether the stage learns from `data`, which decontamination then has to look at."""
+    makes_checkpoint: ClassVar[bool] = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def default_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and not values.get("name"):
+            return {**values, "name": values.get("kind", "")}
+        return values
+
+    @field_validator("name")
+    @classmethod
+    def be_a_folder_name(cls, name: str) -> str:
+        if not name.replace("-", "").replace("_", "").isalnum() or len(name.encode()) > MAX_NAME:
+            raise ValueError(
+                f"a stage's name is made of letters, digits, - and _, at most {MAX_NAME} bytes"
+            )
+        if name == "publish":
+            raise ValueError("a run keeps what it publishes there: take another name")
+        return name
+
+    def parents(self) -> list[str]:
+        """What the stage starts from: names of earlier stages, folders or hub ids."""
+        return []
+
+    def problem_sets(self) -> list[ProblemSet]:
+        """Every set of problems that the stage reads."""
+        return []
+
+    def learnt_sets(self) -> list[ProblemSet]:
+        """Those of them whose `solution`s are trained on."""
+        return []
+
+
+class Init(Stage):
+    """A policy from random weights, with a tokenizer built for the data."""
+
+    kind: Literal["init"]
+    model: dict[str, Any]
+    """`model_type` and the keyword arguments of that transformers config."""
+    tokenizer: TokenizerTraining
+
+    def problem_sets(self) -> list[ProblemSet]:
+        return [self.tokenizer.data]
+
+
+def as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+class TrainingSet(ProblemSet):
+    """One of several sets that a stage trains on."""
+
+    weight: PositiveFloat | None = None
+    """The sets' rows stand to each other as their weights: as many as there can be without taking
+    one twice. Default: all rows."""
+
+
+class TrainingStage(Stage):
+    from_: Annotated[str, Field(alias="from")]
+    """An earlier stage, a checkpoint folder, or a hub id."""
+    data: Annotated[list[TrainingSet], Field(min_length=1), BeforeValidator(as_list)]
+    """One set of problems, or a list of them."""
+
+    trains: ClassVar[bool] = True
+
+    def parents(self) -> list[str]:
+        return [self.from_, *(source.stage for source in self.problem_sets() if source.stage)]
+
+    def problem_sets(self) -> list[ProblemSet]:
+        return list(self.data)
+
+    @field_validator("data")
+    @classmethod
+    def weigh_all_or_none(cls, data: list[TrainingSet]) -> list[TrainingSet]:
+        rows = [source.model_dump_json(exclude={"weight"}) for source in data]
+        if len(set(rows)) < len(rows):
+            raise ValueError("a set is there twice; give it one weight")
+        weighted = [source for source in data if source.weight is not None]
+        if weighted and len(data) == 1:
+            raise ValueError("a weight says nothing of one set alone")
+        if len(weighted) not in (0, len(data)):
+            raise ValueError("give all of the sets a weight, or none of them")
+        return data
+
+    @field_serializer("data")
+    def write_as_given(self, data: list[TrainingSet]) -> Any:
+        """One set without a list around it; weights where there are some."""
+        rows = [source.model_dump(mode="json") for source in data]
+        rows = [{k: v for k, v in row.items() if (k, v) != ("weight", None)} for row in rows]
+        return rows if len(rows) > 1 else rows[0]
+
+
+class PromptingStage(TrainingStage):
+    """What the stages have in common that sample answers to their problems."""
+
+    max_prompt_length: PositiveInt | None = None
+    """Tokens; problems with longer prompts are dropped and counted, never cut. Default: such a
+    problem is an error if it does not fit the context."""

@@ -1,0 +1,170 @@
+"""The recipe: a name, a few settings for all stages, and an ordered list of stages.
+
+Each stage says what it starts `from`: an earlier stage, a folder, or a hub id. Option names are
+TRL's and vLLM's own where those have one. Imports no torch.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from r1pipe.config.base import MAX_NAME, Init, Reward, Share, Stage, Strict
+from r1pipe.config.evals import Eval
+from r1pipe.config.rl import Grpo, OnPolicy, OnPolicyDistill
+from r1pipe.config.sft import Sft
+from r1pipe.config.traces import Distill, Reject
+
+
+class Engine(Strict):
+    """vLLM's settings; one engine serves all stages of a process that share an architecture."""
+
+    max_model_len: PositiveInt | None = None
+    """Prompt plus completion, tokens. Default: the model's own context."""
+    max_num_seqs: PositiveInt = 256
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.5
+    kv_cache_gib: PositiveFloat | None = None
+    """A fixed size of the KV cache instead of gpu_memory_utilization."""
+    tensor_parallel_size: PositiveInt = 1
+    enforce_eager: bool = False
+    """No compilation: always so on CPU, where compiling takes longer than a small run."""
+
+
+class DoctorLimits(Strict):
+    """What `r1pipe doctor`, and the checks before a stage, put up with."""
+
+    min_gold_share: Share = 1.0
+    """Of a dataset's own golds that its rewards must give 1; with fewer it is refused."""
+    gold_rows: PositiveInt = 500
+    """How many golds of each dataset are tried before a stage; `r1pipe doctor` tries all."""
+    free_disk_gib: NonNegativeFloat = 1.0
+    """What must be left when the checkpoints are written."""
+
+
+class KeptRollouts(Strict):
+    """How much is kept of what a stage samples that trains on its own samples; all of it can be
+    trained on again with --replay."""
+
+    keep_gib: PositiveFloat = 10.0
+    """Per stage, compressed; beyond it the oldest steps go."""
+    routes: bool = True
+    """With routing_replay, the routes as well, which a replay needs. A large model's take more room
+    than all the rest: layers x experts per token bytes for each token."""
+
+
+AnyStage = Annotated[
+    Init | Sft | Grpo | Reject | Distill | OnPolicyDistill | Eval, Field(discriminator="kind")
+]
+STAGE_TYPES: dict[str, type[Stage]] = {
+    get_args(t.model_fields["kind"].annotation)[0]: t for t in get_args(get_args(AnyStage)[0])
+}
+
+
+class Recipe(Strict):
+    name: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    runs_dir: str = "runs"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights in the sampler and in the trainer's forward."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    chat_template: str | None = None
+    """Of models from elsewhere whose tokenizer has none, as a base model's: Jinja, or a file of it.
+    Checkpoints that are made from them have it."""
+    licenses: dict[str, str] = {}
+    """Licences, by the hub's identifiers, of base models and data recipes that do not say their
+    own: `publish` needs them."""
+    ngram: PositiveInt = 13
+    """Words that a training and an evaluation problem must share in a row to count as overlap."""
+    phase_timeout_s: PositiveFloat | None = 1800.0
+    """Seconds without a step of vLLM, a group judged, a micro-batch, a collective, after which the
+    run counts as hung and ends. Starting vLLM is one such piece. null: never."""
+    engine: Engine = Engine()
+    doctor: DoctorLimits = DoctorLimits()
+    rollouts: KeptRollouts = KeptRollouts()
+    price_per_device_hour: NonNegativeFloat | None = None
+    """Of a GPU, or of a CPU core where there is none: what `r1pipe cost` reckons with."""
+    currency: str = "USD"
+    tracking: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
+    """Where metrics go beside metrics.jsonl; each needs its package."""
+    tracking_project: str = "r1pipe"
+    stages: Annotated[list[AnyStage], Field(min_length=1)]
+
+    @field_validator("name")
+    @classmethod
+    def be_a_folder_name(cls, name: str) -> str:
+        if (
+            not name.isprintable()
+            or name != name.strip()
+            or re.match(r"[.~-]|$", name)
+            or set(name) & set("/\\")
+            or len(name.encode()) > MAX_NAME
+        ):
+            raise ValueError(
+                "a run's name is that of its folder in runs_dir: no / in it, no dot or - at its "
+                f"start, at most {MAX_NAME} bytes; another place for runs is runs_dir"
+            )
+        return name
+
+    @field_validator("chat_template")
+    @classmethod
+    def read_template(cls, template: str | None) -> str | None:
+        """The text itself, of which a finished stage's record then tells."""
+        if template is None or "{" in template:
+            return template
+        path = Path(template).expanduser()
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or "not UTF-8"
+            raise ValueError(f"neither Jinja nor a file: {path.absolute()}: {why}") from error
+
+    @model_validator(mode="after")
+    def link_stages(self) -> "Recipe":
+        earlier: set[str] = set()
+        size = self.engine.tensor_parallel_size
+        for stage in self.stages:
+            if stage.name in earlier:
+                raise ValueError(f'stages: two are called "{stage.name}"; give one a name')
+            for parent in stage.parents():
+                later = [s.name for s in self.stages if s.name == parent and parent not in earlier]
+                if later:
+                    raise ValueError(f'stages: "{stage.name}" starts from "{parent}", a later one')
+            for source in stage.problem_sets():
+                if source.stage and source.stage not in earlier:
+                    raise ValueError(f'stages: "{stage.name}": no earlier stage "{source.stage}"')
+            if isinstance(stage, OnPolicy) and stage.async_steps and size > 1:
+                raise ValueError(
+                    f"stages.{stage.name}.async_steps: sampling beside the training needs "
+                    f"engine.tensor_parallel_size 1, not {size}: collectives of two threads would "
+                    "meet in another order on every rank"
+                )
+            earlier.add(stage.name)
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.runs_dir).expanduser() / self.name
+
+    def stage(self, name: str) -> Stage | None:
+        return next((s for s in self.stages if s.name == name), None)
+
+
+def list_rewards(stage: Stage) -> list[Reward]:
+    """The rewards that a stage calls."""
+    if isinstance(stage, OnPolicy):
+        return stage.rewards
+    if isinstance(stage, Reject | Distill):
+        return stage.traces.rewards
+    if isinstance(stage, Eval):
+        own = [problems.reward for problems in stage.data if problems.reward]
+        return [Reward(function=name) for name in (stage.reward, stage.format_reward, *own)]
+    return []

@@ -1,0 +1,259 @@
+"""The two stages that sample from their own policy: grpo and on_policy_distill."""
+
+import difflib
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from r1pipe.config.base import (
+    Optimization,
+    PromptingStage,
+    Reward,
+    Sampling,
+    Share,
+    Strict,
+    refuse_idle,
+)
+from r1pipe.config.breaker import Breaker, DistillBreaker
+
+LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
+"""The losses in rl/losses.py, which imports torch."""
+
+
+class Difficulty(Strict):
+    """Which problems a policy is trained on, by how often it solves them."""
+
+    num_samples: PositiveInt = 8
+    """Of each problem, by the policy that the stage starts from, with the stage's own sampling."""
+    min_pass_rate: Share = 0.0
+    max_pass_rate: Share = 1.0
+    """Problems outside of the limits are left out, and those that no reward could judge."""
+    reward: str | None = None
+    """What decides, where it is 1, that a sample has passed. Default: the stage's first reward."""
+    order: Literal["none", "easy_first"] = "none"
+    """Within an epoch."""
+    refresh_steps: PositiveInt | None = None
+    """Every so many steps the choice is made anew, from the rollouts of these steps and, for
+    problems that had none, from `num_samples` samples of the policy as it is then."""
+
+    @model_validator(mode="after")
+    def leave_something(self) -> "Difficulty":
+        if self.min_pass_rate > self.max_pass_rate:
+            raise ValueError("min_pass_rate is above max_pass_rate")
+        return self
+
+
+class OnPolicy(PromptingStage, Optimization):
+    """What the stages have in common that train a model on its own samples."""
+
+    save_steps: PositiveInt | None = 10
+    rewards: list[Reward] = []
+    """Of the samples. In on_policy_distill for the log and the breaker: its loss does without."""
+    max_steps: PositiveInt
+    prompts_per_step: PositiveInt
+    num_generations: PositiveInt
+    """Samples per prompt."""
+    temperature: PositiveFloat = 1.0
+    max_completion_length: PositiveInt
+    async_steps: Annotated[int, Field(ge=0, le=1)] = 0
+    """1: the next batch is sampled, by the policy of the step before, while this one trains."""
+    steps_per_generation: PositiveInt = 1
+    """Optimizer steps (minibatches) per pass over a batch of rollouts."""
+
+    learning_rate: PositiveFloat = 1e-6
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    bias_update_rate: NonNegativeFloat = 0.0
+
+    routing_replay: bool = False
+    """Of a mixture of experts: the trainer sends each token to the experts that the sampler chose
+    (R3). For a bf16 sampler; in float32 both choose the same."""
+
+    breaker: Breaker = Breaker()
+    verify_sync: bool | None = None
+    """After each weight sync, sample a few tokens and hold them to breaker.logprob_diff at once.
+    Default: if async_steps; otherwise the next batch, all of it, is held to it anyway."""
+
+    @property
+    def policy(self) -> str:
+        """The checkpoint that samples and is trained."""
+        return self.from_
+
+    @property
+    def verifies_sync(self) -> bool:
+        return bool(self.async_steps) if self.verify_sync is None else self.verify_sync
+
+    @model_validator(mode="after")
+    def split_evenly(self) -> "OnPolicy":
+        if (self.prompts_per_step * self.num_generations) % self.steps_per_generation:
+            raise ValueError(
+                "prompts_per_step x num_generations must be a multiple of steps_per_generation"
+            )
+        return self
+
+
+class Grpo(OnPolicy):
+    """Reinforcement learning with group-relative advantages."""
+
+    kind: Literal["grpo"]
+    rewards: Annotated[list[Reward], Field(min_length=1)]
+    num_generations: Annotated[int, Field(ge=2)]
+    """Samples per prompt: the group."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0: no limit. Where top_p or top_k cut the distribution, the trainer cuts its own alike."""
+    dynamic_sampling: bool = False
+    """Groups whose rewards are all equal are replaced by groups of further prompts (DAPO)."""
+    max_sampling_rounds: PositiveInt = 4
+    """Rounds of sampling in a step before it goes on with the groups that it has."""
+    difficulty: Difficulty | None = None
+    """Default: all problems, in any order."""
+
+    loss_type: str = "grpo"
+    """One of LOSS_TYPES, or the dotted path of a loss of your own."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What the advantages are divided by: the group's std, the batch's, or nothing."""
+    beta: NonNegativeFloat = 0.0
+    """Weight of the KL term to the reference policy; 0 keeps no reference."""
+    kl_estimator: Literal["k1", "k3"] = "k3"
+    use_bias_correction_kl: bool = False
+    """KL term times pi / pi_old, so that its gradient is the KL's (DeepSeek-V3.2)."""
+    reference_refresh_steps: PositiveInt | None = None
+    """Every so many steps the reference becomes the current policy."""
+    epsilon: PositiveFloat = 0.2
+    epsilon_high: PositiveFloat | None = None
+    """Upper clip range; default: epsilon. For cispo the largest weight itself."""
+    delta: PositiveFloat | None = None
+    """Largest ratio where the advantage is negative (two-sided clipping); above 1 + epsilon."""
+    num_iterations: PositiveInt = 1
+    """Passes over a batch of rollouts (mu in the GRPO paper)."""
+    mask_truncated_completions: bool = False
+
+    vllm_importance_sampling_correction: bool = True
+    """Weigh tokens by pi_old / pi_sampler: 1 up to rounding in float32, not so in bf16."""
+    vllm_importance_sampling_mode: Literal[
+        "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"
+    ] = "token_truncate"
+    vllm_importance_sampling_clip_min: NonNegativeFloat = 0.0
+    vllm_importance_sampling_clip_max: PositiveFloat = 2.0
+    off_policy_mask_threshold: PositiveFloat | None = None
+    """Mean log(pi_sampler / pi) above which a completion of negative advantage is dropped."""
+
+    @property
+    def never_clips(self) -> bool:
+        """Whether clip ranges were chosen, and all ratios are 1."""
+        ranges = (self.epsilon, self.epsilon_high, self.delta)
+        chosen = ranges != (0.2, None, None) and self.loss_type in set(LOSS_TYPES) - {"cispo"}
+        return chosen and self.steps_per_generation * self.num_iterations == 1
+
+    @field_validator("loss_type")
+    @classmethod
+    def name_a_loss(cls, loss_type: str) -> str:
+        if loss_type not in LOSS_TYPES and "." not in loss_type:
+            near = difflib.get_close_matches(loss_type, LOSS_TYPES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(LOSS_TYPES)}"
+            raise ValueError(f"no such loss; {hint} (or give a dotted path)")
+        return loss_type
+
+    @model_validator(mode="after")
+    def fit_the_loss(self) -> "Grpo":
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ValueError("loss_type cispo needs epsilon_high, its largest weight, such as 5.0")
+        if self.delta is not None and self.delta <= 1 + self.epsilon:
+            raise ValueError("delta must be above 1 + epsilon")
+        if self.beta and self.kl_estimator == "k1" and not self.use_bias_correction_kl:
+            # d/dtheta log(pi / ref) is the score function, whose mean is zero.
+            raise ValueError(
+                "kl_estimator k1 needs use_bias_correction_kl: its own gradient is zero on average"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def use_every_key(self) -> "Grpo":
+        no_kl = not self.beta and "with beta 0"
+        cispo = self.loss_type == "cispo" and "in cispo, which has epsilon_high alone"
+        correction = "vllm_importance_sampling_correction"
+        uncorrected = not getattr(self, correction) and f"without {correction}"
+        refuse_idle(
+            self,
+            {
+                "kl_estimator": no_kl,
+                "use_bias_correction_kl": no_kl,
+                "reference_refresh_steps": no_kl,
+                "epsilon": cispo,
+                "delta": cispo,
+                "vllm_importance_sampling_mode": uncorrected,
+                "vllm_importance_sampling_clip_min": uncorrected,
+                "vllm_importance_sampling_clip_max": uncorrected,
+                "max_sampling_rounds": not self.dynamic_sampling and "without dynamic_sampling",
+            },
+        )
+        refuse_idle(self.breaker, {"kl": no_kl}, "breaker.")
+        if not any(reward.weight for reward in self.rewards):
+            raise ValueError("rewards: every weight is 0, so there is nothing to learn")
+        return self
+
+
+class OnPolicyDistill(OnPolicy):
+    """Distillation on the student's own samples: at each of their tokens its distribution over the
+    vocabulary is pulled to that of the teacher `from`. Both must have one vocabulary."""
+
+    kind: Literal["on_policy_distill"]
+    student: str
+    """An earlier stage, a folder or a hub id. Not from random weights: its samples are noise, of
+    which the teacher has nothing to say."""
+    beta: Share = 1.0
+    """The divergence: 1 reverse KL, KL(student || teacher); 0 forward KL; between them the
+    generalized Jensen-Shannon divergence. Not grpo's `beta`: there is no reference."""
+    num_generations: PositiveInt = 1
+    temperature: PositiveFloat = 1.0
+    """Of the samples, and of both distributions in the divergence."""
+    breaker: DistillBreaker = DistillBreaker()
+
+    # What grpo can choose and this stage cannot: its samples are the student's own distribution,
+    # of which nothing is cut off, and each is trained on once, whatever it was worth.
+    top_p: ClassVar[float] = 1.0
+    top_k: ClassVar[int] = 0
+    dynamic_sampling: ClassVar[bool] = False
+    difficulty: ClassVar[None] = None
+    scale_rewards: ClassVar[None] = None
+    reference_refresh_steps: ClassVar[None] = None
+    num_iterations: ClassVar[int] = 1
+    mask_truncated_completions: ClassVar[bool] = False
+
+    @model_validator(mode="after")
+    def use_every_key(self) -> "OnPolicyDistill":
+        refuse_idle(self.breaker, dict.fromkeys(("kl", "update_kl"), "in this stage"), "breaker.")
+        return self
+
+    @property
+    def policy(self) -> str:
+        return self.student
+
+    def parents(self) -> list[str]:
+        return [*super().parents(), self.student]
+
+    @field_validator("student", mode="before")
+    @classmethod
+    def have_weights(cls, student: Any) -> Any:
+        if isinstance(student, dict):
+            raise ValueError(
+                "a student from random weights samples noise: train it by a distill stage first, "
+                "and give that stage's name"
+            )
+        return student
+
+
+def sampling_of(stage: OnPolicy) -> Sampling:
+    return Sampling(
+        temperature=stage.temperature,
+        top_p=stage.top_p,
+        top_k=stage.top_k,
+        max_completion_length=stage.max_completion_length,
+    )

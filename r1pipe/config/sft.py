@@ -1,0 +1,81 @@
+"""Supervised training: the settings that sft and distill share, and sft's own."""
+
+from typing import Literal
+
+from pydantic import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from r1pipe.config.base import Optimization, ProblemSet, Share, Strict, TrainingStage, refuse_idle
+from rewards.text.languages import LANGUAGES
+
+
+class Supervised(Optimization):
+    """Supervised training on traces, packed without padding."""
+
+    save_steps: PositiveInt | None = 100
+
+    max_steps: PositiveInt | None = None
+    num_train_epochs: PositiveFloat | None = None
+    per_device_train_batch_size: PositiveInt = 8
+    gradient_accumulation_steps: PositiveInt = 1
+    """times per_device_train_batch_size: rows in each optimizer step, over all processes."""
+    max_length: PositiveInt | None = None
+    """Rows of more tokens are dropped and counted, never cut."""
+    learning_rate: PositiveFloat = 5e-5
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    bias_update_rate: NonNegativeFloat = 1e-3
+
+    @property
+    def batch_size(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @model_validator(mode="after")
+    def name_a_length(self) -> "Supervised":
+        if (self.max_steps is None) == (self.num_train_epochs is None):
+            raise ValueError("give either max_steps or num_train_epochs")
+        return self
+
+
+class TraceFilters(Strict):
+    """Which traces are dropped for their chain of thought: what R1 drops, each only if asked for
+    (arXiv:2501.12948v1, section 2.3.3; the thresholds are not in the paper)."""
+
+    min_language_share: Share = 0.0
+    """Of the words, in one language; below it the chain is mixed. 0: not looked at."""
+    language: str | None = None
+    """Which one: a code such as en. Default: the one that most of the chain's words are in."""
+    max_paragraph_length: PositiveInt | None = None
+    """Characters between two blank lines."""
+    drop_code_blocks: bool = False
+    require_format: bool = False
+    """One `<think>...</think>`, then an answer (rewards.format): for traces that are given."""
+
+    @field_validator("language")
+    @classmethod
+    def name_a_language(cls, language: str | None) -> str | None:
+        if language is not None and language not in LANGUAGES:
+            raise ValueError(f"no such language; there are {', '.join(LANGUAGES)}")
+        return language
+
+    @model_validator(mode="after")
+    def use_every_key(self) -> "TraceFilters":
+        unused = not self.min_language_share and "without min_language_share"
+        refuse_idle(self, {"language": unused})
+        return self
+
+
+class Sft(TrainingStage):
+    """Cold start: supervised training on the problems' own solutions."""
+
+    kind: Literal["sft"]
+    filters: TraceFilters = TraceFilters()
+    """Which of the solutions are not trained on."""
+    train: Supervised
+
+    def learnt_sets(self) -> list[ProblemSet]:
+        return self.problem_sets()

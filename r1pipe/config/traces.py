@@ -1,0 +1,153 @@
+"""The two stages that sample traces to train on: reject and distill."""
+
+from typing import Annotated, Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+from pydantic import (
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
+
+from r1pipe.config.base import (
+    ProblemSet,
+    PromptingStage,
+    Reward,
+    Sampling,
+    Share,
+    Strict,
+    refuse_idle,
+)
+from r1pipe.config.sft import Supervised, TraceFilters
+
+
+class FewShot(Strict):
+    """Worked examples before every problem, as earlier turns of the chat; the traces are without
+    them. For chat templates that keep the `<think>` of earlier turns, as a base model's do."""
+
+    data: ProblemSet
+    """The first ones with `solution`s are shown."""
+    num_examples: PositiveInt = 2
+
+
+class Traces(Strict):
+    """Samples of a policy or a teacher, the right ones kept."""
+
+    num_generations: PositiveInt
+    sampling: Sampling
+    rewards: Annotated[list[Reward], Field(min_length=1)] = [
+        Reward(function="rewards.math_correct"),
+        Reward(function="rewards.format"),
+    ]
+    """A sample is accepted if every one of these gives it its full reward, 1."""
+    min_pass_rate: Share = 0.0
+    max_pass_rate: Share = 1.0
+    """Problems of whose samples fewer, or more, are accepted make no traces."""
+    filters: TraceFilters = TraceFilters()
+    max_per_problem: PositiveInt = 1
+    """Kept samples per problem; equal ones count once."""
+    choose: Literal["shortest", "diverse"] = "shortest"
+    """Which ones: the shortest, or the shortest and then those least like the ones kept."""
+    few_shot: FewShot | None = None
+
+    @model_validator(mode="after")
+    def use_every_key(self) -> "Traces":
+        refuse_idle(self, {"choose": self.max_per_problem == 1 and "with max_per_problem 1"})
+        for reward in self.rewards:
+            everyone = "here, where every reward has to be full"
+            refuse_idle(reward, {"weight": everyone}, f"the {reward.function} reward's ")
+        return self
+
+
+class TeacherEndpoint(Strict):
+    """An OpenAI-compatible server of chat completions."""
+
+    base_url: str
+    """Such as http://localhost:8000/v1."""
+    model: str
+    """The server's name of it."""
+    api_key_env: str | None = None
+    """The environment variable that holds the key. The key itself is written nowhere."""
+    max_concurrency: PositiveInt = 32
+    """Requests under way at a time."""
+    max_retries: Annotated[int, Field(ge=0)] = 8
+    """Of a request, each after a longer pause: connection errors, 408, 409, 429, 5xx."""
+    timeout_s: PositiveFloat = 1800.0
+    """Of a request: the server sends nothing until the whole chain of thought is there."""
+    extra_body: dict[str, Any] = {}
+    """More of the request, such as chat_template_kwargs."""
+
+    @field_validator("base_url")
+    @classmethod
+    def be_a_url(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("give a URL such as http://localhost:8000/v1")
+        if parts.username or parts.password:
+            raise ValueError(
+                "no name and password in the URL: it is written into the run's records"
+            )
+        return url
+
+
+class Mix(Strict):
+    """Other rows among the traces, such as R1's 200k of general data among 800k."""
+
+    data: ProblemSet
+    """With `solution`s."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Of all rows of traces.jsonl."""
+
+
+class Reject(PromptingStage):
+    """Rejection sampling, from a checkpoint or a teacher: writes traces for a later `sft` stage."""
+
+    kind: Literal["reject"]
+    from_: Annotated[str | None, Field(alias="from")] = None
+    """An earlier stage, a checkpoint folder, or a hub id; or else there is a `teacher`."""
+    teacher: TeacherEndpoint | None = None
+    traces: Traces
+    mix: Mix | None = None
+
+    makes_checkpoint: ClassVar[bool] = False
+
+    def parents(self) -> list[str]:
+        return [name for name in super().parents() if name is not None]
+
+    def problem_sets(self) -> list[ProblemSet]:
+        more = [self.traces.few_shot, self.mix]
+        return [*self.data, *(part.data for part in more if part is not None)]
+
+    def learnt_sets(self) -> list[ProblemSet]:
+        return [self.mix.data] if self.mix else []
+
+    @model_validator(mode="after")
+    def name_one_source(self) -> "Reject":
+        if (self.from_ is None) == (self.teacher is None):
+            raise ValueError("give either from or teacher")
+        if self.teacher and self.max_prompt_length:
+            raise ValueError(
+                "max_prompt_length: nobody here has the tokenizer of a teacher's server"
+            )
+        return self
+
+
+class Distill(PromptingStage):
+    """Rejection sampling from `from`, then supervised training of a dense student."""
+
+    kind: Literal["distill"]
+    student: str | dict[str, Any]
+    """An earlier stage, a folder or a hub id; or, as in `init`, a config for a student from random
+    weights, which takes over the teacher's tokenizer."""
+    traces: Traces
+    train: Supervised
+
+    def parents(self) -> list[str]:
+        student = [self.student] if isinstance(self.student, str) else []
+        return [*super().parents(), *student]
+
+    def problem_sets(self) -> list[ProblemSet]:
+        few_shot = self.traces.few_shot
+        return [*self.data, *([few_shot.data] if few_shot else [])]

@@ -1,0 +1,143 @@
+"""How recipes in data/ turn the rows of tables into problems.
+
+A row that cannot be mapped does not end the reading: it becomes a `BrokenRow` with its place, and
+`problems.read_problems` stops or goes on, as the recipe's YAML says.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from r1pipe.data.tables import BrokenRow, first_line, hint_at, place_row, read_table
+from rewards.text.answers import find_boxes
+
+MATH_INSTRUCTION = (
+    "Reason step by step within <think> and </think>, then give the answer in \\boxed{}."
+)
+CODE_INSTRUCTION = (
+    "Reason step by step within <think> and </think>, then give the program in a ```python block."
+)
+
+NO_VALUE = frozenset(
+    "nan NaN -nan -NaN null NULL None none <NA> NA N/A n/a #N/A #NA NaT nat".split()  # noqa: SIM905
+)
+"""What other programs write into a table where a value is missing."""
+
+
+@dataclass(frozen=True)
+class FilteredRow:
+    """A row in order that the recipe does not want, such as a proof without an answer."""
+
+    reason: str
+
+
+class Unwanted(Exception):
+    """Raised by a recipe's mapping for a row that it filters out; the message says which kind."""
+
+
+def load_rows(
+    name: str,
+    table: str | Iterable[dict | BrokenRow],
+    split: str,
+    make_problem: Callable[[dict], dict],
+    *,
+    config: str | None = None,
+    default_config: str | None = None,
+    size: int | None = None,
+    skip: int = 0,
+    source: str,
+) -> Iterator[dict | BrokenRow | FilteredRow]:
+    """What most recipes are: each row of a table (what `read_table` takes for a path, or rows)
+    through `make_problem`.
+
+    One item per row, in order: a problem with `id` and `source` filled in, or a BrokenRow where
+    `make_problem` finds a column missing or of a wrong type, or a FilteredRow where it raises
+    `Unwanted`. `size` problems (default: all) after the first `skip`; what is broken or filtered
+    counts for neither.
+    """
+    for option, value, least in (("size", size, 1), ("skip", skip, 0)):
+        if value is not None and (type(value) is not int or value < least):
+            raise ValueError(f"options.{option}: a whole number from {least} on (got {value!r})")
+    num_wanted = 0
+    is_path = isinstance(table, str)
+    rows = read_table(table, split, config, default_config) if is_path else table
+    for number, row in enumerate(rows, 1):
+        if size is not None and num_wanted >= skip + size:
+            return
+        if isinstance(row, BrokenRow):
+            yield row
+            continue
+        place = getattr(row, "place", "")
+        try:
+            problem = make_problem(row)
+        except Unwanted as reason:
+            yield FilteredRow(str(reason))
+            continue
+        except KeyError as error:
+            yield BrokenRow(number, describe_missing(str(error.args[0]), row), place)
+            continue
+        except ValueError as error:
+            yield BrokenRow(number, first_line(error), place)
+            continue
+        except (TypeError, AttributeError, IndexError) as error:
+            yield BrokenRow(number, f"{type(error).__name__}: {first_line(error)}", place)
+            continue
+        num_wanted += 1
+        if num_wanted <= skip:
+            yield FilteredRow("skipped")
+        else:
+            problem = {"id": f"{name}-{split}-{number - 1}", "source": source, **problem}
+            yield place_row(problem, place)
+
+
+def describe_missing(column: str, row: Iterable[str]) -> str:
+    """That a table lacks a column, with the nearest that it has."""
+    return f'no column "{column}"; {hint_at(column, row)}'
+
+
+def write_value(value: Any, what: str) -> str:
+    """A cell as text, a number in plain decimals. Raises ValueError if there is nothing in it, or
+    nothing that has one way to be written: "2024-01-01" is 2022 to whoever computes."""
+    if isinstance(value, bytes):
+        value = value.decode()
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
+        value = int(value)
+    elif isinstance(value, float) and math.isfinite(value):
+        value = Decimal(repr(value))
+    if isinstance(value, Decimal) and value.is_finite():
+        value = format(value, "f")
+    text = str(value).strip()
+    if value is None or not text or text in NO_VALUE:
+        shown = "null" if value is None else text or "empty"
+        raise ValueError(f"no {what}: its column is {shown}")
+    if isinstance(value, list | dict):
+        keys = value if isinstance(value, dict) else range(len(value))
+        some = ", ".join(str(key) for key in list(keys)[:5])
+        raise ValueError(
+            f"the {what} is a {type(value).__name__}: name what in it is meant, as COLUMN.KEY with "
+            f"a key of {some or 'it, of which there is none'}"
+        )
+    if not isinstance(value, str | int) and what in ("answer", "solution"):
+        raise ValueError(f"the {what} is {text}, a {type(value).__name__}: write it as text")
+    return text
+
+
+def ask(question: str, system: str | None = None) -> list[dict[str, str]]:
+    """A question as chat messages. Raises ValueError if it is not text."""
+    if not isinstance(question, str):
+        raise ValueError(f"the question is {type(question).__name__}, not text")
+    asked = [{"role": "user", "content": question}]
+    return [{"role": "system", "content": system}, *asked] if system else asked
+
+
+def write_trace(steps: str, answer: str) -> str:
+    """Worked steps as a trace: inside <think>, with the answer boxed after it."""
+    return f"<think>\n{steps.strip()}\n</think>\n\\boxed{{{answer}}}"
+
+
+def last_boxed(text: str) -> str | None:
+    """What is in the last `\\boxed{}` of a worked solution: its answer."""
+    boxes = find_boxes(text)
+    return boxes[-1].content if boxes else None

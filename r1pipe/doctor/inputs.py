@@ -1,0 +1,124 @@
+"""What a recipe's stages will read, as far as it is here: problems, tokenizers, checkpoints.
+
+Each is read once, however many stages and checks ask for it.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from r1pipe.config.base import ProblemSet, Stage
+from r1pipe.config.evals import Eval
+from r1pipe.config.recipe import Recipe
+from r1pipe.data.problem_sets import ProblemSets
+from r1pipe.data.problems import Loaded
+from r1pipe.models.hub_cache import find_snapshot
+from r1pipe.types import Problem
+from r1pipe.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Inputs:
+    def __init__(self, recipe: Recipe, problem_sets: ProblemSets | None = None):
+        self.recipe = recipe
+        self._problem_sets = problem_sets or ProblemSets(recipe.run_dir)
+        self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+
+    def read(self, source: ProblemSet) -> Loaded | None:
+        """None for the traces of a stage that has not run. Raises UserError."""
+        if source.stage and not (self.recipe.run_dir / source.stage / "traces.jsonl").exists():
+            return None
+        return self._problem_sets.read(source)
+
+    def list_problems(self, stage: Stage) -> Iterator[tuple[ProblemSet, list[Problem]]]:
+        """The stage's problems, without the sets that cannot be read."""
+        for source in stage.problem_sets():
+            with contextlib.suppress(UserError):
+                if loaded := self.read(source):
+                    yield source, loaded.problems
+
+    def find_checkpoint(self, name: str) -> str | None:
+        """The folder of a finished stage or of a user's own, or a hub id that can be had; None if
+        it is not here yet."""
+        from r1pipe.models.hub_cache import reaches_hub
+
+        if self.recipe.stage(name) is not None:
+            folder = self.recipe.run_dir / name
+            return str(folder) if (folder / "stage.json").exists() else None
+        folder = Path(name).expanduser()
+        if folder.is_dir():
+            return str(folder)
+        return name if find_snapshot(name) or reaches_hub() else None
+
+    def find_tokenizer(self, name: str) -> "PreTrainedTokenizerBase | None":
+        """That of a checkpoint, or of the one that it will have it from; None if that is not here
+        yet either. Raises UserError for one that no stage can use."""
+        from r1pipe.models.tokenizer import load_tokenizer
+
+        place, stage = self.find_checkpoint(name), self.recipe.stage(name)
+        if place is None and stage is not None and (origin := find_origin(stage)):
+            return self.find_tokenizer(origin)
+        if place is None:
+            return None
+        if place not in self._tokenizers:
+            self._tokenizers[place] = load_tokenizer(place, self.recipe.chat_template)
+        return self._tokenizers[place]
+
+    def find_end_ids(self, name: str) -> list[int]:
+        """Of a checkpoint whose tokenizer is here, or of the one that it will have it from."""
+        from r1pipe.models.tokenizer import join_end_ids, read_end_ids
+
+        tokenizer, place = self.find_tokenizer(name), self.find_checkpoint(name)
+        if place is None:
+            return self.find_end_ids(find_origin(self.recipe.stage(name)))
+        return join_end_ids(tokenizer, read_end_ids(place))
+
+
+def check_solutions(stage: Stage, source: ProblemSet, problems: Sequence[Problem]) -> None:
+    """Raises UserError if the stage is to learn solutions that some of its problems do not have, or
+    to show more than there are."""
+    missing = [problem for problem in problems if not (problem.solution or "").strip()]
+    if source in stage.learnt_sets() and missing:
+        raise UserError(
+            f"{describe(source)}: {len(missing)} of {len(problems)} problems have no solution to "
+            f'train on, first "{missing[0].id}"; '
+            + (
+                "name the column of the traces as solution in options.columns"
+                if source.recipe == "columns"
+                else "make traces by a reject stage, or choose data with traces"
+            )
+        )
+    few_shot = getattr(getattr(stage, "traces", None), "few_shot", None)
+    if few_shot and source == few_shot.data:
+        have = len(problems) - len(missing)
+        if have < few_shot.num_examples:
+            raise UserError(
+                f"few_shot: {describe(source)} has {have} of {few_shot.num_examples} solutions"
+            )
+
+
+def find_origin(stage: Stage) -> str | None:
+    """The checkpoint that a stage takes its tokenizer from."""
+    student = getattr(stage, "student", None)
+    if isinstance(student, str):
+        return student
+    return getattr(stage, "from_", None)
+
+
+def list_models(stage: Stage) -> list[str]:
+    """Checkpoints whose tokenizers a stage uses."""
+    if isinstance(stage, Eval):
+        return stage.checkpoints
+    names = getattr(stage, "from_", None), getattr(stage, "student", None)
+    return [name for name in names if isinstance(name, str)]
+
+
+def describe(source: ProblemSet) -> str:
+    return f"{source.recipe}/{source.split}" if source.recipe else f"traces of {source.stage}"
+
+
+def count_characters(problem: Problem) -> int:
+    return sum(len(message["content"]) for message in problem.prompt)

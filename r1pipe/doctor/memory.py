@@ -1,0 +1,266 @@
+"""How much memory a training stage needs on each device, from the model's config alone.
+
+Weights, gradients, optimizer and KV cache are counted; activations are estimated from the
+architecture: within a third of what autograd keeps of the models in
+tests/unit/doctor/test_memory.py.
+Peaks measured on CPU, in one process and in several, stand beside the estimate in
+benchmarks/README.md; on GPUs nothing has been measured. Everything is in bytes.
+"""
+
+import contextlib
+import os
+import re
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from r1pipe.config.base import Init, Optimization, Stage
+from r1pipe.config.recipe import Recipe
+from r1pipe.config.rl import Grpo, OnPolicy, OnPolicyDistill
+from r1pipe.config.sft import Sft, Supervised
+from r1pipe.config.traces import Distill
+from r1pipe.doctor.model_shape import GIB, MASTER, Shape, find_config, find_stage_config
+from r1pipe.utils import distributed
+from r1pipe.utils.errors import UserError, first_line
+from r1pipe.utils.progress import format_size
+
+LAYER_COPIES = 3
+"""Of a sharded layer in its backward pass, in the dtype that it computes in: itself, its gradient,
+the next layer on its way. Its gradient is then copied once more, in float32, to be summed."""
+ENGINE_WORKSPACE = 1.5 * GIB
+"""Of what vLLM may claim of a GPU: its own activations, its graphs."""
+CPU_PROCESS, GPU_PROCESS = 1.0 * GIB, 2.0 * GIB
+"""Python with torch, transformers and vLLM; CUDA's context, NCCL's buffers, fragmentation."""
+LOGIT_COPIES = 3
+"""Of a chunk of logits: themselves, their log-softmax, the gradient."""
+TEACHER_LOGIT_COPIES = 4
+"""Of the teacher's chunk and the divergence: its logits, their log-softmax, the student's
+probabilities, the difference that these weigh."""
+
+ESTIMATED = ("activations", "logits", "process")
+"""Parts that are not counted."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """So many devices, of so many bytes each."""
+
+    count: int
+    size: float
+    is_gpu: bool = True
+
+    @classmethod
+    def parse(cls, text: str) -> "Devices":
+        """From "8x80GB". A card's GB are GiB: an 80 GB one has 79.6."""
+        found = re.fullmatch(r"(\d+) *x *(\d+(?:\.\d+)?) *G(?:i?B)?", text.strip(), re.IGNORECASE)
+        if not found or not int(found[1]):
+            raise UserError(f'--devices "{text}": write it like 8x80GB')
+        return cls(int(found[1]), float(found[2]) * GIB)
+
+    @classmethod
+    def here(cls, device: str) -> "Devices":
+        """Those of this run: one for each process, GPUs or equal parts of the machine's memory."""
+        count = distributed.world_size()
+        if device != "cpu" and torch.cuda.is_available():
+            return cls(count, torch.cuda.get_device_properties(0).total_memory)
+        local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return cls(count, memory / local_count, is_gpu=False)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on each device, by what they are for; and what cannot work whatever the total is."""
+
+    stage: str
+    shape: Shape
+    devices: Devices
+    parts: dict[str, float]
+    problems: list[str]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.total <= self.devices.size and not self.problems
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether it does not fit even without what is only estimated."""
+        counted = sum(size for name, size in self.parts.items() if name not in ESTIMATED)
+        return counted > self.devices.size or bool(self.problems)
+
+    def __str__(self) -> str:
+        sizes = {name: format_size(size) for name, size in self.parts.items()}
+        parts = ", ".join(f"{name} {size.removesuffix(' GiB')}" for name, size in sizes.items())
+        parameters = self.shape.parameters
+        size = f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+        verdict = "; ".join(["fits" if self.fits else "DOES NOT FIT", *self.problems])
+        return (
+            f"{self.stage}: {size} parameters on {self.devices.count} x "
+            f"{self.devices.size / GIB:.1f} GiB: about {format_size(self.total)} each ({parts}): "
+            f"{verdict}"
+        )
+
+
+def estimate_on_policy(stage: OnPolicy, recipe: Recipe, shape: Shape, devices: Devices) -> Estimate:
+    """The trainer and the sampler share every device."""
+    element = 2 if recipe.dtype == "bfloat16" else 4
+    context = recipe.engine.max_model_len or shape.config.max_position_embeddings
+    longest = min(context, stage.max_completion_length + 1)
+    share = shape.parameters / devices.count
+    parts = trainer_parts(shape, devices, longest, element, stage)
+    if isinstance(stage, Grpo) and stage.beta:
+        parts["reference"] = element * share
+    if isinstance(stage, OnPolicyDistill):
+        teacher = Shape.of(find_config(stage.from_, recipe))
+        parts["teacher"] = teacher_bytes(teacher, devices, element)
+        parts["logits"] *= 1 + TEACHER_LOGIT_COPIES / LOGIT_COPIES
+    sampler, problems = engine_parts(recipe, shape, devices)
+    return Estimate(stage.name, shape, devices, parts | sampler, problems)
+
+
+def teacher_bytes(shape: Shape, devices: Devices, element: int) -> float:
+    """Weights that are not trained; sharded, with a layer on its way and the whole head."""
+    if devices.count == 1:
+        return element * shape.parameters
+    head = shape.config.vocab_size * shape.config.hidden_size
+    share = shape.parameters / devices.count
+    return element * (share + shape.largest_layer + shape.outside_layers + head)
+
+
+def engine_parts(
+    recipe: Recipe, shape: Shape, devices: Devices
+) -> tuple[dict[str, float], list[str]]:
+    """What vLLM takes of each device, and what it cannot work with."""
+    element = 2 if recipe.dtype == "bfloat16" else 4
+    engine = recipe.engine
+    context = engine.max_model_len or shape.config.max_position_embeddings
+    weights = element * shape.parameters / engine.tensor_parallel_size
+    if devices.is_gpu:
+        weights += ENGINE_WORKSPACE
+    one_sequence = context * shape.kv_bytes_per_token(element, engine.tensor_parallel_size)
+    if engine.kv_cache_gib is not None:
+        room = engine.kv_cache_gib * GIB
+    else:
+        room = engine.gpu_memory_utilization * devices.size - (weights if devices.is_gpu else 0)
+    problems = []
+    if room < one_sequence:
+        problems.append(
+            f"vLLM has {format_size(max(0.0, room))} for its KV cache and needs "
+            f"{format_size(one_sequence)} for one sequence of {context} tokens: raise "
+            "engine.tensor_parallel_size or gpu_memory_utilization"
+        )
+    return {"vLLM": weights, "KV cache": max(0.0, room)}, problems
+
+
+def estimate_supervised(
+    name: str, train: Supervised, recipe: Recipe, shape: Shape, devices: Devices
+) -> Estimate:
+    element = 2 if recipe.dtype == "bfloat16" else 4
+    longest = train.max_length or shape.config.max_position_embeddings
+    return Estimate(
+        name, shape, devices, trainer_parts(shape, devices, longest, element, train), []
+    )
+
+
+def trainer_parts(
+    shape: Shape, devices: Devices, longest: int, element: int, settings: Optimization
+) -> dict[str, float]:
+    """`longest`: tokens of the longest sequence, which may be a micro-batch of its own."""
+    from r1pipe.trainer.policy import max_logits
+
+    num_tokens = max(settings.tokens_per_micro_batch(on_gpu=devices.is_gpu), longest)
+    sharded, checkpointing = devices.count > 1, settings.gradient_checkpointing
+    share = MASTER * shape.parameters / devices.count
+    parts = {"weights": share, "gradients": share, "optimizer": 2 * share}
+    if settings.offload_optimizer and devices.is_gpu:
+        parts["optimizer"] = 2 * MASTER * shape.largest / devices.count
+    if sharded:
+        # What lies outside the layers is whole from the first to the last layer's pass, and so is
+        # its gradient from where it begins.
+        layer = (LAYER_COPIES * element + MASTER) * shape.largest_layer
+        parts["whole layers"] = layer + 2 * element * shape.outside_layers
+    parts["activations"] = shape.activations(num_tokens, element, checkpointing, element)
+    if element == 2 and not sharded:
+        # There is a bf16 copy of each matrix for the backward pass.
+        copied = shape.largest_layer if checkpointing else shape.parameters
+        parts["activations"] += element * copied
+    parts["logits"] = (
+        4
+        * LOGIT_COPIES
+        * min(max_logits(on_gpu=devices.is_gpu), num_tokens * shape.config.vocab_size)
+    )
+    parts["process"] = GPU_PROCESS if devices.is_gpu else CPU_PROCESS
+    return parts
+
+
+def estimate_stage(stage: Stage, recipe: Recipe, devices: Devices) -> str | None:
+    """One line about a training stage; None for others. Never raises for a model that cannot be
+    read: a hub may be out of reach now."""
+    estimate = make_estimate(stage, recipe, devices)
+    return (
+        describe_estimate(estimate, stage, recipe) if isinstance(estimate, Estimate) else estimate
+    )
+
+
+def make_estimate(stage: Stage, recipe: Recipe, devices: Devices) -> Estimate | str | None:
+    """Of a training stage, or why there is none; None for other stages."""
+    if not isinstance(stage, Sft | OnPolicy | Distill):
+        return None
+    try:
+        return estimate_shape(stage, recipe, Shape.of(find_stage_config(stage, recipe)), devices)
+    except (OSError, ValueError, UserError) as error:
+        return f"{stage.name}: no memory estimate: {error}"
+    except Exception as error:  # the formulas know no config but those of decoders
+        return f"{stage.name}: no memory estimate: {type(error).__name__}: {first_line(error)}"
+
+
+def describe_estimate(estimate: Estimate, stage: Stage, recipe: Recipe) -> str:
+    """The estimate, and how many devices of that size would do if these do not."""
+    if estimate.fits:
+        return str(estimate)
+    for factor in (2, 4, 8, 16, 32):
+        more = replace(estimate.devices, count=estimate.devices.count * factor)
+        with contextlib.suppress(UserError):
+            if estimate_shape(stage, recipe, estimate.shape, more).fits:
+                return f"{estimate}; {more.count} such devices would do"
+    return str(estimate)
+
+
+class Files(NamedTuple):
+    """Bytes on the disk: of a stage's checkpoint, and of what it saves while it runs."""
+
+    kept: float
+    meanwhile: float
+
+
+def estimate_files(stage: Stage, recipe: Recipe) -> Files:
+    """Raises what `find_stage_config` does."""
+    if not stage.makes_checkpoint:
+        return Files(0, 0)
+    model = MASTER * Shape.of(find_stage_config(stage, recipe)).parameters
+    if isinstance(stage, Init):
+        return Files(model, 0)
+    settings = stage if isinstance(stage, OnPolicy) else stage.train
+    # The optimizer's moments, and the reference; the newest ones, the best, and one being written.
+    state = model * (4 if isinstance(stage, Grpo) and stage.beta else 3)
+    count = settings.save_total_limit + isinstance(stage, OnPolicy) + 1
+    return Files(model, state * (count if settings.save_steps else 1))
+
+
+def estimate_shape(
+    stage: Sft | OnPolicy | Distill, recipe: Recipe, shape: Shape, devices: Devices
+) -> Estimate:
+    if isinstance(stage, OnPolicy):
+        return estimate_on_policy(stage, recipe, shape, devices)
+    estimate = estimate_supervised(stage.name, stage.train, recipe, shape, devices)
+    if isinstance(stage, Distill):
+        # The teacher's engine stays beside the student.
+        teacher = Shape.of(find_config(stage.from_, recipe))
+        sampler, problems = engine_parts(recipe, teacher, devices)
+        estimate = replace(estimate, parts=estimate.parts | sampler, problems=problems)
+    return estimate

@@ -1,0 +1,150 @@
+"""Sizes of a model from its config alone: parameters, activations, caches."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from r1pipe.config.base import Init, Stage
+from r1pipe.config.recipe import Recipe
+from r1pipe.config.traces import Distill
+from r1pipe.models.hub_cache import reaches_hub
+from r1pipe.models.model import find_layers
+
+GIB = 2**30
+MASTER = 4
+"""Bytes of a parameter, of its gradient, and of each of AdamW's two moments: float32."""
+NORM_BYTES = {4: 12, 2: 8}
+"""Of each entry that goes through a norm in transformers, by the size of the residual stream's: its
+input in float32, that squared, and scaled, the last in the stream's dtype."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Numbers of parameters, and what the formulas need of the architecture."""
+
+    parameters: int
+    largest: int
+    """Of one tensor."""
+    largest_layer: int
+    outside_layers: int
+    """Of embedding, last norm and head."""
+    config: PretrainedConfig
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "Shape":
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(config)
+        layers = [
+            sum(parameter.numel() for parameter in layer.parameters())
+            for layer in find_layers(model)
+        ]
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        outside = sum(sizes) - sum(layers)
+        return cls(sum(sizes), max(sizes), max(layers), outside, config.get_text_config())
+
+    def get(self, *names: str, default: Any = 0) -> Any:
+        """The first of the config's keys that is set."""
+        values = (getattr(self.config, name, None) for name in names)
+        return next((value for value in values if value is not None), default)
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    def head_sizes(self) -> tuple[int, int, int]:
+        """Of a token's queries, keys and values, all heads together."""
+        heads = self.config.num_attention_heads
+        if self.get("kv_lora_rank"):  # MLA: every head has its own keys and values
+            key = self.get("qk_nope_head_dim") + self.get("qk_rope_head_dim")
+            return heads * key, heads * key, heads * self.get("v_head_dim")
+        size = self.get("head_dim") or self.config.hidden_size // heads
+        groups = self.get("num_key_value_heads", default=heads)
+        return heads * size, groups * size, groups * size
+
+    def kv_bytes_per_token(self, element: int, tensor_parallel_size: int) -> float:
+        """On each of the engine's devices, which share the heads, but no head."""
+        _, keys, values = self.head_sizes()
+        parts = min(tensor_parallel_size, self.groups())
+        if self.get("kv_lora_rank"):  # MLA keeps what keys and values are made of, for all heads
+            keys, values, parts = self.config.kv_lora_rank, self.get("qk_rope_head_dim"), 1
+        return self.num_layers * (keys + values) * element / parts
+
+    def layer_activations(self, element: int, stream: int, is_moe: bool) -> float:
+        """What autograd keeps of one layer's forward, bytes per token; matrix products have inputs
+        of `element` bytes, the residual stream is of `stream` bytes, norms compute in float32."""
+        hidden = self.config.hidden_size
+        queries, keys, values = self.head_sizes()
+        normed = 2 * hidden
+        attention = 2 * hidden + 2 * (queries + keys) + values + self.config.num_attention_heads
+        if self.get("kv_lora_rank"):
+            normed += self.config.kv_lora_rank + (self.get("q_lora_rank") or 0)
+        elif "qwen3" in self.config.model_type:
+            normed += queries + keys
+        attention += self.config.num_attention_heads * (values // max(1, self.groups()))
+        if not is_moe:
+            dense = 4 * self.get("intermediate_size", "ffn_dim", "n_inner", default=4 * hidden)
+            return NORM_BYTES[stream] * normed + element * (attention + dense)
+        width = self.get("moe_intermediate_size", "intermediate_size")
+        chosen = self.get("num_experts_per_tok", "top_k", default=1)
+        shared = self.get("n_shared_experts") * width + self.get("shared_expert_intermediate_size")
+        experts = chosen * (2 * hidden + 5 * width) + 4 * shared + self.num_experts()
+        return NORM_BYTES[stream] * normed + element * (attention + experts)
+
+    def groups(self) -> int:
+        heads = self.config.num_attention_heads
+        return heads if self.get("kv_lora_rank") else self.get("num_key_value_heads", default=heads)
+
+    def num_experts(self) -> int:
+        return self.get("n_routed_experts", "num_local_experts", "num_experts")
+
+    def activations(
+        self, num_tokens: int, element: int, checkpointing: bool, stream: int = MASTER
+    ) -> float:
+        """What autograd keeps of a forward pass; `stream`: bytes of the residual stream's dtype."""
+        num_dense = self.get("first_k_dense_replace") if self.num_experts() else self.num_layers
+        dense = self.layer_activations(element, stream, is_moe=False)
+        moe = self.layer_activations(element, stream, is_moe=True) if self.num_experts() else 0
+        if checkpointing:
+            # Each layer's input, and all of the one layer that is computed again.
+            inputs = stream * self.config.hidden_size * self.num_layers
+            return num_tokens * (inputs + max(dense, moe))
+        return num_tokens * (num_dense * dense + (self.num_layers - num_dense) * moe)
+
+
+def find_stage_config(stage: Stage, recipe: Recipe) -> PretrainedConfig:
+    """Of the model that the stage makes."""
+    if isinstance(stage, Init):
+        return make_config({"vocab_size": stage.tokenizer.vocab_size, **stage.model})
+    if isinstance(stage, Distill) and not isinstance(stage.student, str):
+        teacher = find_config(stage.from_, recipe)
+        return make_config({"vocab_size": teacher.get_text_config().vocab_size, **stage.student})
+    return find_config(getattr(stage, "student", stage.from_), recipe)
+
+
+def find_config(source: str, recipe: Recipe) -> PretrainedConfig:
+    """Of a stage's name, a folder or a hub id. Raises ValueError if it cannot be read."""
+    stage = recipe.stage(source)
+    if stage is not None:
+        return find_stage_config(stage, recipe)
+    folder = Path(source).expanduser()
+    try:
+        # A folder, or what the hub's cache has; only then the hub, which retries for a minute.
+        here = folder.is_dir() or not reaches_hub()
+        where = folder if folder.is_dir() else source
+        return AutoConfig.from_pretrained(where, local_files_only=here)
+    except Exception as error:  # a config may hold anything
+        raise ValueError(
+            f'no config of "{source}" to be had (a folder with its config.json is enough)'
+        ) from error
+
+
+def make_config(settings: dict[str, Any]) -> PretrainedConfig:
+    """Raises ValueError for what makes none."""
+    settings = dict(settings)
+    try:
+        return AutoConfig.for_model(settings.pop("model_type", ""), **settings)
+    except Exception as error:  # each checks its values in its own way
+        raise ValueError(str(error)) from error

@@ -1,1 +1,0 @@
-"""Reinforcement learning: GRPO (Shao et al. 2024, arXiv:2402.03300) and its descendants."""

@@ -1,0 +1,278 @@
+"""Tokenizers: built or loaded, chat templates, end tokens, and one encoding for training and
+sampling."""
+
+import contextlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import cached_file
+
+from r1pipe.config.rl import OnPolicyDistill
+from r1pipe.models.thinking import find_opened_tag
+from r1pipe.types import Problem
+from r1pipe.utils.errors import UserError, first_line
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+    "{% if message.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PAD, END, ROLES = "<|pad|>", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>")
+THINK = ("<think>", "</think>")
+SPECIAL = ("pad", "eos", "bos")
+
+TAIL = 16
+"""Tokens of a prompt's end that are looked at for an opened tag."""
+
+
+def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a chat template, an end token and `<think>`/`</think>`.
+
+    Words, numbers of up to three digits and single signs are kept apart, so a number is one token
+    wherever it is frequent and any text comes back exactly as it went in.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r" ?\p{L}+| ?\p{N}{1,3}|[^\s\p{L}\p{N}]|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(THINK),
+        special_tokens=[PAD, END, *ROLES],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
+    # Not special: the rewards read them, so decoding must not drop them.
+    wrapped.add_tokens(list(THINK))
+    wrapped.chat_template = CHAT_TEMPLATE
+    return wrapped
+
+
+def load_tokenizer(checkpoint: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer, checked for what every stage needs: a chat template, an end.
+
+    `chat_template`, Jinja, is for one that has none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
+    except Exception as error:  # a damaged file shows as the error of whatever reads it
+        raise UserError(f"{checkpoint}: no tokenizer: {first_line(error)}") from error
+    if not tokenizer.encode("2", add_special_tokens=False):
+        # transformers makes an empty one of an architecture's own class, without a word.
+        raise UserError(f"{checkpoint}: no tokenizer: no tokenizer.json, or an empty one")
+    if lost := find_rowless(tokenizer, checkpoint):
+        raise UserError(
+            f"{checkpoint}: the embedding has no row for the token {lost!r}: take it out of "
+            "tokenizer.json, or model.resize_token_embeddings(len(tokenizer)) first"
+        )
+    tokenizer.chat_template = tokenizer.chat_template or chat_template
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{checkpoint}: the tokenizer has no chat template, as a base model's: give one in the "
+            "recipe (chat_template: FILE.jinja) or in the model's folder, as chat_template.jinja"
+        )
+    if tokenizer.eos_token_id is None:
+        known = [tokenizer.convert_ids_to_tokens(n) for n in read_end_ids(checkpoint)]
+        if not any(known):
+            raise UserError(
+                f"{checkpoint}: no end token: set eos_token in its tokenizer_config.json"
+            )
+        tokenizer.eos_token = next(filter(None, known))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def find_rowless(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> str | None:
+    """A token of the checkpoint's that its embedding is too small for."""
+    try:
+        num_rows = AutoConfig.from_pretrained(checkpoint).get_text_config().vocab_size
+        stored = Path(cached_file(checkpoint, "tokenizer.json", local_files_only=True))
+        tokens = json.loads(stored.read_text(encoding="utf-8"))["added_tokens"]
+    except (OSError, ValueError, LookupError, AttributeError):
+        return None
+    # Not all of the tokenizer's: transformers gives any Qwen2 an <|endoftext|> of its own, as the
+    # unknown token that its bytes never need, and saves it with the rest.
+    added = (t["content"] for t in tokens if t["content"] != tokenizer.unk_token)
+    return next((t for t in added if (tokenizer.convert_tokens_to_ids(t) or 0) >= num_rows), None)
+
+
+def read_end_ids(checkpoint: str) -> list[int]:
+    """The end tokens of a checkpoint's generation_config.json or, without such a file, of its
+    config.json: those at which vLLM stops, beside the tokenizer's one."""
+    ids, num_rows = [], None
+    with contextlib.suppress(OSError, ValueError):
+        config = AutoConfig.from_pretrained(checkpoint)
+        ids, num_rows = list_ids(config), getattr(config.get_text_config(), "vocab_size", None)
+    with contextlib.suppress(OSError, ValueError):
+        ids = list_ids(GenerationConfig.from_pretrained(checkpoint))
+    for number in ids:
+        if not isinstance(number, int) or number not in range(num_rows or 2**31):
+            raise UserError(
+                f"{checkpoint}: eos_token_id of its generation_config.json or config.json: "
+                f"{number!r} is the number of no token"
+            )
+    return ids
+
+
+def list_ids(config: GenerationConfig | PreTrainedConfig) -> list[int]:
+    """`eos_token_id`, which is one, several or None."""
+    ids = getattr(config, "eos_token_id", None)
+    return list(ids) if isinstance(ids, list | tuple) else [] if ids is None else [ids]
+
+
+def join_end_ids(tokenizer: PreTrainedTokenizerBase, others: Iterable[int]) -> list[int]:
+    """All tokens that end a completion, the tokenizer's own first."""
+    return list(dict.fromkeys([tokenizer.eos_token_id, *others]))
+
+
+Messages = list[dict[str, str]]
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, name: str = "the conversation"
+) -> list[int]:
+    """Token ids up to where the assistant begins: what is sampled from, and trained behind.
+
+    Raises UserError, with the prompt's `name`, if the chat template refuses it."""
+    return use_template(tokenizer, messages, name, add_generation_prompt=True, return_dict=False)
+
+
+def use_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, name: str, **options: Any
+) -> Any:
+    try:
+        return tokenizer.apply_chat_template(messages, **options)
+    except Exception as error:  # a template is a program
+        hint = ""
+        if any(message["role"] == "system" for message in messages):
+            hint = "; it may know no system prompt: leave out `system`, or write it into the prompt"
+        what = f"{name}: the chat template refuses it: {first_line(error)}{hint}"
+        raise UserError(what) from error
+
+
+ASKED, SHOWN = "Which numbers?", "4 and 2"
+"""A conversation that shows what a template writes around an answer."""
+
+
+def show_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the chat template writes before and behind an answer that is given; nothing if it leaves
+    answers out. Raises UserError if it cannot be used."""
+    messages = [
+        {"role": "user", "content": ASKED},
+        {"role": "assistant", "content": SHOWN},
+    ]
+    name = f"{tokenizer.name_or_path}: a question and its answer"
+    text = use_template(tokenizer, messages, name, tokenize=False)
+    if ASKED not in text:
+        raise UserError(
+            f"{tokenizer.name_or_path}: the chat template leaves out what the user says; one for "
+            "content in parts, as of a multimodal model, must take texts as well"
+        )
+    before, _, behind = text.rpartition(SHOWN)
+    return before, behind if before else ""
+
+
+def find_end_id(tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int]) -> int:
+    """The token that completions are trained to end with: of all `end_ids` the one that the chat
+    template writes behind an answer. phi's is not the tokenizer's own."""
+    _, behind = show_turn(tokenizer)
+    texts = {number: tokenizer.convert_ids_to_tokens(number) for number in end_ids}
+    written = [number for number, text in texts.items() if text and text in behind]
+    return min(written, key=lambda n: behind.index(texts[n]), default=tokenizer.eos_token_id)
+
+
+def find_opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], header: str) -> str:
+    """What the prompt has begun of the completion, such as "<think>\\n"; mostly nothing.
+
+    `header`: what `show_turn` finds before an answer."""
+    return find_opened_tag(tokenizer.decode(prompt_ids[-TAIL:]), header)
+
+
+def check_length(
+    problem: Problem, num_tokens: int, max_completion_length: int, context: int
+) -> None:
+    """Raises UserError for a prompt of so many tokens that does not fit the model's context."""
+    if num_tokens + max_completion_length > context:
+        raise UserError(
+            f'problem "{problem.id}": prompt of {num_tokens} tokens + max_completion_length '
+            f"{max_completion_length} do not fit the context of {context}; "
+            "raise engine.max_model_len, or, where the stage trains, drop such problems by "
+            "max_prompt_length"
+        )
+
+
+def encode_completion(
+    tokenizer: PreTrainedTokenizerBase, text: str, end_id: int | None = None
+) -> list[int]:
+    """Token ids of a completion and its end token: what the sampler would have returned."""
+    end = tokenizer.eos_token_id if end_id is None else end_id
+    return [*tokenizer.encode(text, add_special_tokens=False), end]
+
+
+def require_same_vocabulary(
+    stage: OnPolicyDistill,
+    teacher: PreTrainedTokenizerBase,
+    student: PreTrainedTokenizerBase,
+    teacher_end_ids: list[int],
+    student_end_ids: list[int],
+) -> None:
+    """Raises UserError, naming the first token that differs, or that ends the teacher's turns and
+    no sample of the student's."""
+    if difference := find_difference(teacher, student):
+        raise UserError(
+            f'stage "{stage.name}": teacher {stage.from_} and student {stage.student} have not the '
+            f"same vocabulary: {difference}; take a student of the teacher's family, or teach it "
+            "off-policy, by a distill stage"
+        )
+    end = find_end_id(teacher, teacher_end_ids)
+    if end not in student_end_ids:
+        raise UserError(
+            f'stage "{stage.name}": teacher {stage.from_} ends with '
+            f"{teacher.convert_ids_to_tokens(end)!r}, at which student {stage.student} does not "
+            "stop: add it to eos_token_id in the student's generation_config.json"
+        )
+
+
+def find_difference(
+    teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase
+) -> str | None:
+    """The first thing in which the vocabularies differ, in words; None if ids mean the same.
+
+    How text is cut into tokens is not compared: the teacher reads the student's ids. Nor are the
+    sizes of the models' embeddings, which are padded as their makers like it.
+    """
+    theirs, own = teacher.get_vocab(), student.get_vocab()
+    for token in sorted({*theirs, *own}, key=lambda t: (theirs.get(t, own.get(t)), t)):
+        if theirs.get(token) != own.get(token):
+            return (
+                f"{token!r} is {name_id(theirs.get(token))} of the teacher's and "
+                f"{name_id(own.get(token))} of the student's"
+            )
+    if teacher.eos_token_id != student.eos_token_id:
+        return (
+            f"the teacher ends with {teacher.eos_token!r} and the student with "
+            f"{student.eos_token!r}"
+        )
+    return None
+
+
+def name_id(number: int | None) -> str:
+    return "no token" if number is None else f"token {number}"

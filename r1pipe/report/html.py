@@ -1,0 +1,285 @@
+"""The report: one HTML file that shows a run, also while it is going on.
+
+    r1pipe report runs/demo --watch
+
+Everything is inside the file: it opens from a disk, without a network. Rollouts are packed in
+compressed chunks that the page opens only when they are looked at, so that 100,000 of them load at
+once. Imports no torch, and reads a run's folder without holding it.
+"""
+
+import base64
+import gzip
+import html
+import json
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from r1pipe.rollout.store import list_steps, read_rollouts
+from r1pipe.runs.reader import StageFolder, find_stages
+from r1pipe.utils.errors import FULL, UserError, is_disk_full
+from r1pipe.utils.jsonl import read_json, read_jsonl, write_text
+from r1pipe.utils.progress import say
+
+PAGE = Path(__file__).with_name("page")
+CHUNK = 256
+"""Rollouts that are compressed, and opened, together."""
+MAX_ROLLOUTS = 100_000
+MAX_POINTS = 1_000
+"""Of a curve: more than a screen has."""
+EVENTS = "events.jsonl"
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Write RUN/report.html, or `out`. Raises UserError if the folder holds no stage, or for a
+    place where nothing can be written."""
+    stages = find_stages(run)
+    out = out or run / "report.html"
+    write_page(out, render(collect(run, stages)))
+    return out
+
+
+def write_page(out: Path, page: str) -> None:
+    """Raises UserError."""
+    if out.is_dir():
+        raise UserError(f"--out {out}: a folder; give the name of a file in it")
+    try:
+        write_text(out, page)
+    except OSError as error:
+        why = FULL if is_disk_full(error) else f"cannot be written: {error.strerror}"
+        raise UserError(f"{out}: {why}; choose another place with --out") from error
+
+
+def watch(run: Path, out: Path | None, every_s: float) -> None:
+    """Write the report whenever the run has gone on, until the user interrupts."""
+    seen: float | None = None
+    while True:
+        try:
+            newest = find_newest(run)
+            if newest != seen:
+                path = write_report(run, out)
+                if seen is None:
+                    say(f"written: {path}; looks every {every_s:g} s whether the run has gone on")
+                seen = newest
+        except (UserError, FileNotFoundError):
+            if seen is None:
+                raise
+            # A stage was moving to its place: it is there the next time.
+        time.sleep(every_s)
+
+
+def find_newest(run: Path) -> float:
+    """When anything that the report shows was last written."""
+    names = ("metrics.jsonl", "stage.json", EVENTS, "summary.json", "rollouts")
+    folders = [run, *(stage.folder for stage in find_stages(run))]
+    paths = (folder / name for folder in folders for name in names)
+    return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
+
+
+# --- What there is to show ----------------------------------------------------------------------
+
+
+def find_parents(stage: StageFolder) -> list[str]:
+    """Whatever it starts from; also of a run whose settings this version no longer knows."""
+    own = stage.settings
+    data = own.get("data")
+    traces = data.get("stage") if isinstance(data, dict) else None
+    named = (own.get("from"), own.get("student"), traces, *own.get("checkpoints", ()))
+    return [name for name in named if isinstance(name, str)]
+
+
+def read_rows(stage: StageFolder, name: str) -> list[dict[str, Any]]:
+    """Of a JSONL file, which may still be growing, or not be there yet."""
+    return [row for _, row in read_jsonl(stage.folder / name, missing_ok=True, growing=True)]
+
+
+def collect(run: Path, stages: list[StageFolder]) -> dict[str, Any]:
+    """All that the page shows; the rollouts packed."""
+    rollouts = Rollouts()
+    for stage in stages:
+        for row in find_rollouts(stage):
+            rollouts.add(**row)
+    summary = read_json(run / "summary.json", missing_ok=True) or []
+    return {
+        "name": run.resolve().name,
+        "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "running": any(stage.is_running for stage in stages),
+        "stages": [describe_stage(stage) for stage in stages],
+        "summary": summary,
+        "curves": [curves for stage in stages if (curves := collect_curves(stage))],
+        "experts": [load for stage in stages if (load := collect_expert_load(stage))],
+        "events": [
+            {"stage": stage.name, **event} for stage in stages for event in read_rows(stage, EVENTS)
+        ],
+        "cost": read_json(run / "ledger.json", missing_ok=True),
+        "rollouts": rollouts.pack(),
+    }
+
+
+def describe_stage(stage: StageFolder) -> dict[str, Any]:
+    hidden = ("stage", "kind", "settings", "parents")
+    return {
+        "name": stage.name,
+        "kind": stage.kind,
+        "state": "running" if stage.is_running else "finished",
+        "parents": find_parents(stage),
+        "facts": {key: value for key, value in stage.record.items() if key not in hidden},
+    }
+
+
+def collect_curves(stage: StageFolder) -> dict[str, Any] | None:
+    """`{"stage", "steps", "series": {name: values}}` with null where there is no number."""
+    rows = thin(read_rows(stage, "metrics.jsonl"), MAX_POINTS)
+    if not rows:
+        return None
+    names = dict.fromkeys(
+        name
+        for row in rows
+        for name, value in row.items()
+        if not isinstance(value, list) and not name.startswith("experts/layer_") and name != "step"
+    )
+    return {
+        "stage": stage.name,
+        "kind": stage.kind,
+        "steps": [row["step"] for row in rows],
+        "series": {name: [shorten(row.get(name)) for row in rows] for name in names},
+    }
+
+
+def collect_expert_load(stage: StageFolder) -> dict[str, Any] | None:
+    """Each layer's load over the steps, `load[layer][expert][step]`, as a share of an even one."""
+    rows = [row for row in read_rows(stage, "metrics.jsonl") if "experts/max_violation" in row]
+    rows = thin(rows, MAX_POINTS // 4)
+    names = [name for name in (rows[0] if rows else ()) if name.endswith("/load")]
+    if not names:
+        return None
+    return {
+        "stage": stage.name,
+        "steps": [row["step"] for row in rows],
+        "layers": [name.removeprefix("experts/layer_").removesuffix("/load") for name in names],
+        "load": [[list(e) for e in zip(*(row[name] for row in rows))] for name in names],
+    }
+
+
+def thin(rows: list, limit: int) -> list:
+    """At most so many, evenly spaced, the last one among them."""
+    stride = math.ceil(len(rows) / limit) or 1
+    return rows[::-1][::stride][::-1]
+
+
+def shorten(value: Any) -> float | None:
+    """To 6 digits; None for what is no finite number."""
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(f"{value:.6g}")
+
+
+# --- Rollouts -----------------------------------------------------------------------------------
+
+
+def find_rollouts(stage: StageFolder) -> Iterator[dict[str, Any]]:
+    """Arguments of `Rollouts.add`, of a stage that trains by sampling or one that evaluates."""
+    if steps := list(list_steps(stage.folder)):
+        for row in read_rollouts(stage.folder, steps):
+            yield {"source": stage.name, "row": row}
+    elif stage.kind == "eval":
+        entries = read_json(stage.folder / "summary.json", missing_ok=True) or []
+        several = len({entry["dataset"] for entry in entries}) > 1
+        for entry in entries:
+            dataset = f" on {entry['dataset']}" if several else ""
+            for _, row in read_jsonl(stage.folder / entry["samples"]):
+                yield {"source": f"{stage.name}: {entry['stage']}{dataset}", "row": row}
+
+
+@dataclass
+class Rollouts:
+    """Columns for filtering, and the text of each rollout in chunks.
+
+    A source is a stage that trains on its samples, or a checkpoint in an eval stage."""
+
+    sources: dict[str, int] = field(default_factory=dict)
+    problems: dict[tuple, int] = field(default_factory=dict)
+    functions: dict[str, int] = field(default_factory=dict)
+    rows: list[list] = field(default_factory=list)
+    texts: list[list] = field(default_factory=list)
+
+    def add(self, source: str, row: dict[str, Any]) -> None:
+        problem = (row["problem_id"], row["prompt"], row["answer"])
+        rewards = [
+            [self.functions.setdefault(name, len(self.functions)), shorten(value)]
+            for name, value in row["rewards"].items()
+        ]
+        self.rows.append(
+            [
+                self.sources.setdefault(source, len(self.sources)),
+                self.problems.setdefault(problem, len(self.problems)),
+                row.get("step", 0),
+                row["sample"],
+                shorten(row["reward"]),
+                # The first function says whether the answer is right: by convention of the recipes.
+                rewards[0][1] if rewards else None,
+                shorten(row.get("advantage")),
+                row["num_tokens"],
+                int(row["finish_reason"] == "length"),
+            ]
+        )
+        self.texts.append([row["completion"], rewards])
+
+    def pack(self) -> dict[str, Any]:
+        kept = thin(list(range(len(self.rows))), MAX_ROLLOUTS)
+        columns = list(zip(*(self.rows[i] for i in kept)))
+        names = ("source", "problem", "step", "sample", "reward", "right", "advantage", "tokens")
+        return {
+            "total": len(self.rows),
+            "kept": len(kept),
+            "chunk": CHUNK,
+            "sources": list(self.sources),
+            "functions": list(self.functions),
+            "index": compress(
+                {
+                    "problems": list(self.problems),
+                    "columns": dict(zip((*names, "truncated"), columns)),
+                }
+            ),
+            "chunks": [
+                compress([self.texts[i] for i in kept[start : start + CHUNK]])
+                for start in range(0, len(kept), CHUNK)
+            ],
+        }
+
+
+def compress(value: Any) -> str:
+    """JSON, gzip, base64: the same bytes for the same value."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
+
+
+# --- The page -----------------------------------------------------------------------------------
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page with its style, its script and its data inside."""
+    chunks = data["rollouts"].pop("chunks")
+    parts = {
+        "title": html.escape(data["name"]),
+        "style": read_part("style.css"),
+        "script": read_part("script.js"),
+        # A completion may contain "</script>".
+        "data": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
+        "chunks": "\n".join(
+            f'<script type="text/plain" id="chunk-{number}">{chunk}</script>'
+            for number, chunk in enumerate(chunks)
+        ),
+    }
+    page = read_part("page.html")
+    for name, text in parts.items():
+        before, after = page.split(f"<!-- {name} -->")
+        page = before + text + after
+    return page
+
+
+def read_part(name: str) -> str:
+    return (PAGE / name).read_text(encoding="utf-8")

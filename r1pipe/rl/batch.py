@@ -1,0 +1,244 @@
+"""A step's batch: groups of scored rollouts, on disk and in metrics."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from itertools import chain
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from r1pipe.rl.advantages import find_silent_groups
+from r1pipe.rollout.scoring import mean, reward_metrics
+from r1pipe.trainer.packing import Sample
+from r1pipe.types import Problem, Rollout, Score, describe_rollout
+from r1pipe.utils import distributed
+
+if TYPE_CHECKING:
+    from r1pipe.rl.batch import Batch, Group
+
+
+BATCH_FACTS = ("step", "made_at", "rounds", "seconds", "logprob_diff")
+
+MIN_PROMPTS = 4
+"""Of fewer prompts nobody can say that their completions are the same whatever the prompt."""
+
+
+# --- Facts of a batch ---------------------------------------------------------------------------
+
+
+def describe_batch(groups: "list[Group]") -> dict[str, float]:
+    """What the checks want to know of a step's rollouts beyond their metrics:
+
+    - of `reward`, the weighted total, and of each `rewards/FUNCTION`: `mean`, `stderr`, `low` and
+      `high`;
+    - nonfinite_rewards: share of rollouts with a NaN or an infinity from any function;
+    - identical_groups: share of groups whose completions are all the same;
+    - same_completion: share of rollouts that are the most frequent completion, over all prompts.
+    """
+    scores = [group.scores for group in groups]
+    facts = {"nonfinite_rewards": share(map(has_nonfinite, chain.from_iterable(scores)))}
+    facts |= describe_values("reward", [[s.total for s in part] for part in scores])
+    for name in scores[0][0].rewards:
+        values = [[s.rewards[name] for s in part] for part in scores]
+        facts |= describe_values(f"rewards/{name}", values)
+    texts = [[tuple(rollout.completion_ids) for rollout in group.rollouts] for group in groups]
+    if any(len(part) > 1 for part in texts):
+        facts["identical_groups"] = share(len(set(part)) == 1 for part in texts)
+    if len({group.problem.id for group in groups}) >= MIN_PROMPTS:
+        counts = Counter(chain.from_iterable(texts))
+        facts["same_completion"] = max(counts.values()) / counts.total()
+    return facts
+
+
+def describe_values(name: str, by_group: list[list[float | None]]) -> dict[str, float]:
+    """Of the finite ones; empty if there is none. The standard error of the mean is that over
+    groups, because samples of one prompt are not independent; infinite for a single group."""
+    judged = [[v for v in part if v is not None and math.isfinite(v)] for part in by_group]
+    means = [fmean(part) for part in judged if part]
+    if not means:
+        return {}
+    values = list(chain.from_iterable(judged))
+    return {
+        f"{name}/mean": fmean(values),
+        f"{name}/stderr": stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.inf,
+        f"{name}/low": min(values),
+        f"{name}/high": max(values),
+    }
+
+
+def has_nonfinite(score: Score) -> bool:
+    values = (*score.rewards.values(), score.total)
+    return any(value is not None and not math.isfinite(value) for value in values)
+
+
+def share(flags: Iterable[bool]) -> float:
+    return fmean(map(float, flags))
+
+
+@dataclass
+class Group:
+    """The samples of one prompt and their scores."""
+
+    problem: Problem
+    rollouts: list[Rollout]
+    scores: list[Score]
+    advantages: list[float] = field(default_factory=list)
+    takes_part: bool = True
+    """False where dynamic sampling has put it aside."""
+
+    @property
+    def rewards(self) -> list[float]:
+        """Totals, NaN where no reward could judge."""
+        return [float("nan") if s.total is None else s.total for s in self.scores]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "problem": asdict(self.problem),
+            "rollouts": [flatten_rollout(rollout) for rollout in self.rollouts],
+            "scores": [asdict(score) for score in self.scores],
+            "advantages": self.advantages,
+            "takes_part": self.takes_part,
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Group":
+        return cls(
+            Problem(**state["problem"]),
+            [restore_rollout(rollout) for rollout in state["rollouts"]],
+            [Score(**score) for score in state["scores"]],
+            state["advantages"],
+            state["takes_part"],
+        )
+
+    def records(self) -> list[dict]:
+        return [
+            {
+                **describe_rollout(self.problem, rollout, score),
+                "advantage": advantage,
+                "takes_part": self.takes_part,
+                "prompt_ids": rollout.prompt_ids,
+                "completion_ids": rollout.completion_ids,
+                "logprobs": rollout.logprobs,
+                "routes": rollout.routes,
+            }
+            for rollout, score, advantage in zip(
+                self.rollouts, self.scores, self.advantages, strict=True
+            )
+        ]
+
+
+@dataclass
+class Batch:
+    """What one step trains on, and what it took to get."""
+
+    step: int
+    made_at: int
+    """The step before which the sampling policy was the current one: `step`, or one less."""
+    groups: list[Group]
+    """All that were sampled, by every rank; what others sampled lacks prompts and log-probs."""
+    own_groups: list[Group]
+    """This rank's part of them, whole."""
+    rounds: int
+    seconds: dict[str, float]
+    logprob_diff: float | None = None
+    """If it was sampled ahead: mean |sampler - trainer| log-probability of some of it, by the
+    policy that sampled it."""
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [rollout for group in self.groups for rollout in group.rollouts]
+
+    @cached_property
+    def samples(self) -> list[Sample]:
+        """Of this rank's groups that take part."""
+        return [
+            Sample(rollout, advantage)
+            for group in self.own_groups
+            if group.takes_part
+            for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
+        ]
+
+    def metrics(self) -> dict[str, Any]:
+        """Rewards and lengths of everything that was sampled: dynamic sampling hides nothing."""
+        rollouts = self.rollouts
+        num_tokens = sum(len(r.completion_ids) for r in rollouts)
+        return {
+            **self.reward_metrics(),
+            "groups_sampled": len(self.groups),
+            "sampling_rounds": self.rounds,
+            "staleness": self.step - self.made_at,
+            **({} if (d := self.logprob_diff) is None else {"sampler/logprob_diff_ahead": d}),
+            "tokens_sampled": num_tokens,
+            "completions/mean_length": num_tokens / len(rollouts),
+            "completions/truncated": mean([float(r.truncated) for r in rollouts]),
+            **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
+            "tokens_per_s/sample": num_tokens / self.seconds["sample"],
+        }
+
+    def describe(self) -> dict[str, float]:
+        """For the breaker: see `describe_batch`."""
+        return describe_batch(self.groups)
+
+    def reward_metrics(self) -> dict[str, float]:
+        """Nothing in a stage without rewards."""
+        scores = [score for group in self.groups for score in group.scores]
+        if not scores[0].rewards:
+            return {}
+        silent_N = find_silent_groups(torch.tensor([group.rewards for group in self.groups]))
+        return {**reward_metrics(scores), "groups_without_spread": float(silent_N.float().mean())}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As plain values and tensors, of a batch that has not been trained on."""
+        return {
+            **{name: getattr(self, name) for name in BATCH_FACTS},
+            "groups": [group.state_dict() for group in self.groups],
+            "own_groups": [group.state_dict() for group in self.own_groups],
+        }
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> "Batch":
+        groups, own_groups = (
+            [Group.from_state(group) for group in state[name]] for name in ("groups", "own_groups")
+        )
+        return cls(**{**state, "groups": groups, "own_groups": own_groups})
+
+    def facts(self) -> dict[str, int]:
+        """What is kept with the rows of `records`."""
+        return {"made_at": self.made_at, "rounds": self.rounds}
+
+    def records(self) -> list[dict]:
+        """The step's rows of rollout_files, of all ranks' groups on the first rank and none on
+        the others. Every rank must call it."""
+        by_rank = distributed.gather_to_first([group.records() for group in self.own_groups])
+        groups = [group for part in by_rank for group in part]
+        return [{"group": i, **row} for i, group in enumerate(groups) for row in group]
+
+
+def gather_groups(groups: list[Group]) -> list[Group]:
+    """All ranks' groups, for the log: without what only the update of the rank that has sampled
+    them needs, which is most of their size."""
+    if distributed.alone():
+        return groups
+    light = [
+        replace(
+            group,
+            rollouts=[replace(r, prompt_ids=[], logprobs=[], routes=None) for r in group.rollouts],
+        )
+        for group in groups
+    ]
+    return [group for part in distributed.gather(light, "sampling") for group in part]
+
+
+def flatten_rollout(rollout: Rollout) -> dict[str, Any]:
+    values = {entry.name: getattr(rollout, entry.name) for entry in fields(rollout)}
+    routes = values.pop("routes")
+    return {**values, "routes": None if routes is None else torch.from_numpy(routes)}
+
+
+def restore_rollout(values: dict[str, Any]) -> Rollout:
+    routes = values["routes"]
+    return Rollout(**{**values, "routes": None if routes is None else routes.numpy()})

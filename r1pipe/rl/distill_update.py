@@ -1,0 +1,89 @@
+"""The update of on-policy distillation: the student's log-probabilities beside its teacher's.
+
+Everything around the loss is Updater's: micro-batches, ranks, optimizer, exact resume.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+from r1pipe.config.rl import OnPolicyDistill
+from r1pipe.models.weights import whole
+from r1pipe.rl.losses import Totals
+from r1pipe.rl.update import Agreement, Updater
+from r1pipe.trainer.divergence import TeacherStates
+from r1pipe.trainer.packing import PackedBatch, Sample
+from r1pipe.trainer.policy import LogProbs, Policy, compute_hidden, prepare
+
+
+class Teacher(nn.Module):
+    """A causal language model that reads packed batches and is not trained: `[C, D]`.
+
+    One module with one forward, so that sharding it has one root. Its head stays outside of that:
+    the logits are made where the student's are.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        prepare(model)
+        self.model = model.eval()
+
+    def forward(self, batch: PackedBatch) -> Tensor:
+        return compute_hidden(self.model, batch)
+
+
+class DistillUpdater(Updater):
+    """An Updater whose loss is the divergence from the teacher, a mean over the minibatch's tokens.
+
+    The teacher reads each micro-batch as the student does, each sample once: no step is made twice
+    on it. Of a sharded teacher every rank holds the whole head.
+    """
+
+    def __init__(
+        self,
+        policy: Policy | PreTrainedModel,
+        teacher: Teacher,
+        settings: OnPolicyDistill,
+        *,
+        dtype: str,
+        seed: int,
+    ):
+        super().__init__(policy, None, settings, dtype=dtype, seed=seed)
+        self.teacher = teacher
+        head = teacher.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        self.head = partial(
+            linear, weight=whole(head.weight), bias=None if bias is None else whole(bias)
+        )
+
+    @property
+    def needs_old_policy(self) -> bool:
+        """No ratio to it. Sampler and trainer are compared on the first minibatch of each step."""
+        return False
+
+    def is_informative(self, sample: Sample) -> bool:
+        return True
+
+    def compute_dummy_loss(self, batch: PackedBatch, *, measure_reference: bool = False) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.measure_divergence(batch).divergence_C.sum() * 0
+        return self.measure(batch).logprobs_C.sum()
+
+    def backward(
+        self, batch: PackedBatch, totals: Totals, agreement: Agreement | None
+    ) -> dict[str, float]:
+        now = self.measure_divergence(batch)
+        if agreement is not None:
+            agreement.add(batch, now)
+        divergence = now.divergence_C.sum()
+        loss = divergence / max(1, totals.num_tokens)
+        loss.backward()
+        return {"loss": float(loss.detach()), "divergence": float(divergence.detach())}
+
+    def measure_divergence(self, batch: PackedBatch) -> LogProbs:
+        with torch.no_grad():
+            states = TeacherStates(self.teacher(batch), self.head, self.settings.beta)
+        return self.policy(batch, self.settings.temperature, teacher=states)

@@ -1,0 +1,264 @@
+"""Roll out -> score -> advantage -> update -> sync: the loop of the stages that train a model on
+its own samples, and the gate that stops it if sampler and trainer disagree.
+
+`grpo` updates by advantages; `on_policy_distill` has no use for them, and updates by the
+divergence from a teacher.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from r1pipe.config.base import Sampling
+from r1pipe.config.rl import OnPolicy, sampling_of
+from r1pipe.context import StageContext
+from r1pipe.models.weights import export_weights, save_checkpoint
+from r1pipe.rl.batch import Batch
+from r1pipe.rl.collect import Collector, Lookahead
+from r1pipe.rl.update import Updater
+from r1pipe.rollout.engine import Sampler
+from r1pipe.rollout.store import RolloutFiles
+from r1pipe.runs.logs import JsonlLog
+from r1pipe.trainer.breaker import Breaker, EventLog
+from r1pipe.trainer.checkpoints import Checkpoints
+from r1pipe.trainer.packing import Sample
+from r1pipe.types import Problem
+from r1pipe.utils.errors import Tripped
+from r1pipe.utils.progress import Interrupt, StageProgress, say
+
+PROBE_PROMPTS, PROBE_TOKENS = 4, 16
+"""Of a probe after a weight sync: every layer, both prefill and decoding, in a moment."""
+
+
+class BatchSource(Protocol):
+    """Where `train` gets its batches: the Collector's, sampled ahead or not, or those on disk."""
+
+    def take(self, step: int) -> Batch:
+        """The step's batch: rolled out, scored, with advantages."""
+
+    def wait(self) -> None:
+        """Until nothing samples, so that weights may change."""
+
+
+class WeightReceiver(Protocol):
+    """What `train` syncs: the sampler, or nothing in a replay."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
+
+
+class Goal(NamedTuple):
+    """The metric that says how well a stage does: shown, and what its best checkpoint goes by."""
+
+    metric: str
+    is_cost: bool = False
+
+    def score(self, metrics: Mapping[str, Any]) -> float | None:
+        """The higher the better; None of a step whose update was skipped before it was known."""
+        value = metrics.get(self.metric)
+        return -value if self.is_cost and value is not None else value
+
+
+def run_steps(
+    stage: OnPolicy,
+    context: StageContext,
+    updater: Updater,
+    sampler: Sampler,
+    collector: Collector,
+    goal: Goal,
+    *,
+    logs: Mapping[str, JsonlLog] | None = None,
+    begin: Callable[[], None] = lambda: None,
+    end_step: Callable[[int], dict[str, float]] = lambda step: {},
+) -> dict[str, Any]:
+    """Take all steps, or those that an interrupted run has left; write the checkpoint,
+    metrics.jsonl and the rollouts. Returns facts.
+
+    `begin` is called before the first step, but not where an interrupted run goes on; `end_step`
+    after each one, for further metrics. `logs` are cut back with those of every stage.
+    """
+    breaker = Breaker(stage, EventLog(context.folder), context.shared_folder)
+    rollout_files = RolloutFiles(context.folder, context.recipe.rollouts)
+    metrics_log = context.open_log()
+    problems = collector.prompts.problems
+    with (
+        Lookahead(collector.collect, stage.max_steps, stage.async_steps) as batches,
+        Interrupt.deferred(stage.save_grace_s),
+        context.open_progress(stage.name, stage.max_steps) as progress,
+    ):
+        checkpoints = Checkpoints(
+            context.shared_folder,
+            stage,
+            stage.name,
+            parts={
+                "updater": updater,
+                "collector": collector,
+                "batches": batches,
+                "breaker": breaker,
+            },
+            logs={
+                "metrics": metrics_log,
+                "rollouts": rollout_files,
+                "events": breaker.log,
+                **(logs or {}),
+            },
+        )
+        if done := checkpoints.restore_last_good():
+            collector.warm_up()
+            sampler.load_weights(export_weights(updater.model))
+            progress.start_at(done)
+        else:
+            begin()
+        steps = train(stage, updater, sampler, collector, batches, breaker, done + 1)
+        try:
+            for metrics, batch in steps:
+                metrics |= end_step(metrics["step"])
+                metrics_log.write(metrics)
+                rollout_files.write(batch.step, batch.records(), batch.facts())
+                show(progress, metrics, goal)
+                checkpoints.end_step(metrics["step"], goal.score(metrics))
+        except Tripped as error:
+            batch = breaker.batch
+            rollout_files.write(batch.step, batch.records(), batch.facts())
+            if error.rollback:
+                checkpoints.discard_from(breaker.first_suspect)
+            raise
+    final = check_last_sync(stage, updater, sampler, breaker, problems, context.recipe.seed)
+    save_checkpoint(updater.model, sampler.tokenizer, context.folder)
+    return {
+        "train_rows": len(problems),
+        "optimizer_steps": stage.max_steps,
+        **checkpoints.facts(),
+        **final,
+    }
+
+
+def show(progress: StageProgress, metrics: dict[str, Any], goal: Goal) -> None:
+    nothing = float("nan")
+    progress.advance(
+        **{goal.metric: metrics.get(goal.metric, nothing)},
+        length=metrics["completions/mean_length"],
+        dlogp=metrics.get("sampler/logprob_diff_mean", nothing),
+    )
+
+
+def train(
+    stage: OnPolicy,
+    updater: Updater,
+    sampler: WeightReceiver,
+    collector: Collector | None,
+    batches: BatchSource,
+    breaker: Breaker,
+    first_step: int,
+) -> Iterator[tuple[dict[str, Any], Batch]]:
+    """The algorithm. Yields each step's metrics and its batch, the weights synced."""
+    for step in range(first_step, stage.max_steps + 1):
+        clock = Clock()
+        batch = batches.take(step)  # rolled out, scored, with advantages
+        clock.lap("wait")
+        before = updater.copy_weights() if stage.async_steps else {}  # those of the sampler
+
+        metrics = {"step": step, **batch.metrics()}
+        if breaker.examine_batch(batch, metrics):
+            metrics |= {"updates_skipped": updater.num_updates, "tokens_trained": 0}
+        else:
+            metrics |= updater.step(batch.samples, step, breaker.examine_update)
+        if stage.reference_refresh_steps and step % stage.reference_refresh_steps == 0:
+            updater.refresh_reference()
+        clock.lap("update")
+
+        batches.wait()
+        clock.lap("wait")
+        if ahead := batches.ahead:
+            ahead.logprob_diff = compare_ahead(updater, before, ahead)
+        sampler.load_weights(export_weights(updater.model))
+        if stage.verifies_sync:
+            metrics |= probe_sync(stage, updater, sampler, breaker, batch, collector.seed)
+        clock.lap("sync")
+        breaker.close_step(metrics)
+        yield metrics | clock.metrics(metrics["tokens_trained"]), batch
+
+
+def compare_ahead(updater: Updater, weights: dict[str, Tensor], batch: Batch) -> float | None:
+    """Mean |sampler - trainer| log-probability of some samples of a batch that was sampled ahead,
+    by the policy that sampled it: by the one that will train on them it would be a step of learning
+    more. Every rank must call it."""
+    groups = batch.own_groups[:PROBE_PROMPTS]
+    samples = [Sample(group.rollouts[0], 0.0) for group in groups]
+    metrics = updater.evaluate_with(weights, samples).metrics()
+    return metrics.get("sampler/logprob_diff_mean")
+
+
+def check_last_sync(
+    stage: OnPolicy,
+    updater: Updater,
+    sampler: Sampler,
+    breaker: Breaker,
+    problems: list[Problem],
+    seed: int,
+) -> dict[str, float]:
+    """Compare sampler and trainer once more, on the weights of the last sync."""
+    group = problems[: stage.prompts_per_step]
+    seed_parts = (seed, stage.name, "last")
+    diff = compare(stage, updater, sampler, group, sampling_of(stage), seed_parts)
+    breaker.examine_sync(diff, stage.max_steps)
+    say(f"{stage.name}: sampler = trainer after the last sync: mean |dlogp| {diff:.1e}")
+    return {"last_sync/logprob_diff_mean": diff}
+
+
+def probe_sync(
+    stage: OnPolicy, updater: Updater, sampler: Sampler, breaker: Breaker, batch: Batch, seed: int
+) -> dict[str, float]:
+    """Sample a few tokens with the weights just synced, and compare with the trainer's.
+
+    A checksum would not do: vLLM keeps the weights repacked, and what went wrong in syncs so far
+    (stale kernels, a tied head) went wrong after the tensors had arrived."""
+    group = [group.problem for group in batch.groups[:PROBE_PROMPTS]]
+    length = min(PROBE_TOKENS, stage.max_completion_length)
+    sampling = sampling_of(stage).model_copy(update={"max_completion_length": length})
+    seed_parts = (seed, stage.name, "probe", batch.step)
+    diff = compare(stage, updater, sampler, group, sampling, seed_parts)
+    breaker.examine_sync(diff, batch.step)
+    return {"sync/logprob_diff_mean": diff}
+
+
+def compare(
+    stage: OnPolicy,
+    updater: Updater,
+    sampler: Sampler,
+    problems: list[Problem],
+    sampling: Sampling,
+    seed_parts: tuple,
+) -> float:
+    """Mean |sampler - trainer| log-probability of one fresh sample per problem."""
+    part = sampler.own_part(len(problems))
+    rollouts = sampler.generate(
+        problems, 1, sampling, seed_parts, with_routes=stage.routing_replay, part=part
+    )
+    rollouts = rollouts[sampler.kept_part(len(rollouts))]
+    metrics = updater.evaluate([Sample(rollout, 0.0) for rollout in rollouts]).metrics()
+    return metrics["sampler/logprob_diff_mean"]
+
+
+class Clock:
+    """Wall time of a step's phases. What is sampled while another batch trains is no phase: the
+    step only waits for what is left of it."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+    def metrics(self, tokens_trained: float) -> dict[str, float]:
+        """Seconds per phase and of the step; prompt and completion tokens trained a second."""
+        return {
+            **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
+            "seconds/step": sum(self.seconds.values()),
+            "tokens_per_s/update": tokens_trained / self.seconds["update"],
+        }

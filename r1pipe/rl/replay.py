@@ -1,0 +1,123 @@
+"""Kept rollouts in the place of a sampler: what `r1pipe grpo CONFIG --replay STEPS` trains on."""
+
+import time
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from r1pipe.config.rl import OnPolicy
+from r1pipe.context import StageContext
+from r1pipe.models.weights import save_checkpoint
+from r1pipe.rl.batch import Batch, Group
+from r1pipe.rl.loop import Goal, show, train
+from r1pipe.rl.update import Updater
+from r1pipe.rollout.store import TEXT, TOKENS, read_facts, read_rollouts
+from r1pipe.trainer.breaker import Breaker, EventLog
+from r1pipe.types import Problem, Rollout, Score
+from r1pipe.utils import distributed
+from r1pipe.utils.errors import UserError
+from r1pipe.utils.progress import say
+
+
+class KeptBatches:
+    """Batches in order, as collect.Lookahead gives them, from the files of a stage.
+
+    `has_old_weights`: the policy is not the one that has sampled, as with a stale sampler.
+    """
+
+    def __init__(self, stage_dir: Path, *, needs_routes: bool, has_old_weights: bool):
+        self.stage_dir = stage_dir
+        self.needs_routes, self.has_old_weights = needs_routes, has_old_weights
+
+    def take(self, step: int) -> Batch:
+        """Raises UserError if the step is not kept, or lacks the routes that the stage replays."""
+        started = time.perf_counter()
+        rows = read_rollouts(self.stage_dir, [step], (*TEXT, *TOKENS))
+        groups = [make_group(list(group)) for _, group in groupby(rows, lambda row: row["group"])]
+        routed = all(rollout.routes is not None for group in groups for rollout in group.rollouts)
+        if self.needs_routes and not routed:
+            raise UserError(
+                f"{self.stage_dir}: the rollouts of step {step} were kept without routes "
+                "(rollouts.routes): replay with routing_replay=false"
+            )
+        facts = read_facts(self.stage_dir, step)
+        own = distributed.cut(len(groups), distributed.rank(), distributed.world_size())
+        return Batch(
+            step=step,
+            made_at=step - 1 if self.has_old_weights else facts["made_at"],
+            groups=groups,
+            own_groups=groups[own],
+            rounds=facts["rounds"],
+            seconds={"sample": time.perf_counter() - started, "score": 0.0},
+        )
+
+    ahead = None
+
+    def wait(self) -> None:
+        """Nothing is sampled."""
+
+
+class NoSampler:
+    """Takes the weights after each step, and leaves them."""
+
+    def load_weights(self, weights: Iterable[Any]) -> None:
+        """They are not even put together."""
+
+
+def make_group(rows: list[dict[str, Any]]) -> Group:
+    """Of the rows of one prompt. Of the problem there is what was kept."""
+    first = rows[0]
+    prompt = [{"role": "user", "content": first["prompt"]}]
+    return Group(
+        problem=Problem(first["problem_id"], "", prompt, first["answer"]),
+        rollouts=[
+            Rollout(
+                problem_id=row["problem_id"],
+                sample=row["sample"],
+                prompt_ids=row["prompt_ids"],
+                completion_ids=row["completion_ids"],
+                logprobs=row["logprobs"],
+                completion=row["completion"],
+                finish_reason=row["finish_reason"],
+                routes=row["routes"],
+            )
+            for row in rows
+        ],
+        scores=[Score(row["rewards"], row["reward"]) for row in rows],
+        advantages=[row["advantage"] for row in rows],
+        takes_part=first["takes_part"],
+    )
+
+
+def replay_steps(
+    stage: OnPolicy,
+    context: StageContext,
+    updater: Updater,
+    goal: Goal,
+    source: Path,
+    steps: range,
+) -> dict[str, Any]:
+    """Train on the rollouts of these steps that the stage in the folder `source` has kept, without
+    a sampler, from the checkpoint that the stage starts from; write checkpoint and metrics.jsonl.
+
+    From step 1 on these are the losses and weights of the run that has sampled them. Later steps
+    were sampled by weights that nobody has any more: they are trained on as if by a stale sampler.
+    """
+    has_old_weights = steps[0] > 1
+    if has_old_weights:
+        say(f"{stage.name}: begins at step {steps[0]} with the weights from before step 1")
+    batches = KeptBatches(
+        source, needs_routes=stage.routing_replay, has_old_weights=has_old_weights
+    )
+    # The learning rate's schedule, in the updater, is that of the whole stage.
+    part = stage.model_copy(update={"max_steps": steps[-1], "verify_sync": False})
+    breaker = Breaker(stage, EventLog(context.folder), context.shared_folder)
+    log = context.open_log()
+    with context.open_progress(stage.name, len(steps)) as progress:
+        for metrics, _ in train(part, updater, NoSampler(), None, batches, breaker, steps[0]):
+            log.write(metrics)
+            show(progress, metrics, goal)
+    tokenizer = context.tokenizer(context.checkpoint(stage.policy))
+    save_checkpoint(updater.model, tokenizer, context.folder)
+    return {"replayed": str(source), "optimizer_steps": len(steps)}

@@ -1,0 +1,541 @@
+"""The vLLM engine: generate rollouts, take over weights. The only file that imports vllm.
+
+The engine runs in this process: on a small machine its own processes would cost three imports,
+and in-process weights move without a copy through the network.
+"""
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from pydantic import ValidationError
+from safetensors import safe_open
+from transformers import PreTrainedTokenizerBase
+
+from r1pipe.config.base import Sampling
+from r1pipe.config.recipe import Engine
+from r1pipe.models.model import fast_training_kernels, load_model
+from r1pipe.models.tokenizer import (
+    check_length,
+    encode_prompt,
+    find_opening,
+    join_end_ids,
+    load_tokenizer,
+    read_end_ids,
+    show_turn,
+)
+from r1pipe.models.weights import list_weights
+from r1pipe.rollout.route_capture import RouteCapture
+from r1pipe.rollout.vllm_args import (
+    available_memory,
+    check_architecture,
+    check_engine,
+    check_files,
+    describe_kind,
+    engine_arguments,
+    read_config,
+    require_moe_layers,
+    set_environment,
+)
+from r1pipe.types import Problem, Rollout
+from r1pipe.utils import distributed
+from r1pipe.utils.errors import UserError, first_line
+from r1pipe.utils.phases import beat, phase
+from r1pipe.utils.progress import say
+from r1pipe.utils.seeds import derive_seed
+
+PROBE_PROMPTS = ("What is 3 + 4?", "Count to 5.", "Why is the sky blue?", "x + 2 = 9. x = ?")
+PROBE_TOKENS = 16
+PROBE_LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
+"""Mean |log-probability difference| beyond which a reload is taken to have failed. In bf16 two
+right engines differ by about 1e-2; the wrong ones that were seen differed by 0.2 to 5.6."""
+
+
+class Sampler:
+    """One vLLM engine with the weights of one checkpoint at a time.
+
+    `with_routes`: `generate` may be asked for the routes of a mixture of experts.
+    Raises UserError if vLLM cannot run the checkpoint.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        settings: Engine,
+        dtype: str,
+        device: torch.device,
+        with_routes: bool = False,
+        chat_template: str | None = None,
+    ):
+        self.settings, self.device = settings, device
+        self.chat_template = chat_template
+        # On CPU they are recorded from outside, in any engine.
+        self.can_return_routes = with_routes or device.type == "cpu"
+        check_files(checkpoint)
+        self.dtype = dtype
+        self.open_tokenizer(checkpoint)
+        self.config = config = read_config(checkpoint)
+        self.kind = describe_kind(config, self.end_ids)
+        check_engine(checkpoint, config, settings, device.type, distributed.world_size())
+        if with_routes:
+            require_moe_layers(config)
+        set_environment(config, device, dtype, with_routes)
+        # Imported late and here only: vLLM reads its environment at import.
+        from vllm import LLM
+
+        check_architecture(checkpoint, config)
+        try:
+            with routes_on_every_rank(settings.tensor_parallel_size if with_routes else 1):
+                self.llm = LLM(
+                    checkpoint,
+                    **engine_arguments(config, settings, dtype, device, with_routes),
+                )
+        except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
+            raise UserError(f"{checkpoint}: vLLM cannot run it: {describe(error)}") from error
+        self.max_model_len = self.llm.llm_engine.model_config.max_model_len
+        self._capture: RouteCapture | None = None
+        self._moe_layers: list[int] = []
+        if with_routes:
+            self.prepare_routes()
+
+    def open_tokenizer(self, checkpoint: str) -> None:
+        """And what else decides how prompts begin and completions end."""
+        self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint, self.chat_template)
+        self.end_ids = join_end_ids(self.tokenizer, read_end_ids(checkpoint))
+        self._unsaid = {*self.end_ids, self.tokenizer.pad_token_id}
+        self._header, _ = show_turn(self.tokenizer)
+
+    def prepare_routes(self) -> None:
+        """Get ready to return routes. Raises UserError where there are none to return."""
+        if not self.can_return_routes:
+            raise RuntimeError("the sampler was opened without routes")
+        self._moe_layers = require_moe_layers(self.config)
+        if self.device.type == "cpu" and self._capture is None:
+            runner = self.llm.collective_rpc(lambda worker: worker.model_runner)[0]
+            self._capture = RouteCapture(runner)
+
+    def encode(self, problems: Iterable[Problem], max_completion_length: int) -> list[list[int]]:
+        """Prompt token ids. Raises UserError for a problem that does not fit the context."""
+        encoded = []
+        for problem in problems:
+            ids = encode_prompt(self.tokenizer, problem.prompt, f'problem "{problem.id}"')
+            check_length(problem, len(ids), max_completion_length, self.max_model_len)
+            encoded.append(ids)
+        return encoded
+
+    @phase("sampling")
+    def generate(
+        self,
+        problems: list[Problem],
+        num_samples: int,
+        sampling: Sampling,
+        seed_parts: tuple[object, ...],
+        on_group: Callable[[int, list[Rollout]], None] | None = None,
+        with_routes: bool = False,
+        part: slice = slice(None),
+        on_sample: Callable[[Rollout], None] | None = None,
+        have: Mapping[tuple[str, int], Rollout] | None = None,
+    ) -> list[Rollout]:
+        """`num_samples` rollouts per problem, those of one problem next to each other.
+
+        Each sample has a seed of its own, from `seed_parts`, the problem's id and the sample's
+        number, so it does not depend on what else is in the batch or came before.
+        `on_group(i, rollouts)` is called as soon as the samples of `problems[i]` are finished,
+        while others are still being sampled; routes come at the end. `with_routes` needs a sampler
+        that was opened with them. With a `part` only those of the problems are sampled, and
+        counted: the samples are the same as among all the others. `on_sample` is called for each
+        new sample; what is in `have`, by the problem's id and the sample's number, is taken from
+        there, without routes.
+        """
+        problems_here = range(len(problems))[part]
+        plan = self._plan(problems, num_samples, sampling, seed_parts)
+        plan = plan[problems_here.start * num_samples : problems_here.stop * num_samples]
+        finished = [(have or {}).get((problem.id, number)) for problem, _, number, _ in plan]
+        new = [place for place, rollout in enumerate(finished) if rollout is None]
+        requests = (
+            (place, plan[place][1], self._parameters(sampling, plan[place][3], with_routes))
+            for place in new
+        )
+        missing = [0] * len(problems_here)
+        for place in new:
+            missing[place // num_samples] += 1
+
+        def tell(group: int) -> None:
+            if on_group and not missing[group]:
+                on_group(group, finished[group * num_samples : (group + 1) * num_samples])
+
+        for group in range(len(missing)):
+            tell(group)
+        with self._capture.recording() if with_routes and self._capture else nullcontext():
+            for place, result in self._run(requests):
+                problem, ids, number, _ = plan[place]
+                rollout = finished[place] = self._read(result, problem, ids, number)
+                if with_routes and self._capture is None:
+                    rollout.routes = self._take_routes(result)
+                if on_sample:
+                    on_sample(rollout)
+                missing[place // num_samples] -= 1
+                tell(place // num_samples)
+        if with_routes and self._capture is not None:
+            routes = self._capture.collect({str(i): count_routes(finished[i]) for i in new})
+            for place in new:
+                finished[place].routes = routes[str(place)]
+        return finished
+
+    def _plan(
+        self,
+        problems: list[Problem],
+        num_samples: int,
+        sampling: Sampling,
+        seed_parts: tuple[object, ...],
+    ) -> list[tuple[Problem, list[int], int, int]]:
+        """Problem, prompt, number and seed of every sample."""
+        plan = []
+        times: dict[str, int] = {}
+        prompts = self.encode(problems, sampling.max_completion_length)
+        for problem, ids in zip(problems, prompts, strict=True):
+            # A problem that comes twice in a batch gets other samples the second time.
+            again = (times[problem.id],) if problem.id in times else ()
+            times[problem.id] = times.get(problem.id, 0) + 1
+            plan += [
+                (problem, ids, number, derive_seed(*seed_parts, *again, problem.id, number))
+                for number in range(num_samples)
+            ]
+        return plan
+
+    def _parameters(self, sampling: Sampling, seed: int, with_routes: bool) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        return SamplingParams(
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k or -1,
+            max_tokens=sampling.max_completion_length,
+            stop_token_ids=self.end_ids,
+            seed=seed,
+            # Of the sampled tokens, in one list: no object for each of them.
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            skip_special_tokens=False,
+            # A prompt read from the cache is not routed again, so its routes would be missing.
+            skip_reading_prefix_cache=with_routes and self._capture is not None,
+        )
+
+    def _run(self, requests: Iterable[tuple[int, list[int], Any]]) -> Iterator[tuple[int, Any]]:
+        """vLLM's results as they come, each with its request's place. `requests`: places, prompts
+        and parameters, of which the engine gets so many at a time that it never waits for more."""
+        from vllm.inputs import tokens_input
+
+        engine = self.llm.llm_engine
+        coming, waiting = iter(requests), set()
+        try:
+            while True:
+                for place, ids, wanted in islice(coming, self._queue_size - len(waiting)):
+                    engine.add_request(str(place), tokens_input(ids), wanted)
+                    waiting.add(str(place))
+                if not engine.has_unfinished_requests():
+                    break
+                results = engine.step()
+                beat()
+                for result in results:
+                    if result.finished:
+                        waiting.remove(result.request_id)
+                    yield int(result.request_id), result
+        finally:
+            if waiting:  # interrupted: the next call must not meet these requests
+                engine.abort_request(list(waiting))
+
+    def find_opening(self, prompt_ids: list[int]) -> str:
+        """What the chat template has begun of the completion, such as <think>."""
+        return find_opening(self.tokenizer, prompt_ids, self._header)
+
+    @property
+    def _queue_size(self) -> int:
+        """As many again as can run: a step admits no more, so what runs together is what it would
+        be with all of them in the queue."""
+        return 2 * self.settings.max_num_seqs
+
+    @property
+    def opened_tag(self) -> str:
+        return self.find_opening(encode_prompt(self.tokenizer, [{"role": "user", "content": "?"}]))
+
+    def stream(
+        self, messages: list[dict[str, str]], sampling: Sampling, seed: int
+    ) -> Iterator[str]:
+        """One completion, piece by piece as it is sampled. Raises UserError for a conversation that
+        has outgrown the context."""
+        from vllm.sampling_params import RequestOutputKind
+
+        ids = encode_prompt(self.tokenizer, messages)
+        room = self.max_model_len - len(ids)
+        if room < 1:
+            raise UserError(f"the conversation does not fit the context of {self.max_model_len}")
+        parameters = self._parameters(sampling, seed, with_routes=False)
+        parameters.max_tokens = min(parameters.max_tokens, room)
+        parameters.output_kind = RequestOutputKind.DELTA
+        parameters.detokenize = True
+        for _, result in self._run([(0, ids, parameters)]):
+            yield result.outputs[0].text
+
+    def _read(self, result: Any, problem: Problem, prompt_ids: list[int], number: int) -> Rollout:
+        output = result.outputs[0]
+        tokens = list(output.token_ids)
+        # Special tokens stay: <think> may be one, and a policy that writes <|user|> has done so.
+        said = self.tokenizer.decode([token for token in tokens if token not in self._unsaid])
+        return Rollout(
+            problem_id=problem.id,
+            sample=number,
+            prompt_ids=prompt_ids,
+            completion_ids=tokens,
+            logprobs=list(output.logprobs.logprobs),
+            completion=self.find_opening(prompt_ids) + said,
+            finish_reason=output.finish_reason,
+        )
+
+    def _take_routes(self, result: Any) -> np.ndarray:
+        """Those that vLLM returns, `[prompt + completion - 1, L, K]`, L its mixture-of-experts
+        layers. Raises RuntimeError if the sampler was not opened with them."""
+        if not self._moe_layers:
+            raise RuntimeError("the sampler was opened without routes")
+        output = result.outputs[0]
+        rows = output.routed_experts
+        length = len(result.prompt_token_ids) + len(output.token_ids) - 1
+        if rows is None or len(rows) < length:
+            found = 0 if rows is None else len(rows)
+            raise RuntimeError(f"vLLM returned the routes of {found} of {length} tokens")
+        # It has a column for every decoder layer, those of the dense ones unused.
+        return rows[:length, self._moe_layers]
+
+    def own_part(self, num_problems: int) -> slice:
+        """Which of so many problems this rank's engine samples. The ranks of a tensor-parallel
+        group are one engine, and all sample the same."""
+        size = 1 if distributed.alone() else self.settings.tensor_parallel_size
+        return distributed.cut(
+            num_problems, distributed.rank() // size, distributed.world_size() // size
+        )
+
+    def kept_part(self, num_problems: int) -> slice:
+        """Which of the problems that its engine samples this rank then judges and trains on."""
+        size = 1 if distributed.alone() else self.settings.tensor_parallel_size
+        return distributed.cut(num_problems, distributed.rank() % size, size)
+
+    @phase("sync")
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Take over weights under a checkpoint's names (`models.export_weights`)."""
+        if self.device.type == "cpu":
+            # The layer-wise reload repacks the experts' weights but keeps their old kernel, which
+            # then computes with the wrong layout, silently (log-prob error 1.4). Without a kernel
+            # it builds a new one.
+            self.llm.apply_model(drop_expert_kernels)
+        (absent,) = self.llm.collective_rpc(reload_weights, args=(iter(weights),))
+        if absent:
+            more = f" and {len(absent) - 1} more layers" if len(absent) > 1 else ""
+            raise UserError(f"vLLM was given no weights of {absent[0]}{more}")
+        if self.device.type == "cpu":
+            self.llm.apply_model(repack_tied_head)
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM has kept keys and values of the weights before")
+
+    def load_checkpoint(self, checkpoint: str) -> None:
+        """Take over the weights of another checkpoint of the same kind, and its tokenizer."""
+        self.open_tokenizer(checkpoint)
+        self.load_weights(read_weights(Path(checkpoint)))
+
+    def probe(self, checkpoint: str) -> float | None:
+        """Mean |log-probability - that of the checkpoint in transformers| of a few tokens of every
+        rank's engine; None where transformers cannot load it, or memory is too short to."""
+        problems = [
+            Problem(str(n), "", [{"role": "user", "content": text}])
+            for n, text in enumerate(PROBE_PROMPTS)
+        ]
+        length = min(PROBE_TOKENS, self.max_model_len // 2)
+        try:
+            sampling = Sampling(max_completion_length=length)
+            own = self.generate(problems, 1, sampling, ("probe", distributed.rank()))
+        except UserError:  # a context too short for these prompts
+            own = []
+        by_rank = distributed.gather_to_first(own)
+        rollouts = [rollout for part in by_rank for rollout in part]
+        return distributed.on_first_rank(
+            lambda: measure_difference(checkpoint, rollouts, self.dtype, self.device)
+        )
+
+    def close(self) -> None:
+        """Free the engine, so that another can take its memory."""
+        core = self.llm.llm_engine.engine_core
+        if distributed.alone():
+            core.shutdown()
+        else:
+            # vLLM would tear down the default process group, which is the trainer's.
+            from vllm.distributed import destroy_model_parallel
+
+            with mock.patch("vllm.v1.engine.core.cleanup_dist_env_and_memory"):
+                core.shutdown()
+            destroy_model_parallel()
+        del self.llm
+        gc.collect()
+
+
+class Engines:
+    """Keeps the last engine: stages with one architecture share it, and pay one start-up."""
+
+    def __init__(
+        self, settings: Engine, dtype: str, device: torch.device, chat_template: str | None = None
+    ):
+        self.settings, self.dtype, self.device = settings, dtype, device
+        self.chat_template = chat_template
+        self._sampler: Sampler | None = None
+
+    @phase("starting vLLM")
+    def open(self, checkpoint: str, with_routes: bool = False) -> Sampler:
+        """A sampler with this checkpoint's weights, `with_routes` one that can return routes."""
+        if self._sampler is not None and self._can_reload(checkpoint, with_routes):
+            self._sampler.load_checkpoint(checkpoint)
+            diff = self._sampler.probe(checkpoint)
+            if diff is not None and diff <= PROBE_LIMITS[self.dtype]:
+                if with_routes:
+                    self._sampler.prepare_routes()
+                return self._sampler
+            if diff is not None:
+                say(f"{checkpoint}: reloaded, vLLM is {diff:.1e} off (mean |dlogp|): started anew")
+        self.close()
+        self._sampler = Sampler(
+            checkpoint, self.settings, self.dtype, self.device, with_routes, self.chat_template
+        )
+        return self._sampler
+
+    def _can_reload(self, checkpoint: str, with_routes: bool) -> bool:
+        # An engine that one process has on several devices has processes of its own, which weights
+        # from here do not reach.
+        if distributed.alone() and self.settings.tensor_parallel_size > 1:
+            return False
+        if self._sampler.can_return_routes < with_routes or not Path(checkpoint).is_dir():
+            return False
+        tokenizer = load_tokenizer(checkpoint, self.chat_template)
+        end_ids = join_end_ids(tokenizer, read_end_ids(checkpoint))
+        return describe_kind(read_config(checkpoint), end_ids) == self._sampler.kind
+
+    def close(self) -> None:
+        if self._sampler is not None:
+            self._sampler.close()
+            self._sampler = None
+
+
+def routes_on_every_rank(tensor_parallel_size: int) -> AbstractContextManager:
+    """Within it, an engine is built of which every rank can return routes.
+
+    vLLM hands them out on the first rank of a tensor-parallel group, where an engine of its own
+    processes asks for them. Under external_launcher every rank is an engine, and asks its own.
+    """
+    if tensor_parallel_size == 1 or distributed.alone():
+        return nullcontext()
+    return mock.patch(
+        "vllm.distributed.aux_output_connector.worker.get_tp_group",
+        return_value=SimpleNamespace(is_first_rank=True),
+    )
+
+
+def reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
+    """Run inside the engine: vLLM's layer-wise reload. Returns the layers that got no weights and
+    so have kept their old ones, which vLLM only logs."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    model = worker.get_model()
+    load, absent = model.load_weights, []
+
+    def load_and_look(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
+        loaded = load(weights)
+        tied = getattr(model.config, "tie_word_embeddings", False)
+        for name, layer in model.named_modules():
+            info = get_layerwise_info(layer)
+            # What is whole has been put in its place by now, and waits no more.
+            waits = info.can_load() and not info.load_numel
+            if waits and any(True for _ in layer.parameters(recurse=False)):
+                absent.append(name)
+        if tied and "lm_head" in absent:
+            absent.remove("lm_head")
+        return loaded
+
+    model.load_weights = load_and_look
+    try:
+        worker.reload_weights(weights_iterator=weights)
+    finally:
+        del model.load_weights  # the instance's; the class has its own
+    return absent
+
+
+def drop_expert_kernels(model: torch.nn.Module) -> None:
+    """Run inside the engine before a reload; see Sampler.load_weights."""
+    for module in model.modules():
+        experts = getattr(module, "routed_experts", None)
+        if experts is not None:
+            experts.quant_method.moe_kernel = None
+
+
+def repack_tied_head(model: torch.nn.Module) -> None:
+    """Run inside the engine after a reload. A head tied to the embedding has no tensor of its own
+    in the checkpoint, so the reload leaves its packed copy of the old weights (log-prob error 0.2).
+    """
+    head = getattr(model, "lm_head", None)
+    if getattr(model.config, "tie_word_embeddings", False) and hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
+
+
+@torch.no_grad()
+def measure_difference(
+    checkpoint: str, rollouts: list[Rollout], dtype: str, device: torch.device
+) -> float | None:
+    """Mean |sampler - transformers| log-probability; see Sampler.probe."""
+    size = sum(file.stat().st_size for file in list_weights(Path(checkpoint)))
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.5 * size:
+        device = torch.device("cpu")
+    if not rollouts or (device.type == "cpu" and available_memory() < 2 * size):
+        return None
+    try:
+        model = load_model(checkpoint, device, dtype=getattr(torch, dtype)).eval()
+    except UserError:
+        return None
+    diffs = []
+    with fast_training_kernels(device, dtype):
+        for rollout in rollouts:
+            ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids], device=device)
+            logits_NV = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            logprobs_N = logits_NV.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+            sampled = torch.tensor(rollout.logprobs, device=device)
+            diffs.append((logprobs_N[-len(sampled) :] - sampled).abs())
+    return float(torch.cat(diffs).mean())
+
+
+def count_routes(rollout: Rollout) -> int:
+    """Tokens that the sampler has read."""
+    return len(rollout.prompt_ids) + len(rollout.completion_ids) - 1
+
+
+def describe(error: Exception) -> str:
+    """What is wrong, in one line: pydantic begins with a count."""
+    problems = error.errors() if isinstance(error, ValidationError) else []
+    if problems:
+        message = problems[0]["msg"].removeprefix("Value error, ").strip()
+        return message.splitlines()[0]
+    return first_line(error)
+
+
+def read_weights(folder: Path) -> Iterable[tuple[str, torch.Tensor]]:
+    """Names and tensors of a checkpoint folder's files."""
+    for file in list_weights(folder):
+        if file.suffix == ".bin":
+            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+            continue
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                yield name, tensors.get_tensor(name)

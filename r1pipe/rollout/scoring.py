@@ -1,0 +1,253 @@
+"""Calls reward functions on rollouts, weights them, and counts what none could judge.
+
+The contract is TRL's (1.16, GRPOTrainer._calculate_rewards): plain functions, callable objects, and
+`async` functions of these, called by keyword with
+
+    prompts, completions, completion_ids   one entry per rollout; completions are strings, or with
+                                           `conversational` lists of messages
+    id, kind, answer, tests, solution, ... every column of the problem, one entry per rollout
+    trainer_state                          transformers.TrainerState: global_step, max_steps, epoch
+    log_extra(column, values)              a value per rollout, kept with it
+    log_metric(name, value)                a number, averaged over the step into metrics.jsonl
+
+A function without `**kwargs` is given only what it names. Each returns a number or None for every
+rollout: a list, a NumPy array or a tensor.
+"""
+
+import asyncio
+import functools
+import inspect
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+from r1pipe.config.base import Reward
+from r1pipe.types import Problem, Rollout, Score
+from r1pipe.utils.errors import UserError
+from r1pipe.utils.imports import describe_failure, find_reward
+from r1pipe.utils.phases import phase
+from rewards import SandboxError
+from rewards.workers.pool import WorkerError
+
+COLUMNS = tuple(f.name for f in fields(Problem) if f.name not in ("prompt", "extra"))
+
+
+def name_rewards(rewards: Iterable[Reward]) -> list[str]:
+    """What each is called in the log: its function, and a number from the second time on."""
+    seen: Counter[str] = Counter()
+    names = []
+    for reward in rewards:
+        seen[reward.function] += 1
+        number = seen[reward.function]
+        names.append(reward.function if number == 1 else f"{reward.function}#{number}")
+    return names
+
+
+class Scorer:
+    """The reward functions of a stage, looked up once.
+
+    Raises UserError for a function that does not exist or does not take its `options`.
+    """
+
+    def __init__(self, rewards: list[Reward]):
+        names = name_rewards(rewards)
+        self.calls = [Call(*pair) for pair in zip(names, rewards, strict=True)]
+
+    @phase("scoring")
+    def score(
+        self,
+        problems: list[Problem],
+        rollouts: list[Rollout],
+        trainer_state: Mapping[str, float] | None = None,
+    ) -> list[Score]:
+        """One Score per rollout; `problems[i]` is the problem of `rollouts[i]`. `trainer_state` is
+        given to the functions as one of transformers; without it they see that of step 0.
+
+        Raises UserError for a function that raises, or returns anything but a number or None for
+        each.
+        """
+        scores = [Score() for _ in rollouts]
+        if not rollouts:
+            return scores
+        given = (problems, rollouts, trainer_state or {}, scores)
+        values = {call: call.run(*given) for call in self.calls if not call.is_async}
+        if waiting := [call for call in self.calls if call.is_async]:
+
+            async def run_all() -> list[list[float | None]]:
+                return await asyncio.gather(*(call.run_async(*given) for call in waiting))
+
+            running = asyncio.run_coroutine_threadsafe(run_all(), start_event_loop())
+            values |= zip(waiting, running.result(), strict=True)
+        for call in self.calls:
+            for score, value in zip(scores, values[call], strict=True):
+                score.rewards[call.name] = value
+                if value is not None:
+                    score.total = (score.total or 0.0) + call.reward.weight * value
+        return scores
+
+
+class Call:
+    """A reward of a recipe, what the log calls it, and its function."""
+
+    def __init__(self, name: str, reward: Reward):
+        self.name, self.reward, self.function = name, reward, find_reward(reward.function)
+        inner = self.function
+        while isinstance(inner, functools.partial):
+            inner = inner.func
+        self.is_async = any(map(inspect.iscoroutinefunction, (inner, inner.__call__)))
+        parameters = inspect.signature(self.function).parameters.values()
+        self.takes = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+        # Our own ignore what they do not name, and need no transformers.
+        is_ours = getattr(inner, "__module__", "").partition(".")[0] == "rewards"
+        self.takes_all = not is_ours and len(self.takes) < len(parameters)
+        for option in reward.options:
+            if option not in self.takes:
+                near = get_close_matches(option, self.takes, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise UserError(f'reward "{reward.function}": no option "{option}"{hint}')
+
+    def run(self, *given: Any) -> list[float | None]:
+        try:
+            return self.read(self.function(**self.arguments(*given)), len(given[0]))
+        except (Exception, SystemExit) as error:
+            raise self.explain(error) from error
+
+    async def run_async(self, *given: Any) -> list[float | None]:
+        try:
+            return self.read(await self.function(**self.arguments(*given)), len(given[0]))
+        except (Exception, SystemExit) as error:
+            raise self.explain(error) from error
+
+    def arguments(
+        self,
+        problems: list[Problem],
+        rollouts: list[Rollout],
+        trainer_state: Mapping[str, float],
+        scores: list[Score],
+    ) -> dict[str, Any]:
+        """By name, of those that the function takes; copies of what the caller still needs."""
+        columns = {
+            name: partial(lambda name: [getattr(p, name) for p in problems], name)
+            for name in COLUMNS
+        }
+        for name in {name for p in problems for name in p.extra or ()}:
+            columns[name] = partial(
+                lambda name: [(p.extra or {}).get(name) for p in problems], name
+            )
+        given: dict[str, Callable[[], Any]] = {
+            **columns,
+            "prompts": lambda: [[dict(message) for message in p.prompt] for p in problems],
+            "completions": lambda: [self.shape_completion(r.completion) for r in rollouts],
+            "completion_ids": lambda: [list(r.completion_ids) for r in rollouts],
+            "trainer_state": lambda: make_trainer_state(trainer_state),
+            "log_extra": lambda: partial(self.log_extra, scores),
+            "log_metric": lambda: partial(self.log_metric, scores),
+        }
+        values = {n: make() for n, make in given.items() if self.takes_all or n in self.takes}
+        return {**values, **self.reward.options}
+
+    def shape_completion(self, text: str) -> str | list[dict[str, str]]:
+        return [{"role": "assistant", "content": text}] if self.reward.conversational else text
+
+    def explain(self, error: BaseException) -> UserError:
+        if isinstance(error, UserError):
+            return error
+        if isinstance(error, SandboxError | WorkerError):
+            return UserError(f'reward "{self.name}": {error}')
+        hint = ""
+        if isinstance(error, TypeError) and "string indices" in str(error):
+            hint = "; completions are strings; lists of messages with conversational: true"
+        elif isinstance(error, TypeError) and "required" in str(error):
+            known = ", ".join(("prompts", "completions", "completion_ids", *COLUMNS))
+            hint = f"; a reward is given {known} and its options"
+        return UserError(f'reward "{self.name}" raised {describe_failure(error)}{hint}')
+
+    def read(self, result: Any, count: int) -> list[float | None]:
+        """What a function returned, as numbers."""
+        values = result.tolist() if hasattr(result, "tolist") else result
+        what = ""
+        if not isinstance(values, list | tuple):
+            what = "None" if values is None else f"one value, {values!r:.60}"
+        elif len(values) != count:
+            what = f"{len(values)} values for {count} completions"
+        else:
+            # Single values of NumPy and torch have tolist(), too.
+            values = [v.tolist() if hasattr(v, "tolist") else v for v in values]
+            odd = [v for v in values if not isinstance(v, int | float | None) or is_infinite(v)]
+            what = f"{odd[0]!r:.60} as a value" if odd else ""
+        if what:
+            raise UserError(
+                f'reward "{self.name}" returned {what}: a reward returns a list with a number, or '
+                "None where it cannot judge, for each completion"
+            )
+        return [None if value is None else float(value) for value in values]
+
+    def log_extra(self, scores: list[Score], column: str, values: Iterable[Any]) -> None:
+        values = list(values)
+        if len(values) != len(scores):
+            raise UserError(
+                f'reward "{self.name}": log_extra("{column}") has {len(values)} values for '
+                f"{len(scores)} completions"
+            )
+        for score, value in zip(scores, values, strict=True):
+            value = value.tolist() if hasattr(value, "tolist") else value
+            plain = value if isinstance(value, str | int | float | None) else str(value)
+            score.extra = {**(score.extra or {}), str(column): plain}
+
+    def log_metric(self, scores: list[Score], name: str, value: Any) -> None:
+        try:
+            number = float(value)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f'reward "{self.name}": log_metric("{name}"): {value!r} is no number'
+            ) from error
+        metrics = scores[0].metrics or {}
+        scores[0].metrics = {**metrics, name: [*metrics.get(name, ()), number]}
+
+
+def is_infinite(value: float | None) -> bool:
+    """Which would make every advantage of its group NaN."""
+    return isinstance(value, float) and math.isinf(value)
+
+
+def make_trainer_state(facts: Mapping[str, float]) -> Any:
+    """Where nothing trains, that of the first of one step: functions divide by max_steps."""
+    from transformers import TrainerState
+
+    return TrainerState(**{"max_steps": 1, "epoch": 0.0, **facts})
+
+
+@functools.cache
+def start_event_loop() -> asyncio.AbstractEventLoop:
+    """One for the process, in a thread of its own: what async rewards keep open, such as the
+    connections of a client, belongs to the loop that they were opened in."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True, name="async rewards").start()
+    return loop
+
+
+def reward_metrics(scores: list[Score]) -> dict[str, float]:
+    """Means over the judged rollouts and the share that could not be judged, per function; and what
+    functions have logged with `log_metric`, averaged."""
+    metrics = {}
+    for name in scores[0].rewards if scores else ():
+        judged = [s.rewards[name] for s in scores if s.rewards[name] is not None]
+        metrics[f"rewards/{name}/mean"] = mean(judged)
+        metrics[f"rewards/{name}/unjudged"] = 1 - len(judged) / len(scores)
+    totals = [s.total for s in scores if s.total is not None]
+    metrics["reward"] = mean(totals)
+    metrics["reward_unjudged"] = 1 - len(totals) / max(1, len(scores))
+    logged: dict[str, list[float]] = {}
+    for score in scores:
+        for name, values in (score.metrics or {}).items():
+            logged.setdefault(name, []).extend(values)
+    return {**{name: mean(values) for name, values in logged.items()}, **metrics}
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")

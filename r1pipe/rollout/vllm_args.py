@@ -1,0 +1,260 @@
+"""vLLM's arguments, and the models that it would load wrongly or not at all."""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from r1pipe.config.recipe import Engine
+from r1pipe.models.quirks import find_quirks, has_mla
+from r1pipe.models.routing import find_moe_layers
+from r1pipe.models.tokenizer import load_tokenizer
+from r1pipe.models.weights import check_weights, find_strays, list_weights
+from r1pipe.utils import distributed
+from r1pipe.utils.errors import UserError, first_line
+
+_own_variables: set[str] = set()
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""What vLLM's CPU attention kernel is compiled for."""
+
+
+def engine_arguments(
+    config: Any,
+    settings: Engine,
+    dtype: str,
+    device: torch.device,
+    with_routes: bool = False,
+) -> dict[str, Any]:
+    """Arguments of vLLM's LLM, the model's quirks included."""
+    context = settings.max_model_len or config.max_position_embeddings
+    arguments = {
+        # "auto" would turn a float32 checkpoint into bf16 without a word.
+        "dtype": dtype,
+        "max_model_len": context,
+        "max_num_seqs": settings.max_num_seqs,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "enforce_eager": settings.enforce_eager or device.type == "cpu",
+        # At the sampling temperature: what the trainer compares its own with.
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+        "seed": 0,
+    }
+    if not distributed.alone():
+        # An engine per rank, or per `tensor_parallel_size` neighbouring ranks, on the trainer's
+        # process group: with any other backend every engine would take the machine's first GPU.
+        arguments["distributed_executor_backend"] = "external_launcher"
+    if settings.kv_cache_gib is not None:
+        arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
+    if device.type == "cpu":
+        # A prompt cut into chunks makes vLLM rewind the sample's random generator, and torch's CPU
+        # generators cannot ("CPU Generator does not use offset").
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = max(8192, context)
+        arguments.update(find_quirks(config.model_type).cpu_engine)
+    elif with_routes:
+        arguments["enable_return_routed_experts"] = True
+    return arguments
+
+
+def server_command(
+    checkpoint: str,
+    settings: Engine,
+    dtype: str,
+    device: torch.device,
+    name: str,
+    host: str,
+    port: int,
+) -> list[str]:
+    """vLLM's OpenAI-compatible server, with the model's quirks; the environment is set for it.
+
+    Thinking is returned separately where `<think>` and `</think>` are tokens of the model: vLLM's
+    parser works on ids."""
+    check_files(checkpoint)
+    config = read_config(checkpoint)
+    check_engine(checkpoint, config, settings, device.type, num_processes=1)
+    set_environment(config, device, dtype)
+    os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING")  # the server's engine has its own process
+    arguments = engine_arguments(config, settings, dtype, device)
+    # It serves: what its log-probs are of is the caller's business, who expects the model's own.
+    del arguments["logprobs_mode"], arguments["disable_log_stats"]
+    if {"<think>", "</think>"} <= set(load_tokenizer(checkpoint).get_vocab()):
+        arguments["reasoning_parser"] = "deepseek_r1"
+    arguments |= {"served_model_name": name, "host": host, "port": port}
+    arguments |= {"uvicorn_log_level": "warning", "disable_uvicorn_access_log": True}
+    # -P: the working folder's files must not stand in for library modules.
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        checkpoint,
+    ]
+    for key, value in arguments.items():
+        flag = key.replace("_", "-")
+        if isinstance(value, bool):
+            command.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            text = json.dumps(value) if isinstance(value, dict) else str(value)
+            command += [f"--{flag}", text]
+    return command
+
+
+def set_environment(
+    config: Any, device: torch.device, dtype: str, with_routes: bool = False
+) -> None:
+    """What vLLM reads from the environment. A value that the user has set stays; what an earlier
+    engine needed and this one does not is taken back."""
+    wanted = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if device.type == "cpu":
+        # vLLM would keep one core free and bind its threads to the others; in one process with
+        # the trainer, which waits while it samples, both use all cores.
+        wanted |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    elif with_routes:
+        wanted["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # the one that returns routes
+    if device.type == "cuda" and dtype == "float32":
+        # Triton's kernels for attention and experts would round products to TF32's ten bits.
+        wanted["TRITON_F32_DEFAULT"] = "ieee"
+    if not has_mla(config, device.type, dtype):
+        wanted["VLLM_MLA_DISABLE"] = "1"
+    for name in _own_variables - wanted.keys():
+        os.environ.pop(name, None)
+    _own_variables.intersection_update(wanted)
+    for name, value in wanted.items():
+        if name not in os.environ:
+            os.environ[name] = value
+            _own_variables.add(name)
+    if "vllm.envs" in sys.modules:  # an engine has been here, and has read them once and for all
+        sys.modules["vllm.envs"].disable_envs_cache()
+
+
+def check_engine(
+    name: str,
+    config: Any,
+    settings: Engine,
+    device_type: str,
+    num_processes: int,
+    trains: bool = False,
+) -> None:
+    """Raises UserError for what vLLM would refuse, or not survive, as far as a model's config
+    tells. `trains`: whether a stage sends the engine new weights. Imports no vLLM.
+    """
+    size = settings.tensor_parallel_size
+    if num_processes % size and (trains or num_processes > 1):
+        raise UserError(
+            f"engine.tensor_parallel_size {size}: {num_processes} process"
+            f"{'es' * (num_processes > 1)} cannot be grouped by {size}: start as many with NPROC"
+        )
+    text = config.get_text_config()
+    if heads := getattr(text, "num_attention_heads", None):
+        if heads % size:
+            raise UserError(
+                f"engine.tensor_parallel_size {size}: the {heads} attention heads of {name} cannot "
+                "be shared out evenly"
+            )
+        if device_type == "cpu":
+            check_cpu_attention(name, text)
+    longest = find_longest_context(text)
+    if settings.max_model_len and longest and settings.max_model_len > longest:
+        raise UserError(
+            f"engine.max_model_len {settings.max_model_len} is more than the context of {name}, "
+            f"{longest} tokens: lower it"
+        )
+
+
+def check_cpu_attention(name: str, config: Any) -> None:
+    """Raises UserError for a head size that vLLM's CPU attention would refuse with a riddle."""
+    rope, nope = (getattr(config, f"qk_{part}_head_dim", None) for part in ("rope", "nope"))
+    if rope and nope:
+        key, size = "qk_nope_head_dim + qk_rope_head_dim", rope + nope
+    elif size := getattr(config, "head_dim", None):
+        key = "head_dim"
+    else:
+        key = "hidden_size / num_attention_heads"
+        size = config.hidden_size // config.num_attention_heads
+    if size not in CPU_HEAD_SIZES:
+        raise UserError(
+            f"{name}: {key} is {size}; on CPU vLLM's attention needs one of "
+            f"{', '.join(map(str, CPU_HEAD_SIZES))}"
+        )
+
+
+def find_longest_context(config: Any) -> int | None:
+    """How long sequences may be, with what a scaled rotary embedding adds; None if nothing says."""
+    longest = getattr(config, "max_position_embeddings", None)
+    scaling = getattr(config, "rope_parameters", None) or {}
+    # Some have one for each kind of layer.
+    parts = [scaling, *(part for part in scaling.values() if isinstance(part, dict))]
+    factor = max(float(part.get("factor") or 1.0) for part in parts)
+    return longest and int(longest * max(1.0, factor))
+
+
+def check_architecture(checkpoint: str, config: Any) -> None:
+    """Raises UserError for a model that vLLM does not have. Imports vLLM: its environment must be
+    set."""
+    from vllm.model_executor.models import ModelRegistry
+
+    # A config that no model has been saved with does not say.
+    default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+    architectures = config.architectures or [default]
+    if not set(architectures) & set(ModelRegistry.get_supported_archs()):
+        raise UserError(
+            f"{checkpoint}: vLLM cannot run the architecture {', '.join(architectures)}"
+        )
+
+
+def check_files(checkpoint: str) -> None:
+    """Raises UserError for a checkpoint folder of which vLLM would load something else than its
+    weights."""
+    check_weights(checkpoint)
+    if strays := find_strays(Path(checkpoint).expanduser()):
+        raise UserError(
+            f"{strays[0]}: vLLM would load it beside {list_weights(strays[0].parent)[0].name}: "
+            "move it elsewhere"
+        )
+
+
+def read_config(checkpoint: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+    except Exception as error:  # a config's values are checked by each architecture in its own way
+        raise UserError(f"{checkpoint}: no model config: {first_line(error)}") from error
+
+
+def require_moe_layers(config: Any) -> list[int]:
+    """Which decoder layers have routes. Raises UserError if none has."""
+    layers = find_moe_layers(config)
+    if not layers:
+        raise UserError(f"routing_replay: {config.model_type} is no mixture of experts")
+    return layers
+
+
+def describe_kind(config: Any, end_ids: list[int]) -> str:
+    """Equal for two checkpoints if and only if one's weights fit the other's engine, and end where
+    the engine ends: vLLM reads end tokens once. Prompts come as token ids, so chat template and
+    vocabulary do not matter to it."""
+    values = {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in ("_name_or_path", "transformers_version", "dtype")
+    }
+    return json.dumps([values, sorted(end_ids)], sort_keys=True, default=str)
+
+
+def available_memory() -> int:
+    """Bytes of the machine's memory that can be had, the file cache's included."""
+    found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) * 1024 if found else 0

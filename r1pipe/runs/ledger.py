@@ -1,0 +1,342 @@
+"""What a run costs: time, devices, energy and money of everything that was done for it.
+
+`runs/<name>/ledger.jsonl` is a journal that only grows: a line when a stage begins, one for each
+step, one when it ends. So it knows what no checkpoint knows: attempts that were killed, steps that
+were done twice, stages that were made again. From it each stage's folder gets `ledger.jsonl` (a
+line per step) and `ledger.json`, and the run `ledger.json`.
+
+A killed attempt writes no end. While one runs the journal's modification time is kept current, and
+whoever opens it next takes that for the end. Imports no torch.
+"""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from r1pipe.config.recipe import Recipe
+from r1pipe.runs.energy import EnergyMeter, open_nvml, open_rapl
+from r1pipe.utils import distributed
+from r1pipe.utils.jsonl import dump_row, read_jsonl, write_jsonl, write_text
+
+SECONDS_BETWEEN_SIGNS = 5.0
+"""Of life: how exactly the end of a killed attempt is known."""
+LEDGER, SUMMARY = "ledger.jsonl", "ledger.json"
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the run occupies, over all its processes: so many GPUs, or CPU cores."""
+
+    unit: str
+    count: int
+    meter: EnergyMeter
+
+    @classmethod
+    def here(cls, recipe: Recipe, device_type: str) -> "Hardware":
+        """`device_type` is torch's, "cuda" or "cpu". Energy is read on rank 0's machine, so a run
+        on several machines has none."""
+        processes = distributed.world_size()
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        many_machines = processes_here < processes
+        if device_type == "cpu":
+            meter = EnergyMeter([], []) if many_machines else open_rapl()
+            return cls("core", processes * count_cores(), meter)
+        import torch
+
+        # A process has one GPU; alone it has those that its engine asks for.
+        per_process = recipe.engine.tensor_parallel_size if distributed.alone() else 1
+        uuids = [
+            f"GPU-{torch.cuda.get_device_properties(index).uuid}"
+            for index in range(min(processes_here * per_process, torch.cuda.device_count()))
+        ]
+        meter = EnergyMeter([], []) if many_machines else open_nvml(uuids)
+        return cls("GPU", processes * per_process, meter)
+
+
+def count_cores() -> int:
+    """Cores that this process computes on: those that it may use, but no more than its threads."""
+    allowed = len(os.sched_getaffinity(0))
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    return min(allowed, int(threads)) if threads.isdigit() and int(threads) else allowed
+
+
+class Ledger:
+    """Keeps a run's journal. On other ranks than the first it does nothing."""
+
+    def __init__(self, run_dir: Path, recipe: Recipe, hardware: Hardware):
+        self.run_dir, self.hardware = run_dir, hardware
+        self.price, self.currency = recipe.price_per_device_hour, recipe.currency
+        self._journal = Journal(run_dir / LEDGER)
+        self._stage = ""
+        self._began = self._last = 0.0
+        self._spent_before_s = 0.0
+        self._noted = {"tokens_sampled": 0, "tokens_trained": 0}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator["Ledger"]:
+        """Within it `name` is what time is spent on. `finish` makes it a finished one."""
+        if not distributed.is_first():
+            yield self
+            return
+        self._journal.close_last_attempt()
+        self._spent_before_s = sum(a.wall_s for a in read_attempts(self.run_dir) if a.stage == name)
+        self._stage = name
+        self._noted = dict.fromkeys(self._noted, 0)
+        self._began = self._last = time.monotonic()
+        self.hardware.meter.read()
+        self._journal.write(
+            event="begin",
+            stage=name,
+            unit=self.hardware.unit,
+            devices=self.hardware.count,
+            price_per_device_hour=self.price,
+            currency=self.currency,
+        )
+        with self._journal.kept_current():
+            try:
+                yield self
+            finally:
+                if self._stage:
+                    self._end("stopped", {})
+
+    def finish(self, facts: dict[str, Any], folder: Path) -> None:
+        """The stage is made: close its account, and put what it cost into its folder. Of `facts`
+        (its record's), `tokens_sampled` and `tokens_trained` count where no step has told."""
+        if not distributed.is_first():
+            return
+        name = self._stage
+        self._end("finished", facts)
+        attempts = [a for a in read_attempts(self.run_dir) if a.stage == name]
+        write_jsonl(folder / LEDGER, kept_steps(attempts))
+        write_text(folder / SUMMARY, dump(summarize(name, attempts)))
+        write_text(self.run_dir / SUMMARY, dump(summarize_run(self.run_dir)))
+
+    def note_step(self, metrics: dict[str, Any]) -> None:
+        """A row of metrics.jsonl: a step. An attempt's first one tells its own seconds, for the
+        stage's start-up came before it."""
+        if not distributed.is_first():
+            return
+        now = time.monotonic()
+        wall_s = now - self._last
+        if self._last == self._began:
+            wall_s = metrics.get("seconds/step", wall_s)
+        sampled = metrics.get("tokens_sampled", 0)
+        trained = metrics.get("tokens_trained", 0)
+        self._noted["tokens_sampled"] += sampled
+        self._noted["tokens_trained"] += trained
+        self._journal.write(
+            event="step",
+            stage=self._stage,
+            step=metrics["step"],
+            wall_s=round(wall_s, 3),
+            idle_s=find_idle_seconds(metrics),
+            energy_j=round_energy(self.hardware.meter.read()),
+            tokens_sampled=int(sampled),
+            tokens_trained=int(trained),
+        )
+        self._last = now
+
+    def _end(self, outcome: str, facts: dict[str, Any]) -> None:
+        self._journal.write(
+            event="end",
+            stage=self._stage,
+            outcome=outcome,
+            wall_s=round(time.monotonic() - self._began, 3),
+            energy_j=round_energy(self.hardware.meter.read()),
+            **{key: max(0, int(facts.get(key, 0)) - n) for key, n in self._noted.items()},
+        )
+        self._stage = ""
+
+    def project(self, left_s: float) -> str:
+        """What the stage has cost, all attempts, and will have when another `left_s` have passed:
+        for the progress line."""
+        spent_s = self._spent_before_s + time.monotonic() - self._began
+        hours = [s * self.hardware.count / 3600 for s in (spent_s, spent_s + left_s)]
+        text = f"{hours[0]:.3g} of about {hours[1]:.3g} {self.hardware.unit}-hours"
+        if self.price is None:
+            return text
+        return f"{text} ({hours[1] * self.price:.2f} {self.currency})"
+
+
+def find_idle_seconds(metrics: dict[str, Any]) -> float | None:
+    """Seconds of a step in which rank 0's device neither samples nor trains: it waits for rewards
+    or for other ranks. None if the phases are not measured.
+
+    A batch that was sampled beside the training of the one before is waited for only in part, and
+    nobody knows which: then at most the time that its rewards took.
+    """
+    wait = metrics.get("seconds/wait")
+    if wait is None:
+        return None
+    if metrics.get("staleness"):
+        return round(min(wait, metrics["seconds/score"]), 3)
+    return round(max(0.0, wait - metrics["seconds/sample"]), 3)
+
+
+def round_energy(joules: float | None) -> float | None:
+    return None if joules is None else round(joules, 1)
+
+
+def dump(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+class Journal:
+    """The lines of a run's ledger, each on disk as soon as it is written."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def write(self, **row: Any) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(dump_row({"time": round(time.time(), 2), **row}) + "\n")
+
+    def close_last_attempt(self) -> None:
+        """Write the end that a killed attempt could not write."""
+        if not self.path.exists():
+            return
+        cut_torn_line(self.path)
+        attempts = list(read_attempts(self.path.parent))
+        if attempts and attempts[-1].outcome == "running":
+            last = attempts[-1]
+            self.write(event="end", stage=last.stage, outcome="killed", wall_s=last.wall_s)
+
+    @contextmanager
+    def kept_current(self) -> Iterator[None]:
+        """Within it the file's time says that the run is alive."""
+        stop = threading.Event()
+
+        def touch() -> None:
+            while not stop.wait(SECONDS_BETWEEN_SIGNS):
+                os.utime(self.path)
+
+        thread = threading.Thread(target=touch, name="ledger", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def cut_torn_line(path: Path) -> None:
+    """A line that a full disk or a power cut has left half written; the file keeps its time."""
+    text = path.read_bytes()
+    if text and not text.endswith(b"\n"):
+        times = path.stat()
+        os.truncate(path, text.rfind(b"\n") + 1)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+@dataclass
+class Attempt:
+    """One start of a stage, as the journal tells it."""
+
+    stage: str
+    began: float
+    unit: str
+    devices: int
+    price: float | None
+    currency: str
+    steps: list[dict] = field(default_factory=list)
+    outcome: str = "running"
+    wall_s: float = 0.0
+    rest: dict = field(default_factory=dict)
+    """Of the end: tokens and energy that no step has counted."""
+
+    def sum(self, key: str) -> float:
+        """Over its steps and its end. Raises TypeError where one of them is None."""
+        return sum(row.get(key, 0) for row in (*self.steps, self.rest))
+
+    @property
+    def device_hours(self) -> float:
+        return self.wall_s * self.devices / 3600
+
+
+def read_attempts(run_dir: Path) -> list[Attempt]:
+    """All that were ever made of the run's stages, the last of them perhaps still running."""
+    path = run_dir / LEDGER
+    attempts: list[Attempt] = []
+    for _, row in read_jsonl(path, missing_ok=True, growing=True):
+        if row["event"] == "begin":
+            price, currency = row["price_per_device_hour"], row["currency"]
+            attempts.append(
+                Attempt(row["stage"], row["time"], row["unit"], row["devices"], price, currency)
+            )
+        elif row["event"] == "step":
+            attempts[-1].steps.append(row)
+        else:
+            attempts[-1].outcome, attempts[-1].wall_s = row["outcome"], row["wall_s"]
+            attempts[-1].rest = row
+    if attempts and attempts[-1].outcome == "running":
+        attempts[-1].wall_s = round(path.stat().st_mtime - attempts[-1].began, 3)
+    return attempts
+
+
+def kept_steps(attempts: Iterable[Attempt]) -> list[dict]:
+    """The steps that the stage's result is made of: an attempt replaces all from its first step on,
+    because it went back to the checkpoint before that."""
+    kept: dict[int, dict] = {}
+    for attempt in attempts:
+        if attempt.steps:
+            first = attempt.steps[0]["step"]
+            kept = {step: row for step, row in kept.items() if step < first}
+            kept |= {row["step"]: row for row in attempt.steps}
+    return [kept[step] for step in sorted(kept)]
+
+
+def summarize(stage: str, attempts: list[Attempt]) -> dict[str, Any]:
+    """What a stage has cost, all its attempts together.
+
+    `lost_s` is what it would not have taken without kills and repetitions: all but the steps of its
+    result and the last attempt's start and end. `energy_kwh` is null where it cannot be read.
+    """
+    kept = kept_steps(attempts)
+    last = attempts[-1]
+    around_s = last.wall_s - sum(row["wall_s"] for row in last.steps)
+    useful_s = sum(row["wall_s"] for row in kept) + around_s
+    wall_s = sum(attempt.wall_s for attempt in attempts)
+    timed = [r for a in attempts for r in a.steps if r["idle_s"] is not None]
+    steps_s = sum(row["wall_s"] for row in timed)
+    prices = [attempt.price for attempt in attempts]
+    return {
+        "stage": stage,
+        "attempts": len(attempts),
+        "outcome": last.outcome,
+        "steps": max((row["step"] for row in kept), default=0),
+        "wall_s": round(wall_s, 1),
+        "lost_s": round(max(0.0, wall_s - useful_s), 1),
+        "unit": last.unit,
+        "devices": last.devices,
+        "device_hours": round(sum(a.device_hours for a in attempts), 5),
+        "idle_share": round(sum(r["idle_s"] for r in timed) / steps_s, 4) if steps_s else None,
+        "tokens_sampled": sum(a.sum("tokens_sampled") for a in attempts),
+        "tokens_trained": sum(a.sum("tokens_trained") for a in attempts),
+        "energy_kwh": sum_known(attempts, lambda a: a.sum("energy_j") / 3.6e6),
+        "cost": (
+            None if None in prices else round(sum(a.device_hours * a.price for a in attempts), 4)
+        ),
+        "currency": last.currency,
+    }
+
+
+def sum_known(attempts: list[Attempt], measure: Callable[[Attempt], float]) -> float | None:
+    """None where a part is unknown."""
+    try:
+        return round(sum(map(measure, attempts)), 5)
+    except TypeError:
+        return None
+
+
+def summarize_run(run_dir: Path) -> list[dict[str, Any]]:
+    """Each stage's summary, in the order in which they were first begun."""
+    by_stage: dict[str, list[Attempt]] = {}
+    for attempt in read_attempts(run_dir):
+        by_stage.setdefault(attempt.stage, []).append(attempt)
+    return [summarize(stage, attempts) for stage, attempts in by_stage.items()]

@@ -1,0 +1,62 @@
+"""Logs of a stage as JSONL: metrics.jsonl and others, cut back on resume."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from r1pipe.utils.jsonl import dump_row, read_jsonl
+
+
+class JsonlLog:
+    """A file of a stage that only grows: rows are on disk as soon as they are written, and can be
+    cut back to a checkpoint."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._file = path.open("ab")
+
+    def write(self, *rows: dict[str, Any]) -> None:
+        self._file.write("".join(f"{dump_row(row)}\n" for row in rows).encode())
+        self._file.flush()
+
+    def position(self) -> int:
+        """Bytes so far, all of them safe on the disk."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def cut(self, position: int | None) -> None:
+        """Forget what came after `position`; None: everything. Raises ValueError if the file is
+        shorter than that: its whole rows stay."""
+        size = position or 0
+        if lost := size > self._file.tell():
+            size = self.path.read_bytes().rfind(b"\n") + 1
+        self._file.truncate(size)
+        self._file.seek(size)
+        if lost:
+            raise ValueError(f"{self.path.name} has lost rows")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class MetricsLog(JsonlLog):
+    """`metrics.jsonl` of a stage: one object per step. Figures that there are not, such as the
+    reward of a step that nothing could judge, are null.
+
+    `listeners` are given each step's metrics after that.
+    """
+
+    def __init__(self, folder: Path, listeners: Sequence[Callable[[dict[str, Any]], None]] = ()):
+        super().__init__(folder / "metrics.jsonl")
+        self.listeners = listeners
+
+    def write(self, *rows: dict[str, Any]) -> None:
+        super().write(*rows)
+        for row in rows:
+            for listener in self.listeners:
+                listener(row)
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    return [row for _, row in read_jsonl(folder / "metrics.jsonl", missing_ok=True)]

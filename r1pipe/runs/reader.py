@@ -1,0 +1,219 @@
+"""A run as it lies on the disk: its stages' folders, what each comes from, how each was measured.
+
+For commands that look at what a run has left, without its recipe and without holding it. Imports no
+torch.
+"""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from r1pipe import __version__
+from r1pipe.config.base import Stage
+from r1pipe.config.evals import Eval, EvalSet
+from r1pipe.config.recipe import STAGE_TYPES
+from r1pipe.config.rl import OnPolicy, OnPolicyDistill
+from r1pipe.config.sft import Sft
+from r1pipe.config.traces import Distill, Reject
+from r1pipe.runs.folder import SHARED_KEYS
+from r1pipe.runs.lineage import find_run, list_stages, read_lineage
+from r1pipe.utils.errors import UserError
+from r1pipe.utils.jsonl import read_json
+
+
+@dataclass(frozen=True)
+class StageFolder:
+    """A stage's folder, finished or being made, and its `stage.json`."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.record["stage"]
+
+    @property
+    def kind(self) -> str:
+        return self.record["kind"]
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it is being made, or was when its process ended."""
+        return self.folder.name.startswith(".")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The stage's section of the recipe, resolved, and the recipe's shared keys."""
+        return self.record["settings"]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The recipe as the stage saw it, from its lineage: without paths that lead elsewhere, and
+        so fit to be published. Empty if it has no lineage."""
+        return (read_lineage(self.folder) or {}).get("config", {})
+
+    @cached_property
+    def section(self) -> Stage:
+        """The stage's section of the recipe."""
+        values = {k: v for k, v in self.settings.items() if k not in SHARED_KEYS}
+        try:
+            return STAGE_TYPES[self.kind].model_validate(values)
+        except ValidationError as error:
+            key = ".".join(map(str, error.errors()[0]["loc"]))
+            raise UserError(
+                f"{self.folder}/stage.json: settings.{key}: unknown to r1pipe {__version__}: "
+                "make the stage again, or use the version that made it"
+            ) from error
+
+    @property
+    def weights_from(self) -> str | None:
+        """What the stage's weights were before it trained them: an earlier stage, a folder or a hub
+        id; None if they were random, or if it trains none."""
+        section = self.section
+        if isinstance(section, Distill):
+            return section.student if isinstance(section.student, str) else None
+        if isinstance(section, OnPolicy):
+            return section.policy
+        return section.from_ if isinstance(section, Sft) else None
+
+    @property
+    def taught_by(self) -> str | None:
+        """Whose samples, or whose distribution, the stage learnt from, or made for another stage to
+        learn from."""
+        teaches = isinstance(self.section, Distill | OnPolicyDistill | Reject)
+        return self.section.from_ if teaches else None
+
+    @property
+    def parents(self) -> list[str]:
+        """What the stage's result comes from: of an `eval` stage, nothing."""
+        if isinstance(self.section, Eval):
+            return []
+        traces = [source.stage for source in self.section.problem_sets()]
+        parents = (self.weights_from, self.taught_by, *traces)
+        return list(dict.fromkeys(parent for parent in parents if parent is not None))
+
+    @property
+    def makes_checkpoint(self) -> bool:
+        return self.section.makes_checkpoint
+
+    def read_summary(self) -> list[dict[str, Any]]:
+        """Of an `eval` stage: one entry per checkpoint."""
+        return read_json(self.folder / "summary.json")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One entry of an `eval` stage's summary, a checkpoint on a set of problems, and the stage."""
+
+    stage: StageFolder
+    entry: dict[str, Any]
+
+    @property
+    def data(self) -> EvalSet:
+        """The set of problems."""
+        sets = self.stage.section.data
+        return next(data for data in sets if data.label == self.entry["dataset"])
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """The finished stages of a run, in the order in which they were made."""
+
+    path: Path
+    stages: dict[str, StageFolder]
+
+    def lineage(self, name: str) -> list[StageFolder]:
+        """The stage and all that it comes from, each after what it comes from itself."""
+        return sort_stages(self.stages, [name])
+
+    def base_model(self, name: str) -> str | None:
+        """The folder or hub id whose weights the stage's go back to; None if they were random."""
+        while (stage := self.stages.get(name)) is not None:
+            if stage.weights_from is None:
+                return None
+            name = stage.weights_from
+        return name
+
+    def evaluations(self, name: str) -> list[Evaluation]:
+        """How the stage's checkpoint was measured. What was measured before the checkpoint was last
+        made does not count."""
+        made = self.stages[name].record["finished"]
+        return [
+            Evaluation(stage, entry)
+            for stage in self.stages.values()
+            if stage.kind == "eval" and stage.record["finished"] >= made
+            for entry in stage.read_summary()
+            if entry["stage"] == name
+        ]
+
+
+def read_run(path: Path) -> FinishedRun:
+    """Raises UserError if the folder holds no finished stage."""
+    stages = list(read_stages(path / name for name in list_stages(path)))
+    if not stages:
+        raise UserError(f"{path}: no such run: a run's folder holds finished stages")
+    stages.sort(key=lambda stage: stage.record["finished"])
+    by_name = {stage.name: stage for stage in stages}
+    return FinishedRun(path, {s.name: s for s in sort_stages(by_name, list(by_name))})
+
+
+def find_stages(run: Path) -> list[StageFolder]:
+    """Those that are finished and those being made, each after those that it starts from: these
+    were finished before it. Raises UserError if there is none."""
+    folders = [run / name for name in list_stages(run)]
+    folders += [path.parent for path in sorted(run.glob(".*.partial/stage.json"))]
+    stages = list(read_stages(folders))
+    if not stages:
+        raise UserError(f"{run}: no such run, in {Path.cwd()} or its runs/: a folder with stages")
+    stages.sort(key=lambda stage: "~" if stage.is_running else stage.record.get("finished", ""))
+    # One being made again replaces the old one.
+    return list({stage.name: stage for stage in stages}.values())
+
+
+def read_stages(folders: Iterable[Path]) -> Iterator[StageFolder]:
+    return (StageFolder(folder, read_json(folder / "stage.json")) for folder in folders)
+
+
+def sort_stages(stages: dict[str, StageFolder], names: list[str]) -> list[StageFolder]:
+    """The named stages in this order, each after all that it comes from."""
+    found: dict[str, StageFolder] = {}
+
+    def visit(name: str) -> None:
+        if name in stages and name not in found:
+            for parent in stages[name].parents:
+                visit(parent)
+            found[name] = stages[name]
+
+    for name in names:
+        visit(name)
+    return list(found.values())
+
+
+def find_checkpoint(target: Path) -> tuple[FinishedRun, StageFolder]:
+    """The run and the stage that RUN or RUN/STAGE names, in runs/ if not here; of a run, the last
+    stage that made a checkpoint.
+
+    Raises UserError for a stage that is not finished or has no checkpoint.
+    """
+    name = ""
+    parents = (target.parent, "runs" / target.parent)
+    if not any(map(list_stages, (target, "runs" / target))) and any(map(list_stages, parents)):
+        target, name = target.parent, target.name
+    run = read_run(find_run(str(target)))
+    made = {stage.name: stage for stage in run.stages.values() if stage.makes_checkpoint}
+    if not made:
+        raise UserError(f"{run.path}: no stage that makes a checkpoint is finished")
+    if not name:
+        return run, list(made.values())[-1]
+    if name in run.stages and name not in made:
+        raise UserError(f"{run.path / name}: makes no checkpoint; there are {', '.join(made)}")
+    if name not in made:
+        near = difflib.get_close_matches(name, made, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(made)}"
+        raise UserError(f"{run.path / name}: no finished stage of that name; {hint}")
+    return run, made[name]

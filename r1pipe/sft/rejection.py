@@ -1,0 +1,180 @@
+"""Rejection sampling: right answers become traces. Shared by reject and distill.
+
+As in R1 (Guo et al. 2025, arXiv:2501.12948v1, section 2.3.3): several samples of each problem, of
+which the right ones are kept, but not chains of thought with mixed languages, long paragraphs or
+code blocks. The paper gives no thresholds: they are the recipe's.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from r1pipe.config.sft import TraceFilters
+from r1pipe.config.traces import Traces
+from r1pipe.context import StageContext
+from r1pipe.rollout.sampling import SamplingJob, Source, sample_and_score
+from r1pipe.runs.folder import JOURNAL
+from r1pipe.sft.filters import FLAWS, choose_diverse, choose_first, find_flaw
+from r1pipe.types import Problem, Rollout, Score
+from r1pipe.utils.errors import UserError
+from r1pipe.utils.progress import say
+
+ENDS = ("truncated", "unjudged", "wrong")
+"""Why a sample is not accepted."""
+DROPS = ("too_hard", "too_easy", *FLAWS, "duplicate", "over_cap")
+"""Why an accepted one makes no trace all the same."""
+
+
+def collect_traces(
+    context: StageContext,
+    origin: object,
+    open_source: Callable[[], Source],
+    problems: list[Problem],
+    settings: Traces,
+    label: str,
+) -> tuple[list[Problem], dict[str, Any]]:
+    """Problems with a kept sample as their `solution`, and what became of all samples. `origin` is
+    a SamplingJob's."""
+    job = SamplingJob(
+        problems=put_examples_before(problems, settings, context),
+        num_samples=settings.num_generations,
+        sampling=settings.sampling,
+        seed_parts=(context.recipe.seed, context.stage_name),
+        rewards=settings.rewards,
+        origin=origin,
+        folder=context.shared_folder / JOURNAL,
+        label=label,
+    )
+    originals = {problem.id: problem for problem in problems}
+
+    def keep(
+        asked: Problem, rollouts: list[Rollout], scores: list[Score]
+    ) -> tuple[list[Problem], Counter[str]]:
+        """Traces of one problem, and what became of all its samples."""
+        counts: Counter[str] = Counter(tokens_sampled=sum(r.num_tokens for r in rollouts))
+        kept = select_samples(rollouts, scores, settings, counts)
+        problem = originals[asked.id]
+        made = [
+            replace(problem, id=f"{problem.id}#{r.sample}", solution=r.completion) for r in kept
+        ]
+        for rollout in rollouts:
+            rollout.empty()
+        return made, counts
+
+    traces: list[Problem] = []
+    counts: Counter[str] = Counter()
+    for made, counts_of_one in sample_and_score(job, open_source, keep):
+        traces += made
+        counts.update(counts_of_one)
+    num_samples = len(problems) * settings.num_generations
+    reasons = {reason: counts[reason] for reason in (*ENDS, *DROPS)}
+    say(f"{label}: {num_samples} samples, {describe(reasons)}: {len(traces)} traces")
+    return traces, {
+        "samples": num_samples,
+        "tokens_sampled": counts["tokens_sampled"],
+        "samples_accepted": num_samples - sum(reasons[end] for end in ENDS),
+        **{f"dropped/{reason}": n for reason, n in reasons.items()},
+        "problems_with_traces": counts["problems_with_traces"],
+        "traces": len(traces),
+    }
+
+
+def drop_flawed(
+    problems: list[Problem], filters: TraceFilters, context: StageContext
+) -> list[Problem]:
+    """Given traces without those that the filters drop. Raises UserError if none is left."""
+    kept, counts = [], Counter()
+    for problem in problems:
+        if flaw := problem.solution and find_flaw(problem.solution, filters):
+            counts[flaw] += 1
+        else:
+            kept.append(problem)
+    if not kept:
+        raise UserError(f'stage "{context.stage_name}": no trace is left: {describe(counts)}')
+    if counts:
+        say(f"{context.stage_name}: {len(problems)} traces, {describe(counts)}: {len(kept)} left")
+    context.facts |= {f"dropped/{flaw}": counts[flaw] for flaw in FLAWS}
+    context.record_left("filters", len(kept))
+    return kept
+
+
+def describe(counts: dict[str, int]) -> str:
+    told = [f"{n} {reason.replace('_', ' ')}" for reason, n in counts.items() if n]
+    return ", ".join(told) or "none dropped"
+
+
+def put_examples_before(
+    problems: list[Problem], settings: Traces, context: StageContext
+) -> list[Problem]:
+    """The problems as the source is asked them: with the few-shot examples as earlier turns."""
+    if settings.few_shot is None:
+        return problems
+    count = settings.few_shot.num_examples
+    # One more than are shown: no problem is shown its own solution.
+    examples = [e for e in context.load(settings.few_shot.data) if e.solution][: count + 1]
+    if len(examples) < count:
+        raise UserError(
+            f"few_shot: {settings.few_shot.data.label} has no {count} solutions to show"
+        )
+    asked = []
+    for problem in problems:
+        shown = [example for example in examples if example.id != problem.id][:count]
+        turns = [
+            message
+            for example in shown
+            for message in (
+                *(m for m in example.prompt if m["role"] != "system"),
+                {"role": "assistant", "content": example.solution},
+            )
+        ]
+        system = [m for m in problem.prompt if m["role"] == "system"]
+        rest = [m for m in problem.prompt if m["role"] != "system"]
+        asked.append(replace(problem, prompt=[*system, *turns, *rest]))
+    return asked
+
+
+def select_samples(
+    rollouts: list[Rollout], scores: list[Score], settings: Traces, counts: Counter[str]
+) -> list[Rollout]:
+    """The samples of one problem that become traces; adds to `counts` what became of the others."""
+    left: dict[str, Rollout] = {}
+    pairs = sorted(zip(rollouts, scores, strict=True), key=lambda pair: measure_length(pair[0]))
+    ends = [find_end(rollout, score) for rollout, score in pairs]
+    difficulty = judge_difficulty(ends.count(None) / len(ends), settings)
+    for (rollout, _), end in zip(pairs, ends):
+        reason = end or difficulty or find_flaw(rollout.completion, settings.filters)
+        if reason is None and rollout.completion in left:
+            reason = "duplicate"
+        if reason is None:
+            left[rollout.completion] = rollout
+        else:
+            counts[reason] += 1
+    choose = choose_diverse if settings.choose == "diverse" else choose_first
+    kept = choose(list(left.values()), settings.max_per_problem)
+    counts["over_cap"] += len(left) - len(kept)
+    counts["problems_with_traces"] += bool(kept)
+    return kept
+
+
+def judge_difficulty(pass_rate: float, settings: Traces) -> str | None:
+    """Why a problem makes no traces, however good its accepted samples are."""
+    if pass_rate < settings.min_pass_rate:
+        return "too_hard"
+    return "too_easy" if pass_rate > settings.max_pass_rate else None
+
+
+def measure_length(rollout: Rollout) -> tuple[int, int, int]:
+    """In tokens, where the source tells them; in characters otherwise."""
+    return rollout.num_tokens, len(rollout.completion), rollout.sample
+
+
+def find_end(rollout: Rollout, score: Score) -> str | None:
+    """Why a sample is not accepted: it has to be complete, and given the full reward by every
+    function. None is not a yes."""
+    if rollout.truncated:
+        return "truncated"
+    values = score.rewards.values()
+    if any(value is not None and value < 1.0 for value in values):
+        return "wrong"
+    return "unjudged" if None in values else None

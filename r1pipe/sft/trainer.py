@@ -1,0 +1,161 @@
+"""Supervised training on traces: the cold start and the students.
+
+The loss is the mean negative log-likelihood of the completions' tokens in an optimizer step, over
+all its rows and ranks. Rows are packed as GRPO packs its samples: no padding, attention
+within each.
+"""
+
+import itertools
+import math
+import random
+import time
+from collections.abc import Iterator
+from statistics import fmean
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from r1pipe.config.sft import Supervised
+from r1pipe.context import StageContext
+from r1pipe.models.tokenizer import (
+    list_ids,
+)
+from r1pipe.runs.logs import read_metrics
+from r1pipe.sft.encode import Trace, encode_traces
+from r1pipe.trainer.breaker import EventLog, stop_unless_finite
+from r1pipe.trainer.checkpoints import Checkpoints
+from r1pipe.trainer.packed import PackedTrainer, as_policy
+from r1pipe.trainer.packing import PackedBatch, assign
+from r1pipe.trainer.policy import Policy
+from r1pipe.types import Problem
+from r1pipe.utils import distributed
+from r1pipe.utils.phases import phase
+from r1pipe.utils.progress import Interrupt
+
+
+class SupervisedTrainer(PackedTrainer):
+    """Trains a policy on traces: each step one optimizer step."""
+
+    def __init__(
+        self, policy: Policy | PreTrainedModel, settings: Supervised, *, num_steps: int, dtype: str
+    ):
+        super().__init__(
+            policy,
+            settings,
+            num_optimizer_steps=num_steps,
+            num_warmup_steps=settings.warmup_steps,
+            dtype=dtype,
+        )
+        self.num_tokens = 0
+        """Prompts' and completions', from the stage's beginning."""
+        self.model.train()
+
+    @phase("update")
+    def take_step(self, traces: list[Trace], step: int, label: str, events: EventLog) -> dict:
+        """One optimizer step on these rows, of which each rank takes its share; its metrics.
+
+        Raises Tripped if the gradient is not finite.
+        """
+        started = time.perf_counter()
+        shares = assign(
+            range(len(traces)), [t.num_tokens for t in traces], distributed.world_size()
+        )
+        own = [traces[n].make_sample() for n, rank in shares.items() if rank == distributed.rank()]
+        num_targets = sum(len(trace.completion_ids) for trace in traces)
+        sums = {"loss": 0.0, "entropy": 0.0}
+        for batch in self.batches(own):
+            if batch is None:
+                self.run_dummy_pass()
+                continue
+            with self.kernels(), self.counting(batch, len(traces)):
+                for name, value in self.backward(batch, num_targets).items():
+                    sums[name] += value
+        grad_norm = self.clip_gradient()
+        stop_unless_finite(label, step, grad_norm, events)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        self.apply_gradient()
+        self.close_gradient(applied=True)
+        num_tokens = sum(trace.num_tokens for trace in traces)
+        self.num_tokens += num_tokens
+        return {
+            **distributed.sum_counts(sums),
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "num_tokens": self.num_tokens,
+            "tokens_trained": num_tokens,
+            "seconds/step": time.perf_counter() - started,
+            **self.load.metrics(),
+        }
+
+    def backward(self, batch: PackedBatch, num_targets: int) -> dict[str, float]:
+        """Add the batch's share of the gradient; its share of the step's means."""
+        now = self.policy(batch, 1.0)
+        loss = -now.logprobs_C.sum() / num_targets
+        loss.backward()
+        return {"loss": float(loss.detach()), "entropy": float(now.entropy_C.sum() / num_targets)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "num_tokens": self.num_tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.num_tokens = state["num_tokens"]
+
+
+def draw_batches(num_rows: int, batch_size: int, seed: int, start: int) -> Iterator[list[int]]:
+    """Row numbers of each step's batch from step `start` (0 is the first) on: epoch after epoch,
+    each in an order of its own. A batch may reach into the next epoch."""
+    epoch, order = -1, []
+    for position in itertools.count(start * batch_size, batch_size):
+        numbers = []
+        for place in range(position, position + batch_size):
+            if place // num_rows != epoch:
+                epoch = place // num_rows
+                order = random.Random(f"{seed}/traces/{epoch}").sample(range(num_rows), num_rows)
+            numbers.append(order[place % num_rows])
+        yield numbers
+
+
+def train_on_traces(
+    policy: Policy | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: list[Problem],
+    settings: Supervised,
+    context: StageContext,
+    label: str,
+) -> dict[str, float]:
+    """Train `policy` in place on the problems' solutions. Returns facts for the stage's record."""
+    policy = as_policy(policy)
+    end_ids = list_ids(policy.model.generation_config)
+    traces = encode_traces(problems, tokenizer, settings.max_length, end_ids)
+    rows, batch_size = traces.rows, settings.batch_size
+    num_steps = settings.max_steps or math.ceil(settings.num_train_epochs * len(rows) / batch_size)
+    trainer = SupervisedTrainer(policy, settings, num_steps=num_steps, dtype=context.recipe.dtype)
+    log, events = context.open_log(), EventLog(context.folder)
+    checkpoints = Checkpoints(
+        context.shared_folder,
+        settings,
+        label,
+        parts={"trainer": trainer},
+        logs={"metrics": log, "events": events},
+    )
+    with (
+        Interrupt.deferred(settings.save_grace_s),
+        context.open_progress(label, num_steps) as progress,
+    ):
+        done = checkpoints.restore_last_good()
+        progress.start_at(done)
+        batches = draw_batches(len(rows), batch_size, context.recipe.seed, done)
+        for step in range(done + 1, num_steps + 1):
+            metrics = trainer.take_step([rows[n] for n in next(batches)], step, label, events)
+            log.write({"step": step, "epoch": step * batch_size / len(rows), **metrics})
+            progress.advance(loss=metrics["loss"])
+            checkpoints.end_step(step)
+    trainer.model.eval()
+    return {
+        "train_rows": len(rows),
+        "rows_too_long": traces.num_too_long,
+        "optimizer_steps": num_steps,
+        "train_loss": fmean(row["loss"] for row in read_metrics(context.shared_folder)),
+        **checkpoints.facts(),
+    }

@@ -1,0 +1,82 @@
+"""On-policy distillation: a student learns from its teacher what to make of its own samples. Run it
+with:
+
+    r1pipe on_policy_distill configs/on_policy.yaml
+
+The student samples (vLLM), the teacher reads every sample, and at each token the student's
+distribution is pulled to the teacher's: GKD with lambda = 1, by the reverse KL unless `beta` says
+otherwise (trainer/divergence.py has papers and equation).
+
+In our loop and not TRL's DistillationTrainer (1.16), which has the same loss: that one pads, takes
+equal sizes of two vocabularies for equal vocabularies, and neither goes on bit by bit after a kill,
+nor compares sampler and trainer, nor replays the routes of a mixture of experts.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from r1pipe.config.rl import OnPolicyDistill
+from r1pipe.context import StageContext
+from r1pipe.models.tokenizer import (
+    check_length,
+    join_end_ids,
+    read_end_ids,
+    require_same_vocabulary,
+)
+from r1pipe.rl.collect import Collector
+from r1pipe.rl.distill_update import DistillUpdater, Teacher
+from r1pipe.rl.loop import Goal, run_steps
+from r1pipe.rl.replay import replay_steps
+from r1pipe.rollout.scoring import Scorer
+from r1pipe.trainer.fsdp import load_sharded
+from r1pipe.trainer.policy import Policy
+
+GOAL = Goal("divergence", is_cost=True)
+
+
+def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
+    """Train the student; write its checkpoint, metrics.jsonl and rollouts."""
+    scorer = Scorer(stage.rewards)
+    problems = context.training_problems(stage)
+    check_vocabularies(stage, context)
+    sampler = context.engines.open(
+        context.checkpoint(stage.student), with_routes=stage.routing_replay
+    )
+    prompts = sampler.encode(problems, stage.max_completion_length)
+
+    updater = make_updater(stage, context)
+    context_size = updater.teacher.model.config.get_text_config().max_position_embeddings
+    for problem, ids in zip(problems, prompts, strict=True):
+        check_length(problem, len(ids), stage.max_completion_length, context_size)
+    collector = Collector(stage, sampler, scorer, problems, context.recipe.seed)
+    return run_steps(stage, context, updater, sampler, collector, GOAL)
+
+
+def replay(
+    stage: OnPolicyDistill, context: StageContext, source: Path, steps: range
+) -> dict[str, Any]:
+    """Train on kept rollouts, as `loop.replay_steps` says."""
+    check_vocabularies(stage, context)
+    return replay_steps(stage, context, make_updater(stage, context), GOAL, source, steps)
+
+
+def check_vocabularies(stage: OnPolicyDistill, context: StageContext) -> None:
+    teacher, student = context.checkpoint(stage.from_), context.checkpoint(stage.student)
+    tokenizers = [context.tokenizer(place) for place in (teacher, student)]
+    end_ids = [
+        join_end_ids(tokenizer, read_end_ids(place))
+        for tokenizer, place in zip(tokenizers, (teacher, student))
+    ]
+    require_same_vocabulary(stage, *tokenizers, *end_ids)
+
+
+def make_updater(stage: OnPolicyDistill, context: StageContext) -> DistillUpdater:
+    place = (context.device, context.recipe.attn_implementation)
+    dtype = context.recipe.dtype
+    return DistillUpdater(
+        load_sharded(context.checkpoint(stage.student), *place, Policy, dtype=dtype),
+        load_sharded(context.checkpoint(stage.from_), *place, Teacher, dtype=dtype, trained=False),
+        stage,
+        dtype=dtype,
+        seed=context.recipe.seed,
+    )

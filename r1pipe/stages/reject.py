@@ -1,0 +1,60 @@
+"""The reject stage: traces for a later sft stage, sampled from a policy or a teacher.
+
+Run it with `r1pipe reject configs/r1.yaml`.
+"""
+
+import random
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from r1pipe.config.traces import Mix, Reject
+from r1pipe.context import StageContext
+from r1pipe.rollout.sampling import Source, identify_weights
+from r1pipe.rollout.teacher import Teacher
+from r1pipe.sft.rejection import collect_traces
+from r1pipe.types import Problem
+from r1pipe.utils.errors import UserError
+from r1pipe.utils.jsonl import write_jsonl
+from r1pipe.utils.progress import say
+
+
+def run(stage: Reject, context: StageContext) -> dict[str, Any]:
+    """Write traces.jsonl: problems with a kept sample as their solution, and what is mixed in."""
+    problems = context.training_problems(stage)
+    origin, open_source = find_source(stage, context)
+    traces, facts = collect_traces(context, origin, open_source, problems, stage.traces, stage.name)
+    if not traces:
+        raise UserError(f'stage "{stage.name}": no sample was kept; look at the rewards')
+    if stage.mix is not None:
+        mixed_in = draw_mix(stage.mix, len(traces), context)
+        facts["mixed_in"] = len(mixed_in)
+        traces += mixed_in
+    write_jsonl(context.folder / "traces.jsonl", traces)
+    return facts
+
+
+def find_source(stage: Reject, context: StageContext) -> tuple[object, Callable[[], Source]]:
+    """What tells its samples from another's, and how it is opened."""
+    if stage.teacher is not None:
+        teacher = Teacher(stage.teacher)
+        return stage.teacher.model_dump(
+            include={"base_url", "model", "extra_body"}
+        ), lambda: teacher
+    checkpoint = context.checkpoint(stage.from_)
+    return identify_weights(checkpoint, context.recipe.dtype), partial(
+        context.engines.open, checkpoint
+    )
+
+
+def draw_mix(mix: Mix, num_traces: int, context: StageContext) -> list[Problem]:
+    """So many rows that they are `share` of all: of R1's 800k, 200k are no reasoning."""
+    rows = context.load(mix.data)
+    for row in rows:
+        if not row.solution:
+            raise UserError(f'mix: row "{row.id}" ({row.source}) has no "solution" to train on')
+    wanted = round(num_traces * mix.share / (1 - mix.share))
+    count = min(wanted, len(rows))
+    short = f", of {wanted} wanted" if count < wanted else ""
+    say(f"{context.stage_name}: {count} rows of {mix.data.label} mixed in{short}")
+    return random.Random(f"{context.recipe.seed}/{context.stage_name}/mix").sample(rows, count)

@@ -1,0 +1,214 @@
+"""FSDP2: every rank holds a part of each parameter, and a whole layer only while it computes it.
+
+torch's `fully_shard` and not accelerate's `fsdp2_prepare_model` (1.15), which calls the same
+function but
+
+- is reached with `DistributedType.FSDP` only, and accelerate makes that `MULTI_CPU`, which is DDP,
+  on CPU without a word: nothing that runs here would show what runs on GPUs;
+- takes a model that every rank has loaded whole. Its way around that, `cpu_ram_efficient_loading`,
+  has rank 0 load everything, broadcasts it tensor by tensor (`fsdp2_load_full_state_dict`), and
+  asks every entry of `state_dict()` for its `device_mesh`: a router's `e_score_correction_bias` is
+  a buffer, in the state dict and no DTensor, and it stops there;
+- shards the model, and GRPO's root is the module around it that computes the log-probabilities.
+
+Zhao et al. 2023, arXiv:2304.11277, for the scheme; parameters, gradients and the optimizer's state
+are all sharded (ZeRO stage 3).
+"""
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import MethodType
+from typing import Any, TypeVar
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.func import functional_call
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from r1pipe.models.model import find_layers, load_model
+from r1pipe.models.routing import route_in_float32
+from r1pipe.utils import distributed
+
+Root = TypeVar("Root", bound=nn.Module)
+
+
+def load_sharded(
+    checkpoint: str,
+    device: torch.device,
+    attn_implementation: str,
+    wrap: Callable[[PreTrainedModel], Root] = lambda model: model,
+    *,
+    dtype: str,
+    trained: bool = True,
+) -> Root:
+    """`wrap(model)` of a checkpoint, float32, every rank reading its own part of it.
+
+    The model is built without memory, sharded, and only then loaded: transformers reads each
+    rank's slices of the safetensors files, so no rank ever holds more than its share and the
+    layer-sized pieces on their way. Alone: the whole model.
+
+    `dtype`, the recipe's, is what the layers compute in. A model that is not `trained` is held in
+    it, too: without updates there is nothing that float32 would keep.
+    """
+    roots: list[Root] = []
+
+    def prepare(model: PreTrainedModel) -> None:
+        # transformers ties after it has loaded. Two parameters that become one only then keep a
+        # padded copy each where ranks' parts differ in size, and one of them is never updated.
+        model.tie_weights()
+        root = wrap(model)
+        roots.append(shard(root, model, device, dtype=dtype))
+
+    held = torch.float32 if trained else getattr(torch, dtype)
+    if distributed.alone():
+        prepare(load_model(checkpoint, device, attn_implementation, held))
+    else:
+        with distributing(prepare):
+            load_model(checkpoint, device, attn_implementation, held)
+    return roots[0].to(device).requires_grad_(trained)
+
+
+def shard(root: Root, model: PreTrainedModel, device: torch.device, *, dtype: str) -> Root:
+    """Shard each decoder layer of `model`, then `root`, whose forward leads to all of them, with
+    what is left: embedding, last norm, head. Alone: all of it stays whole.
+
+    In bfloat16 layers are put together and computed in bf16, as the sampler's are, and not by
+    autocast, which would put them together in float32 and keep the residual stream in it: twice
+    the memory, further from the sampler (benchmarks/README.md), and experts in float32, because it
+    has no rule for grouped_mm. What is held, and the sums of gradients, stay float32.
+
+    Gradients become sums over ranks, for a loss that divides by the size of the whole batch.
+    """
+    precision = MixedPrecisionPolicy()
+    if dtype == "bfloat16":
+        route_in_float32(model)
+        precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    if distributed.alone():
+        if dtype == "bfloat16" and next(model.parameters()).dtype != torch.bfloat16:
+            for module in (*find_layers(model), root):
+                # A bound method, so that a copy of the model has the copy's.
+                module.forward = MethodType(run_in_bfloat16, module)
+        return root
+    if device.type == "cpu":
+        give_memory_back()
+    mesh = distributed.make_mesh(device)
+    for module in (*find_layers(model), root):
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
+        # gloo can add up, and neither average nor scale.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return root
+
+
+def give_memory_back() -> None:
+    """Have glibc map blocks of 1 MiB and more, and unmap them when they are freed.
+
+    By itself it puts ever larger ones, up to 32 MiB, on the heap once it has seen them freed. Whole
+    layers that come and go between activations then leave more holes there than there is memory in
+    use: the peak was 1.4 times as high (benchmarks/README.md).
+    """
+    m_mmap_threshold = -3
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**20)
+
+
+class Unbound(nn.Module):
+    """A module with its class's own forward."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+
+def run_in_bfloat16(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The module's forward with bf16 copies of its parameters, through which their gradients come:
+    what FSDP's MixedPrecisionPolicy does, for one process."""
+    copies: dict[Tensor, Tensor] = {}  # a tied parameter has one
+    own = {
+        f"module.{name}": copies.setdefault(parameter, parameter.to(torch.bfloat16))
+        for name, parameter in list_own_parameters(self)
+    }
+    return functional_call(Unbound(self), own, args, kwargs)
+
+
+def list_own_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Without those of modules inside that make copies themselves."""
+    for name, parameter in module.named_parameters(recurse=False):
+        yield prefix + name, parameter
+    for name, child in module.named_children():
+        if getattr(child.forward, "__func__", None) is not run_in_bfloat16:
+            yield from list_own_parameters(child, f"{prefix}{name}.")
+
+
+@contextmanager
+def distributing(distribute: Callable[[PreTrainedModel], None]) -> Iterator[None]:
+    """Within it, `from_pretrained` hands each model to `distribute` before it is loaded.
+
+    That is where transformers applies its own sharding plans, whose root is the model itself; ours
+    is the module that computes the loss.
+    """
+
+    def hook(cls: type, model: PreTrainedModel, *args: object) -> PreTrainedModel:
+        distribute(model)
+        return model
+
+    with patch.object(PreTrainedModel, "maybe_distribute_model", classmethod(hook)):
+        yield
+
+
+def own_shard(tensor: Any) -> Any:
+    """This rank's part of a sharded tensor; anything else as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def take_weights(module: nn.Module) -> dict[str, Tensor]:
+    """This rank's part of all parameters and buffers. Not a copy."""
+    return {name: own_shard(tensor) for name, tensor in module.state_dict().items()}
+
+
+@torch.no_grad()
+def put_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
+    """What `take_weights` gave, into a module that is sharded in the same way."""
+    for name, tensor in module.state_dict().items():
+        own_shard(tensor).copy_(weights[name])
+
+
+def take_optimizer(optimizer: Optimizer) -> dict[str, Any]:
+    """This rank's part of the optimizer's state."""
+    state = optimizer.state_dict()
+    own = {
+        index: {name: own_shard(value) for name, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": own}
+
+
+def put_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """What `take_optimizer` gave, for parameters that are sharded in the same way."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def like(value: Any, parameter: Tensor) -> Any:
+        if not isinstance(parameter, DTensor) or value.shape != parameter.to_local().shape:
+            return value
+        sharded = DTensor.from_local(
+            value.to(parameter.device),
+            parameter.device_mesh,
+            parameter.placements,
+            shape=parameter.shape,
+            stride=parameter.stride(),
+        )
+        return sharded.to(value.device)  # an optimizer brings it where it wants it
+
+    whole = {
+        index: {name: like(value, parameters[index]) for name, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": whole})

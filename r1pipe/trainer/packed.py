@@ -1,0 +1,126 @@
+"""What supervised training and GRPO share: packed micro-batches and the optimizer step.
+
+In a run of several processes each rank has its share of the samples, and all of them take every
+step together: the loss divides by sizes that are summed over the ranks, and gradients are summed.
+So the ranks' losses add up to the loss of one process with all the samples.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel, get_scheduler
+
+from r1pipe.config.base import Optimization
+from r1pipe.models.expert_load import ExpertLoad, number_packed
+from r1pipe.models.model import fast_training_kernels
+from r1pipe.models.weights import whole
+from r1pipe.trainer.fsdp import put_optimizer, put_weights, take_optimizer, take_weights
+from r1pipe.trainer.optimizer import OffloadedAdamW, find_schedule
+from r1pipe.trainer.packing import PackedBatch, Sample, cut_batches, pack
+from r1pipe.trainer.policy import Policy
+from r1pipe.types import Rollout
+from r1pipe.utils import distributed
+from r1pipe.utils.phases import beat
+
+
+class PackedTrainer:
+    """Owns the policy's optimizer and schedule, and the load of its experts."""
+
+    def __init__(
+        self,
+        policy: Policy | PreTrainedModel,
+        settings: Optimization,
+        *,
+        num_optimizer_steps: int,
+        num_warmup_steps: int,
+        dtype: str,
+    ):
+        self.settings, self.dtype = settings, dtype
+        self.policy = as_policy(policy)
+        self.model = model = self.policy.model
+        self.load = ExpertLoad(
+            model,
+            bias_update_rate=settings.bias_update_rate,
+            seq_aux_loss_coef=settings.seq_aux_loss_coef,
+        )
+        make_optimizer = OffloadedAdamW if settings.offload_optimizer else torch.optim.AdamW
+        self.optimizer = make_optimizer(
+            model.parameters(),
+            lr=settings.learning_rate,
+            betas=(0.9, settings.adam_beta2),
+            weight_decay=settings.weight_decay,
+        )
+        schedule, arguments = find_schedule(settings)
+        self.scheduler = get_scheduler(
+            schedule, self.optimizer, num_warmup_steps, num_optimizer_steps, arguments
+        )
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def kernels(self) -> contextlib.AbstractContextManager:
+        return fast_training_kernels(self.model.device, self.dtype)
+
+    def batches(self, samples: list[Sample]) -> Iterator[PackedBatch | None]:
+        """As many on every rank, because each one's forward gathers the sharded layers: a rank that
+        has fewer gets None for the rest."""
+        on_gpu = self.model.device.type == "cuda"
+        parts = cut_batches(samples, self.settings.tokens_per_micro_batch(on_gpu=on_gpu))
+        num_batches = max(distributed.gather(len(parts)))
+        for number in range(num_batches):
+            yield pack(parts[number], self.model.device) if number < len(parts) else None
+            beat()
+
+    def run_dummy_pass(self, **options: bool) -> None:
+        """Zero-weight forward and, with gradients, backward pass, so that collectives match on a
+        rank that has no samples left."""
+        rollout = Rollout("", 0, [0], [0], [0.0], "", "stop")
+        with self.kernels():
+            loss = self.compute_dummy_loss(
+                pack([Sample(rollout, 0.0)], self.model.device), **options
+            )
+            if torch.is_grad_enabled():
+                loss.backward()
+
+    def compute_dummy_loss(self, batch: PackedBatch) -> Tensor:
+        return self.policy(batch, 1.0).logprobs_C.sum() * 0
+
+    def counting(self, batch: PackedBatch, num_sequences: int) -> contextlib.AbstractContextManager:
+        """Count the experts' load in one forward and backward of this batch; `num_sequences` is of
+        the whole optimizer step, over all ranks."""
+        sequences_N = number_packed(batch.lengths, batch.ids_N.device)
+        return self.load.counting(sequences_N, num_sequences)
+
+    def clip_gradient(self) -> float:
+        """The gradient's norm over all ranks, before it was clipped."""
+        grad_norm = clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        return float(whole(grad_norm))
+
+    def apply_gradient(self) -> None:
+        self.optimizer.step()
+        self.scheduler.step()
+
+    def close_gradient(self, *, applied: bool) -> None:
+        """After each optimizer step, or in its place."""
+        self.load.balance(move_bias=applied)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs; of sharded models this rank's part."""
+        return {
+            "policy": take_weights(self.policy),
+            "optimizer": take_optimizer(self.optimizer),
+            "scheduler": self.scheduler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        put_weights(self.policy, state["policy"])
+        put_optimizer(self.optimizer, state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+
+
+def as_policy(model: Policy | PreTrainedModel) -> Policy:
+    return model if isinstance(model, Policy) else Policy(model)

@@ -1,0 +1,236 @@
+"""Log-probabilities of completions, without the logits of a whole batch at once."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+from transformers import PretrainedConfig, PreTrainedModel
+
+from r1pipe.trainer.attention import attention_arguments, require_packable, use_packed_attention
+from r1pipe.trainer.divergence import TeacherStates
+from r1pipe.trainer.packing import PackedBatch, Support
+from r1pipe.utils.errors import UserError
+
+MAX_LOGITS, MAX_LOGITS_ON_GPU = 2**25, 2**27
+"""Entries of the logits held at a time: 128 MiB in float32; 512 MiB, at which a vocabulary of 152k
+has 880 tokens in a product, enough for a GPU."""
+
+OWN_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""Config keys of models that do more than one matrix product from hidden state to logits."""
+
+
+class LogProbs(NamedTuple):
+    """Of a batch's C completion tokens: log-probability; entropy of the distribution in nats
+    (no gradient); and, if asked for, what sampling could choose from, or the divergence from a
+    teacher."""
+
+    logprobs_C: Tensor
+    entropy_C: Tensor
+    support: Support | None = None
+    divergence_C: Tensor | None = None
+
+
+class Truncation(NamedTuple):
+    """How sampling cuts the distribution: vLLM's order, temperature, then top_k, then top_p."""
+
+    top_p: float = 1.0
+    top_k: int = 0
+
+    @property
+    def cuts(self) -> bool:
+        return self.top_p < 1 or self.top_k > 0
+
+    def keep(self, logits_CV: Tensor) -> Tensor:
+        """True for the tokens that can be sampled: `[C, V]`."""
+        if self.top_k:
+            kth_C1 = logits_CV.topk(min(self.top_k, logits_CV.shape[-1])).values[:, -1:]
+            logits_CV = logits_CV.masked_fill(logits_CV < kth_C1, -torch.inf)
+        if self.top_p < 1:
+            ordered_CV, order_CV = logits_CV.sort(dim=-1, descending=True)
+            probs_CV = ordered_CV.softmax(-1)
+            # A token stays if those before it do not reach top_p: the first always does.
+            kept_CV = probs_CV.cumsum(-1) - probs_CV < self.top_p
+            kept_CV = torch.zeros_like(kept_CV).scatter(-1, order_CV, kept_CV)
+            return kept_CV & (logits_CV > -torch.inf)
+        return logits_CV > -torch.inf
+
+
+class Policy(nn.Module):
+    """A causal language model as GRPO sees it: packed batches in, log-probabilities out.
+
+    One module with one forward, so that sharding it has one root.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        super().__init__()
+        prepare(model)
+        self.model = model
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        temperature: float,
+        *,
+        support: Support | None = None,
+        truncation: Truncation | None = None,
+        teacher: TeacherStates | None = None,
+    ) -> LogProbs:
+        """Log-probabilities at the sampling temperature, and the divergence from a `teacher` that
+        has read the same batch.
+
+        Of the full distribution; or, renormalised, of the tokens in `support`, or of those that
+        `truncation` leaves, which are then returned. The sampled token always counts as left:
+        rounding may put it on the other side of the border.
+        """
+        hidden_CD = compute_hidden(self.model, batch)
+        head = Head(self.model.get_output_embeddings())
+        sizes = chunk_sizes(len(hidden_CD), len(head.weight_VD), hidden_CD.device)
+        # Recomputing a chunk's logits in backward costs one product more; keeping them all, memory.
+        recompute = torch.is_grad_enabled() and len(sizes) > 1
+        if recompute:
+            head.add_up_in_float32()
+        columns = (
+            hidden_CD.split(sizes),
+            batch.target_C.split(sizes),
+            support.split(sizes) if support else [None] * len(sizes),
+            teacher.split(sizes) if teacher else [None] * len(sizes),
+        )
+        parts = []
+        for hidden, target, kept, states in zip(*columns, strict=True):
+            arguments = (head, hidden, target, temperature, kept, truncation, states)
+            if recompute:
+                parts.append(checkpoint(self.score, *arguments, use_reentrant=False))
+            else:
+                parts.append(self.score(*arguments))
+        logprobs, entropies, supports, divergences = zip(*parts, strict=True)
+        return LogProbs(
+            torch.cat(logprobs),
+            torch.cat(entropies),
+            Support.join(supports, hidden_CD.device) if supports[0] else None,
+            torch.cat(divergences) if teacher else None,
+        )
+
+    def score(
+        self,
+        head: "Head",
+        hidden_CD: Tensor,
+        target_C: Tensor,
+        temperature: float,
+        support: Support | None,
+        truncation: Truncation | None,
+        teacher: TeacherStates | None,
+    ) -> tuple[Tensor, Tensor, Support | None, Tensor | None]:
+        """One chunk: log-probability, entropy, support if `truncation` is given, divergence if a
+        `teacher` is."""
+        logits_CV = head(hidden_CD).float() / temperature
+        target_C1 = target_C.unsqueeze(-1)
+        kept = None
+        if support is not None:
+            logits_CV = logits_CV.masked_fill(~support.mask(logits_CV.shape[-1]), -torch.inf)
+        elif truncation is not None:
+            with torch.no_grad():
+                keep_CV = truncation.keep(logits_CV).scatter(-1, target_C1, True)
+            kept = Support.of(keep_CV)
+            logits_CV = logits_CV.masked_fill(~keep_CV, -torch.inf)
+        all_logprobs_CV = logits_CV.log_softmax(-1)
+        logprobs_C = all_logprobs_CV.gather(-1, target_C1).squeeze(-1)
+        with torch.no_grad():
+            entropy_C = torch.special.entr(all_logprobs_CV.exp()).sum(-1)
+        divergence_C = teacher.measure(all_logprobs_CV, temperature) if teacher else None
+        return logprobs_C, entropy_C, kept, divergence_C
+
+
+class Head:
+    """The product that makes logits, `[C, D] -> [C, V]`, for the chunks of one micro-batch."""
+
+    def __init__(self, module: nn.Module):
+        self.weight_VD, self.bias_V = module.weight, getattr(module, "bias", None)
+        self.gradient_VD: Tensor | None = None
+        self.adds_up = False
+
+    def add_up_in_float32(self) -> None:
+        """The weight's gradient over the chunks. In bf16 each sum would lose what its eight bits do
+        not hold: with 75 chunks the error is five times that of one product."""
+        self.adds_up = True
+        self.weight_VD = TakeGradient.apply(self.weight_VD, self)
+
+    def __call__(self, hidden_CD: Tensor) -> Tensor:
+        if self.adds_up:
+            return AddGradient.apply(hidden_CD, self.weight_VD, self.bias_V, self)
+        return linear(hidden_CD, self.weight_VD, self.bias_V)
+
+
+class TakeGradient(torch.autograd.Function):
+    """The weight as it is; its gradient is what the chunks' backward passes have added up."""
+
+    @staticmethod
+    def forward(ctx: Any, weight_VD: Tensor, head: Head) -> Tensor:
+        ctx.head = head
+        ctx.set_materialize_grads(False)
+        return weight_VD.view_as(weight_VD)
+
+    @staticmethod
+    def backward(ctx: Any, nothing: Tensor) -> tuple[Tensor | None, None]:
+        return ctx.head.gradient_VD, None
+
+
+class AddGradient(torch.autograd.Function):
+    """`linear`, whose backward adds the weight's gradient to the head's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, head: Head
+    ) -> Tensor:
+        ctx.save_for_backward(hidden_CD, weight_VD)
+        ctx.head = head
+        return linear(hidden_CD, weight_VD, bias_V)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_CV: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_CD, weight_VD = ctx.saved_tensors
+        if ctx.needs_input_grad[1]:
+            head = ctx.head
+            if head.gradient_VD is None:
+                head.gradient_VD = (gradient_CV.t() @ hidden_CD).float()
+            elif hidden_CD.dtype == torch.float32:
+                head.gradient_VD.addmm_(gradient_CV.t(), hidden_CD)
+            else:
+                head.gradient_VD += gradient_CV.t() @ hidden_CD
+        hidden = gradient_CV @ weight_VD if ctx.needs_input_grad[0] else None
+        return hidden, None, gradient_CV.sum(0) if ctx.needs_input_grad[2] else None, None
+
+
+def prepare(model: PreTrainedModel) -> None:
+    """For packed batches. Raises UserError for a model that `Policy` cannot compute."""
+    require_trainable(model.config, model.config._attn_implementation)
+    use_packed_attention(model)
+
+
+def require_trainable(config: PretrainedConfig, attn_implementation: str) -> None:
+    """Raises UserError for a model that `Policy` cannot compute. Needs no weights."""
+    for key in OWN_SCALES:
+        if getattr(config.get_text_config(), key, None) not in (None, 1, 1.0):
+            raise UserError(f"{config.model_type}: {key} is not supported by this trainer")
+    require_packable(config, attn_implementation)
+
+
+def compute_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """The last hidden states from which the completions' tokens are predicted, `[C, D]`."""
+    hidden_ND = model.base_model(
+        input_ids=batch.ids_N.unsqueeze(0),
+        position_ids=batch.position_N.unsqueeze(0),
+        use_cache=False,
+        **attention_arguments(model, batch.lengths),
+    ).last_hidden_state.squeeze(0)
+    return hidden_ND[batch.predictor_C]
+
+
+def max_logits(*, on_gpu: bool) -> int:
+    return MAX_LOGITS_ON_GPU if on_gpu else MAX_LOGITS
+
+
+def chunk_sizes(num_tokens: int, vocab_size: int, device: torch.device) -> list[int]:
+    size = max(1, max_logits(on_gpu=device.type == "cuda") // vocab_size)
+    return [min(size, num_tokens - start) for start in range(0, num_tokens, size)]

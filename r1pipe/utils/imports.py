@@ -1,0 +1,55 @@
+"""Functions named in a recipe by a dotted name: found, or an error that says what is wrong."""
+
+import importlib
+import re
+import traceback
+from collections.abc import Awaitable, Callable
+from difflib import get_close_matches
+from pathlib import Path
+
+from r1pipe.utils.errors import UserError
+
+RewardFunction = Callable[..., list[float | None] | Awaitable[list[float | None]]]
+
+
+def find_reward(name: str) -> RewardFunction:
+    """The function behind a dotted name. Raises UserError, whatever its module does."""
+    if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name) or name.endswith(".py"):
+        # Of a path: the file is a module, found from the folder that it lies in.
+        module, _, function = re.sub(r"\.py\b:?", ".", Path(name).name).rpartition(".")
+        example = f"{module}.{function or 'FUNCTION'}" if module else "rewards.math_correct"
+        raise UserError(
+            f'reward "{name}": give a dotted name, module and function, such as {example}'
+        )
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and f"{module_name}.".startswith(f"{error.name}."):
+            raise UserError(
+                f'reward "{name}": no module "{error.name}", installed or in {Path.cwd()}'
+            ) from error
+        raise UserError(f'reward "{name}": {describe_failure(error)}') from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f'reward "{name}": {describe_failure(error)}') from error
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        known = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
+        near = get_close_matches(attribute, known, n=1)
+        hint = f"; did you mean {module_name}.{near[0]}?" if near else ""
+        own = Path.cwd() / "rewards.py"
+        if module_name == "rewards" and own.exists():
+            hint += f" ({own} has the name of r1pipe's own package: rename it)"
+        raise UserError(f'reward "{name}": {module_name} has no function "{attribute}"{hint}')
+    return function
+
+
+def describe_failure(error: BaseException) -> str:
+    """What a user's code raised, and where, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith("<") and f.filename != __file__]
+    where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+    if isinstance(error, SyntaxError) and error.filename:
+        where = f" ({error.filename}:{error.lineno})"
+        error = type(error)(error.msg)
+    return " ".join(f"{type(error).__name__}: {error}".split()) + where

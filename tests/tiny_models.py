@@ -1,0 +1,73 @@
+"""Models of a few thousand weights, problems and rollouts, for tests of the trainer's half."""
+
+from transformers import PreTrainedTokenizerBase
+
+from r1pipe.config.base import ProblemSet
+from r1pipe.data.problems import load_problems
+from r1pipe.models.tokenizer import encode_completion, encode_prompt
+from r1pipe.types import Problem, Rollout
+
+TINY = {
+    "model_type": "qwen3",
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+}
+MODELS = {
+    "qwen3": TINY,
+    "llama": {**TINY, "model_type": "llama", "num_key_value_heads": 1},
+    "deepseek_v3": {
+        "model_type": "deepseek_v3",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "first_k_dense_replace": 1,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_group": 1,
+        "topk_group": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "q_lora_rank": None,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+    },
+    "qwen3_moe": {
+        **TINY,
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+}
+PROBLEMS = load_problems(ProblemSet(recipe="arithmetic", options={"size": 50}))
+
+
+def make_rollout(
+    tokenizer: PreTrainedTokenizerBase,
+    problem: Problem,
+    max_length: int,
+    logprob: float = -1.0,
+    finish_reason: str = "stop",
+) -> Rollout:
+    """The beginning of the problem's solution, as if it had been sampled."""
+    completion = encode_completion(tokenizer, problem.solution)[:max_length]
+    return Rollout(
+        problem_id=problem.id,
+        sample=0,
+        prompt_ids=encode_prompt(tokenizer, problem.prompt),
+        completion_ids=completion,
+        logprobs=[logprob] * len(completion),
+        completion="",
+        finish_reason=finish_reason,
+    )

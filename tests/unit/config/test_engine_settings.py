@@ -1,0 +1,170 @@
+"""What an engine is asked for, and what is refused before one starts, on machines that are not at
+hand."""
+
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from faked_gpu import fake_gpu
+from transformers import AutoConfig
+
+from r1pipe.config.load import load_recipe
+from r1pipe.config.recipe import Engine
+from r1pipe.doctor.model_shape import find_config
+from r1pipe.models.quirks import MLA_HEADS, has_mla
+from r1pipe.rollout.vllm_args import CPU_HEAD_SIZES, check_engine, engine_arguments, set_environment
+from r1pipe.utils.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 256,
+}
+R1 = {"model_type": "deepseek_v3"}
+"""The defaults are DeepSeek-R1's sizes."""
+KEYS = ("VLLM_MLA_DISABLE", "TRITON_F32_DEFAULT", "VLLM_USE_V2_MODEL_RUNNER")
+
+
+def make_config(settings: dict) -> object:
+    return AutoConfig.for_model(**settings)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One's own, put back at the end."""
+    monkeypatch.setattr("r1pipe.rollout.vllm_args._own_variables", set())
+    monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k not in KEYS})
+
+
+def vllm_file(name: str) -> str:
+    """The text of one of vLLM's, without importing it: some need a GPU."""
+    return (Path(find_spec("vllm").origin).parent / name).read_text()
+
+
+def test_sizes_are_those_of_vllm() -> None:
+    found = re.search(
+        r"def get_supported_head_sizes.*?return \[(.*?)\]",
+        vllm_file("v1/attention/backends/cpu_attn.py"),
+        re.DOTALL,
+    )
+    assert tuple(map(int, found[1].split(","))) == CPU_HEAD_SIZES
+    heads = re.findall(
+        r"qk_nope_head_dim=(\d+),\s*qk_rope_head_dim=(\d+),\s*v_head_dim=(\d+)",
+        vllm_file("v1/attention/backends/mla/prefill/flash_attn.py"),
+    )
+    assert {tuple(map(int, sizes)) for sizes in heads} == set(MLA_HEADS)
+    for backend in ("triton_mla", "flashmla", "flashattn_mla", "flashinfer_mla"):
+        text = vllm_file(f"v1/attention/backends/mla/{backend}.py")
+        types = re.search(r"supported_dtypes.*?= \[(.*?)\]", text, re.DOTALL)[1]
+        assert "float32" not in types, f"{backend} would do: see has_mla"
+    text = vllm_file("v1/attention/backends/triton_attn.py")
+    assert "float32" in re.search(r"supported_dtypes.*?= \[(.*?)\]", text, re.DOTALL)[1]
+
+
+# (recipe, stage): what `make demo`, and the other laptop recipes with DeepSeek-V3, start from.
+LAPTOP = [("demo", "random"), ("r1_tiny", "random"), ("r1_zero_tiny", "random")]
+
+
+@pytest.mark.parametrize(("name", "stage"), LAPTOP, ids=lambda part: part)
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_laptop_recipes_have_an_attention_everywhere(
+    name: str, stage: str, device_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No backend of a GPU computes MLA in float32; Triton's attention computes it in full only if
+    told so."""
+    device = fake_gpu(monkeypatch) if device_type == "cuda" else CPU
+    recipe = load_recipe(ROOT / "configs" / f"{name}.yaml")
+    config = find_config(stage, recipe)
+    check_engine(stage, config, recipe.engine, device_type, num_processes=1, trains=True)
+    set_environment(config, device, recipe.dtype)
+    assert os.environ["VLLM_MLA_DISABLE"] == "1"
+    assert os.environ.get("TRITON_F32_DEFAULT") == ("ieee" if device_type == "cuda" else None)
+    arguments = engine_arguments(config, recipe.engine, recipe.dtype, device)
+    assert arguments["dtype"] == "float32"
+    assert arguments["enforce_eager"] == (device_type == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "device_type", "dtype", "expected"),
+    [
+        (R1, "cuda", "bfloat16", True),
+        (R1, "cuda", "float32", False),
+        (R1, "cpu", "bfloat16", False),
+        ({**R1, "qk_nope_head_dim": 16}, "cuda", "bfloat16", False),
+        (LLAMA, "cuda", "float32", True),
+    ],
+)
+def test_where_attention_is_latent(
+    settings: dict, device_type: str, dtype: str, expected: bool
+) -> None:
+    assert has_mla(make_config(settings), device_type, dtype) == expected
+
+
+def test_an_engine_takes_back_what_the_one_before_it_needed() -> None:
+    """Else the second model would be computed by the first one's rule."""
+    gpu = torch.device("cuda", 0)
+    set_environment(make_config({**R1, "v_head_dim": 32}), gpu, "bfloat16", with_routes=True)
+    assert [os.environ.get(key) for key in KEYS] == ["1", None, "1"]
+    set_environment(make_config(R1), gpu, "bfloat16")
+    assert [os.environ.get(key) for key in KEYS] == [None, None, None]
+    os.environ["VLLM_MLA_DISABLE"] = "0"
+    set_environment(make_config(R1), gpu, "float32")
+    assert [os.environ.get(key) for key in KEYS] == ["0", "ieee", None]
+    set_environment(make_config(R1), gpu, "bfloat16")
+    assert os.environ["VLLM_MLA_DISABLE"] == "0", "the user's own"
+
+
+# (model, engine, device, processes, trains) -> words of the refusal, or None
+REFUSALS = [
+    (LLAMA, {}, "cpu", 1, True, None),
+    ({**LLAMA, "num_attention_heads": 4}, {}, "cpu", 1, False, "m: head_dim is 16; on CPU"),
+    (
+        {**LLAMA, "model_type": "qwen2", "num_attention_heads": 4},
+        {},
+        "cpu",
+        1,
+        False,
+        "heads is 16",
+    ),
+    ({**LLAMA, "num_attention_heads": 4}, {}, "cuda", 1, False, None),
+    ({**LLAMA, "head_dim": 48}, {}, "cpu", 1, False, "m: head_dim is 48; on CPU"),
+    ({**LLAMA, "model_type": "gemma3_text", "head_dim": 20}, {}, "cpu", 1, False, "is 20"),
+    ({**R1, "qk_nope_head_dim": 20}, {}, "cpu", 1, False, "qk_rope_head_dim is 84"),
+    (LLAMA, {"max_model_len": 256}, "cpu", 1, False, None),
+    (LLAMA, {"max_model_len": 4096}, "cpu", 1, False, "4096 is more than the context of m, 256"),
+    (
+        {**LLAMA, "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+        {"max_model_len": 1024},
+        "cpu",
+        1,
+        False,
+        None,
+    ),
+    (LLAMA, {"tensor_parallel_size": 2}, "cuda", 4, True, None),
+    (LLAMA, {"tensor_parallel_size": 2}, "cuda", 3, False, "3 processes cannot be grouped by 2"),
+    (LLAMA, {"tensor_parallel_size": 2}, "cuda", 1, True, "1 process cannot be grouped by 2"),
+    (LLAMA, {"tensor_parallel_size": 2}, "cuda", 1, False, None),
+    (LLAMA, {"tensor_parallel_size": 4}, "cuda", 4, True, "the 2 attention heads of m"),
+]
+
+
+@pytest.mark.parametrize(("model", "engine", "device", "count", "trains", "words"), REFUSALS)
+def test_refused_before_an_engine_starts(
+    model: dict, engine: dict, device: str, count: int, trains: bool, words: str | None
+) -> None:
+    def check() -> None:
+        check_engine("m", make_config(model), Engine(**engine), device, count, trains)
+
+    if words is None:
+        check()
+    else:
+        with pytest.raises(UserError, match=re.escape(words)) as caught:
+            check()
+        assert "\n" not in str(caught.value)

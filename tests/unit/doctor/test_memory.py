@@ -1,0 +1,211 @@
+"""The memory estimate against what is allocated, and what it says of a recipe."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from grpo_settings import make_grpo, make_on_policy_distill
+from tiny_models import MODELS, PROBLEMS
+from transformers import AutoConfig, PreTrainedModel
+
+from r1pipe.config.load import load_recipe
+from r1pipe.doctor.memory import Devices, estimate_on_policy, estimate_stage
+from r1pipe.doctor.model_shape import GIB, Shape, find_stage_config
+from r1pipe.models.model import build_model
+from r1pipe.models.tokenizer import build_tokenizer
+from r1pipe.rl.update import Updater
+from r1pipe.trainer.packing import Sample, pack
+from r1pipe.trainer.policy import Policy
+from r1pipe.types import Rollout
+from r1pipe.utils.errors import UserError
+from r1pipe.utils.progress import format_size
+
+ROOT = Path(__file__).parents[3]
+TOLERANCE = 1 / 3
+QWEN3_30B = {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+}
+
+
+QWEN2_MATH = {
+    "model_type": "qwen2",
+    "hidden_size": 1536,
+    "num_hidden_layers": 28,
+    "intermediate_size": 8960,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+QWEN2_MATH_7B = {
+    **QWEN2_MATH,
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+}
+
+
+def make_model(name: str) -> PreTrainedModel:
+    tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in PROBLEMS), 400)
+    wide = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4}
+    model = build_model({**MODELS[name], **wide}, tokenizer, 0)
+    model.set_experts_implementation("eager")
+    return model
+
+
+def make_samples(num_tokens: int) -> list[Sample]:
+    rollout = Rollout("", 0, [1] * 56, [2] * 8, [-1.0] * 8, "", "stop")
+    return [Sample(rollout, 1.0) for _ in range(num_tokens // 64)]
+
+
+def measure_activations(policy: Policy, num_tokens: int) -> int:
+    """Bytes that autograd keeps of one forward to the last hidden state, the weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    batch = pack(make_samples(num_tokens), torch.device("cpu"))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        policy.model.base_model(
+            input_ids=batch.ids_N.unsqueeze(0),
+            position_ids=batch.position_N.unsqueeze(0),
+            use_cache=False,
+            sequence_lengths=batch.lengths,
+        )
+    return sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MODELS)
+def test_activations(name: str, dtype: torch.dtype) -> None:
+    """bf16 as in sharded layers, which are put together in it, and not by autocast."""
+    model = make_model(name)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    shape, policy, size = Shape.of(model.config), Policy(model), dtype.itemsize
+    whole = measure_activations(policy, 512)
+    estimate = shape.activations(512, size, checkpointing=False, stream=size)
+    assert estimate == pytest.approx(whole, rel=TOLERANCE)
+
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # In the backward pass one layer more is there.
+    kept = measure_activations(policy, 512) + whole / 4
+    estimate = shape.activations(512, size, checkpointing=True, stream=size)
+    assert estimate == pytest.approx(kept, rel=TOLERANCE)
+
+
+def test_weights_gradients_and_optimizer() -> None:
+    recipe = load_recipe(ROOT / "configs" / "demo.yaml")
+    model, settings = make_model("deepseek_v3"), make_grpo(beta=0.1)
+    parts = estimate_on_policy(settings, recipe, Shape.of(model.config), Devices(1, GIB)).parts
+    updater = Updater(model, make_model("deepseek_v3"), settings, dtype="float32", seed=0)
+    kept: dict[str, int] = {}
+    updater.optimizer.register_step_pre_hook(
+        lambda optimizer, args, kwargs: kept.update(
+            gradients=sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+        )
+    )
+    updater.step(make_samples(256), 1, lambda metrics: None)
+    kept["weights"] = sum(p.nbytes for p in model.parameters())
+    kept["reference"] = sum(p.nbytes for p in updater.reference.parameters())
+    moments = [state[key] for state in updater.optimizer.state.values() for key in state]
+    kept["optimizer"] = sum(m.nbytes for m in moments if m.ndim)
+    for name, size in kept.items():
+        assert parts[name] == size, name
+
+
+def test_the_large_recipe_fits_its_node(tmp_path: Path) -> None:
+    configs = {"moe": QWEN3_30B, "1.5B": QWEN2_MATH, "7B": QWEN2_MATH_7B}
+    for name, values in configs.items():
+        AutoConfig.for_model(**values).save_pretrained(tmp_path / name)
+    overrides = [
+        f"stages.cold_start.from={tmp_path}/moe",
+        f"stages.student_1_5b.student={tmp_path}/1.5B",
+        f"stages.student_7b.student={tmp_path}/7B",
+    ]
+
+    def lines(*more: str) -> dict[str, str]:
+        path = ROOT / "configs" / "qwen3_30b_a3b.yaml"
+        recipe, node = load_recipe(path, [*overrides, *more]), Devices.parse("8x80GB")
+        found = {stage.name: estimate_stage(stage, recipe, node) for stage in recipe.stages}
+        return {name: line for name, line in found.items() if line is not None}
+
+    shipped = lines()
+    assert shipped.keys() == {"cold_start", "grpo", "student_1_5b", "student_7b"}
+    assert all(line.endswith(": fits") for line in shipped.values()), shipped
+    # Of 30.5e9 parameters on 8 devices: float32; both moments of the largest tensor, one layer's
+    # gate and up projections of 128 experts; a reference in bf16; the sampler's share in bf16.
+    assert "30.5 B parameters on 8 x 80.0 GiB" in shipped["grpo"]
+    assert "weights 14.2, gradients 14.2, optimizer 0.4" in shipped["grpo"]
+    assert "reference 7.1" in shipped["grpo"]
+    assert "vLLM 8.6" in shipped["grpo"]
+
+    resident = lines("stages.grpo.offload_optimizer=false")["grpo"]
+    assert "optimizer 28.4" in resident
+    assert "DOES NOT FIT" in resident
+    whole = lines("engine.tensor_parallel_size=1")["grpo"]
+    assert "vLLM has 0 B for its KV cache" in whole
+
+
+def test_the_teacher_counts() -> None:
+    """Whole in one process; of several, its share, the head, and a layer on its way."""
+    recipe = load_recipe(ROOT / "configs" / "demo.yaml")
+    stage = make_on_policy_distill(**{"from": "grpo", "student": "distill"})
+    student, teacher = (
+        Shape.of(find_stage_config(recipe.stage(name), recipe)) for name in ("distill", "grpo")
+    )
+    alone = estimate_on_policy(stage, recipe, student, Devices(1, GIB))
+    assert alone.parts["teacher"] == 4 * teacher.parameters
+    assert alone.parts["weights"] == 4 * student.parameters
+    shared = estimate_on_policy(stage, recipe, student, Devices(4, GIB)).parts
+    assert teacher.parameters < shared["teacher"] < alone.parts["teacher"]
+    lines = [estimate_stage(stage, recipe, Devices(1, size * GIB)) for size in (8, 1)]
+    assert lines[0].endswith("fits")
+    assert "DOES NOT FIT" in lines[1]
+
+
+def test_what_fits_and_what_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(ROOT / "configs" / "demo.yaml")
+    stage = recipe.stage("grpo")
+    assert estimate_stage(stage, recipe, Devices.parse("1x8GB")).endswith("fits")
+    assert "DOES NOT FIT" in estimate_stage(stage, recipe, Devices.parse("1 x 1 GiB"))
+    assert estimate_stage(recipe.stage("eval"), recipe, Devices.parse("1x8GB")) is None
+    with pytest.raises(UserError, match="8x80GB"):
+        Devices.parse("eight")
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("r1pipe.models.hub_cache.reaches_hub", lambda: False)
+    recipe = load_recipe(ROOT / "configs" / "r1_zero.yaml")
+    line = estimate_stage(recipe.stage("grpo"), recipe, Devices.parse("1x80GB"))
+    assert line.startswith("grpo: no memory estimate: no config of")
+
+
+def test_no_size_is_printed_as_nothing() -> None:
+    sizes = {
+        0: "0 B",
+        900: "0.9 KiB",
+        2**18: "0.2 MiB",
+        2**30 // 2: "0.5 GiB",
+        1536 * 2**20: "1.5 GiB",
+    }
+    assert {size: format_size(size) for size in sizes} == sizes

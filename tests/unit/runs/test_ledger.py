@@ -1,0 +1,222 @@
+"""What a run costs: attempts that were killed, steps done twice, energy, money per point."""
+
+import json
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from r1pipe.config.load import load_recipe
+from r1pipe.config.recipe import Recipe
+from r1pipe.report.costs import describe_costs, find_gains
+from r1pipe.runs import ledger
+from r1pipe.runs.energy import EnergyMeter, open_rapl
+from r1pipe.runs.ledger import Hardware, Ledger, count_cores, find_idle_seconds, summarize_run
+from r1pipe.utils.errors import UserError
+from r1pipe.utils.jsonl import read_jsonl
+
+DEMO = Path(__file__).parents[3] / "configs" / "demo.yaml"
+STEP = 0.05
+NO_METER = EnergyMeter([], [])
+
+
+def make_recipe(*overrides: str) -> Recipe:
+    return load_recipe(DEMO, ["price_per_device_hour=2.0", *overrides])
+
+
+def spend(run_dir: Path, steps: range, finish: bool = True, recipe: Recipe | None = None) -> None:
+    """An attempt at the grpo stage; without `finish` the process dies in the middle of a step."""
+    account = Ledger(run_dir, recipe or make_recipe(), Hardware("GPU", 4, NO_METER))
+    with account.stage("grpo"):
+        for step in steps:
+            time.sleep(STEP)
+            account.note_step({"step": step, "tokens_sampled": 10, "tokens_trained": 30})
+        if not finish:
+            time.sleep(3 * STEP)
+            os._exit(9)
+        folder = run_dir / "grpo"
+        folder.mkdir(exist_ok=True)
+        account.finish({}, folder)
+
+
+def kill(run_dir: Path, steps: range) -> None:
+    process = multiprocessing.get_context("fork").Process(
+        target=spend, args=(run_dir, steps, False)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 9
+
+
+@pytest.fixture(autouse=True)
+def signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger, "SECONDS_BETWEEN_SIGNS", STEP / 5)
+
+
+def test_killed_attempts_count_and_steps_done_twice_are_lost(tmp_path: Path) -> None:
+    kill(tmp_path, range(1, 7))
+    (running,) = summarize_run(tmp_path)
+    assert running["outcome"] == "running"
+    # Six steps, and the three that the seventh took before the end.
+    assert running["wall_s"] == pytest.approx(9 * STEP, abs=2 * STEP)
+    time.sleep(4 * STEP)  # which nobody pays for
+    spend(tmp_path, range(3, 9))
+    (cost,) = summarize_run(tmp_path)
+    assert (cost["attempts"], cost["outcome"], cost["steps"]) == (2, "finished", 8)
+    assert cost["wall_s"] == pytest.approx(15 * STEP, abs=3 * STEP)
+    # Steps 3 to 6 of the first attempt, and its unfinished one.
+    assert cost["lost_s"] == pytest.approx(7 * STEP, abs=2 * STEP)
+    assert cost["device_hours"] == pytest.approx(4 * cost["wall_s"] / 3600, abs=1e-4)
+    assert cost["cost"] == pytest.approx(2 * cost["device_hours"], abs=1e-4)
+    assert (cost["tokens_sampled"], cost["tokens_trained"]) == (120, 360)
+    kept = [row["step"] for _, row in read_jsonl(tmp_path / "grpo" / "ledger.jsonl")]
+    assert kept == list(range(1, 9))
+    assert json.loads((tmp_path / "grpo" / "ledger.json").read_text()) == cost
+    assert json.loads((tmp_path / "ledger.json").read_text()) == [cost]
+
+
+def test_a_stage_made_again_has_lost_all_of_the_first_time(tmp_path: Path) -> None:
+    spend(tmp_path, range(1, 5))
+    first = summarize_run(tmp_path)[0]
+    assert first["lost_s"] == 0
+    spend(tmp_path, range(1, 3))
+    cost = summarize_run(tmp_path)[0]
+    assert (cost["attempts"], cost["steps"]) == (2, 2)
+    assert cost["lost_s"] == pytest.approx(first["wall_s"], abs=0.1)
+
+
+def test_a_half_written_line_is_cut_off(tmp_path: Path) -> None:
+    spend(tmp_path, range(1, 3))
+    with (tmp_path / "ledger.jsonl").open("a") as file:
+        file.write('{"time": 1, "eve')
+    spend(tmp_path, range(1, 3))
+    assert summarize_run(tmp_path)[0]["attempts"] == 2
+
+
+def test_without_a_price_there_is_no_cost(tmp_path: Path) -> None:
+    spend(tmp_path, range(1, 3), recipe=make_recipe("price_per_device_hour=null"))
+    assert summarize_run(tmp_path)[0]["cost"] is None
+    assert "no price_per_device_hour" in describe_costs(tmp_path)
+
+
+def test_progress_names_the_whole_of_the_cost(tmp_path: Path) -> None:
+    kill(tmp_path, range(1, 3))
+    account = Ledger(tmp_path, make_recipe(), Hardware("GPU", 4, NO_METER))
+    with account.stage("grpo"):
+        assert account.project(3600 - 5 * STEP).startswith("0.000")
+        assert account.project(3600 - 5 * STEP).endswith("of about 4 GPU-hours (8.00 USD)")
+
+
+# (phases of a step of 10 s, seconds in which the device does nothing)
+PHASES = {
+    "colocated": ({"wait": 6, "sample": 5.5, "score": 0.25}, 0.5),
+    "sampled beside the training": ({"wait": 3, "sample": 9, "score": 0.25, "late": 1}, 0.25),
+    "all of it waited for": ({"wait": 0.1, "sample": 9, "score": 0.25, "late": 1}, 0.1),
+    "not measured": ({}, None),
+}
+
+
+@pytest.mark.parametrize("case", PHASES)
+def test_idle_time(case: str) -> None:
+    phases, expected = PHASES[case]
+    metrics = {f"seconds/{name}": value for name, value in phases.items()}
+    assert find_idle_seconds({**metrics, "staleness": phases.get("late", 0)}) == expected
+
+
+def write_zone(root: Path, name: str, microjoules: int) -> None:
+    (root / name).mkdir(parents=True, exist_ok=True)
+    (root / name / "energy_uj").write_text(f"{microjoules}\n")
+    (root / name / "max_energy_range_uj").write_text("10000000\n")
+
+
+def test_rapl_adds_up_packages_and_starts_over(tmp_path: Path) -> None:
+    write_zone(tmp_path, "intel-rapl:0", 9_000_000)
+    write_zone(tmp_path, "intel-rapl:1", 0)
+    write_zone(tmp_path, "intel-rapl:0:0", 5)  # a part of package 0
+    meter = open_rapl(tmp_path)
+    write_zone(tmp_path, "intel-rapl:0", 2_000_000)
+    write_zone(tmp_path, "intel-rapl:1", 1_500_000)
+    write_zone(tmp_path, "intel-rapl:0:0", 5_000_000)
+    assert meter.read() == pytest.approx(3 + 1.5)
+    assert meter.read() == 0
+    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+    assert meter.read() is None
+    assert open_rapl(tmp_path / "nothing").read() is None
+
+
+def test_energy_is_that_of_steps_and_ends(tmp_path: Path) -> None:
+    joules = iter([0.0, 100.0, 3.7e6, 7.3e6])
+    meter = EnergyMeter([lambda: next(joules)], [None])
+    account = Ledger(tmp_path, make_recipe(), Hardware("core", 2, meter))
+    with account.stage("sft"):  # what went before it, 100 J, is not its own
+        account.note_step({"step": 5, "tokens_trained": 70})
+        (tmp_path / "sft").mkdir()
+        account.finish({}, tmp_path / "sft")
+    cost = summarize_run(tmp_path)[0]
+    assert cost["energy_kwh"] == pytest.approx((7.3e6 - 100) / 3.6e6, abs=1e-4)
+    assert cost["tokens_trained"] == 70
+
+
+def test_tokens_that_no_step_has_told_are_those_of_the_record(tmp_path: Path) -> None:
+    account = Ledger(tmp_path, make_recipe(), Hardware("core", 2, NO_METER))
+    with account.stage("distill"):
+        account.note_step({"step": 5, "tokens_trained": 70})
+        account.note_step({"step": 10, "tokens_trained": 60})
+        (tmp_path / "distill").mkdir()
+        account.finish({"tokens_sampled": 900}, tmp_path / "distill")
+    cost = summarize_run(tmp_path)[0]
+    assert (cost["tokens_sampled"], cost["tokens_trained"]) == (900, 130)
+
+
+def test_cores_are_those_that_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for threads, cores in (("", 8), ("2", 2), ("64", 8), ("x", 8)):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        assert count_cores() == cores
+
+
+def write_stage(run_dir: Path, name: str, **settings: object) -> None:
+    (run_dir / name).mkdir(exist_ok=True)
+    (run_dir / name / "stage.json").write_text(json.dumps({"settings": settings}))
+
+
+def test_points_are_over_the_checkpoint_that_a_stage_starts_from(tmp_path: Path) -> None:
+    write_stage(tmp_path, "sft", kind="sft", **{"from": "hub/base"})
+    write_stage(tmp_path, "grpo", kind="grpo", **{"from": "sft"})
+    write_stage(
+        tmp_path, "distill", kind="distill", student={"model_type": "x"}, **{"from": "grpo"}
+    )
+    accuracy = {"hub/base": 0.1, "sft": 0.5, "grpo": 0.45, "distill": 0.9}
+    entries = [
+        {"stage": name, "dataset": label, "pass_at_1": value - other}
+        for label, other in (("first", 0.0), ("second", 0.1))
+        for name, value in accuracy.items()
+    ]
+    (tmp_path / "summary.json").write_text(json.dumps(entries))
+    gains = find_gains(tmp_path, ["sft", "grpo", "distill"])
+    # Of a student from random weights there is no accuracy before.
+    assert gains == pytest.approx({"sft": 40.0, "grpo": -5.0, "": 80.0})
+
+
+def test_table(tmp_path: Path) -> None:
+    spend(tmp_path, range(1, 3))
+    write_stage(tmp_path, "grpo", kind="grpo", **{"from": "sft"})
+    entries = [
+        {"stage": name, "dataset": "arithmetic/test", "pass_at_1": accuracy}
+        for name, accuracy in (("sft", 0.5), ("grpo", 0.75))
+    ]
+    (tmp_path / "summary.json").write_text(json.dumps(entries))
+    cost = summarize_run(tmp_path)[0]
+    text = describe_costs(tmp_path)
+    row = next(line for line in text.splitlines() if line.startswith("| grpo"))
+    assert "| +25.0" in row
+    assert f"{cost['cost'] / 25:.2g} USD |" in row
+    assert "147K H800 GPU-hours, USD 294K at 2 an hour" in text
+    assert "not measured here" in text
+
+
+def test_cost_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run folder"):
+        describe_costs(tmp_path)

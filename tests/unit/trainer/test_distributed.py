@@ -1,0 +1,254 @@
+"""Two gloo processes on CPU against one: the same losses, shards only, nothing that hangs."""
+
+import copy
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from grpo_settings import make_grpo, make_on_policy_distill
+from tiny_models import MODELS, PROBLEMS, make_rollout
+from transformers import AutoModelForCausalLM
+
+from r1pipe.config.rl import OnPolicy, OnPolicyDistill
+from r1pipe.models.model import build_model, load_model
+from r1pipe.models.tokenizer import build_tokenizer
+from r1pipe.models.weights import save_checkpoint
+from r1pipe.rl.distill_update import DistillUpdater, Teacher
+from r1pipe.rl.update import Updater
+from r1pipe.trainer.checkpoints import Checkpoints
+from r1pipe.trainer.packing import Sample
+from r1pipe.utils.errors import UserError
+
+ROOT = Path(__file__).parents[3]
+CPU = torch.device("cpu")
+VOCABULARY = 401
+"""Odd, so that the ranks' parts of the embedding and the head differ."""
+
+# (model, changes of its config, settings, samples of rank 0 and of rank 1)
+CASES = {
+    "moe": (
+        "deepseek_v3",
+        {"n_routed_experts": 5},
+        {"steps_per_generation": 2, "loss_type": "dapo", "bias_update_rate": 0.01},
+        (12, 8),
+    ),
+    "tied": (
+        "qwen3",
+        {"tie_word_embeddings": True},
+        {"beta": 0.1, "num_iterations": 2, "reference_refresh_steps": 9},
+        (7, 13),
+    ),
+    # Minibatches of a single sample: one rank has nothing to train on.
+    "one_idle": (
+        "qwen3_moe",
+        {},
+        {"beta": 0.1, "gradient_checkpointing": True, "steps_per_generation": 4},
+        (5, 0),
+    ),
+    "bf16": ("qwen3_moe", {}, {"beta": 0.1, "offload_optimizer": True}, (9, 11)),
+    # By a teacher; minibatches of a single sample, and a last one of two.
+    "taught": (
+        "qwen3",
+        {"tie_word_embeddings": True},
+        {"kind": "on_policy_distill", "steps_per_generation": 4},
+        (5, 0),
+    ),
+}
+FLOAT32 = [name for name in CASES if name != "bf16"]
+
+
+def make_samples(tokenizer: object) -> list[Sample]:
+    rng = random.Random(0)
+    samples = []
+    for problem in PROBLEMS[:20]:
+        length, finish_reason = rng.randint(3, 40), rng.choice(["stop", "stop", "length"])
+        rollout = make_rollout(tokenizer, problem, length, -5.0, finish_reason)
+        samples.append(Sample(rollout, rng.choice([-1.0, 0.0, 0.5, 2.0])))
+    return samples
+
+
+def make_stage(**settings: object) -> OnPolicy:
+    if settings.get("kind") == "on_policy_distill":
+        return make_on_policy_distill(**settings)
+    fixed = {
+        "learning_rate": 1e-3,
+        "max_grad_norm": 1e9,
+        "mask_truncated_completions": True,
+        "vllm_importance_sampling_correction": False,
+    }
+    return make_grpo(**fixed, **settings)
+
+
+def run_ranks(script: str, *arguments: object, ranks: int = 2) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run(
+        [sys.executable, *command, str(Path(__file__).with_name(script)), *map(str, arguments)],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """The folder with what two ranks have made of every case, and the cases."""
+    return run_cases(tmp_path_factory.mktemp("ranks"), "cpu")
+
+
+def run_cases(folder: Path, device: str) -> tuple[Path, dict]:
+    texts = (f"{p.question}\n{p.solution}" for p in PROBLEMS)
+    tokenizer = build_tokenizer(texts, VOCABULARY)
+    assert len(tokenizer) == VOCABULARY
+    samples = make_samples(tokenizer)
+    cases = {}
+    for name, (model, changes, settings, (first, second)) in CASES.items():
+        checkpoint = folder / f"{name}-start"
+        start = build_model({**MODELS[model], **changes}, tokenizer, 0)
+        save_checkpoint(start, tokenizer, checkpoint)
+        teacher = build_model({**MODELS[model], **changes}, tokenizer, 1)
+        save_checkpoint(teacher, tokenizer, folder / f"{name}-teacher")
+        cases[name] = {
+            "dtype": "float32" if name in FLOAT32 else "bfloat16",
+            "settings": make_stage(micro_batch_tokens=200, max_grad_norm=0.1, **settings),
+            "samples": (samples[:first], samples[first : first + second]),
+        }
+    (folder / "cases.pickle").write_bytes(pickle.dumps(cases))
+    result = run_ranks("sharded_update.py", folder, device)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return folder, cases
+
+
+@pytest.mark.parametrize("name", FLOAT32)
+def test_losses_are_those_of_one_process(name: str, cases: tuple[Path, dict]) -> None:
+    folder, by_name = cases
+    compare_with_one_process(folder, name, by_name[name], tolerance=1e-5)
+
+
+def test_bf16_layers_and_float32_masters(cases: tuple[Path, dict]) -> None:
+    """Against one process, which sums in another order."""
+    folder, by_name = cases
+    results = json.loads((folder / "bf16.json").read_text())
+    for result in results:
+        assert result["computed_in"] == "torch.bfloat16"
+        assert result["masters"] == ["torch.float32"]
+        assert result["reference"] == ["torch.bfloat16"]
+    assert results[0]["metrics"] == results[1]["metrics"]
+    updater = make_updater(folder, "bf16", by_name["bf16"])
+    samples = [sample for part in by_name["bf16"]["samples"] for sample in part]
+    for step in range(1, 4):
+        expected = updater.step(copy.deepcopy(samples), step, lambda metrics: None)
+        for key, tolerance in {"loss": 0.02, "entropy": 0.01, "kl": 0.01}.items():
+            assert results[0]["metrics"][step - 1][key] == pytest.approx(
+                expected[key], abs=tolerance
+            )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_samples_are_shared_out_by_tokens(name: str, cases: tuple[Path, dict]) -> None:
+    """Whole, each to one rank; of every minibatch the ranks' tokens differ by one sample's."""
+    folder, by_name = cases
+    results = json.loads((folder / f"{name}.json").read_text())
+    samples = [sample for part in by_name[name]["samples"] for sample in part]
+    shares = [{int(n): ids for n, ids in result["share"].items()} for result in results]
+    assert not shares[0].keys() & shares[1].keys()
+    for number, ids in (shares[0] | shares[1]).items():
+        assert ids == samples[number].rollout.completion_ids
+    assert sorted(shares[0] | shares[1]) == [*range(len(samples))]
+    for numbers in results[0]["minibatches"]:
+        # Without a KL term a sample of advantage 0 costs nothing.
+        beta = by_name[name]["settings"].beta
+        costs = {n: s.num_tokens * (beta > 0 or s.advantage != 0) for n, s in enumerate(samples)}
+        loads = [sum(costs[n] for n in numbers if n in share) for share in shares]
+        assert abs(loads[0] - loads[1]) <= max(costs[n] for n in numbers)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_go_on_bit_equal(name: str, cases: tuple[Path, dict]) -> None:
+    folder, _ = cases
+    for result in json.loads((folder / f"{name}.json").read_text()):
+        assert result["again"] == result["metrics"][1:]
+        assert result["same_weights_again"]
+
+
+def test_one_process_does_not_go_on_from_two(cases: tuple[Path, dict]) -> None:
+    folder, by_name = cases
+    updater = make_updater(folder, "moe", by_name["moe"])
+    settings = by_name["moe"]["settings"]
+    checkpoints = Checkpoints(folder / "moe-partial", settings, "moe", {"it": updater}, {})
+    with pytest.raises(UserError, match="saved by 2 processes, and this run has 1"):
+        checkpoints.restore_last_good()
+
+
+def make_updater(folder: Path, name: str, case: dict) -> Updater:
+    model = load_model(str(folder / f"{name}-start"), CPU)
+    settings, dtype = case["settings"], case["dtype"]
+    if isinstance(settings, OnPolicyDistill):
+        teacher = Teacher(load_model(str(folder / f"{name}-teacher"), CPU).requires_grad_(False))
+        return DistillUpdater(model, teacher, settings, dtype=dtype, seed=0)
+    reference = copy.deepcopy(model) if settings.beta else None
+    return Updater(model, reference, settings, dtype=dtype, seed=0)
+
+
+def compare_with_one_process(folder: Path, name: str, case: dict, tolerance: float) -> None:
+    results = json.loads((folder / f"{name}.json").read_text())
+    assert results[0]["metrics"] == results[1]["metrics"]
+    updater = make_updater(folder, name, case)
+    model, settings = updater.model, case["settings"]
+    for step in range(1, 4):
+        samples = copy.deepcopy([sample for part in case["samples"] for sample in part])
+        expected = updater.step(samples, step, lambda metrics: None)
+        row = results[0]["metrics"][step - 1]
+        for key, value in expected.items():  # each by itself: some are lists
+            near = {"abs": 2e-3} if key.endswith("/load") else {"rel": tolerance, "abs": tolerance}
+            assert row[key] == pytest.approx(value, **near), key
+        assert row.keys() == expected.keys()
+        assert expected["grad_norm"] > settings.max_grad_norm
+    for n, bias in results[0]["biases"].items():
+        torch.testing.assert_close(torch.tensor(bias), model.get_buffer(n))
+        assert bias == results[1]["biases"][n]
+        assert any(bias)
+    saved = AutoModelForCausalLM.from_pretrained(folder / f"{name}-saved", dtype=torch.float32)
+    for n, weight in saved.state_dict().items():
+        close = (weight - model.state_dict()[n]).abs() < 1e-5
+        assert close.float().mean() > 0.99, n
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_rank_holds_everything(name: str, cases: tuple[Path, dict]) -> None:
+    folder, _ = cases
+    results = json.loads((folder / f"{name}.json").read_text())
+    model = load_model(str(folder / f"{name}-start"), CPU)
+    whole = sum(parameter.nbytes for parameter in model.parameters())
+    assert all(result["all_sharded"] for result in results)
+    assert sum(result["bytes"] for result in results) == whole
+    # Five experts are three and two.
+    assert max(result["bytes"] for result in results) < 0.62 * whole
+
+
+def test_freed_memory_is_given_back() -> None:
+    """Every other of 64 blocks of 8 MiB is freed: 256 of 512 MiB are in use."""
+    code = """
+import torch
+from pathlib import Path
+from r1pipe.trainer.fsdp import give_memory_back
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4 / 1024
+
+give_memory_back()
+torch.ones(2**21)  # freed: glibc now knows the size
+before = resident()
+blocks = [torch.ones(2**21) for _ in range(64)]
+assert resident() - before > 500
+del blocks[::2]
+assert resident() - before < 300, resident() - before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,140 @@
+"""The hang guard, on processes that hang in each way in which one can."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from r1pipe.utils.errors import HUNG
+from r1pipe.utils.watchdog import clear_stacks
+
+ROOT = Path(__file__).parents[3]
+
+# What the main thread does within the watchdog, the limit being a second.
+SLEEPS = "time.sleep(100)"
+WORKS = "for _ in range(20): time.sleep(0.2); beat()"
+# A C call that lets the interpreter go, and that a signal's handler cannot interrupt.
+WAITS_IN_C = "lock = threading.Lock(); lock.acquire(); lock.acquire()"
+HOLDS_THE_INTERPRETER = "re.match(r'(a+)+$', 'a' * 60 + 'b')"
+ANOTHER_THREAD_HANGS = (
+    "thread = threading.Thread(target=wait_for_ever, name='judge'); thread.start(); thread.join()"
+)
+ANOTHER_THREAD_WORKS = (
+    "thread = threading.Thread(target=work, name='judge'); thread.start(); thread.join()"
+)
+
+
+def start(folder: Path, action: str, rank: int = 0, world_size: int = 1) -> subprocess.Popen:
+    program = f"""
+import os, re, signal, threading, time
+from pathlib import Path
+from r1pipe.utils.phases import beat, phase
+from r1pipe.utils.watchdog import Watchdog
+
+def wait_for_ever():
+    with phase("scoring"):
+        time.sleep(100)
+
+def work():
+    with phase("scoring"):
+        {WORKS}
+
+def do_what_hangs():
+    {action}
+
+signal.signal(signal.SIGTERM, lambda *_: None)
+with Watchdog(Path({str(folder)!r}), 1.0), phase("update"):
+    do_what_hangs()
+"""
+    ranks = {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    return subprocess.Popen(
+        [sys.executable, "-c", program],
+        env={**os.environ, **ranks, "PYTHONPATH": str(ROOT)},
+        text=True,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("action", [WORKS, ANOTHER_THREAD_WORKS])
+def test_work_is_left_alone_and_nothing_is_left_of_the_watch(action: str, tmp_path: Path) -> None:
+    process = start(tmp_path / "stacks", action)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (0, "")
+    assert not (tmp_path / "stacks").exists()
+
+
+# (what hangs, exit code, words of the line, words of the stacks)
+HANGS = {
+    "sleep": (SLEEPS, HUNG, "in update", "do_what_hangs"),
+    "C call": (WAITS_IN_C, HUNG, "in update", "do_what_hangs"),
+    "interpreter": (HOLDS_THE_INTERPRETER, -signal.SIGALRM, "interpreter was held", r"re\W.*match"),
+    "thread": (ANOTHER_THREAD_HANGS, HUNG, "update, scoring", "wait_for_ever"),
+}
+
+
+@pytest.mark.parametrize("case", HANGS)
+def test_a_hang_ends_with_the_stacks(case: str, tmp_path: Path) -> None:
+    action, code, words, stacks = HANGS[case]
+    process = start(tmp_path / "stacks", action)
+    started = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - started < 30
+    assert process.returncode == code, err
+    lines = err.splitlines()
+    assert len(lines) == 1, err
+    assert lines[0].startswith("r1pipe: rank 0: ")
+    assert words in lines[0]
+    assert str(tmp_path / "stacks") in lines[0]
+    assert "the same command goes on" in lines[0]
+    written = (tmp_path / "stacks" / "rank-0.txt").read_text()
+    assert re.search(stacks, written), written
+
+
+def test_all_ranks_write_their_stacks_and_one_speaks(tmp_path: Path) -> None:
+    """The second works, but for ever in vain: the first waits for it."""
+    in_vain = "while True: time.sleep(0.2); beat()"
+    processes = [
+        start(tmp_path, action, rank, world_size=2)
+        for rank, action in enumerate((WAITS_IN_C, in_vain))
+    ]
+    errors = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [HUNG, HUNG], errors
+    assert len("".join(errors).splitlines()) == 1
+    for rank in (0, 1):
+        assert "do_what_hangs" in (tmp_path / f"rank-{rank}.txt").read_text()
+
+
+def test_what_an_earlier_run_left_is_no_hang(tmp_path: Path) -> None:
+    folder = tmp_path / "stacks"
+    start(folder, SLEEPS).communicate(timeout=60)
+    assert list(folder.iterdir())
+    clear_stacks(folder)
+    process = start(folder, WORKS)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+
+
+def test_a_process_that_was_stopped_has_not_hung(tmp_path: Path) -> None:
+    """As by Ctrl-Z: its guardian too."""
+    process = start(tmp_path, "for _ in range(25): time.sleep(0.2); beat()")
+    time.sleep(2)
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(5)
+    os.killpg(process.pid, signal.SIGCONT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+
+
+def test_anyone_may_ask_for_the_stacks(tmp_path: Path) -> None:
+    process = start(tmp_path, "for _ in range(25): time.sleep(0.2); beat()")
+    time.sleep(2)
+    process.send_signal(signal.SIGUSR1)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "do_what_hangs" in (tmp_path / "rank-0.txt").read_text()
