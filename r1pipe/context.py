@@ -18,7 +18,7 @@ from r1pipe.runs.logs import MetricsLog
 from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import dump_row, write_text
-from r1pipe.utils.progress import StageProgress, say
+from r1pipe.utils.progress import StageProgress, log_line
 
 if TYPE_CHECKING:
     import torch
@@ -115,7 +115,7 @@ class StageContext:
         ]
         if not all(counts):
             raise UserError(f"{self.stage_name}: by their weights {', '.join(told)}: change them")
-        say(f"{self.stage_name}: {', '.join(told)} by weight")
+        log_line(f"{self.stage_name}: {', '.join(told)} by weight")
         chance = random.Random(f"{self.recipe.seed}/{self.stage_name}/weights")
         chosen = {
             p.id
@@ -142,7 +142,7 @@ class StageContext:
         )
         if not kept:
             raise UserError(f"{stage.name}: {counts}: raise max_prompt_length")
-        say(f"{stage.name}: {counts}")
+        log_line(f"{stage.name}: {counts}")
         self.record_left("max_prompt_length", len(kept))
         return kept
 
@@ -178,7 +178,7 @@ class StageContext:
         ):
             self.facts[fact] = self.facts.get(fact, 0) + count
         self.facts.setdefault("overlap_rate", round(result.overlap_rate, 6))
-        say(
+        log_line(
             f"{self.stage_name}: {len(problems)} {what}, {result.num_dropped} dropped "
             f"for overlap with {len(heldout)} held-out ones"
         )
@@ -191,13 +191,13 @@ class StageContext:
         place = f" ({source.options['path']})" if source.recipe == "columns" else ""
         name = f"{self.stage_name}: {source.recipe or source.stage}/{source.split}{place}"
         for row in loaded.broken[:NUM_BROKEN_SHOWN]:
-            say(f"{name}: skipped {row}")
+            log_line(f"{name}: skipped {row}")
         if len(loaded.broken) > NUM_BROKEN_SHOWN:
-            say(f"{name}: {len(loaded.broken) - NUM_BROKEN_SHOWN} more broken rows skipped")
+            log_line(f"{name}: {len(loaded.broken) - NUM_BROKEN_SHOWN} more broken rows skipped")
         if loaded.broken:
             rows = [[row.number, row.reason] for row in loaded.broken[:NUM_BROKEN_KEPT]]
             self.facts.setdefault("broken_rows", []).extend(rows)
-        say(f"{name}: {loaded.describe()}")
+        log_line(f"{name}: {loaded.describe()}")
         sizes = {"data": f"{source.recipe or source.stage}/{source.split}", **dict(loaded.steps())}
         self.facts.setdefault("sizes", []).append(sizes)
         return list(loaded.problems)

@@ -28,7 +28,7 @@ from r1pipe.runs.tracking import Tracking, check_tracking
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import FULL, Tripped, UserError, is_disk_full
 from r1pipe.utils.phases import phase
-from r1pipe.utils.progress import say
+from r1pipe.utils.progress import log_line
 from r1pipe.utils.watchdog import Watchdog, clear_stacks
 
 STAGE_MODULES = {
@@ -59,7 +59,7 @@ def run_recipe(recipe: Recipe, redo: str | None = None, skip_doctor: bool = Fals
         finished = distributed.on_first_rank(find_finished)
         for name in names:
             if name in finished:
-                say(f"{name}: finished before")
+                log_line(f"{name}: finished before")
         unfinished = [stage for stage in recipe.stages if stage.name not in finished]
         run_stages(run, unfinished, redone, skip_doctor)
         if unfinished and distributed.is_first():
@@ -85,7 +85,7 @@ def run_one(recipe: Recipe, kind: str, redo: bool, skip_doctor: bool = False) ->
 
         number = distributed.on_first_rank(find_unfinished)
         if number is None:
-            say(f"{kind}: finished before; add --redo to make it again")
+            log_line(f"{kind}: finished before; add --redo to make it again")
             return
         run_stages(run, [stages[number]], skip_doctor=skip_doctor)
 
@@ -186,7 +186,7 @@ def run_stages(
             problem_sets.keep(list_needed(stages[number:], recipe))
             preflight.begin(stage)
             if distributed.is_first() and (line := estimate_stage(stage, recipe, devices)):
-                say(line)
+                log_line(line)
             tracking = Tracking(recipe, stage)
             context = StageContext(
                 recipe=recipe,
@@ -206,7 +206,7 @@ def run_stages(
                         facts = (make or find_module(stage.kind).run)(stage, context)
                 except BaseException as error:
                     if step := run.abandon(context.folder, keep=isinstance(error, Tripped)):
-                        say(f"{stage.name}: step {step} is saved")
+                        log_line(f"{stage.name}: step {step} is saved")
                     if is_disk_full(error) and not isinstance(error, UserError):
                         raise UserError(f"{find_full(run.path)}: {FULL}") from error
                     raise
@@ -214,11 +214,13 @@ def run_stages(
             wall_s = time.monotonic() - stage_started
             facts = {**context.facts, **facts, "peak_memory_gib": round(peak_memory_gib(), 2)}
             run.finish(stage, context.folder, facts, wall_s)
-            say(f"{stage.name}: done in {wall_s:.0f} s, peak memory {facts['peak_memory_gib']} GiB")
+            log_line(
+                f"{stage.name}: done in {wall_s:.0f} s, peak memory {facts['peak_memory_gib']} GiB"
+            )
     finally:
         engines.close()
     if len(stages) > 1:
-        say(f"{recipe.name}: {len(stages)} stages in {time.monotonic() - started:.0f} s")
+        log_line(f"{recipe.name}: {len(stages)} stages in {time.monotonic() - started:.0f} s")
 
 
 def is_critical(record: logging.LogRecord) -> bool:

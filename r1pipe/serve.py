@@ -22,9 +22,9 @@ from r1pipe.models.thinking import ThinkingSplitter
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.vllm_args import server_command
 from r1pipe.runs.lineage import list_stages
-from r1pipe.runs.reader import find_checkpoint
+from r1pipe.runs.reader import find_finished
 from r1pipe.utils.errors import UserError
-from r1pipe.utils.progress import say
+from r1pipe.utils.progress import log_line
 from r1pipe.utils.seeds import derive_seed
 
 
@@ -49,7 +49,7 @@ def find_served(target: str) -> Served:
     if not list_stages(folder) and (inside := sorted(folder.glob("*/config.json"))):
         some = ", or ".join(str(file.parent) for file in inside[:3])
         raise UserError(f"{target}: neither a run nor a checkpoint; did you mean {some}?")
-    run, stage = find_checkpoint(folder)
+    run, stage = find_finished(folder)
     name = f"{run.path.resolve().name}/{stage.name}"
     return Served(str(stage.folder), name, stage.settings.get("dtype", default))
 
@@ -71,7 +71,7 @@ def serve(
         served.checkpoint, settings, served.dtype, device, served.name, host, port
     )
     thinking = "--reasoning-parser" in command
-    say(
+    log_line(
         f"model {served.name} at http://{host}:{port}/v1, ready in a moment; "
         + (
             "thinking comes as `reasoning`, the answer as `content`"
@@ -104,7 +104,9 @@ def chat(
     sampler = Sampler(served.checkpoint, settings, served.dtype, device)
     try:
         if at_terminal:
-            say(f"{served.name}: ask; an empty line or Ctrl-D ends, /new forgets what was said")
+            log_line(
+                f"{served.name}: ask; an empty line or Ctrl-D ends, /new forgets what was said"
+            )
         history: list[dict[str, str]] = []
         for number, question in enumerate(questions):
             if question == "/new":
@@ -117,7 +119,7 @@ def chat(
             except UserError as error:
                 if not at_terminal:
                     raise
-                say(f"{error}; /new begins another")
+                log_line(f"{error}; /new begins another")
                 history.pop()
                 continue
             # A model does not see what it has thought before: R1's template drops it, too.
@@ -147,7 +149,7 @@ def ask_questions() -> Iterator[str]:
             print()
             return
         except UnicodeDecodeError:
-            say("this is not UTF-8: once more")
+            log_line("this is not UTF-8: once more")
             continue
         if not question:
             return

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable
 
-from r1pipe.rollout.sampling import SamplingJob, Source, sample_and_score
+from r1pipe.rollout.sampling import SampleSource, SamplingJob, sample_and_score
 from r1pipe.types import Rollout, Score
 
 
 def sample_all(
-    job: SamplingJob, open_source: Callable[[], Source]
+    job: SamplingJob, open_source: Callable[[], SampleSource]
 ) -> tuple[list[Rollout], list[Score]]:
     """Those of one problem next to each other."""
     groups = sample_and_score(job, open_source, lambda problem, *group: group)

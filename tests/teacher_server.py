@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def say(content: str, finish_reason: str = "stop", **more: str) -> Answer:
+def log_line(content: str, finish_reason: str = "stop", **more: str) -> Answer:
     message = {"role": "assistant", "content": content, **more}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
     return 200, {
@@ -66,7 +66,7 @@ def say(content: str, finish_reason: str = "stop", **more: str) -> Answer:
 def say_right(request: dict) -> Answer:
     """The answer to "3?" is 3; the seed is told, so that samples differ."""
     number = request["messages"][-1]["content"].rstrip("?")
-    return say(f"\\boxed{{{number}}}", reasoning_content=f"seed {request['seed']}")
+    return log_line(f"\\boxed{{{number}}}", reasoning_content=f"seed {request['seed']}")
 
 
 @contextmanager

@@ -83,8 +83,8 @@ def check_solutions(stage: Stage, source: ProblemSet, problems: Sequence[Problem
     missing = [problem for problem in problems if not (problem.solution or "").strip()]
     if source in stage.learnt_sets() and missing:
         raise UserError(
-            f"{describe(source)}: {len(missing)} of {len(problems)} problems have no solution to "
-            f'train on, first "{missing[0].id}"; '
+            f"{describe_source(source)}: {len(missing)} of {len(problems)} problems have no "
+            f'solution to train on, first "{missing[0].id}"; '
             + (
                 "name the column of the traces as solution in options.columns"
                 if source.recipe == "columns"
@@ -96,7 +96,8 @@ def check_solutions(stage: Stage, source: ProblemSet, problems: Sequence[Problem
         have = len(problems) - len(missing)
         if have < few_shot.num_examples:
             raise UserError(
-                f"few_shot: {describe(source)} has {have} of {few_shot.num_examples} solutions"
+                f"few_shot: {describe_source(source)} has {have} of {few_shot.num_examples} "
+                "solutions"
             )
 
 
@@ -116,7 +117,7 @@ def list_models(stage: Stage) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def describe(source: ProblemSet) -> str:
+def describe_source(source: ProblemSet) -> str:
     return f"{source.recipe}/{source.split}" if source.recipe else f"traces of {source.stage}"
 
 

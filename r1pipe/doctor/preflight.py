@@ -10,7 +10,7 @@ from r1pipe.doctor.machine import Diagnosis, Status, examine_machine
 from r1pipe.doctor.recipe import Doctor
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError
-from r1pipe.utils.progress import say
+from r1pipe.utils.progress import log_line
 
 if TYPE_CHECKING:
     from r1pipe.doctor.memory import Devices
@@ -49,12 +49,12 @@ class Preflight:
         for diagnosis in diagnoses:
             by_status.setdefault(diagnosis.status, []).append(diagnosis)
             if diagnosis.status == "warn":
-                say(str(diagnosis))
+                log_line(str(diagnosis))
         if failed := by_status.get("FAIL"):
             # What is wrong with a model is so for every stage that reads it.
             told = {d.detail: d for d in reversed(failed)}
             raise UserError("\n".join(f"{d.what}: {d.detail}" for d in [*told.values()][::-1]))
         skipped = by_status.get("skipped", [])
         later = f", {len(skipped)} cannot be made yet" if skipped else ""
-        say(f"doctor: {len(by_status.get('ok', []))} checks ok{later}")
+        log_line(f"doctor: {len(by_status.get('ok', []))} checks ok{later}")
         return {diagnosis.what.partition(":")[0] for diagnosis in skipped}

@@ -27,7 +27,13 @@ from r1pipe.config.traces import Distill, Reject
 from r1pipe.data.problem_sets import ProblemSets, list_samplings
 from r1pipe.data.problems import read_problems
 from r1pipe.doctor.golds import pick_judging, spread, try_golds, try_rewards
-from r1pipe.doctor.inputs import Inputs, check_solutions, count_characters, describe, list_models
+from r1pipe.doctor.inputs import (
+    Inputs,
+    check_solutions,
+    count_characters,
+    describe_source,
+    list_models,
+)
 from r1pipe.doctor.machine import Diagnosis, examine_machine, examine_sandbox
 from r1pipe.models.thinking import OPEN, close_tag
 from r1pipe.rollout.scoring import Scorer, name_rewards
@@ -137,12 +143,14 @@ class Doctor:
             trains = source in getattr(stage, "data", ()) and not isinstance(stage, Eval)
             if trains and all(problem.question in self.heldout for problem in loaded.problems):
                 status = "FAIL" if len(stage.data) == 1 else "warn"
-                what = f"{describe(source)}: every problem is one of an eval stage, so left out"
+                what = (
+                    f"{describe_source(source)}: every problem is one of an eval stage, so left out"
+                )
                 yield Diagnosis("", status, f"{what}: take another split, or other rows")
                 continue
             filtered = len(loaded.problems) < loaded.num_rows
             of_rows = f" ({loaded.describe()})" if filtered else ""
-            count = f"{describe(source)}: {len(loaded.problems)} problems{of_rows}"
+            count = f"{describe_source(source)}: {len(loaded.problems)} problems{of_rows}"
             yield Diagnosis("", "ok", count)
 
     @functools.cached_property
@@ -173,11 +181,15 @@ class Doctor:
             try:
                 trial = try_golds(rewards, some)
             except UserError as error:
-                yield Diagnosis("", "FAIL", f"{describe(source)}: {error}")
+                yield Diagnosis("", "FAIL", f"{describe_source(source)}: {error}")
                 continue
-            of_all = f"{trial.num_tried} of {len(problems)} golds of {describe(source)} tried"
+            of_all = (
+                f"{trial.num_tried} of {len(problems)} golds of {describe_source(source)} tried"
+            )
             if not trial.num_tried:
-                yield Diagnosis("", "skipped", f"{describe(source)}: no row has a gold to be tried")
+                yield Diagnosis(
+                    "", "skipped", f"{describe_source(source)}: no row has a gold to be tried"
+                )
             elif not trial.refused:
                 yield Diagnosis("", "ok", f"{of_all}, all score 1")
             else:
@@ -391,7 +403,7 @@ class Doctor:
                 name = f'problem "{problem.id}"'
                 text = use_template(tokenizer, problem.prompt, name, tokenize=False)
                 if any(system not in text for system in said):
-                    return describe(source)
+                    return describe_source(source)
         return None
 
     def measure_prompts(
@@ -515,7 +527,7 @@ class Doctor:
         if not isinstance(stage, OnPolicy):
             return
         from r1pipe.models.model import pick_device
-        from r1pipe.rl.loop import compare, sampling_of
+        from r1pipe.rl.loop import measure_mismatch, sampling_of
         from r1pipe.rl.update import Updater
         from r1pipe.rollout.engine import Engines
         from r1pipe.trainer.fsdp import load_sharded
@@ -541,7 +553,7 @@ class Doctor:
             sampling = sampling_of(stage).model_copy(update={"max_completion_length": length})
             some = spread(problems, PARITY_PROMPTS)
             seed_parts = (recipe.seed, stage.name, "doctor")
-            diff = compare(stage, updater, sampler, some, sampling, seed_parts)
+            diff = measure_mismatch(stage, updater, sampler, some, sampling, seed_parts)
         finally:
             engines.close()
         line = f"sampler = trainer on {len(some)} x {length} tokens: mean |dlogp| {diff:.1e}"

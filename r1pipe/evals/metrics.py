@@ -189,7 +189,7 @@ def split_by_length(rollouts: list[Rollout], right: list[bool]) -> list[dict[str
     ]
 
 
-def compare(before: list[ProblemResult], after: list[ProblemResult]) -> dict[str, Any]:
+def compare_paired(before: list[ProblemResult], after: list[ProblemResult]) -> dict[str, Any]:
     """pass@1 of `after` minus that of `before`, over the problems that both were asked, with an
     interval that knows they are the same problems.
 

@@ -26,7 +26,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from r1pipe.models.tokenizer import find_end_id, list_ids, read_end_ids
 from r1pipe.models.weights import save_checkpoint
 from r1pipe.utils.errors import UserError, first_line
-from r1pipe.utils.progress import say
+from r1pipe.utils.progress import log_line
 
 ARCHITECTURES = {
     "llama": gguf.MODEL_ARCH.LLAMA,
@@ -251,7 +251,7 @@ def add_tokenizer(
     others.sort(key=lambda number: number != turn_end)
     if len(others) > 2:
         left_out = ", ".join(tokenizer.convert_ids_to_tokens(others[2:]))
-        say(f"--gguf: warning: GGUF has places for three end tokens; without {left_out}")
+        log_line(f"--gguf: warning: GGUF has places for three end tokens; without {left_out}")
     for number, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id)):
         add(number)
     ids = tokenizer("a").input_ids

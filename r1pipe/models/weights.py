@@ -185,11 +185,11 @@ def export_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
         return found.group(1) if found else ""
 
     for _, group in groupby(sorted(tensors, key=layer), key=layer):
-        part = {name: whole(tensors[name].detach()) for name in group}
+        part = {name: full_tensor(tensors[name].detach()) for name in group}
         yield from revert_weight_conversion(model, part).items()
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """All of a sharded tensor, on every rank, which all must ask for it; others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

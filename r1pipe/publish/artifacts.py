@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1pipe.publish.card import Facts, write_dataset_card
+from r1pipe.publish.card import CardFacts, write_dataset_card
 from r1pipe.publish.hub import Hub, holds_token
 from r1pipe.publish.options import Options
 from r1pipe.runs.reader import Evaluation, StageFolder
@@ -162,7 +162,7 @@ def count_parameters(file: Path) -> int:
     return sum(math.prod(tensor["shape"]) for tensor in list_tensors(file).values())
 
 
-def write_rollouts(facts: Facts, folder: Path) -> None:
+def write_rollouts(facts: CardFacts, folder: Path) -> None:
     """What the policies sampled, by stage, and the samples that the checkpoint was measured by."""
     wanted = [(stage, pattern) for stage in facts.lineage for pattern in ROLLOUTS]
     wanted += [(evaluation.stage, evaluation.entry["samples"]) for evaluation in facts.evaluations]

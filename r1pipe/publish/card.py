@@ -14,7 +14,7 @@ from r1pipe import __version__
 from r1pipe.data.problems import read_constants
 from r1pipe.evals.tables import draw_table, format_table
 from r1pipe.models.quirks import find_quirks
-from r1pipe.publish.licenses import Source
+from r1pipe.publish.licenses import LicenseSource
 from r1pipe.report.costs import describe_costs
 from r1pipe.runs.hashes import hash_file
 from r1pipe.runs.ledger import LEDGER
@@ -50,7 +50,7 @@ class TrainingData:
 
 
 @dataclass(frozen=True)
-class Facts:
+class CardFacts:
     """What a card tells; everything is read from the run's folder."""
 
     repo_id: str
@@ -63,7 +63,7 @@ class Facts:
     """What it was trained from (a hub id or a folder); None: random weights."""
     base_hub_id: str | None
     licence: str
-    sources: list[Source]
+    sources: list[LicenseSource]
     data: list[TrainingData]
     evaluations: list[Evaluation]
     objections: list[str]
@@ -85,7 +85,7 @@ class Facts:
         return self.run.lineage(self.stage.name)
 
 
-def write_model_card(facts: Facts) -> str:
+def write_model_card(facts: CardFacts) -> str:
     """README.md of the model's repository."""
     metadata = ModelCardData(
         license=facts.licence,
@@ -158,7 +158,7 @@ def list_results(evaluation: Evaluation) -> list[EvalResult]:
     return results
 
 
-def describe_model(facts: Facts) -> str:
+def describe_model(facts: CardFacts) -> str:
     origin = {
         "init": "random weights, untrained",
         "sft": "supervised training",
@@ -179,14 +179,14 @@ def describe_model(facts: Facts) -> str:
     )
 
 
-def describe_objections(facts: Facts) -> list[str]:
+def describe_objections(facts: CardFacts) -> list[str]:
     if not facts.objections:
         return []
     lines = ["> [!WARNING]", "> Published with `--force` in spite of this:", ">"]
     return ["\n".join([*lines, *(f"> - {objection}" for objection in facts.objections)])]
 
 
-def describe_evaluation(facts: Facts, evaluation: Evaluation) -> str:
+def describe_evaluation(facts: CardFacts, evaluation: Evaluation) -> str:
     """The checkpoint beside those that it comes from, on the same problems."""
     names = {facts.base_model, *(stage.name for stage in facts.lineage)}
     rows: list[dict[str, Any]] = []
@@ -199,7 +199,7 @@ def describe_evaluation(facts: Facts, evaluation: Evaluation) -> str:
     return format_table([{**row, "stage": hide_places(row["stage"])} for row in rows])
 
 
-def write_transformers_example(facts: Facts) -> str:
+def write_transformers_example(facts: CardFacts) -> str:
     return f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -214,7 +214,7 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 """
 
 
-def write_vllm_example(facts: Facts) -> str:
+def write_vllm_example(facts: CardFacts) -> str:
     """The dtype is said, because vLLM's own choice turns float32 into bfloat16."""
     quirks = find_quirks(facts.model_type)
     imports, on_cpu, settings = "", "", f'dtype="{facts.dtype}"'
@@ -241,7 +241,7 @@ if __name__ == "__main__":
 """
 
 
-def describe_gguf(facts: Facts) -> list[str]:
+def describe_gguf(facts: CardFacts) -> list[str]:
     if facts.gguf_type is None:
         return []
     generation = facts.evaluations[0].entry if facts.evaluations else {}
@@ -270,13 +270,13 @@ def format_messages(messages: list[dict[str, str]]) -> str:
     return repr([{"role": m["role"], "content": m["content"]} for m in messages])
 
 
-def longest_completion(facts: Facts) -> int:
+def longest_completion(facts: CardFacts) -> int:
     """Tokens that the model was measured with."""
     lengths = [e.entry["max_completion_length"] for e in facts.evaluations]
     return max(lengths, default=256)
 
 
-def describe_sources(facts: Facts) -> str:
+def describe_sources(facts: CardFacts) -> str:
     rows = [[s.role, f"`{hide_places(s.name)}`", s.licence] for s in facts.sources]
     if facts.base_model is None:
         rows.insert(0, ["base model", "none: random weights", ""])
@@ -286,7 +286,7 @@ def describe_sources(facts: Facts) -> str:
     )
 
 
-def describe_data(facts: Facts) -> str:
+def describe_data(facts: CardFacts) -> str:
     rows = []
     for data in facts.data:
         record = data.stage.record
@@ -308,7 +308,7 @@ def describe_data(facts: Facts) -> str:
     )
 
 
-def describe_overlap(facts: Facts) -> str:
+def describe_overlap(facts: CardFacts) -> str:
     if not facts.evaluations:
         return "unknown, for it was not evaluated"
     overlaps = [e.entry["overlap"] for e in facts.evaluations]
@@ -317,7 +317,7 @@ def describe_overlap(facts: Facts) -> str:
     return f"{max(overlaps):.1%} of the held-out problems overlap with what it was trained on"
 
 
-def describe_cost(facts: Facts) -> str:
+def describe_cost(facts: CardFacts) -> str:
     """Of the whole run, by its ledger; of a run without one what the stages have noted."""
     if (facts.run.path / LEDGER).exists():
         table, notes = describe_costs(facts.run.path).split("\n\n", 1)
@@ -333,7 +333,7 @@ def describe_cost(facts: Facts) -> str:
     )
 
 
-def describe_limits(facts: Facts) -> str:
+def describe_limits(facts: CardFacts) -> str:
     sets = sorted({e.entry["dataset"] for e in facts.evaluations})
     lines = [
         f"It was measured on {', '.join(sets) or 'nothing'} and nothing else: what it does on "
@@ -361,7 +361,7 @@ def describe_limits(facts: Facts) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def dump_recipe(facts: Facts) -> str:
+def dump_recipe(facts: CardFacts) -> str:
     """The stages that the model comes from and was measured by, as one recipe."""
     stages = facts.lineage + [e.stage for e in facts.evaluations]
     shared = {key: value for key, value in facts.stage.config.items() if key != "stage"}
@@ -370,7 +370,7 @@ def dump_recipe(facts: Facts) -> str:
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
 
 
-def describe_lineage(facts: Facts) -> str:
+def describe_lineage(facts: CardFacts) -> str:
     """What `r1pipe verify` compares, down to the hash of each stage's own record."""
     rows = []
     for stage in [*facts.lineage, *(e.stage for e in facts.evaluations)]:
@@ -394,7 +394,7 @@ def describe_lineage(facts: Facts) -> str:
     )
 
 
-def write_dataset_card(facts: Facts, num_rows: dict[str, int]) -> str:
+def write_dataset_card(facts: CardFacts, num_rows: dict[str, int]) -> str:
     """README.md of the rollouts' repository. `num_rows`: by file or pattern of files."""
     metadata = DatasetCardData(
         license=facts.licence,

@@ -183,7 +183,7 @@ def check_repo_id(repo_id: str) -> None:
         raise UserError(f'--repo "{repo_id}": a repository is user/name: letters, digits, - _ .')
 
 
-def compare(folder: Path, remote: Remote | None) -> list[Change]:
+def list_changes(folder: Path, remote: Remote | None) -> list[Change]:
     """What publishing the folder would do to each file of the repository (None: a new one)."""
     files = remote.files if remote else {}
     changes = []

@@ -39,7 +39,7 @@ DEFAULT = "apache-2.0"
 
 
 @dataclass(frozen=True)
-class Source:
+class LicenseSource:
     """Something that a model was made from."""
 
     name: str
@@ -49,7 +49,7 @@ class Source:
     """None: not known."""
 
 
-def settle_licence(sources: list[Source], wanted: str | None = None) -> str:
+def settle_licence(sources: list[LicenseSource], wanted: str | None = None) -> str:
     """The licence that something made from `sources` may carry: `wanted` if that is possible,
     otherwise the base model's or the one that a source insists on.
 
@@ -64,16 +64,19 @@ def settle_licence(sources: list[Source], wanted: str | None = None) -> str:
                 f"add --license {source.name}=IDENTIFIER, or have licenses: in the recipe"
             )
         if source.licence in NO_DERIVATIVES:
-            raise UserError(f"{describe(source)}, which allows no derivatives: not published")
+            raise UserError(
+                f"{describe_license(source)}, which allows no derivatives: not published"
+            )
         if source.role == "teacher" and source.licence in NO_TEACHING:
             raise UserError(
-                f"{describe(source)}, which forbids to improve other models with its samples"
+                f"{describe_license(source)}, which forbids to improve other models with its "
+                "samples"
             )
     keepers = [source for source in sources if is_kept(source.licence)]
     for other in keepers[1:]:
         if other.licence != keepers[0].licence:
             raise UserError(
-                f"licences clash: {describe(keepers[0])}, {describe(other)}; "
+                f"licences clash: {describe_license(keepers[0])}, {describe_license(other)}; "
                 "each asks that what is made from it carries its own"
             )
     restricted = [source for source in sources if is_non_commercial(source.licence)]
@@ -81,8 +84,8 @@ def settle_licence(sources: list[Source], wanted: str | None = None) -> str:
         result = keepers[0].licence
         if restricted and not is_non_commercial(result):
             raise UserError(
-                f"licences clash: {describe(restricted[0])}, for non-commercial use only; "
-                f"{describe(keepers[0])}, which asks to be carried on and is not"
+                f"licences clash: {describe_license(restricted[0])}, for non-commercial use only; "
+                f"{describe_license(keepers[0])}, which asks to be carried on and is not"
             )
     elif restricted:
         result = restricted[0].licence
@@ -92,11 +95,13 @@ def settle_licence(sources: list[Source], wanted: str | None = None) -> str:
         return result
     if keepers:
         raise UserError(
-            f"--license {wanted}: {describe(keepers[0])}, which asks to be carried on: "
+            f"--license {wanted}: {describe_license(keepers[0])}, which asks to be carried on: "
             f"leave the option out, or say {result}"
         )
     if restricted and not is_non_commercial(wanted):
-        raise UserError(f"--license {wanted}: {describe(restricted[0])}, non-commercial only")
+        raise UserError(
+            f"--license {wanted}: {describe_license(restricted[0])}, non-commercial only"
+        )
     return wanted
 
 
@@ -109,5 +114,5 @@ def is_non_commercial(licence: str) -> bool:
     return licence in NON_COMMERCIAL | NON_COMMERCIAL_KEPT
 
 
-def describe(source: Source) -> str:
+def describe_license(source: LicenseSource) -> str:
     return f"{source.role} {source.name} is {source.licence}"

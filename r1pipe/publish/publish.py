@@ -27,7 +27,7 @@ from r1pipe.publish.artifacts import (
     write_terms,
     write_weights,
 )
-from r1pipe.publish.card import Facts, TrainingData, write_model_card
+from r1pipe.publish.card import CardFacts, TrainingData, write_model_card
 from r1pipe.publish.hub import (
     MAX_DIFF_BYTES,
     Hub,
@@ -35,16 +35,16 @@ from r1pipe.publish.hub import (
     RepoType,
     Unreachable,
     check_repo_id,
-    compare,
+    list_changes,
 )
-from r1pipe.publish.licenses import Source, settle_licence
+from r1pipe.publish.licenses import LicenseSource, settle_licence
 from r1pipe.publish.options import Options
 from r1pipe.runs.hashes import hash_file
-from r1pipe.runs.reader import Evaluation, FinishedRun, StageFolder, find_checkpoint
+from r1pipe.runs.reader import Evaluation, FinishedRun, StageFolder, find_finished
 from r1pipe.runs.verify import verify_stage
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import read_json, read_jsonl, write_text
-from r1pipe.utils.progress import say
+from r1pipe.utils.progress import log_line
 
 if TYPE_CHECKING:
     pass
@@ -63,7 +63,7 @@ def publish(options: Options) -> None:
     Raises UserError, before anything is written, for a stage that should not be published.
     """
     check_repo_id(options.repo_id)
-    run, stage = find_checkpoint(options.target)
+    run, stage = find_finished(options.target)
     evaluations = run.evaluations(stage.name)
     objections = find_objections(run, stage, evaluations, options.max_overlap)
     if objections and not options.force:
@@ -96,7 +96,7 @@ def publish(options: Options) -> None:
             texts = find_texts(run, stage, evaluations)
             splitting = write_gguf(folder, file, options, licence, base_hub_id, texts)
             published.append(file)
-        facts = Facts(
+        facts = CardFacts(
             repo_id=options.repo_id,
             run=run,
             stage=stage,
@@ -176,7 +176,7 @@ def list_sources(
     data: list[TrainingData],
     options: Options,
     hub: Hub,
-) -> list[Source]:
+) -> list[LicenseSource]:
     """What the model was made from, each with its licence as far as it can be found: from the
     command line, the recipe, or what the source says of itself."""
     given = {**(stage.config.get("licenses") or {}), **options.licences}
@@ -191,14 +191,14 @@ def list_sources(
         if endpoint := getattr(ancestor.section, "teacher", None):
             models.setdefault(endpoint.model, "teacher")
     sources = [
-        Source(name, role, given.get(name) or find_model_licence(name, options, hub))
+        LicenseSource(name, role, given.get(name) or find_model_licence(name, options, hub))
         for name, role in models.items()
     ]
     for item in {d.name: d for d in data}.values():
         licence = given.get(item.name) or item.licence
         if licence is None and item.hub_id:
             licence = hub.find_licence(item.hub_id, "dataset")
-        sources.append(Source(item.name, "data", licence))
+        sources.append(LicenseSource(item.name, "data", licence))
     return sources
 
 
@@ -243,17 +243,17 @@ def find_texts(run: FinishedRun, stage: StageFolder, evaluations: list[Evaluatio
 
 def send(hub: Hub, folder: Path, repo_id: str, repo_type: RepoType, options: Options) -> None:
     """Print what the folder changes on the hub, and unless `dry_run` make the change."""
-    say(f"written: {folder}")
+    log_line(f"written: {folder}")
     try:
         remote = hub.find_repo(repo_id, repo_type)
     except Unreachable as error:
         if not options.dry_run:
             raise
-        say(f"not compared with the hub: {error}")
+        log_line(f"not compared with the hub: {error}")
         return
     if remote is not None and not remote.private and not options.public:
         raise UserError(f"{repo_id}: is public on the hub: add --public if this is to be, too")
-    changes = compare(folder, remote)
+    changes = list_changes(folder, remote)
     print(f"{repo_id}: {describe_repo(remote, options.public)}")
     for change in changes:
         print(change)

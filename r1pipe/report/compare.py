@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from r1pipe.evals.metrics import ProblemResult, compare
+from r1pipe.evals.metrics import ProblemResult, compare_paired
 from r1pipe.evals.tables import draw_table
 from r1pipe.report.html import Rollouts, collect_curves, read_rows, render, write_page
 from r1pipe.runs.folder import flatten
@@ -65,7 +65,7 @@ def compare_accuracy(
     for key in entries[0]:
         if key not in entries[1] or not all(key in found for found in results):
             continue
-        difference = compare(*(found[key] for found in results))
+        difference = compare_paired(*(found[key] for found in results))
         yield (
             key[1],
             key[0],

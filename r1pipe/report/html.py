@@ -22,7 +22,7 @@ from r1pipe.rollout.store import list_steps, read_rollouts
 from r1pipe.runs.reader import StageFolder, find_stages
 from r1pipe.utils.errors import FULL, UserError, is_disk_full
 from r1pipe.utils.jsonl import read_json, read_jsonl, write_text
-from r1pipe.utils.progress import say
+from r1pipe.utils.progress import log_line
 
 PAGE = Path(__file__).with_name("page")
 CHUNK = 256
@@ -62,7 +62,9 @@ def watch(run: Path, out: Path | None, every_s: float) -> None:
             if newest != seen:
                 path = write_report(run, out)
                 if seen is None:
-                    say(f"written: {path}; looks every {every_s:g} s whether the run has gone on")
+                    log_line(
+                        f"written: {path}; looks every {every_s:g} s whether the run has gone on"
+                    )
                 seen = newest
         except (UserError, FileNotFoundError):
             if seen is None:

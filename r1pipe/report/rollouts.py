@@ -38,7 +38,7 @@ def describe_step(
     Those that nothing could judge come last of all."""
     rollouts = list(read_rollouts(stage_dir, [step]))
     if best is None and worst is None:
-        yield from map(describe, rollouts)
+        yield from map(format_rollout, rollouts)
         return
     judged = sorted(
         (row for row in rollouts if row["reward"] is not None), key=lambda row: -row["reward"]
@@ -46,10 +46,10 @@ def describe_step(
     ranked = judged + [row for row in rollouts if row["reward"] is None]
     shown = [*range(best or 0), *range(len(ranked) - (worst or 0), len(ranked))]
     for place in dict.fromkeys(place for place in shown if 0 <= place < len(ranked)):
-        yield describe(ranked[place])
+        yield format_rollout(ranked[place])
 
 
-def describe(row: dict[str, Any]) -> str:
+def format_rollout(row: dict[str, Any]) -> str:
     rewards = {name.rpartition(".")[2]: value for name, value in row["rewards"].items()}
     parts = ", ".join(f"{name} {format_reward(value)}" for name, value in rewards.items())
     aside = "" if row["takes_part"] else ", put aside"

@@ -55,7 +55,7 @@ class Collector:
                 problems, stage.num_generations, seed_parts, seconds, step, stage.routing_replay
             )
             if stage.dynamic_sampling:
-                put_aside_silent(groups)
+                drop_zero_variance_groups(groups)
             taking_part = [group for group in groups if group.takes_part]
             missing = stage.prompts_per_step - sum(distributed.gather(len(taking_part), "sampling"))
             rounds += 1
@@ -165,7 +165,7 @@ class Collector:
         return groups
 
 
-class Lookahead:
+class Prefetcher:
     """Batches in order. With `async_steps` 1 the next one is sampled while the caller trains.
 
     Sampling then runs in a thread of its own, and float sums may come out in another order where
@@ -177,7 +177,7 @@ class Lookahead:
         self._thread = ThreadPoolExecutor(1, "sampler")
         self._next: Future[Batch] | None = None
 
-    def __enter__(self) -> "Lookahead":
+    def __enter__(self) -> "Prefetcher":
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -231,7 +231,7 @@ def run_at(place: tuple[int, Any] | None, function: Callable[..., T], *arguments
     return function(*arguments)
 
 
-def put_aside_silent(groups: list[Group]) -> None:
+def drop_zero_variance_groups(groups: list[Group]) -> None:
     """Those that can teach nothing: DAPO's dynamic sampling (arXiv:2503.14476, eq. 11), where
     rewards need not be 0 or 1."""
     if groups:

@@ -19,7 +19,7 @@ from r1pipe.config.base import Sampling
 from r1pipe.config.rl import Difficulty, Grpo
 from r1pipe.context import StageContext
 from r1pipe.rl.curriculum import PassRates, choose_problems, compute_pass_rate, find_reward
-from r1pipe.rollout.sampling import SamplingJob, Source, identify_weights, sample_and_score
+from r1pipe.rollout.sampling import SampleSource, SamplingJob, identify_weights, sample_and_score
 from r1pipe.rollout.scoring import mean
 from r1pipe.runs.folder import JOURNAL
 from r1pipe.runs.lineage import hash_checkpoint
@@ -27,7 +27,7 @@ from r1pipe.types import Problem, Rollout, Score
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import read_jsonl
-from r1pipe.utils.progress import say
+from r1pipe.utils.progress import log_line
 
 FILE = "difficulty.jsonl"
 
@@ -37,7 +37,7 @@ def measure_difficulty(
     context: StageContext,
     problems: list[Problem],
     sampling: Sampling,
-    open_source: Callable[[], Source],
+    open_source: Callable[[], SampleSource],
 ) -> tuple[PassRates, list[dict[str, Any]]]:
     """The pass rate of every problem under the policy that the stage starts from, and the rows of
     difficulty.jsonl; nothing if the stage does not choose by it.
@@ -107,7 +107,7 @@ def check_choice(
             f"{above} above): change difficulty.min_pass_rate, max_pass_rate, or the data"
         )
     pass_rate = mean(known)
-    say(
+    log_line(
         f"{name}: {num_chosen} of {len(rates)} problems have a pass rate from {low:g} to {high:g} "
         f"({below} below, {above} above, mean {pass_rate:.1%})"
     )

@@ -11,15 +11,15 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from r1pipe.config.rl import OnPolicyDistill
-from r1pipe.models.weights import whole
+from r1pipe.models.weights import full_tensor
 from r1pipe.rl.losses import Totals
-from r1pipe.rl.update import Agreement, Updater
+from r1pipe.rl.update import SamplerMismatch, Updater
 from r1pipe.trainer.divergence import TeacherStates
 from r1pipe.trainer.packing import PackedBatch, Sample
 from r1pipe.trainer.policy import LogProbs, Policy, compute_hidden, prepare
 
 
-class Teacher(nn.Module):
+class TeacherModel(nn.Module):
     """A causal language model that reads packed batches and is not trained: `[C, D]`.
 
     One module with one forward, so that sharding it has one root. Its head stays outside of that:
@@ -45,7 +45,7 @@ class DistillUpdater(Updater):
     def __init__(
         self,
         policy: Policy | PreTrainedModel,
-        teacher: Teacher,
+        teacher: TeacherModel,
         settings: OnPolicyDistill,
         *,
         dtype: str,
@@ -56,7 +56,9 @@ class DistillUpdater(Updater):
         head = teacher.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         self.head = partial(
-            linear, weight=whole(head.weight), bias=None if bias is None else whole(bias)
+            linear,
+            weight=full_tensor(head.weight),
+            bias=None if bias is None else full_tensor(bias),
         )
 
     @property
@@ -73,7 +75,7 @@ class DistillUpdater(Updater):
         return self.measure(batch).logprobs_C.sum()
 
     def backward(
-        self, batch: PackedBatch, totals: Totals, agreement: Agreement | None
+        self, batch: PackedBatch, totals: Totals, agreement: SamplerMismatch | None
     ) -> dict[str, float]:
         now = self.measure_divergence(batch)
         if agreement is not None:

@@ -17,7 +17,7 @@ from r1pipe.config.rl import OnPolicy, sampling_of
 from r1pipe.context import StageContext
 from r1pipe.models.weights import export_weights, save_checkpoint
 from r1pipe.rl.batch import Batch
-from r1pipe.rl.collect import Collector, Lookahead
+from r1pipe.rl.collect import Collector, Prefetcher
 from r1pipe.rl.update import Updater
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.store import RolloutFiles
@@ -27,7 +27,7 @@ from r1pipe.trainer.checkpoints import Checkpoints
 from r1pipe.trainer.packing import Sample
 from r1pipe.types import Problem
 from r1pipe.utils.errors import Tripped
-from r1pipe.utils.progress import Interrupt, StageProgress, say
+from r1pipe.utils.progress import Interrupt, StageProgress, log_line
 
 PROBE_PROMPTS, PROBE_TOKENS = 4, 16
 """Of a probe after a weight sync: every layer, both prefill and decoding, in a moment."""
@@ -49,7 +49,7 @@ class WeightReceiver(Protocol):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
 
 
-class Goal(NamedTuple):
+class BestMetric(NamedTuple):
     """The metric that says how well a stage does: shown, and what its best checkpoint goes by."""
 
     metric: str
@@ -67,7 +67,7 @@ def run_steps(
     updater: Updater,
     sampler: Sampler,
     collector: Collector,
-    goal: Goal,
+    goal: BestMetric,
     *,
     logs: Mapping[str, JsonlLog] | None = None,
     begin: Callable[[], None] = lambda: None,
@@ -84,7 +84,7 @@ def run_steps(
     metrics_log = context.open_log()
     problems = collector.prompts.problems
     with (
-        Lookahead(collector.collect, stage.max_steps, stage.async_steps) as batches,
+        Prefetcher(collector.collect, stage.max_steps, stage.async_steps) as batches,
         Interrupt.deferred(stage.save_grace_s),
         context.open_progress(stage.name, stage.max_steps) as progress,
     ):
@@ -135,7 +135,7 @@ def run_steps(
     }
 
 
-def show(progress: StageProgress, metrics: dict[str, Any], goal: Goal) -> None:
+def show(progress: StageProgress, metrics: dict[str, Any], goal: BestMetric) -> None:
     nothing = float("nan")
     progress.advance(
         **{goal.metric: metrics.get(goal.metric, nothing)},
@@ -202,9 +202,9 @@ def check_last_sync(
     """Compare sampler and trainer once more, on the weights of the last sync."""
     group = problems[: stage.prompts_per_step]
     seed_parts = (seed, stage.name, "last")
-    diff = compare(stage, updater, sampler, group, sampling_of(stage), seed_parts)
+    diff = measure_mismatch(stage, updater, sampler, group, sampling_of(stage), seed_parts)
     breaker.examine_sync(diff, stage.max_steps)
-    say(f"{stage.name}: sampler = trainer after the last sync: mean |dlogp| {diff:.1e}")
+    log_line(f"{stage.name}: sampler = trainer after the last sync: mean |dlogp| {diff:.1e}")
     return {"last_sync/logprob_diff_mean": diff}
 
 
@@ -219,12 +219,12 @@ def probe_sync(
     length = min(PROBE_TOKENS, stage.max_completion_length)
     sampling = sampling_of(stage).model_copy(update={"max_completion_length": length})
     seed_parts = (seed, stage.name, "probe", batch.step)
-    diff = compare(stage, updater, sampler, group, sampling, seed_parts)
+    diff = measure_mismatch(stage, updater, sampler, group, sampling, seed_parts)
     breaker.examine_sync(diff, batch.step)
     return {"sync/logprob_diff_mean": diff}
 
 
-def compare(
+def measure_mismatch(
     stage: OnPolicy,
     updater: Updater,
     sampler: Sampler,

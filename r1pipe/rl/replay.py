@@ -10,17 +10,17 @@ from r1pipe.config.rl import OnPolicy
 from r1pipe.context import StageContext
 from r1pipe.models.weights import save_checkpoint
 from r1pipe.rl.batch import Batch, Group
-from r1pipe.rl.loop import Goal, show, train
+from r1pipe.rl.loop import BestMetric, show, train
 from r1pipe.rl.update import Updater
 from r1pipe.rollout.store import TEXT, TOKENS, read_facts, read_rollouts
 from r1pipe.trainer.breaker import Breaker, EventLog
 from r1pipe.types import Problem, Rollout, Score
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError
-from r1pipe.utils.progress import say
+from r1pipe.utils.progress import log_line
 
 
-class KeptBatches:
+class ReplayBatches:
     """Batches in order, as collect.Lookahead gives them, from the files of a stage.
 
     `has_old_weights`: the policy is not the one that has sampled, as with a stale sampler.
@@ -58,7 +58,7 @@ class KeptBatches:
         """Nothing is sampled."""
 
 
-class NoSampler:
+class NoReceiver:
     """Takes the weights after each step, and leaves them."""
 
     def load_weights(self, weights: Iterable[Any]) -> None:
@@ -94,7 +94,7 @@ def replay_steps(
     stage: OnPolicy,
     context: StageContext,
     updater: Updater,
-    goal: Goal,
+    goal: BestMetric,
     source: Path,
     steps: range,
 ) -> dict[str, Any]:
@@ -106,8 +106,8 @@ def replay_steps(
     """
     has_old_weights = steps[0] > 1
     if has_old_weights:
-        say(f"{stage.name}: begins at step {steps[0]} with the weights from before step 1")
-    batches = KeptBatches(
+        log_line(f"{stage.name}: begins at step {steps[0]} with the weights from before step 1")
+    batches = ReplayBatches(
         source, needs_routes=stage.routing_replay, has_old_weights=has_old_weights
     )
     # The learning rate's schedule, in the updater, is that of the whole stage.
@@ -115,7 +115,7 @@ def replay_steps(
     breaker = Breaker(stage, EventLog(context.folder), context.shared_folder)
     log = context.open_log()
     with context.open_progress(stage.name, len(steps)) as progress:
-        for metrics, _ in train(part, updater, NoSampler(), None, batches, breaker, steps[0]):
+        for metrics, _ in train(part, updater, NoReceiver(), None, batches, breaker, steps[0]):
             log.write(metrics)
             show(progress, metrics, goal)
     tokenizer = context.tokenizer(context.checkpoint(stage.policy))

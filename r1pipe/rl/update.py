@@ -98,7 +98,7 @@ class Updater(PackedTrainer):
         samples = list(own.values())
         active = self.informative(samples)
         any_active = any(distributed.gather(bool(active)))
-        agreement = Agreement()
+        agreement = SamplerMismatch()
         # The policy before the first optimizer step is the policy in it, and is computed once.
         at_once = any_active and not self.needs_old_policy
         if not at_once:
@@ -178,10 +178,10 @@ class Updater(PackedTrainer):
         return share_out(numbered, costs, minibatches)
 
     @torch.no_grad()
-    def evaluate(self, samples: list[Sample]) -> "Agreement":
+    def evaluate(self, samples: list[Sample]) -> "SamplerMismatch":
         """Fill in what later optimizer steps need of the policy as it is now, and of the
         reference; compare with the sampler."""
-        agreement = Agreement()
+        agreement = SamplerMismatch()
         with self.kernels():
             for batch in self.batches(samples):
                 if batch is None:
@@ -208,7 +208,7 @@ class Updater(PackedTrainer):
             name: tensor.to("cpu", copy=True) for name, tensor in take_weights(self.policy).items()
         }
 
-    def evaluate_with(self, weights: dict[str, Tensor], samples: list[Sample]) -> "Agreement":
+    def evaluate_with(self, weights: dict[str, Tensor], samples: list[Sample]) -> "SamplerMismatch":
         """`evaluate` by the policy of other weights, as `copy_weights` gave them."""
         own = self.copy_weights()
         put_weights(self.policy, weights)
@@ -227,7 +227,7 @@ class Updater(PackedTrainer):
         return self.reference(batch, self.settings.temperature, support=support).logprobs_C
 
     def backward(
-        self, batch: PackedBatch, totals: Totals, agreement: "Agreement | None"
+        self, batch: PackedBatch, totals: Totals, agreement: "SamplerMismatch | None"
     ) -> dict[str, float]:
         """Add the batch's share of the gradient; returns sums over its tokens. `agreement`, if the
         policy is still the sampler's, is to be told how it compares."""
@@ -272,7 +272,7 @@ class Updater(PackedTrainer):
             self.reference.load_state_dict(self.policy.state_dict())
 
 
-class Agreement:
+class SamplerMismatch:
     """How far sampler and trainer are apart on the same tokens, and the policy's entropy."""
 
     def __init__(self) -> None:

@@ -47,8 +47,8 @@ from r1pipe.rollout.vllm_args import (
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError, first_line
-from r1pipe.utils.phases import beat, phase
-from r1pipe.utils.progress import say
+from r1pipe.utils.phases import heartbeat, phase
+from r1pipe.utils.progress import log_line
 from r1pipe.utils.seeds import derive_seed
 
 PROBE_PROMPTS = ("What is 3 + 4?", "Count to 5.", "Why is the sky blue?", "x + 2 = 9. x = ?")
@@ -98,7 +98,7 @@ class Sampler:
                     **engine_arguments(config, settings, dtype, device, with_routes),
                 )
         except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
-            raise UserError(f"{checkpoint}: vLLM cannot run it: {describe(error)}") from error
+            raise UserError(f"{checkpoint}: vLLM cannot run it: {describe_error(error)}") from error
         self.max_model_len = self.llm.llm_engine.model_config.max_model_len
         self._capture: RouteCapture | None = None
         self._moe_layers: list[int] = []
@@ -246,7 +246,7 @@ class Sampler:
                 if not engine.has_unfinished_requests():
                     break
                 results = engine.step()
-                beat()
+                heartbeat()
                 for result in results:
                     if result.finished:
                         waiting.remove(result.request_id)
@@ -407,7 +407,9 @@ class Engines:
                     self._sampler.prepare_routes()
                 return self._sampler
             if diff is not None:
-                say(f"{checkpoint}: reloaded, vLLM is {diff:.1e} off (mean |dlogp|): started anew")
+                log_line(
+                    f"{checkpoint}: reloaded, vLLM is {diff:.1e} off (mean |dlogp|): started anew"
+                )
         self.close()
         self._sampler = Sampler(
             checkpoint, self.settings, self.dtype, self.device, with_routes, self.chat_template
@@ -521,7 +523,7 @@ def count_routes(rollout: Rollout) -> int:
     return len(rollout.prompt_ids) + len(rollout.completion_ids) - 1
 
 
-def describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """What is wrong, in one line: pydantic begins with a count."""
     problems = error.errors() if isinstance(error, ValidationError) else []
     if problems:

@@ -19,7 +19,7 @@ Samples = dict[tuple[str, int], Rollout]
 """By the problem's id and the sample's number."""
 
 
-class Journal:
+class SampleJournal:
     """Samples and their scores on disk, a line each, as soon as they are there; a file per rank.
 
     `digest` is of everything that decides what the samples are. A journal of another one is thrown
@@ -59,7 +59,7 @@ class Journal:
             file.seek(begin)
             return Rollout(prompt_ids=[], logprobs=[], **json.loads(file.readline()))
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "SampleJournal":
         """Begin a file of this rank and of this start."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{time.time_ns()}-{distributed.rank()}.jsonl"

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 from r1pipe.config.base import Reward, Sampling
-from r1pipe.rollout.journal import Journal, Samples
+from r1pipe.rollout.journal import SampleJournal, Samples
 from r1pipe.rollout.scoring import Scorer
 from r1pipe.types import Problem, Rollout, Score
 from r1pipe.utils import distributed
 from r1pipe.utils.jsonl import dump_row, replace_nan
-from r1pipe.utils.progress import StageProgress, say
+from r1pipe.utils.progress import StageProgress, log_line
 
 T = TypeVar("T")
 Keep = Callable[[Problem, list[Rollout], list[Score]], T]
@@ -31,7 +31,7 @@ MAX_WAITING = 256
 """Groups that may wait for their scores before sampling waits for the graders."""
 
 
-class Source(Protocol):
+class SampleSource(Protocol):
     """Where samples come from: rollout.Sampler, or teacher.Teacher. Its methods are explained at
     the former."""
 
@@ -84,7 +84,9 @@ class SamplingJob:
         return digest.hexdigest()
 
 
-def sample_and_score(job: SamplingJob, open_source: Callable[[], Source], keep: Keep[T]) -> list[T]:
+def sample_and_score(
+    job: SamplingJob, open_source: Callable[[], SampleSource], keep: Keep[T]
+) -> list[T]:
     """What `keep` makes of each problem's samples, in the order of the problems.
 
     What the journal has is not sampled again; if that is everything the source is not opened. Of
@@ -92,11 +94,11 @@ def sample_and_score(job: SamplingJob, open_source: Callable[[], Source], keep: 
     texts and tokens of the rest never leave the rank and the journal.
     """
     scorer = Scorer(job.rewards)
-    journal = Journal(job.folder, job.digest())
+    journal = SampleJournal(job.folder, job.digest())
     places, scores = journal.read()
     if places:
         total = len(job.problems) * job.num_samples
-        say(f"{job.label}: {len(places)} of {total} samples are there from before")
+        log_line(f"{job.label}: {len(places)} of {total} samples are there from before")
     numbers = range(job.num_samples)
 
     def is_whole(problem: Problem) -> bool:
@@ -127,7 +129,7 @@ def sample_and_score(job: SamplingJob, open_source: Callable[[], Source], keep: 
 def read_samples(job: SamplingJob) -> Iterator[tuple[Problem, Rollout, Score]]:
     """All samples of a job that is done, one at a time, in the order of the problems; without
     prompts and log-probabilities. For the first rank."""
-    journal = Journal(job.folder, job.digest())
+    journal = SampleJournal(job.folder, job.digest())
     places, scores = journal.find()
     for problem in job.problems:
         for number, score in enumerate(scores[problem.id]):
@@ -135,7 +137,11 @@ def read_samples(job: SamplingJob) -> Iterator[tuple[Problem, Rollout, Score]]:
 
 
 def sample_missing(
-    job: SamplingJob, problems: list[Problem], have: Samples, source: Source, judge: "Judge[T]"
+    job: SamplingJob,
+    problems: list[Problem],
+    have: Samples,
+    source: SampleSource,
+    judge: "Judge[T]",
 ) -> dict[str, T]:
     """What is kept of this rank's groups: samples go into the journal at once, scores as soon as
     they are judged."""
@@ -175,7 +181,7 @@ class Judge(Generic[T]):
     """Scores groups in a thread while others are being sampled: at a time all that have piled up,
     so that the graders' processes always have work. Use as a context manager."""
 
-    def __init__(self, scorer: Scorer, journal: Journal, keep: Keep[T]):
+    def __init__(self, scorer: Scorer, journal: SampleJournal, keep: Keep[T]):
         self._scorer, self.journal, self._keep = scorer, journal, keep
         self.kept: dict[str, T] = {}
         """By the problem's id, what `keep` has made of its samples."""

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 
-class Teacher:
-    """A `sampling.Source`. Raises UserError if the key's variable is not set."""
+class TeacherClient:
+    """A `sampling.SampleSource`. Raises UserError if the key's variable is not set."""
 
     def __init__(self, settings: TeacherEndpoint):
         self.settings = settings

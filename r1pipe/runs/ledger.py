@@ -72,7 +72,7 @@ class Ledger:
     def __init__(self, run_dir: Path, recipe: Recipe, hardware: Hardware):
         self.run_dir, self.hardware = run_dir, hardware
         self.price, self.currency = recipe.price_per_device_hour, recipe.currency
-        self._journal = Journal(run_dir / LEDGER)
+        self._journal = LedgerFile(run_dir / LEDGER)
         self._stage = ""
         self._began = self._last = 0.0
         self._spent_before_s = 0.0
@@ -187,7 +187,7 @@ def dump(value: Any) -> str:
     return json.dumps(value, indent=2) + "\n"
 
 
-class Journal:
+class LedgerFile:
     """The lines of a run's ledger, each on disk as soon as it is written."""
 
     def __init__(self, path: Path):

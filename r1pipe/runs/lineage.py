@@ -147,7 +147,7 @@ def hash_folder(folder: Path) -> dict[str, str]:
 def hash_checkpoint(name: str, run: Path) -> dict[str, Any]:
     """The files of a model that a stage has read: of an earlier stage as its own lineage has them,
     unless they are newer than that."""
-    files = find_checkpoint(name, run) or {}
+    files = find_checkpoint_files(name, run) or {}
     record = read_lineage(run / name)
     known, written = {}, 0
     if record is not None:
@@ -213,7 +213,7 @@ def list_checkpoints(settings: dict[str, Any]) -> list[str]:
     return [name for name in names if isinstance(name, str)]
 
 
-def find_checkpoint(name: str, run: Path) -> dict[str, Path] | None:
+def find_checkpoint_files(name: str, run: Path) -> dict[str, Path] | None:
     """A checkpoint's files by name; None if it is not there (a hub id: not in the hub's cache)."""
     folder = run / name
     if not (folder / "stage.json").exists():

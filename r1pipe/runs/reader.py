@@ -194,7 +194,7 @@ def sort_stages(stages: dict[str, StageFolder], names: list[str]) -> list[StageF
     return list(found.values())
 
 
-def find_checkpoint(target: Path) -> tuple[FinishedRun, StageFolder]:
+def find_finished(target: Path) -> tuple[FinishedRun, StageFolder]:
     """The run and the stage that RUN or RUN/STAGE names, in runs/ if not here; of a run, the last
     stage that made a checkpoint.
 

@@ -14,7 +14,7 @@ from r1pipe.config.base import Stage
 from r1pipe.config.recipe import Recipe
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError
-from r1pipe.utils.progress import say
+from r1pipe.utils.progress import log_line
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
@@ -69,7 +69,7 @@ class Tracking:
         except Exception as error:  # whatever a network or a service comes up with
             self._trackers.pop(name, None)
             what = str(error).strip().splitlines() or [type(error).__name__]
-            say(f"{self.stage.name}: warning: tracking goes on without {name}: {what[0]}")
+            log_line(f"{self.stage.name}: warning: tracking goes on without {name}: {what[0]}")
 
     def _open(self, name: str, first_step: int) -> None:
         from accelerate import PartialState

@@ -11,7 +11,7 @@ from r1pipe.runs.hashes import hash_file, hash_files, hash_rows, hash_tree
 from r1pipe.runs.lineage import (
     FILE,
     describe_source,
-    find_checkpoint,
+    find_checkpoint_files,
     find_sources,
     hash_folder,
     list_checkpoints,
@@ -52,13 +52,13 @@ def verify_stage(folder: Path) -> list[Finding]:
 
 def find_changes(folder: Path, record: dict[str, Any]) -> Iterator[Finding]:
     name = folder.name
-    for what in compare(record["outputs"], hash_folder(folder)):
+    for what in list_differences(record["outputs"], hash_folder(folder)):
         yield Finding(name, what)
     settings = read_settings(folder)
     yield from verify_parents(folder, record, settings)
     yield from verify_data(name, record["inputs"]["data"], settings)
     for package, hashes in record["inputs"]["code"].items():
-        for what in compare(hashes, find_sources(package)):
+        for what in list_differences(hashes, find_sources(package)):
             yield Finding(name, f"code of its rewards: {what} since it was used")
         for process in record["interrupted"]:
             if process["code"].get(package) != hash_tree(hashes):
@@ -71,12 +71,12 @@ def verify_parents(folder: Path, record: dict, settings: dict) -> Iterator[Findi
     remade = set()
     for place, then in zip(list_checkpoints(settings), record["inputs"]["checkpoints"]):
         name = then["name"]
-        files = find_checkpoint(place, run)
+        files = find_checkpoint_files(place, run)
         if files is None:
             is_problem = name in record["parents"]
             yield Finding(stage, f"its parent {name}: gone, so not compared", is_problem)
             continue
-        for what in compare(then["files"], hash_files(files)):
+        for what in list_differences(then["files"], hash_files(files)):
             remade.add(name)
             yield Finding(stage, f"its parent {name}: {what} since it was used")
     for name, digest in record["parents"].items():
@@ -107,7 +107,7 @@ def verify_rows(name: str, entry: dict, source: ProblemSet) -> Iterator[Finding]
         yield Finding(name, f"data not compared: {error}", is_problem=False)
 
 
-def compare(then: dict[str, str], now: dict[str, str]) -> Iterator[str]:
+def list_differences(then: dict[str, str], now: dict[str, str]) -> Iterator[str]:
     """What became of files: "a.json changed"."""
     for name in sorted({*then, *now}):
         if name not in now:

@@ -36,7 +36,7 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Traces:
+class EncodedTraces:
     """Tokenised traces, and how many were too long for `max_length`."""
 
     rows: list[Trace]
@@ -48,7 +48,7 @@ def encode_traces(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None,
     end_ids: Iterable[int] = (),
-) -> Traces:
+) -> EncodedTraces:
     """Prompt and solution of each problem, token by token as the sampler would see them; each
     completion ends with one of `end_ids`.
 
@@ -69,4 +69,4 @@ def encode_traces(
         rows.append(Trace(np.array(prompt, np.int32), np.array(completion, np.int32)))
     if not rows:
         raise UserError(f"no row has at most max_length = {max_length} tokens")
-    return Traces(rows, num_too_long)
+    return EncodedTraces(rows, num_too_long)

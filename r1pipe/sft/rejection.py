@@ -13,12 +13,12 @@ from typing import Any
 from r1pipe.config.sft import TraceFilters
 from r1pipe.config.traces import Traces
 from r1pipe.context import StageContext
-from r1pipe.rollout.sampling import SamplingJob, Source, sample_and_score
+from r1pipe.rollout.sampling import SampleSource, SamplingJob, sample_and_score
 from r1pipe.runs.folder import JOURNAL
 from r1pipe.sft.filters import FLAWS, choose_diverse, choose_first, find_flaw
 from r1pipe.types import Problem, Rollout, Score
 from r1pipe.utils.errors import UserError
-from r1pipe.utils.progress import say
+from r1pipe.utils.progress import log_line
 
 ENDS = ("truncated", "unjudged", "wrong")
 """Why a sample is not accepted."""
@@ -29,7 +29,7 @@ DROPS = ("too_hard", "too_easy", *FLAWS, "duplicate", "over_cap")
 def collect_traces(
     context: StageContext,
     origin: object,
-    open_source: Callable[[], Source],
+    open_source: Callable[[], SampleSource],
     problems: list[Problem],
     settings: Traces,
     label: str,
@@ -69,7 +69,7 @@ def collect_traces(
         counts.update(counts_of_one)
     num_samples = len(problems) * settings.num_generations
     reasons = {reason: counts[reason] for reason in (*ENDS, *DROPS)}
-    say(f"{label}: {num_samples} samples, {describe(reasons)}: {len(traces)} traces")
+    log_line(f"{label}: {num_samples} samples, {describe_counts(reasons)}: {len(traces)} traces")
     return traces, {
         "samples": num_samples,
         "tokens_sampled": counts["tokens_sampled"],
@@ -90,16 +90,17 @@ def drop_flawed(
             counts[flaw] += 1
         else:
             kept.append(problem)
+    dropped = describe_counts(counts)
     if not kept:
-        raise UserError(f'stage "{context.stage_name}": no trace is left: {describe(counts)}')
+        raise UserError(f'stage "{context.stage_name}": no trace is left: {dropped}')
     if counts:
-        say(f"{context.stage_name}: {len(problems)} traces, {describe(counts)}: {len(kept)} left")
+        log_line(f"{context.stage_name}: {len(problems)} traces, {dropped}: {len(kept)} left")
     context.facts |= {f"dropped/{flaw}": counts[flaw] for flaw in FLAWS}
     context.record_left("filters", len(kept))
     return kept
 
 
-def describe(counts: dict[str, int]) -> str:
+def describe_counts(counts: dict[str, int]) -> str:
     told = [f"{n} {reason.replace('_', ' ')}" for reason, n in counts.items() if n]
     return ", ".join(told) or "none dropped"
 

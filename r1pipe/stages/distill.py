@@ -21,7 +21,7 @@ from r1pipe.trainer.fsdp import load_sharded, shard
 from r1pipe.trainer.policy import Policy
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import write_jsonl
-from r1pipe.utils.progress import say
+from r1pipe.utils.progress import log_line
 
 
 def run(stage: Distill, context: StageContext) -> dict[str, Any]:
@@ -55,7 +55,9 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
         policy = shard(Policy(student), student, context.device, dtype=dtype)
     num_parameters = sum(p.numel() for p in student.parameters())
     architecture = student.config.model_type
-    say(f"{stage.name}: {len(traces)} traces for a {architecture} student of {num_parameters:,}")
+    log_line(
+        f"{stage.name}: {len(traces)} traces for a {architecture} student of {num_parameters:,}"
+    )
     facts |= train_on_traces(
         policy, tokenizer, traces, stage.train, context, f"{stage.name}: student"
     )

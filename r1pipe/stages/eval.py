@@ -17,7 +17,7 @@ from r1pipe.context import StageContext
 from r1pipe.data.decontamination import OverlapIndex
 from r1pipe.evals.metrics import (
     ProblemResult,
-    compare,
+    compare_paired,
     default_num_samples,
     find_right,
     hash_question,
@@ -32,7 +32,7 @@ from r1pipe.types import Problem, Rollout, Score, describe_rollout
 from r1pipe.utils.distributed import is_first
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import read_json, read_jsonl, write_jsonl, write_text
-from r1pipe.utils.progress import say
+from r1pipe.utils.progress import log_line
 
 
 def run(stage: Eval, context: StageContext) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class HeldOut:
         self.source, self.label = source, source.label
         self.problems = context.load(source)
         if repeated := len(self.problems) - len(set(map(hash_question, self.problems))):
-            say(
+            log_line(
                 f"{context.stage_name}: {repeated} of the {len(self.problems)} problems of "
                 f"{self.label} are there before: the intervals count each text once"
             )
@@ -158,7 +158,7 @@ def compare_in_order(
         entry["compared_with"] = None
         if before is not None and before["dataset"] == entry["dataset"]:
             pair = (results[entry["dataset"], e["stage"]] for e in (before, entry))
-            entry["compared_with"] = {"stage": before["stage"], **compare(*pair)}
+            entry["compared_with"] = {"stage": before["stage"], **compare_paired(*pair)}
 
 
 def join_evaluations(folders: dict[str, Path]) -> str:
@@ -207,8 +207,8 @@ def write_results(
         plot_curves(context.run, summary, context.run.path / "curves.png")
         plot_expert_load(context.run, context.run.path / "experts.png")
         for line in lengths:
-            say(line)
-        say(f"written: {context.run.path}/summary.json, summary.md, curves.png")
+            log_line(line)
+        log_line(f"written: {context.run.path}/summary.json, summary.md, curves.png")
 
 
 class TrainingOverlap:

@@ -11,7 +11,7 @@ from r1pipe.context import StageContext
 from r1pipe.rl.collect import Collector
 from r1pipe.rl.difficulty import FILE as DIFFICULTY
 from r1pipe.rl.difficulty import measure_difficulty
-from r1pipe.rl.loop import Goal, run_steps
+from r1pipe.rl.loop import BestMetric, run_steps
 from r1pipe.rl.replay import replay_steps
 from r1pipe.rl.update import Updater
 from r1pipe.rollout.scoring import Scorer, mean
@@ -19,7 +19,7 @@ from r1pipe.runs.logs import JsonlLog
 from r1pipe.trainer.fsdp import load_sharded
 from r1pipe.trainer.policy import Policy
 
-GOAL = Goal("reward")
+BEST = BestMetric("reward")
 
 
 def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
     collector = Collector(stage, sampler, scorer, problems, context.recipe.seed, rates)
     halves = (updater, sampler, collector)
     if not stage.difficulty:
-        return run_steps(stage, context, *halves, GOAL)
+        return run_steps(stage, context, *halves, BEST)
     log = JsonlLog(context.folder / DIFFICULTY)
 
     def end_step(step: int) -> dict[str, float]:
@@ -47,7 +47,7 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
         stage,
         context,
         *halves,
-        GOAL,
+        BEST,
         logs={"difficulty": log},
         begin=lambda: log.write(*measured),
         end_step=end_step,
@@ -72,7 +72,7 @@ def refresh_difficulty(collector: Collector, step: int, log: JsonlLog) -> dict[s
 
 def replay(stage: Grpo, context: StageContext, source: Path, steps: range) -> dict[str, Any]:
     """Train on kept rollouts, as `loop.replay_steps` says."""
-    return replay_steps(stage, context, make_updater(stage, context), GOAL, source, steps)
+    return replay_steps(stage, context, make_updater(stage, context), BEST, source, steps)
 
 
 def make_updater(stage: Grpo, context: StageContext) -> Updater:

@@ -10,7 +10,7 @@ from r1pipe.context import StageContext
 from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import save_checkpoint
-from r1pipe.utils.progress import say
+from r1pipe.utils.progress import log_line
 
 
 def run(stage: Init, context: StageContext) -> dict[str, Any]:
@@ -21,5 +21,5 @@ def run(stage: Init, context: StageContext) -> dict[str, Any]:
     model = build_model(stage.model, tokenizer, context.recipe.seed)
     save_checkpoint(model, tokenizer, context.folder)
     num_parameters = sum(p.numel() for p in model.parameters())
-    say(f"{stage.name}: {type(model).__name__}, {num_parameters:,} parameters")
+    log_line(f"{stage.name}: {type(model).__name__}, {num_parameters:,} parameters")
     return {"num_parameters": num_parameters, "vocab_size": len(tokenizer)}

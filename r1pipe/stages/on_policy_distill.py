@@ -24,14 +24,14 @@ from r1pipe.models.tokenizer import (
     require_same_vocabulary,
 )
 from r1pipe.rl.collect import Collector
-from r1pipe.rl.distill_update import DistillUpdater, Teacher
-from r1pipe.rl.loop import Goal, run_steps
+from r1pipe.rl.distill_update import DistillUpdater, TeacherModel
+from r1pipe.rl.loop import BestMetric, run_steps
 from r1pipe.rl.replay import replay_steps
 from r1pipe.rollout.scoring import Scorer
 from r1pipe.trainer.fsdp import load_sharded
 from r1pipe.trainer.policy import Policy
 
-GOAL = Goal("divergence", is_cost=True)
+BEST = BestMetric("divergence", is_cost=True)
 
 
 def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
     for problem, ids in zip(problems, prompts, strict=True):
         check_length(problem, len(ids), stage.max_completion_length, context_size)
     collector = Collector(stage, sampler, scorer, problems, context.recipe.seed)
-    return run_steps(stage, context, updater, sampler, collector, GOAL)
+    return run_steps(stage, context, updater, sampler, collector, BEST)
 
 
 def replay(
@@ -57,7 +57,7 @@ def replay(
 ) -> dict[str, Any]:
     """Train on kept rollouts, as `loop.replay_steps` says."""
     check_vocabularies(stage, context)
-    return replay_steps(stage, context, make_updater(stage, context), GOAL, source, steps)
+    return replay_steps(stage, context, make_updater(stage, context), BEST, source, steps)
 
 
 def check_vocabularies(stage: OnPolicyDistill, context: StageContext) -> None:
@@ -75,7 +75,9 @@ def make_updater(stage: OnPolicyDistill, context: StageContext) -> DistillUpdate
     dtype = context.recipe.dtype
     return DistillUpdater(
         load_sharded(context.checkpoint(stage.student), *place, Policy, dtype=dtype),
-        load_sharded(context.checkpoint(stage.from_), *place, Teacher, dtype=dtype, trained=False),
+        load_sharded(
+            context.checkpoint(stage.from_), *place, TeacherModel, dtype=dtype, trained=False
+        ),
         stage,
         dtype=dtype,
         seed=context.recipe.seed,

@@ -10,13 +10,13 @@ from typing import Any
 
 from r1pipe.config.traces import Mix, Reject
 from r1pipe.context import StageContext
-from r1pipe.rollout.sampling import Source, identify_weights
-from r1pipe.rollout.teacher import Teacher
+from r1pipe.rollout.sampling import SampleSource, identify_weights
+from r1pipe.rollout.teacher import TeacherClient
 from r1pipe.sft.rejection import collect_traces
 from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import write_jsonl
-from r1pipe.utils.progress import say
+from r1pipe.utils.progress import log_line
 
 
 def run(stage: Reject, context: StageContext) -> dict[str, Any]:
@@ -34,10 +34,10 @@ def run(stage: Reject, context: StageContext) -> dict[str, Any]:
     return facts
 
 
-def find_source(stage: Reject, context: StageContext) -> tuple[object, Callable[[], Source]]:
+def find_source(stage: Reject, context: StageContext) -> tuple[object, Callable[[], SampleSource]]:
     """What tells its samples from another's, and how it is opened."""
     if stage.teacher is not None:
-        teacher = Teacher(stage.teacher)
+        teacher = TeacherClient(stage.teacher)
         return stage.teacher.model_dump(
             include={"base_url", "model", "extra_body"}
         ), lambda: teacher
@@ -56,5 +56,5 @@ def draw_mix(mix: Mix, num_traces: int, context: StageContext) -> list[Problem]:
     wanted = round(num_traces * mix.share / (1 - mix.share))
     count = min(wanted, len(rows))
     short = f", of {wanted} wanted" if count < wanted else ""
-    say(f"{context.stage_name}: {count} rows of {mix.data.label} mixed in{short}")
+    log_line(f"{context.stage_name}: {count} rows of {mix.data.label} mixed in{short}")
     return random.Random(f"{context.recipe.seed}/{context.stage_name}/mix").sample(rows, count)

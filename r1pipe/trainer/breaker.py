@@ -20,7 +20,7 @@ from r1pipe.config.rl import OnPolicy
 from r1pipe.runs.logs import JsonlLog
 from r1pipe.utils.errors import Tripped
 from r1pipe.utils.jsonl import read_jsonl
-from r1pipe.utils.progress import say
+from r1pipe.utils.progress import log_line
 
 ENDS = ("stop", "rollback")
 
@@ -140,7 +140,7 @@ class Breaker:
             if limit.action in ENDS:
                 ends.append((line, limit.action == "rollback"))
             elif name not in self._told | self._tripped:
-                say(f"{limit.action}: {line}")
+                log_line(f"{limit.action}: {line}")
             self._tripped.add(name)
             skips = skips or limit.action == "skip"
         if ends:

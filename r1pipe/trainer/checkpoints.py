@@ -31,7 +31,7 @@ from r1pipe.utils import distributed
 from r1pipe.utils.errors import FULL, UserError, is_disk_full
 from r1pipe.utils.jsonl import write_text
 from r1pipe.utils.phases import phase
-from r1pipe.utils.progress import Interrupt, say
+from r1pipe.utils.progress import Interrupt, log_line
 
 MANIFEST = "manifest.json"
 UNREADABLE = "cannot be read"
@@ -184,14 +184,16 @@ class Checkpoints:
             if not problem:
                 distributed.on_first_rank(lambda place=place: self._cut_logs(place))
                 self._load_own(place)
-                say(f"{self.label}: goes on after step {step}")
+                log_line(f"{self.label}: goes on after step {step}")
                 return step
             if UNREADABLE in problem:
                 raise UserError(f"{place}/{problem}; it was left as it is")
-            say(f"{self.label}: warning: checkpoint of step {step} is damaged ({problem}): removed")
+            log_line(
+                f"{self.label}: warning: checkpoint of step {step} is damaged ({problem}): removed"
+            )
             distributed.on_first_rank(lambda place=place: shutil.rmtree(place, ignore_errors=True))
         if steps:
-            say(f"{self.label}: no checkpoint is whole: the stage begins again")
+            log_line(f"{self.label}: no checkpoint is whole: the stage begins again")
         if distributed.is_first():
             for log in self.logs.values():
                 log.cut(None)
@@ -223,7 +225,7 @@ class Checkpoints:
                 f"{distributed.world_size()}: start {count} of them, or add --redo to begin again"
             )
         if (threads := manifest["num_threads"]) != torch.get_num_threads():
-            say(
+            log_line(
                 f"{self.label}: warning: saved with {threads} threads, and there are "
                 f"{torch.get_num_threads()}: sums come out in another order (OMP_NUM_THREADS)"
             )
@@ -235,7 +237,7 @@ class Checkpoints:
             try:
                 log.cut(positions.get(name))
             except (OSError, ValueError) as error:
-                say(f"{self.label}: warning: {error}: it goes on with the rows that are left")
+                log_line(f"{self.label}: warning: {error}: it goes on with the rows that are left")
 
     def _load_own(self, place: Path) -> None:
         path = place / f"rank-{distributed.rank()}.pt"

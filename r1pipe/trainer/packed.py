@@ -17,14 +17,14 @@ from transformers import PreTrainedModel, get_scheduler
 from r1pipe.config.base import Optimization
 from r1pipe.models.expert_load import ExpertLoad, number_packed
 from r1pipe.models.model import fast_training_kernels
-from r1pipe.models.weights import whole
+from r1pipe.models.weights import full_tensor
 from r1pipe.trainer.fsdp import put_optimizer, put_weights, take_optimizer, take_weights
 from r1pipe.trainer.optimizer import OffloadedAdamW, find_schedule
 from r1pipe.trainer.packing import PackedBatch, Sample, cut_batches, pack
 from r1pipe.trainer.policy import Policy
 from r1pipe.types import Rollout
 from r1pipe.utils import distributed
-from r1pipe.utils.phases import beat
+from r1pipe.utils.phases import heartbeat
 
 
 class PackedTrainer:
@@ -72,7 +72,7 @@ class PackedTrainer:
         num_batches = max(distributed.gather(len(parts)))
         for number in range(num_batches):
             yield pack(parts[number], self.model.device) if number < len(parts) else None
-            beat()
+            heartbeat()
 
     def run_dummy_pass(self, **options: bool) -> None:
         """Zero-weight forward and, with gradients, backward pass, so that collectives match on a
@@ -97,7 +97,7 @@ class PackedTrainer:
     def clip_gradient(self) -> float:
         """The gradient's norm over all ranks, before it was clipped."""
         grad_norm = clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
-        return float(whole(grad_norm))
+        return float(full_tensor(grad_norm))
 
     def apply_gradient(self) -> None:
         self.optimizer.step()

@@ -9,13 +9,13 @@ _names: dict[int, list[str]] = {}
 _last_beat = time.monotonic()
 
 
-def beat() -> None:
+def heartbeat() -> None:
     """Say that work goes on: after each piece of it that cannot be cut smaller."""
     global _last_beat
     _last_beat = time.monotonic()
 
 
-def seconds_since_beat() -> float:
+def seconds_since_heartbeat() -> float:
     """Of any thread: one may wait for another that works."""
     return time.monotonic() - _last_beat
 
@@ -25,12 +25,12 @@ def phase(name: str) -> Iterator[None]:
     """Name what this thread does within it; beats at both ends. Also a decorator."""
     names = _names.setdefault(threading.get_ident(), [])
     names.append(name)
-    beat()
+    heartbeat()
     try:
         yield
     finally:
         names.pop()
-        beat()
+        heartbeat()
 
 
 def describe_phases() -> str:

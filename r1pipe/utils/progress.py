@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 from r1pipe.utils.distributed import alone, is_first
-from r1pipe.utils.phases import beat
+from r1pipe.utils.phases import heartbeat
 
 console = Console(stderr=True, highlight=False)
 
@@ -124,7 +124,7 @@ class StageProgress:
 
     def advance(self, steps: int = 1, **figures: float) -> None:
         Interrupt.check()
-        beat()
+        heartbeat()
         self.done += steps
         text = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         now = time.monotonic()
@@ -135,7 +135,7 @@ class StageProgress:
             self._bar.update(self._task, advance=steps, figures=text + note)
         elif now - self._last_line > SECONDS_BETWEEN_LINES or self.done >= self.total:
             self._last_line = now
-            say(f"{self.label}: {self.done}/{self.total}  {text}  {left:.0f} s left{note}")
+            log_line(f"{self.label}: {self.done}/{self.total}  {text}  {left:.0f} s left{note}")
 
 
 def format_size(num_bytes: float) -> str:
@@ -147,7 +147,7 @@ def format_size(num_bytes: float) -> str:
     return f"{size:.1f} {unit}" if unit != "B" else f"{size:.0f} B"
 
 
-def say(text: str) -> None:
+def log_line(text: str) -> None:
     """A line for the person, on stderr: stdout is for results. Only rank 0 speaks."""
     if not is_first():
         return

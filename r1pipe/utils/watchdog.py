@@ -29,7 +29,7 @@ from types import TracebackType
 
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import GOES_ON, HUNG
-from r1pipe.utils.phases import beat, describe_phases, seconds_since_beat
+from r1pipe.utils.phases import describe_phases, heartbeat, seconds_since_heartbeat
 
 POLL_S = 1.0
 OTHERS_S = 5.0
@@ -54,7 +54,7 @@ class Watchdog:
             faulthandler.register(signal.SIGUSR1, self._file, all_threads=True)
             self._guardian = start_guardian(self.folder, self.limit_s)
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-            beat()
+            heartbeat()
             self._thread.start()
         return self
 
@@ -82,12 +82,12 @@ class Watchdog:
         while not self._ended.wait(interval):
             now = time.monotonic()
             if now - last > 10 * interval:
-                beat()  # all of the process slept, as after Ctrl-Z: that is no hang
+                heartbeat()  # all of the process slept, as after Ctrl-Z: that is no hang
             last = now
             tick(self._guardian)
             if (self.folder / MARKER).exists():
                 self._end()
-            if seconds_since_beat() > self.limit_s:
+            if seconds_since_heartbeat() > self.limit_s:
                 line = (
                     f"rank {distributed.rank()}: nothing went on for {self.limit_s:g} s (in "
                     f"{describe_phases()})"

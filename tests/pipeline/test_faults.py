@@ -21,7 +21,7 @@ from r1pipe.models.model import build_model, load_model
 from r1pipe.models.routing import find_routers
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import export_weights, save_checkpoint
-from r1pipe.rl.collect import Collector, Lookahead
+from r1pipe.rl.collect import Collector, Prefetcher
 from r1pipe.rl.loop import train
 from r1pipe.rl.losses import LossInputs, TokenLosses, clip_tokens
 from r1pipe.rl.update import Updater
@@ -222,7 +222,7 @@ def begin(
     updater = Updater(policy, reference, stage, dtype="float32", seed=0)
     sampler.load_checkpoint(str(checkpoint))
     collector = Collector(stage, sampler, Scorer(stage.rewards), PROBLEMS, seed=0)
-    batches = Lookahead(collector.collect, stage.max_steps, stage.async_steps)
+    batches = Prefetcher(collector.collect, stage.max_steps, stage.async_steps)
     breaker = Breaker(stage, EventLog(folder), folder)
     world = World(stage, updater, sampler, patch)
     return world, train(stage, updater, sampler, collector, batches, breaker, first_step=1)

@@ -280,8 +280,9 @@ def test_every_rank_of_a_tensor_parallel_group_returns_routes(
 
 TENSOR_PARALLEL = """
 import torch
-from r1pipe import distributed
-from r1pipe.config.recipe import Engine, ProblemSet, Sampling
+from r1pipe.utils import distributed
+from r1pipe.config.base import ProblemSet, Sampling
+from r1pipe.config.recipe import Engine
 from r1pipe.data.problems import load_problems
 from r1pipe.utils.jsonl import dump_row
 from r1pipe.rollout.engine import Sampler

@@ -21,7 +21,7 @@ from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import save_checkpoint
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.sampling import SamplingJob
-from r1pipe.rollout.teacher import Teacher
+from r1pipe.rollout.teacher import TeacherClient
 from r1pipe.types import Rollout
 
 pytestmark = pytest.mark.slow
@@ -89,7 +89,7 @@ def test_vllm_server_says_what_our_engine_says(
         folder=tmp_path / "teacher",
         label="reject",
     )
-    teacher = Teacher(TeacherEndpoint(base_url=base_url, model="policy"))
+    teacher = TeacherClient(TeacherEndpoint(base_url=base_url, model="policy"))
     theirs, _ = sample_all(job, lambda: teacher)
     sampler = Sampler(checkpoint, SETTINGS, "float32", CPU)
     try:

@@ -94,7 +94,7 @@ def test_data_recipes_are_found_where_there_is_no_clone(wheel: Path, tmp_path: P
     row = {"id": "1", "kind": "math", "prompt": [{"role": "user", "content": "?"}], "answer": "1"}
     (tmp_path / "data" / "mine.py").write_text(f"def load(split):\n    yield {row!r}\n")
     code = (
-        "from r1pipe.config.recipe import ProblemSet\n"
+        "from r1pipe.config.base import ProblemSet\n"
         "from r1pipe.data.problems import find_recipe, load_problems\n"
         "options = {'path': 'my.csv', 'columns': {'prompt': 'q', 'answer': 'a'}}\n"
         "for source in ({'recipe': 'columns', 'options': options}, {'recipe': 'arithmetic'},\n"

@@ -5,7 +5,7 @@ import pytest
 from r1pipe.config.evals import EvalSampling
 from r1pipe.evals.metrics import (
     ProblemResult,
-    compare,
+    compare_paired,
     default_num_samples,
     find_right,
     list_ks,
@@ -107,7 +107,7 @@ def make_results(*num_right: int) -> list[ProblemResult]:
 
 def test_comparison_pairs_problems_by_their_ids() -> None:
     before, after = make_results(0, 2, 4, 1), make_results(1, 4, 4, 0)
-    pair = compare(before, [*after[::-1], ProblemResult("new", "", 4, 4, None, 1.0)])
+    pair = compare_paired(before, [*after[::-1], ProblemResult("new", "", 4, 4, None, 1.0)])
     assert (pair["num_problems"], pair["better"], pair["worse"]) == (4, 2, 1)
     assert pair["difference"] == 0.125
     assert pair["ci_low"] < 0 < pair["ci_high"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from r1pipe.publish.licenses import Source, settle_licence
+from r1pipe.publish.licenses import LicenseSource, settle_licence
 from r1pipe.utils.errors import UserError
 
 ROLES = {"base": "base model", "teacher": "teacher", "data": "data"}
@@ -38,7 +38,9 @@ CASES = [
 @pytest.mark.parametrize(("sources", "wanted", "result"), CASES)
 def test_cases(sources: str, wanted: str | None, result: str | list[str]) -> None:
     pairs = [part.split(":") for part in sources.split()]
-    made_from = [Source(n, ROLES[n], None if licence == "?" else licence) for n, licence in pairs]
+    made_from = [
+        LicenseSource(n, ROLES[n], None if licence == "?" else licence) for n, licence in pairs
+    ]
     if isinstance(result, str):
         assert settle_licence(made_from, wanted) == result
         return

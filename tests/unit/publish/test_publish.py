@@ -26,7 +26,7 @@ from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import save_checkpoint
 from r1pipe.publish.publish import find_objections
 from r1pipe.runs.folder import RunFolder
-from r1pipe.runs.reader import find_checkpoint
+from r1pipe.runs.reader import find_finished
 from r1pipe.serve import find_served
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import write_jsonl, write_text
@@ -331,14 +331,14 @@ def test_a_public_repo_is_filled_only_if_asked(hub: FakeHub, run: Path) -> None:
 
 
 def test_targets_that_are_none(run: Path) -> None:
-    assert find_checkpoint(run)[1].name == find_checkpoint(run / "sft")[1].name == "sft"
+    assert find_finished(run)[1].name == find_finished(run / "sft")[1].name == "sft"
     for target, words in (
         (run / "stf", "stf: no finished stage of that name; did you mean sft?"),
         (run / "eval", "eval: makes no checkpoint; there are random, sft"),
         (run.parent / "none", "none: no such run"),
     ):
         with pytest.raises(UserError, match=words):
-            find_checkpoint(target)
+            find_finished(target)
     models = run.parent / "models"
     (models / "one").mkdir(parents=True)
     (models / "one/config.json").touch()
@@ -357,7 +357,7 @@ def test_overlap_above_the_limit(hub: FakeHub, tmp_path: Path, checkpoint: Path)
     assert "5.00% of arithmetic/test overlaps" in refuse(hub, run)
     assert not (run / "publish").exists()
     assert not (run / "publish").exists()
-    finished, stage = find_checkpoint(run)
+    finished, stage = find_finished(run)
     assert not find_objections(finished, stage, finished.evaluations("sft"), max_overlap=0.05)
     assert publish(hub, run, "--force").returncode == 0
     metadata, text = read_card(hub.repos["model", "ana/mini"].files)

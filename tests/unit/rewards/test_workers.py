@@ -166,7 +166,7 @@ def test_no_worker_outlives_its_parent(tmp_path, ending):
     done = run_script(
         f"""
         import os, rewards
-        from rewards import workers
+        from rewards.workers import pool as workers
         assert rewards.grade_answer("x+1", "1+x")
         print(*[w.process.pid for w in workers._pool._idle if w], flush=True)
         {ending}

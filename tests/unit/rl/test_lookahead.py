@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from r1pipe.config.rl import Difficulty
-from r1pipe.rl.collect import Lookahead
+from r1pipe.rl.collect import Prefetcher
 from r1pipe.rl.curriculum import Prompts
 from r1pipe.types import Problem
 
@@ -80,7 +80,7 @@ def test_lookahead_samples_while_the_caller_trains() -> None:
         made.append((step, made_at))
         return step, made_at
 
-    with Lookahead(sample, 3, async_steps=1) as batches:
+    with Prefetcher(sample, 3, async_steps=1) as batches:
         assert batches.take(1) == (1, 1)
         assert began.wait(10), "step 2 is sampled before step 1 has been waited for"
         assert made == [(1, 1)]
@@ -109,14 +109,14 @@ def test_lookahead_samples_on_the_callers_gpu_and_stream(monkeypatch: pytest.Mon
     def sample(step: int, made_at: int) -> tuple:
         return threading.get_ident(), *mine().values()
 
-    with Lookahead(sample, 2, async_steps=1) as batches:
+    with Prefetcher(sample, 2, async_steps=1) as batches:
         first, second = batches.take(1), batches.take(2)
     assert first[0] != second[0]
     assert first[1:] == second[1:] == (3, "vllm's")
 
 
 def test_lookahead_without_async_samples_in_order() -> None:
-    with Lookahead(lambda step, made_at: (step, made_at), 2, async_steps=0) as batches:
+    with Prefetcher(lambda step, made_at: (step, made_at), 2, async_steps=0) as batches:
         assert [batches.take(1), batches.take(2)] == [(1, 1), (2, 2)]
 
 
@@ -126,7 +126,7 @@ def test_lookahead_passes_errors_on() -> None:
             raise ValueError("no more")
         return step
 
-    with Lookahead(fail, 3, async_steps=1) as batches:
+    with Prefetcher(fail, 3, async_steps=1) as batches:
         batches.take(1)
         batches.wait()
         with pytest.raises(ValueError, match="no more"):

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import build_tokenizer, require_same_vocabulary
 from r1pipe.report.costs import find_parent
-from r1pipe.rl.distill_update import DistillUpdater, Teacher
+from r1pipe.rl.distill_update import DistillUpdater, TeacherModel
 from r1pipe.runs.lineage import list_checkpoints
 from r1pipe.runs.reader import StageFolder
 from r1pipe.trainer import policy as logprobs_module
@@ -155,7 +155,7 @@ def make_updater(
 ) -> DistillUpdater:
     values = {"temperature": T, "learning_rate": 1e-3, "max_grad_norm": 1e9, **changes}
     settings = make_on_policy_distill(**values)
-    own, theirs = Policy(copy.deepcopy(student)), Teacher(copy.deepcopy(teacher))
+    own, theirs = Policy(copy.deepcopy(student)), TeacherModel(copy.deepcopy(teacher))
     return DistillUpdater(own, theirs, settings, dtype="float32", seed=0)
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 from samples import sample_all
-from teacher_server import Answer, TeacherServer, say, say_right, teacher_server
+from teacher_server import Answer, TeacherServer, log_line, say_right, teacher_server
 
 from r1pipe.config.base import Reward, Sampling
 from r1pipe.config.traces import TeacherEndpoint
 from r1pipe.rollout.sampling import SamplingJob
-from r1pipe.rollout.teacher import Teacher
+from r1pipe.rollout.teacher import TeacherClient
 from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError
 
@@ -42,21 +42,21 @@ def job(tmp_path: Path) -> SamplingJob:
 
 
 @pytest.fixture
-def teacher(server: TeacherServer, monkeypatch: pytest.MonkeyPatch) -> Teacher:
+def teacher(server: TeacherServer, monkeypatch: pytest.MonkeyPatch) -> TeacherClient:
     return make_teacher(server, monkeypatch)
 
 
 def make_teacher(
     server: TeacherServer, monkeypatch: pytest.MonkeyPatch, **changes: object
-) -> Teacher:
+) -> TeacherClient:
     monkeypatch.setenv("TEACHER_KEY", KEY)
     url = f"http://127.0.0.1:{server.server_port}/v1"
     given = {"base_url": url, "model": "big", "api_key_env": "TEACHER_KEY", **changes}
-    return Teacher(TeacherEndpoint(**given))
+    return TeacherClient(TeacherEndpoint(**given))
 
 
 def test_samples_are_judged_like_our_own(
-    server: TeacherServer, teacher: Teacher, job: SamplingJob
+    server: TeacherServer, teacher: TeacherClient, job: SamplingJob
 ) -> None:
     rollouts, scores = sample_all(job, lambda: teacher)
     assert [(r.problem_id, r.sample) for r in rollouts] == [
@@ -74,7 +74,7 @@ def test_samples_are_judged_like_our_own(
 
 
 def test_busy_and_broken_servers_are_asked_again(
-    server: TeacherServer, teacher: Teacher, job: SamplingJob
+    server: TeacherServer, teacher: TeacherClient, job: SamplingJob
 ) -> None:
     server.answer = lambda number, request: (
         ((429, 500, 503)[number % 3], {"error": "busy"}) if number < 3 else say_right(request)
@@ -141,17 +141,17 @@ MESSAGES = [
 
 @pytest.mark.parametrize(("given", "completion"), MESSAGES)
 def test_thinking_is_put_into_our_format(
-    given: tuple, completion: str, server: TeacherServer, teacher: Teacher, job: SamplingJob
+    given: tuple, completion: str, server: TeacherServer, teacher: TeacherClient, job: SamplingJob
 ) -> None:
     text, fields = given
-    server.answer = lambda number, request: say(text, **fields)
+    server.answer = lambda number, request: log_line(text, **fields)
     rollouts, _ = sample_all(job, lambda: teacher)
     assert {rollout.completion for rollout in rollouts} == {completion}
 
 
 def test_cut_answers_count_as_truncated(
-    server: TeacherServer, teacher: Teacher, job: SamplingJob
+    server: TeacherServer, teacher: TeacherClient, job: SamplingJob
 ) -> None:
-    server.answer = lambda number, request: say("half", finish_reason="length")
+    server.answer = lambda number, request: log_line("half", finish_reason="length")
     rollouts, _ = sample_all(job, lambda: teacher)
     assert all(rollout.truncated for rollout in rollouts)

@@ -22,7 +22,7 @@ from r1pipe.config.rl import OnPolicyDistill
 from r1pipe.models.model import pick_device
 from r1pipe.models.tokenizer import load_tokenizer
 from r1pipe.models.weights import save_checkpoint
-from r1pipe.rl.distill_update import DistillUpdater, Teacher
+from r1pipe.rl.distill_update import DistillUpdater, TeacherModel
 from r1pipe.rl.update import Updater
 from r1pipe.trainer.checkpoints import Checkpoints
 from r1pipe.trainer.fsdp import load_sharded
@@ -67,13 +67,15 @@ def run(folder: Path, name: str, case: dict, device: torch.device) -> dict:
 
 def begin(
     folder: Path, name: str, case: dict, device: torch.device
-) -> tuple[Policy, Policy | Teacher, Updater, Checkpoints]:
+) -> tuple[Policy, Policy | TeacherModel, Updater, Checkpoints]:
     start = str(folder / f"{name}-start")
     dtype, settings = case["dtype"], case["settings"]
     policy = load_sharded(start, device, "sdpa", Policy, dtype=dtype)
     if isinstance(settings, OnPolicyDistill):
         taught_by = str(folder / f"{name}-teacher")
-        reference = load_sharded(taught_by, device, "sdpa", Teacher, dtype=dtype, trained=False)
+        reference = load_sharded(
+            taught_by, device, "sdpa", TeacherModel, dtype=dtype, trained=False
+        )
         updater = DistillUpdater(policy, reference, settings, dtype=dtype, seed=0)
     else:
         reference = load_sharded(start, device, "sdpa", Policy, dtype=dtype, trained=False)

@@ -19,7 +19,7 @@ from r1pipe.config.rl import OnPolicy, OnPolicyDistill
 from r1pipe.models.model import build_model, load_model
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import save_checkpoint
-from r1pipe.rl.distill_update import DistillUpdater, Teacher
+from r1pipe.rl.distill_update import DistillUpdater, TeacherModel
 from r1pipe.rl.update import Updater
 from r1pipe.trainer.checkpoints import Checkpoints
 from r1pipe.trainer.packing import Sample
@@ -82,7 +82,7 @@ def make_stage(**settings: object) -> OnPolicy:
         "mask_truncated_completions": True,
         "vllm_importance_sampling_correction": False,
     }
-    return make_grpo(**fixed, **settings)
+    return make_grpo(**{**fixed, **settings})
 
 
 def run_ranks(script: str, *arguments: object, ranks: int = 2) -> subprocess.CompletedProcess:
@@ -191,7 +191,9 @@ def make_updater(folder: Path, name: str, case: dict) -> Updater:
     model = load_model(str(folder / f"{name}-start"), CPU)
     settings, dtype = case["settings"], case["dtype"]
     if isinstance(settings, OnPolicyDistill):
-        teacher = Teacher(load_model(str(folder / f"{name}-teacher"), CPU).requires_grad_(False))
+        teacher = TeacherModel(
+            load_model(str(folder / f"{name}-teacher"), CPU).requires_grad_(False)
+        )
         return DistillUpdater(model, teacher, settings, dtype=dtype, seed=0)
     reference = copy.deepcopy(model) if settings.beta else None
     return Updater(model, reference, settings, dtype=dtype, seed=0)

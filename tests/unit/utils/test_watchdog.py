@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 
 # What the main thread does within the watchdog, the limit being a second.
 SLEEPS = "time.sleep(100)"
-WORKS = "for _ in range(20): time.sleep(0.2); beat()"
+WORKS = "for _ in range(20): time.sleep(0.2); heartbeat()"
 # A C call that lets the interpreter go, and that a signal's handler cannot interrupt.
 WAITS_IN_C = "lock = threading.Lock(); lock.acquire(); lock.acquire()"
 HOLDS_THE_INTERPRETER = "re.match(r'(a+)+$', 'a' * 60 + 'b')"
@@ -33,7 +33,7 @@ def start(folder: Path, action: str, rank: int = 0, world_size: int = 1) -> subp
     program = f"""
 import os, re, signal, threading, time
 from pathlib import Path
-from r1pipe.utils.phases import beat, phase
+from r1pipe.utils.phases import heartbeat, phase
 from r1pipe.utils.watchdog import Watchdog
 
 def wait_for_ever():
@@ -98,7 +98,7 @@ def test_a_hang_ends_with_the_stacks(case: str, tmp_path: Path) -> None:
 
 def test_all_ranks_write_their_stacks_and_one_speaks(tmp_path: Path) -> None:
     """The second works, but for ever in vain: the first waits for it."""
-    in_vain = "while True: time.sleep(0.2); beat()"
+    in_vain = "while True: time.sleep(0.2); heartbeat()"
     processes = [
         start(tmp_path, action, rank, world_size=2)
         for rank, action in enumerate((WAITS_IN_C, in_vain))
@@ -122,7 +122,7 @@ def test_what_an_earlier_run_left_is_no_hang(tmp_path: Path) -> None:
 
 def test_a_process_that_was_stopped_has_not_hung(tmp_path: Path) -> None:
     """As by Ctrl-Z: its guardian too."""
-    process = start(tmp_path, "for _ in range(25): time.sleep(0.2); beat()")
+    process = start(tmp_path, "for _ in range(25): time.sleep(0.2); heartbeat()")
     time.sleep(2)
     os.killpg(process.pid, signal.SIGSTOP)
     time.sleep(5)
@@ -132,7 +132,7 @@ def test_a_process_that_was_stopped_has_not_hung(tmp_path: Path) -> None:
 
 
 def test_anyone_may_ask_for_the_stacks(tmp_path: Path) -> None:
-    process = start(tmp_path, "for _ in range(25): time.sleep(0.2); beat()")
+    process = start(tmp_path, "for _ in range(25): time.sleep(0.2); heartbeat()")
     time.sleep(2)
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=60)
