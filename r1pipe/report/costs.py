@@ -20,8 +20,7 @@ PAPER = {
 """Reinforcement learning and data only: the base model's pre-training is not in it."""
 
 COLUMNS = (
-    "stage", "wall", "lost", "hours", "idle", "sampled", "trained", "energy", "cost", "pass@1",
-    "per point",
+    "stage", "wall", "lost", "hours", "idle", "sampled", "trained", "cost", "pass@1", "per point",
 )  # fmt: skip
 
 
@@ -45,8 +44,6 @@ def describe_costs(run_dir: Path) -> str:
         "share of the steps in which the device neither samples nor trains; sampled, trained: "
         "tokens; per point: of pass@1 (0.01) gained over the checkpoint that the stage starts from",
     ]
-    if total["energy_kwh"] is None:
-        lines.append("energy: not readable here (NVML on GPUs, RAPL on CPUs)")
     if total["cost"] is None:
         lines.append("cost: unknown, the recipe has no price_per_device_hour")
     return "\n".join([*lines, describe_paper()])
@@ -103,7 +100,7 @@ def add_up(stages: list[dict[str, Any]]) -> dict[str, Any]:
     keys = ("wall_s", "lost_s", "device_hours", "tokens_sampled", "tokens_trained")
     return {
         "stage": "all",
-        **{key: total(key) for key in (*keys, "energy_kwh", "cost")},
+        **{key: total(key) for key in (*keys, "cost")},
         "idle_share": None,
         "unit": stages[-1]["unit"],
         "currency": stages[-1]["currency"],
@@ -124,7 +121,6 @@ def format_stage(stage: dict[str, Any], gain: float | None) -> list[str]:
         "-" if stage["idle_share"] is None else f"{stage['idle_share']:.1%}",
         f"{stage['tokens_sampled']:,}",
         f"{stage['tokens_trained']:,}",
-        "-" if stage["energy_kwh"] is None else f"{stage['energy_kwh']:.3g} kWh",
         "-" if cost is None else f"{format_money(cost)} {currency}",
         "-" if gain is None else f"{gain:+.1f}",
         per_point,

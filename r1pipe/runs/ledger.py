@@ -1,4 +1,4 @@
-"""What a run costs: time, devices, energy and money of everything that was done for it.
+"""What a run costs: time, devices and money of everything that was done for it.
 
 `runs/<name>/ledger.jsonl` is a journal that only grows: a line when a stage begins, one for each
 step, one when it ends. So it knows what no checkpoint knows: attempts that were killed, steps that
@@ -13,14 +13,13 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from r1pipe.config.recipe import Recipe
-from r1pipe.runs.energy import EnergyMeter, open_nvml, open_rapl
 from r1pipe.utils import distributed
 from r1pipe.utils.jsonl import dump_row, read_jsonl, write_jsonl, write_text
 
@@ -35,28 +34,16 @@ class Hardware:
 
     unit: str
     count: int
-    meter: EnergyMeter
 
     @classmethod
     def here(cls, recipe: Recipe, device_type: str) -> "Hardware":
-        """`device_type` is torch's, "cuda" or "cpu". Energy is read on rank 0's machine, so a run
-        on several machines has none."""
+        """`device_type` is torch's, "cuda" or "cpu"."""
         processes = distributed.world_size()
-        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-        many_machines = processes_here < processes
         if device_type == "cpu":
-            meter = EnergyMeter([], []) if many_machines else open_rapl()
-            return cls("core", processes * count_cores(), meter)
-        import torch
-
+            return cls("core", processes * count_cores())
         # A process has one GPU; alone it has those that its engine asks for.
         per_process = recipe.engine.tensor_parallel_size if distributed.alone() else 1
-        uuids = [
-            f"GPU-{torch.cuda.get_device_properties(index).uuid}"
-            for index in range(min(processes_here * per_process, torch.cuda.device_count()))
-        ]
-        meter = EnergyMeter([], []) if many_machines else open_nvml(uuids)
-        return cls("GPU", processes * per_process, meter)
+        return cls("GPU", processes * per_process)
 
 
 def count_cores() -> int:
@@ -89,7 +76,6 @@ class Ledger:
         self._stage = name
         self._noted = dict.fromkeys(self._noted, 0)
         self._began = self._last = time.monotonic()
-        self.hardware.meter.read()
         self._journal.write(
             event="begin",
             stage=name,
@@ -136,7 +122,6 @@ class Ledger:
             step=metrics["step"],
             wall_s=round(wall_s, 3),
             idle_s=find_idle_seconds(metrics),
-            energy_j=round_energy(self.hardware.meter.read()),
             tokens_sampled=int(sampled),
             tokens_trained=int(trained),
         )
@@ -148,7 +133,6 @@ class Ledger:
             stage=self._stage,
             outcome=outcome,
             wall_s=round(time.monotonic() - self._began, 3),
-            energy_j=round_energy(self.hardware.meter.read()),
             **{key: max(0, int(facts.get(key, 0)) - n) for key, n in self._noted.items()},
         )
         self._stage = ""
@@ -177,10 +161,6 @@ def find_idle_seconds(metrics: dict[str, Any]) -> float | None:
     if metrics.get("staleness"):
         return round(min(wait, metrics["seconds/score"]), 3)
     return round(max(0.0, wait - metrics["seconds/sample"]), 3)
-
-
-def round_energy(joules: float | None) -> float | None:
-    return None if joules is None else round(joules, 1)
 
 
 def dump(value: Any) -> str:
@@ -248,10 +228,10 @@ class Attempt:
     outcome: str = "running"
     wall_s: float = 0.0
     rest: dict = field(default_factory=dict)
-    """Of the end: tokens and energy that no step has counted."""
+    """The end event: tokens that no step counted."""
 
     def sum(self, key: str) -> float:
-        """Over its steps and its end. Raises TypeError where one of them is None."""
+        """Over its steps and its end."""
         return sum(row.get(key, 0) for row in (*self.steps, self.rest))
 
     @property
@@ -295,7 +275,7 @@ def summarize(stage: str, attempts: list[Attempt]) -> dict[str, Any]:
     """What a stage has cost, all its attempts together.
 
     `lost_s` is what it would not have taken without kills and repetitions: all but the steps of its
-    result and the last attempt's start and end. `energy_kwh` is null where it cannot be read.
+    result and the last attempt's start and end.
     """
     kept = kept_steps(attempts)
     last = attempts[-1]
@@ -318,20 +298,11 @@ def summarize(stage: str, attempts: list[Attempt]) -> dict[str, Any]:
         "idle_share": round(sum(r["idle_s"] for r in timed) / steps_s, 4) if steps_s else None,
         "tokens_sampled": sum(a.sum("tokens_sampled") for a in attempts),
         "tokens_trained": sum(a.sum("tokens_trained") for a in attempts),
-        "energy_kwh": sum_known(attempts, lambda a: a.sum("energy_j") / 3.6e6),
         "cost": (
             None if None in prices else round(sum(a.device_hours * a.price for a in attempts), 4)
         ),
         "currency": last.currency,
     }
-
-
-def sum_known(attempts: list[Attempt], measure: Callable[[Attempt], float]) -> float | None:
-    """None where a part is unknown."""
-    try:
-        return round(sum(map(measure, attempts)), 5)
-    except TypeError:
-        return None
 
 
 def summarize_run(run_dir: Path) -> list[dict[str, Any]]:

@@ -137,7 +137,7 @@ function showCost() {
   const rows = Array.isArray(data.cost) ? data.cost : data.cost?.stages;
   if (!rows?.length) return hide("cost");
   const columns = { stage: "stage", wall_s: "wall, s", lost_s: "lost, s", device_hours: "device-hours", idle_share: "idle",
-    tokens_sampled: "tokens sampled", tokens_trained: "tokens trained", energy_kwh: "kWh", cost: "cost",
+    tokens_sampled: "tokens sampled", tokens_trained: "tokens trained", cost: "cost",
     points_gained: "points of pass@1", cost_per_point: "cost a point" };
   const shown = Object.keys(columns).filter((key) => rows.some((row) => row[key] != null));
   const cell = (row, key) =>

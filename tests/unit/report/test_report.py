@@ -52,7 +52,7 @@ def test_a_broken_file_is_one_line(
             {"event": "begin", "stage": "grpo", "time": 0.0, "unit": "core", "devices": 1}
             | {"price_per_device_hour": None, "currency": "USD"},
             {"event": "end", "outcome": "finished", "wall_s": 1.0}
-            | dict.fromkeys(("tokens_sampled", "tokens_trained", "energy_kwh"), 0),
+            | dict.fromkeys(("tokens_sampled", "tokens_trained"), 0),
         ],
     )
     (run / name).write_text('{"cut')

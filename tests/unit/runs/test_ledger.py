@@ -1,4 +1,4 @@
-"""What a run costs: attempts that were killed, steps done twice, energy, money per point."""
+"""What a run costs: attempts that were killed, steps done twice, money per point."""
 
 import json
 import multiprocessing
@@ -12,14 +12,12 @@ from r1pipe.config.load import load_recipe
 from r1pipe.config.recipe import Recipe
 from r1pipe.report.costs import describe_costs, find_gains
 from r1pipe.runs import ledger
-from r1pipe.runs.energy import EnergyMeter, open_rapl
 from r1pipe.runs.ledger import Hardware, Ledger, count_cores, find_idle_seconds, summarize_run
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import read_jsonl
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo.yaml"
 STEP = 0.05
-NO_METER = EnergyMeter([], [])
 
 
 def make_recipe(*overrides: str) -> Recipe:
@@ -28,7 +26,7 @@ def make_recipe(*overrides: str) -> Recipe:
 
 def spend(run_dir: Path, steps: range, finish: bool = True, recipe: Recipe | None = None) -> None:
     """An attempt at the grpo stage; without `finish` the process dies in the middle of a step."""
-    account = Ledger(run_dir, recipe or make_recipe(), Hardware("GPU", 4, NO_METER))
+    account = Ledger(run_dir, recipe or make_recipe(), Hardware("GPU", 4))
     with account.stage("grpo"):
         for step in steps:
             time.sleep(STEP)
@@ -103,7 +101,7 @@ def test_without_a_price_there_is_no_cost(tmp_path: Path) -> None:
 
 def test_progress_names_the_whole_of_the_cost(tmp_path: Path) -> None:
     kill(tmp_path, range(1, 3))
-    account = Ledger(tmp_path, make_recipe(), Hardware("GPU", 4, NO_METER))
+    account = Ledger(tmp_path, make_recipe(), Hardware("GPU", 4))
     with account.stage("grpo"):
         assert account.project(3600 - 5 * STEP).startswith("0.000")
         assert account.project(3600 - 5 * STEP).endswith("of about 4 GPU-hours (8.00 USD)")
@@ -125,42 +123,8 @@ def test_idle_time(case: str) -> None:
     assert find_idle_seconds({**metrics, "staleness": phases.get("late", 0)}) == expected
 
 
-def write_zone(root: Path, name: str, microjoules: int) -> None:
-    (root / name).mkdir(parents=True, exist_ok=True)
-    (root / name / "energy_uj").write_text(f"{microjoules}\n")
-    (root / name / "max_energy_range_uj").write_text("10000000\n")
-
-
-def test_rapl_adds_up_packages_and_starts_over(tmp_path: Path) -> None:
-    write_zone(tmp_path, "intel-rapl:0", 9_000_000)
-    write_zone(tmp_path, "intel-rapl:1", 0)
-    write_zone(tmp_path, "intel-rapl:0:0", 5)  # a part of package 0
-    meter = open_rapl(tmp_path)
-    write_zone(tmp_path, "intel-rapl:0", 2_000_000)
-    write_zone(tmp_path, "intel-rapl:1", 1_500_000)
-    write_zone(tmp_path, "intel-rapl:0:0", 5_000_000)
-    assert meter.read() == pytest.approx(3 + 1.5)
-    assert meter.read() == 0
-    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
-    assert meter.read() is None
-    assert open_rapl(tmp_path / "nothing").read() is None
-
-
-def test_energy_is_that_of_steps_and_ends(tmp_path: Path) -> None:
-    joules = iter([0.0, 100.0, 3.7e6, 7.3e6])
-    meter = EnergyMeter([lambda: next(joules)], [None])
-    account = Ledger(tmp_path, make_recipe(), Hardware("core", 2, meter))
-    with account.stage("sft"):  # what went before it, 100 J, is not its own
-        account.note_step({"step": 5, "tokens_trained": 70})
-        (tmp_path / "sft").mkdir()
-        account.finish({}, tmp_path / "sft")
-    cost = summarize_run(tmp_path)[0]
-    assert cost["energy_kwh"] == pytest.approx((7.3e6 - 100) / 3.6e6, abs=1e-4)
-    assert cost["tokens_trained"] == 70
-
-
 def test_tokens_that_no_step_has_told_are_those_of_the_record(tmp_path: Path) -> None:
-    account = Ledger(tmp_path, make_recipe(), Hardware("core", 2, NO_METER))
+    account = Ledger(tmp_path, make_recipe(), Hardware("core", 2))
     with account.stage("distill"):
         account.note_step({"step": 5, "tokens_trained": 70})
         account.note_step({"step": 10, "tokens_trained": 60})
@@ -220,3 +184,17 @@ def test_table(tmp_path: Path) -> None:
 def test_cost_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run folder"):
         describe_costs(tmp_path)
+
+
+def test_ledgers_with_energy_still_open(tmp_path: Path) -> None:
+    """Older runs noted joules, or null."""
+    rows = [
+        {"event": "begin", "time": 0, "stage": "sft", "unit": "core", "devices": 2}
+        | {"price_per_device_hour": 1.0, "currency": "USD"},
+        {"event": "step", "step": 1, "wall_s": 1.0, "idle_s": None, "energy_j": None}
+        | {"tokens_sampled": 0, "tokens_trained": 70},
+        {"event": "end", "outcome": "finished", "wall_s": 2.0, "energy_j": 5.0}
+        | {"tokens_sampled": 0, "tokens_trained": 0},
+    ]
+    (tmp_path / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "| sft   | 2 s" in describe_costs(tmp_path)
