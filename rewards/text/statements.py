@@ -228,6 +228,10 @@ _RETRACTED = re.compile(
     rf"(?:\w+ly\s+)?(?:not (?:right|correct|it|true|the answer)\b|{_BE_WRONG})",
     re.IGNORECASE,
 )
+_RETRACTED_STEMS = (
+    "not", "wrong", "incorrect", "false", "impossible", "invalid", "excluded", "rejected",
+    "eliminated", "discarded", "out", "mistake",
+)  # fmt: skip
 # The answer is 5... no, 6.
 _CORRECTED = re.compile(
     r"[.!;…\s]*(?:(?:no|wait|actually|sorry|oops)[,.!…]|wait\b|no wait|correction\b|scratch that"
@@ -262,6 +266,10 @@ _OR = re.compile(
     rf"(?:\W{{1,3}}[\w'’]+){{0,6}}?\W{{0,4}}{_NAME}?",
     re.IGNORECASE,
 )
+_OR_STEMS = (
+    "or", "vs", "versus", "maybe", "perhaps", "possibly", "alternatively", "otherwise", "unless",
+    "oder", "ou", "или", "atau", "hoặc", "veya", "be", "或", "还是", "要么", "可能", "また",
+)  # fmt: skip
 _BULLET = r"(?:(?:[-*•]|\(?[a-zA-Z\d]{1,2}[.)])\s+)?"
 _LINE = re.compile(rf"\s*\n\s*{_BULLET}({_NAME}?)")
 _ALONE_BEFORE = re.compile(rf"(?:^|\n)\s*{_BULLET}({_NAME}?)$")
@@ -319,7 +327,7 @@ def _find_stated(text: str) -> str | None:
             or _WRONG_NOUN.search(before + marker.group())
             or _WRONG_NOUN.search(before)
         )
-        if is_denied or answer.startswith("not ") or _RETRACTED.match(after):
+        if is_denied or answer.startswith("not ") or _is_retracted(after):
             answer = answer.removeprefix("not ")
             value = _NUMBER.search(answer)
             later = find_last(text[marker.end() :])
@@ -344,6 +352,10 @@ def _find_first(text: str, stems: tuple[str, ...]) -> int | None:
     lower = text.lower()
     found = [at for stem in stems if (at := lower.find(stem)) >= 0]
     return (min(found) if len(lower) == len(text) else 0) if found else None
+
+
+def _is_retracted(after: str) -> bool:
+    return _find_first(after, _RETRACTED_STEMS) is not None and bool(_RETRACTED.match(after))
 
 
 def _find_reversed(text: str) -> str | None:
@@ -497,7 +509,7 @@ def find_last(text: str) -> str | None:
         clause, after = _take_clause(text[max(0, start - 200) : start]), text[value.end :][:160]
         if value.text in denied:
             break
-        if _DENIED.search(clause) or _DENIED_AFTER.match(after) or _RETRACTED.match(after):
+        if _DENIED.search(clause) or _DENIED_AFTER.match(after) or _is_retracted(after):
             denied.append(value.text)
             continue
         if not joined and _is_conditional(text[max(0, start - 200) : start]):
@@ -598,7 +610,7 @@ def _read_link(text: str, before: Value, value: Value) -> str | None:
         return " "
     if _AND.fullmatch(between):
         return ", "
-    if _OR.fullmatch(between):
+    if _find_first(between, _OR_STEMS) is not None and _OR.fullmatch(between):
         return " or "
     if (line := _LINE.fullmatch(between)) and _REST_OF_LINE.match(text, value.end):
         alone = _ALONE_BEFORE.search(text[max(0, before.start - 30) : before.start])
