@@ -12,6 +12,7 @@ from rewards.text.units import find_unit
 TAIL_CHARS = 2_000  # where a formula or a number may stand for an answer by being the last
 MAX_SENTENCE_CHARS = 2_000
 MAX_MARKERS = 8
+NEAR_CHARS = 80
 MAX_SKIPPED = 8  # values that are denied or asked for, before the one that is stated
 
 # --- what a sentence is made of ---
@@ -57,6 +58,7 @@ _THOUSANDS = re.compile(
     r"(?:(?<=\$)|(?<=\$ )|(?=[\d,.]+\s?k\s(?:dollars|euros|USD)))"
     r"(\d[\d,.]*)\s?([kKmMbB])(?![\w'’/^])"
 )
+_MINUS_WORDS = ("minus", "negative")
 _THOUSANDS_WORDS = {"k": "thousand", "m": "million", "b": "billion"}
 _CURRENCIES = ("$", "€", "£", "¥", "dollars", "euros", "元", "yuan")
 
@@ -209,6 +211,7 @@ _CONDITIONAL = re.compile(
     r"|(?:不是|不为|不等于)[^，,。\d]{0,2}\d\S{0,10}?[，,]?\s*(?:那?就|则|便|而?是)|否则|不然",
     re.IGNORECASE,
 )
+_CONDITIONAL_STEMS = ("if", "unless", "不", "否则")
 _DENIED_AFTER = re.compile(
     r"[\s)*'\"”\]$]{0,4}(?:"
     r"\s*\b(?:is|was|are|were|would be|(?:can|must|should) be|ha(?:s|ve) been|seems|looks)\s+"
@@ -228,10 +231,6 @@ _RETRACTED = re.compile(
     rf"(?:\w+ly\s+)?(?:not (?:right|correct|it|true|the answer)\b|{_BE_WRONG})",
     re.IGNORECASE,
 )
-_RETRACTED_STEMS = (
-    "not", "wrong", "incorrect", "false", "impossible", "invalid", "excluded", "rejected",
-    "eliminated", "discarded", "out", "mistake",
-)  # fmt: skip
 # The answer is 5... no, 6.
 _CORRECTED = re.compile(
     r"[.!;…\s]*(?:(?:no|wait|actually|sorry|oops)[,.!…]|wait\b|no wait|correction\b|scratch that"
@@ -254,6 +253,7 @@ _BOUNDED_AFTER = re.compile(
 _LISTED = re.compile(
     r"(?:[-−–]?\$?[\d.,/]*\d%?\s*(?:,|\bor\b|\band\b|\b(?:to|through)\b|/|[或到至])\s*(?:or|and|maybe|perhaps)?\s*)+$"
 )
+_LIST_ENDS = ("or", "and", "to", "through", "maybe", "perhaps", ",", "/", "或", "到", "至")
 # --- several values ---
 
 _NAME = r"(?:[A-Za-z](?:_\{?\w{1,3}\}?|\d)?(?:\s*=\s*|\s+is\s+)|[A-Z][a-z]+\s?[:=]\s*)"
@@ -266,10 +266,6 @@ _OR = re.compile(
     rf"(?:\W{{1,3}}[\w'’]+){{0,6}}?\W{{0,4}}{_NAME}?",
     re.IGNORECASE,
 )
-_OR_STEMS = (
-    "or", "vs", "versus", "maybe", "perhaps", "possibly", "alternatively", "otherwise", "unless",
-    "oder", "ou", "или", "atau", "hoặc", "veya", "be", "或", "还是", "要么", "可能", "また",
-)  # fmt: skip
 _BULLET = r"(?:(?:[-*•]|\(?[a-zA-Z\d]{1,2}[.)])\s+)?"
 _LINE = re.compile(rf"\s*\n\s*{_BULLET}({_NAME}?)")
 _ALONE_BEFORE = re.compile(rf"(?:^|\n)\s*{_BULLET}({_NAME}?)$")
@@ -278,6 +274,7 @@ _GUESS = re.compile(
     r"\b(?:guess|option|candidate|possibility|alternative)(?:\s+#?(?:\d+|[a-z]))?\s*(?::|=|\bis\b)",
     re.IGNORECASE,
 )
+_GUESS_STEMS = ("guess", "option", "candidate", "possibility", "alternative")
 _REST_OF_LINE = re.compile(r"[ .]*(?:\n|$)")
 _NUMBER_ONLY = re.compile(r"\W*[\d.,]*")
 _TWO_UNITS = re.compile(r"\s?([a-zA-Z]{2,10})(?:,?\s+and|,)?\s+")
@@ -327,7 +324,7 @@ def _find_stated(text: str) -> str | None:
             or _WRONG_NOUN.search(before + marker.group())
             or _WRONG_NOUN.search(before)
         )
-        if is_denied or answer.startswith("not ") or _is_retracted(after):
+        if is_denied or answer.startswith("not ") or _RETRACTED.match(after):
             answer = answer.removeprefix("not ")
             value = _NUMBER.search(answer)
             later = find_last(text[marker.end() :])
@@ -352,10 +349,6 @@ def _find_first(text: str, stems: tuple[str, ...]) -> int | None:
     lower = text.lower()
     found = [at for stem in stems if (at := lower.find(stem)) >= 0]
     return (min(found) if len(lower) == len(text) else 0) if found else None
-
-
-def _is_retracted(after: str) -> bool:
-    return _find_first(after, _RETRACTED_STEMS) is not None and bool(_RETRACTED.match(after))
 
 
 def _find_reversed(text: str) -> str | None:
@@ -509,7 +502,7 @@ def find_last(text: str) -> str | None:
         clause, after = _take_clause(text[max(0, start - 200) : start]), text[value.end :][:160]
         if value.text in denied:
             break
-        if _DENIED.search(clause) or _DENIED_AFTER.match(after) or _is_retracted(after):
+        if _DENIED.search(clause) or _DENIED_AFTER.match(after) or _RETRACTED.match(after):
             denied.append(value.text)
             continue
         if not joined and _is_conditional(text[max(0, start - 200) : start]):
@@ -530,12 +523,16 @@ def _take_tail(text: str) -> str:
 
 def _is_conditional(before: str) -> bool:
     """Say whether what follows holds only if another answer does not."""
+    if _find_first(before, _CONDITIONAL_STEMS) is None:
+        return False
     end = max((match.end() for match in _SENTENCE_END.finditer(before)), default=0)
     return bool(_CONDITIONAL.search(before, end))
 
 
 def _read_guesses(text: str, values: list[Value]) -> str | None:
     """Return all values that the text puts up ("guess 1: 41, guess 2: 42"), None if it does not."""
+    if _find_first(text, _GUESS_STEMS) is None:
+        return None
     ends = [guess.end() for guess in _GUESS.finditer(text)]
     if len(ends) < 2 or sum(value.start >= ends[-1] for value in values) != 1:
         return None  # something is worked out from them
@@ -610,7 +607,7 @@ def _read_link(text: str, before: Value, value: Value) -> str | None:
         return " "
     if _AND.fullmatch(between):
         return ", "
-    if _find_first(between, _OR_STEMS) is not None and _OR.fullmatch(between):
+    if _OR.fullmatch(between):
         return " or "
     if (line := _LINE.fullmatch(between)) and _REST_OF_LINE.match(text, value.end):
         alone = _ALONE_BEFORE.search(text[max(0, before.start - 30) : before.start])
@@ -624,17 +621,20 @@ def _read_link(text: str, before: Value, value: Value) -> str | None:
 def _qualify(text: str, value: Value) -> str | None:
     """Return a number with the words before it that make it another answer than the number."""
     before, after = text[max(0, value.start - 200) : value.start], text[value.end :][:60]
-    if _IN_FORMULA_BEFORE.search(before) or _IN_FORMULA_AFTER.match(after):
+    near = before[-NEAR_CHARS:]  # enough for patterns that end where the value begins
+    if _IN_FORMULA_BEFORE.search(near) or _IN_FORMULA_AFTER.match(after):
         return None
     number = _OUT_OF.sub("/", value.text)
     if not _UNIT_AFTER.match(after) and (letters := _LETTERS_AFTER.match(after)):
         return number + letters.group()  # 5x, 3i
-    if _MINUS.search(before):
+    words = before.rstrip()
+    if words[-8:].lower().endswith(_MINUS_WORDS) and _MINUS.search(before):
         number = "-" + number
     unit = _UNIT_AFTER.match(after)
     if unit and _is_unit(unit[1]):
         number += unit.group()
     if bound := _BOUNDED_AFTER.match(after):
         return number + bound.group()
-    qualifier = _BOUNDED.search(before) or _LISTED.search(before)
+    is_listed = words.endswith(_LIST_ENDS)
+    qualifier = _BOUNDED.search(near) or (_LISTED.search(before) if is_listed else None)
     return (qualifier.group() if qualifier else "") + number
