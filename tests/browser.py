@@ -89,12 +89,12 @@ class Browser:
         elif method == "Log.entryAdded" and details["entry"]["level"] == "error":
             self.errors.append(details["entry"]["text"])
 
-    def open(self, url: str, ready: str, timeout_s: float = 60) -> None:
+    def open(self, url: str, ready: str, timeout_s: float = 300) -> None:
         """Load the page and wait until the expression `ready` is true."""
         self.call("Page.navigate", url=url)
         self.wait_for(ready, timeout_s)
 
-    def wait_for(self, condition: str, timeout_s: float = 30) -> None:
+    def wait_for(self, condition: str, timeout_s: float = 120) -> None:
         until = time.monotonic() + timeout_s
         while not self.evaluate(f"Boolean({condition})"):
             if time.monotonic() > until:

@@ -42,8 +42,11 @@ def test_replay_with_the_routes_that_vllm_returns() -> None:
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
     lines = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if "|" in line]
-    rows = {tuple(row[:3]): row[3:] for row in lines[2:]}
+    rows = {tuple(row[:4]): row[4:] for row in lines[2:]}
     for model in ("DeepSeek-V3", "Qwen3-MoE"):
-        off, on = (rows[model, "bfloat16", replay] for replay in ("off", "on"))
-        assert on[0] == "0.00%"
-        assert float(on[-1]) < 0.5 * float(off[-1])
+        for layers in ("autocast", "bf16"):
+            off, on = (rows[model, "bfloat16", layers, replay] for replay in ("off", "on"))
+            assert on[0] == "0.00%"
+            # The KL divergence, to which the few tokens that are far apart contribute nearly all:
+            # on a CPU a 25th to a 65th is left.
+            assert float(on[-1]) < 0.5 * float(off[-1])

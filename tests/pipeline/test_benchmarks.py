@@ -44,7 +44,7 @@ def test_benchmark_runs(name: str, tmp_path: Path) -> None:
         env={**os.environ, "TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=1800,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "|" in result.stdout or "rollouts: written" in result.stdout

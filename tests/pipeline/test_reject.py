@@ -190,7 +190,7 @@ def test_killed_sampling_loses_nothing(case: str, rejected: tuple) -> None:
         process = start(*command, recipe, *options["killed"])
         wait_for(lambda wanted=wanted: count_journal_lines(folders["killed"]) > wanted)
         os.kill(process.pid, signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=300)
         lines = count_journal_lines(folders["killed"])
     result = run(*command, recipe, *options["killed"])
     assert result.returncode == 0, result.stderr[-3000:]

@@ -30,7 +30,7 @@ def run_and_kill(
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}"},
         text=True,
         capture_output=True,
-        timeout=900,
+        timeout=1800,
     )
     assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
     return result
@@ -111,7 +111,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
     size = (folder / "sft" / "model.safetensors").stat().st_size
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2 * size, 2 * size))  # noqa: E731
     process = start(*command, preexec_fn=limit)
-    _, err = process.communicate(timeout=400)
+    _, err = process.communicate(timeout=1800)
     assert process.returncode == 2
     assert "Traceback" not in err
     assert "the disk is full" in err.splitlines()[-1]

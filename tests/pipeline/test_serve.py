@@ -39,11 +39,11 @@ def client(finished: tuple) -> Iterator[openai.OpenAI]:
         yield openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="sesame")
     finally:
         server.terminate()
-        server.communicate(timeout=60)
+        server.communicate(timeout=300)
 
 
 def wait_until_ready(server: subprocess.Popen, port: int) -> None:
-    until = time.monotonic() + 300
+    until = time.monotonic() + 900
     while time.monotonic() < until:
         if server.poll() is not None:
             raise RuntimeError(f"the server has ended: {server.stderr.read()[-2000:]}")
@@ -93,7 +93,7 @@ def test_a_stream_gives_the_same_answer(client: openai.OpenAI) -> None:
 def test_a_question_through_a_pipe_gets_the_answer_alone(finished: tuple) -> None:
     command = [*COMMAND, "chat", str(finished[0] / "sft"), "--temperature", "0"]
     done = subprocess.run(
-        command, input=QUESTION, env=environment(), capture_output=True, text=True, timeout=300
+        command, input=QUESTION, env=environment(), capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("\\boxed{")
@@ -116,7 +116,7 @@ def test_a_terminal_shows_the_thinking_dimmed(finished: tuple) -> None:
             except OSError:  # the other end is closed
                 break
             shown += part
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=300) == 0
     dim, answer = shown.find(b"\x1b[2m"), shown.find(b"\\boxed{")
     assert 0 <= dim < answer
 

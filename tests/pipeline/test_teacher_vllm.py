@@ -54,11 +54,11 @@ def base_url(checkpoint: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         server.terminate()
-        server.communicate(timeout=60)
+        server.communicate(timeout=300)
 
 
 def wait_until_up(url: str, server: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 400
+    deadline = time.monotonic() + 900
     while True:
         try:
             urllib.request.urlopen(url, timeout=5)

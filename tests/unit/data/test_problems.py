@@ -48,7 +48,7 @@ def test_mixed_and_plain_traces() -> None:
     assert [t.count("=") for t in traces] == [p.solution.count("=") for p in pure]
     plain = [trace for trace in traces if "<think>" not in trace]
     assert sum(rewards.format(completions=plain)) == 0
-    assert 0.75 < len(plain) / 1000 < 0.85
+    assert 0.75 < len(plain) / 1000 < 0.85  # four standard errors around 0.8
     shares = rewards.language_consistency(completions=[t for t in traces if "=" in t])
     assert 0.25 < sum(share < 0.9 for share in shares) / len(shares) < 0.4
     assert set(rewards.language_consistency(completions=[p.solution for p in pure])) == {0.0, 1.0}
@@ -73,7 +73,7 @@ def test_facts_are_asked_for_and_stand_in_the_story() -> None:
     )
     assert right == [1.0] * 300
     some = [problem.category for problem in load_arithmetic(size=1000, fact_share=0.2)]
-    assert 0.15 < some.count("fact") / 1000 < 0.25
+    assert 0.15 < some.count("fact") / 1000 < 0.25  # four standard errors around 0.2
 
 
 def test_splits_share_no_sum() -> None:

@@ -378,7 +378,8 @@ def test_loads_are_summed_over_ranks(tmp_path: Path) -> None:
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert first == second
     moved, metrics = first
-    assert moved == pytest.approx([-0.01] * 4 + [0.01] * 4)
+    # A difference of two biases below 1, each rounded to float32.
+    assert moved == pytest.approx([-0.01] * 4 + [0.01] * 4, abs=1e-6)
     assert metrics["experts/max_violation"] == 1  # 10 tokens for 4 of 8 experts: mean 5
 
 

@@ -530,7 +530,7 @@ def run_all(mechanism: str, context: dict, programs: dict, solutions: dict) -> d
         "programs": run_programs(mechanism, context, programs),
         "solutions": run_solutions(mechanism, solutions),
     }
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while count_descendants(server.process.pid) > base and time.monotonic() < deadline:
         time.sleep(0.05)
     return outcomes | {"left": count_descendants(server.process.pid) - base}

@@ -7,7 +7,9 @@ from hostile import HACKING_COMPLETIONS, HOSTILE_ANSWERS
 
 import rewards
 
-LIMIT_S = 5.0  # the default
+OWN_SECONDS = 10.0
+"""Processor time that this process may take, its workers' left out: they have a limit of their own.
+The worst text takes 0.6 s; what is quadratic in a megabyte takes hours."""
 
 
 def test_the_attack_tables_are_as_long_as_promised():
@@ -17,10 +19,10 @@ def test_the_attack_tables_are_as_long_as_promised():
 @pytest.mark.parametrize("name", HOSTILE_ANSWERS)
 @pytest.mark.parametrize("gold", ["42", "x^2 + 1"])
 def test_no_hostile_answer_is_rewarded(name, gold):
-    start = time.monotonic()
+    start = time.process_time()
     (status,) = rewards.judge_pairs([(HOSTILE_ANSWERS[name], gold)])
     assert status in ("wrong", "unparseable", "timed_out")
-    assert time.monotonic() - start < LIMIT_S + 1
+    assert time.process_time() - start < OWN_SECONDS
 
 
 @pytest.mark.parametrize("name", HOSTILE_ANSWERS)
@@ -33,11 +35,11 @@ def test_no_hostile_answer_is_rewarded_inside_a_box(name):
 
 @pytest.mark.parametrize("name", HOSTILE_ANSWERS)
 def test_a_hostile_gold_makes_no_answer_right(name):
-    start = time.monotonic()
+    start = time.process_time()
     (status,) = rewards.judge_pairs([("42", HOSTILE_ANSWERS[name])])
     assert status != "right"
     assert status != "failed"
-    assert time.monotonic() - start < LIMIT_S + 1
+    assert time.process_time() - start < OWN_SECONDS
 
 
 @pytest.mark.parametrize("name", HACKING_COMPLETIONS)
@@ -57,11 +59,11 @@ def test_shaping_stays_within_its_bounds(name):
 
 @pytest.mark.parametrize("text", HOSTILE_ANSWERS.values(), ids=list(HOSTILE_ANSWERS))
 def test_shaping_is_quick_on_hostile_texts(text):
-    start = time.monotonic()
+    start = time.process_time()
     for reward in (rewards.format, rewards.repetition, rewards.language_consistency):
         reward([text])
     rewards.extract_answer(text)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < OWN_SECONDS
 
 
 def test_the_grader_still_works_afterwards():

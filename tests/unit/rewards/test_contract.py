@@ -4,7 +4,6 @@ import inspect
 import pickle
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -95,21 +94,27 @@ def test_verdicts_are_counted_by_status():
 
 
 def test_importing_is_cheap_and_pulls_in_nothing_heavy():
+    """In calls of functions, which no other process changes: 320,000, most of them for regular
+    expressions."""
     heavy = "{'torch', 'vllm', 'r1pipe', 'sympy', 'math_verify', 'mpmath', 'numpy', 'trl'}"
     code = (
-        "import sys, time; start = time.perf_counter(); import rewards; "
+        "import itertools, sys; calls = itertools.count(); "
+        "sys.setprofile(lambda *_: next(calls)); import rewards; sys.setprofile(None); "
         f"assert not {heavy} & set(sys.modules), {heavy} & set(sys.modules); "
-        "print(time.perf_counter() - start)"
+        "print(next(calls))"
     )
-    times = []
-    for _ in range(3):  # the best of three: others may be using the machine
-        done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        times.append(float(done.stdout))
-    assert min(times) < 0.2
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    assert int(done.stdout) < 1_000_000
 
 
-def test_judging_one_batch_judges_each_pair_once():
-    start = time.perf_counter()
+def test_judging_one_batch_judges_each_pair_once(monkeypatch):
+    judged = []
+
+    def judge_and_note(pairs):
+        judged.extend(pairs)
+        return rewards.judge_pairs(pairs)
+
+    monkeypatch.setattr("rewards.math.verify.judge_pairs", judge_and_note)
     completions = ["\\boxed{(x+1)^2}"] * 2_000
     assert set(rewards.math_correct(completions=completions, answer=["x^2+2x+1"] * 2_000)) == {1.0}
-    assert time.perf_counter() - start < 5
+    assert judged == [("(x+1)^2", "x^2+2x+1")]

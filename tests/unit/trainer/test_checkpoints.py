@@ -288,19 +288,27 @@ def test_asked_to_end_it_saves_and_ends(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_the_grace_period_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    deferred = []
+
+    def ask_and_wait() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        deferred.append(True)
+        while True:
+            time.sleep(0.05)
+
     for name in ("asked", "_waiting"):
         monkeypatch.setattr(Interrupt, name, False)
     handler = signal.signal(signal.SIGTERM, Interrupt.handle)
     try:
-        with Interrupt.deferred(0.2):
-            os.kill(os.getpid(), signal.SIGTERM)
+        with Interrupt.deferred(2.0):
             with pytest.raises(KeyboardInterrupt):
-                signal.pause()
+                ask_and_wait()
+            assert deferred
         # Not while the run, its step saved, is being closed.
         monkeypatch.setattr(Interrupt, "asked", False)
-        with Interrupt.deferred(0.2):
+        with Interrupt.deferred(2.0):
             os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.4)
+        Interrupt._again.join()  # it ends at once, or by a signal
     finally:
         signal.signal(signal.SIGTERM, handler)
 

@@ -93,7 +93,7 @@ def run_ranks(script: str, *arguments: object, ranks: int = 2) -> subprocess.Com
         env=environment,
         text=True,
         capture_output=True,
-        timeout=300,
+        timeout=900,
     )
 
 
