@@ -88,7 +88,7 @@ def describe_result(checkpoint: str, problem: int, right: bool) -> dict:
 
 def add_tokens(row: dict) -> dict:
     tokens = {"prompt_ids": [1], "completion_ids": [2], "logprobs": [-0.5], "routes": None}
-    return {**row, "group": 0, "advantage": 0.0, "takes_part": True, **tokens}
+    return {**row, "group": 0, "advantage": 0.0, "used": True, **tokens}
 
 
 def describe_evaluation(name: str, pass_at_1: float) -> dict:

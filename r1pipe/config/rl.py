@@ -23,8 +23,15 @@ from r1pipe.config.base import (
 )
 from r1pipe.config.breaker import Breaker, DistillBreaker
 
-LOSS_TYPES = ("grpo", "dr_grpo", "dapo", "gspo", "cispo")
-"""The losses in rl/losses.py, which imports torch."""
+LOSSES = {
+    "grpo": ("clip_tokens", "weigh_by_completion"),
+    "dr_grpo": ("clip_tokens", "weigh_by_constant"),
+    "dapo": ("clip_tokens", "weigh_by_token"),
+    "gspo": ("clip_sequences", "weigh_by_completion"),
+    "cispo": ("clip_weights", "weigh_by_token"),
+}
+"""By `loss_type`: the functions of rl/losses.py for a token's loss and its weight. By name, because
+that file imports torch."""
 
 
 class Difficulty(Strict):
@@ -116,7 +123,7 @@ class Grpo(OnPolicy):
     """Default: all problems, in any order."""
 
     loss_type: str = "grpo"
-    """One of LOSS_TYPES, or the dotted path of a loss of your own."""
+    """One of LOSSES, or the dotted path of a loss of your own."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """What the advantages are divided by: the group's std, the batch's, or nothing."""
     beta: NonNegativeFloat = 0.0
@@ -149,15 +156,15 @@ class Grpo(OnPolicy):
     def never_clips(self) -> bool:
         """Whether clip ranges were chosen, and all ratios are 1."""
         ranges = (self.epsilon, self.epsilon_high, self.delta)
-        chosen = ranges != (0.2, None, None) and self.loss_type in set(LOSS_TYPES) - {"cispo"}
+        chosen = ranges != (0.2, None, None) and self.loss_type in set(LOSSES) - {"cispo"}
         return chosen and self.steps_per_generation * self.num_iterations == 1
 
     @field_validator("loss_type")
     @classmethod
     def name_a_loss(cls, loss_type: str) -> str:
-        if loss_type not in LOSS_TYPES and "." not in loss_type:
-            near = difflib.get_close_matches(loss_type, LOSS_TYPES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(LOSS_TYPES)}"
+        if loss_type not in LOSSES and "." not in loss_type:
+            near = difflib.get_close_matches(loss_type, LOSSES, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(LOSSES)}"
             raise ValueError(f"no such loss; {hint} (or give a dotted path)")
         return loss_type
 

@@ -171,7 +171,7 @@ def trainer_parts(
     shape: Shape, devices: Devices, longest: int, element: int, settings: Optimization
 ) -> dict[str, float]:
     """`longest`: tokens of the longest sequence, which may be a micro-batch of its own."""
-    from r1pipe.trainer.policy import max_logits
+    from r1pipe.trainer.policy import MAX_LOGITS
 
     num_tokens = max(settings.tokens_per_micro_batch(on_gpu=devices.is_gpu), longest)
     sharded, checkpointing = devices.count > 1, settings.gradient_checkpointing
@@ -184,16 +184,13 @@ def trainer_parts(
         # its gradient from where it begins.
         layer = (LAYER_COPIES * element + MASTER) * shape.largest_layer
         parts["whole layers"] = layer + 2 * element * shape.outside_layers
-    parts["activations"] = shape.activations(num_tokens, element, checkpointing, element)
+    parts["activations"] = shape.activations(num_tokens, element, checkpointing)
     if element == 2 and not sharded:
         # There is a bf16 copy of each matrix for the backward pass.
         copied = shape.largest_layer if checkpointing else shape.parameters
         parts["activations"] += element * copied
-    parts["logits"] = (
-        4
-        * LOGIT_COPIES
-        * min(max_logits(on_gpu=devices.is_gpu), num_tokens * shape.config.vocab_size)
-    )
+    max_logits = MAX_LOGITS["cuda" if devices.is_gpu else "cpu"]
+    parts["logits"] = 4 * LOGIT_COPIES * min(max_logits, num_tokens * shape.config.vocab_size)
     parts["process"] = GPU_PROCESS if devices.is_gpu else CPU_PROCESS
     return parts
 

@@ -72,9 +72,9 @@ class Shape:
             keys, values, parts = self.config.kv_lora_rank, self.get("qk_rope_head_dim"), 1
         return self.num_layers * (keys + values) * element / parts
 
-    def layer_activations(self, element: int, stream: int, is_moe: bool) -> float:
-        """What autograd keeps of one layer's forward, bytes per token; matrix products have inputs
-        of `element` bytes, the residual stream is of `stream` bytes, norms compute in float32."""
+    def layer_activations(self, element: int, is_moe: bool) -> float:
+        """What autograd keeps of one layer's forward, bytes per token; matrix products and the
+        residual stream have `element` bytes a number, norms compute in float32."""
         hidden = self.config.hidden_size
         queries, keys, values = self.head_sizes()
         normed = 2 * hidden
@@ -86,12 +86,12 @@ class Shape:
         attention += self.config.num_attention_heads * (values // max(1, self.groups()))
         if not is_moe:
             dense = 4 * self.get("intermediate_size", "ffn_dim", "n_inner", default=4 * hidden)
-            return NORM_BYTES[stream] * normed + element * (attention + dense)
+            return NORM_BYTES[element] * normed + element * (attention + dense)
         width = self.get("moe_intermediate_size", "intermediate_size")
         chosen = self.get("num_experts_per_tok", "top_k", default=1)
         shared = self.get("n_shared_experts") * width + self.get("shared_expert_intermediate_size")
         experts = chosen * (2 * hidden + 5 * width) + 4 * shared + self.num_experts()
-        return NORM_BYTES[stream] * normed + element * (attention + experts)
+        return NORM_BYTES[element] * normed + element * (attention + experts)
 
     def groups(self) -> int:
         heads = self.config.num_attention_heads
@@ -100,16 +100,14 @@ class Shape:
     def num_experts(self) -> int:
         return self.get("n_routed_experts", "num_local_experts", "num_experts")
 
-    def activations(
-        self, num_tokens: int, element: int, checkpointing: bool, stream: int = MASTER
-    ) -> float:
-        """What autograd keeps of a forward pass; `stream`: bytes of the residual stream's dtype."""
+    def activations(self, num_tokens: int, element: int, checkpointing: bool) -> float:
+        """What autograd keeps of a forward pass in numbers of `element` bytes."""
         num_dense = self.get("first_k_dense_replace") if self.num_experts() else self.num_layers
-        dense = self.layer_activations(element, stream, is_moe=False)
-        moe = self.layer_activations(element, stream, is_moe=True) if self.num_experts() else 0
+        dense = self.layer_activations(element, is_moe=False)
+        moe = self.layer_activations(element, is_moe=True) if self.num_experts() else 0
         if checkpointing:
             # Each layer's input, and all of the one layer that is computed again.
-            inputs = stream * self.config.hidden_size * self.num_layers
+            inputs = element * self.config.hidden_size * self.num_layers
             return num_tokens * (inputs + max(dense, moe))
         return num_tokens * (num_dense * dense + (self.num_layers - num_dense) * moe)
 

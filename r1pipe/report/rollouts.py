@@ -52,7 +52,7 @@ def describe_step(
 def format_rollout(row: dict[str, Any]) -> str:
     rewards = {name.rpartition(".")[2]: value for name, value in row["rewards"].items()}
     parts = ", ".join(f"{name} {format_reward(value)}" for name, value in rewards.items())
-    aside = "" if row["takes_part"] else ", put aside"
+    aside = "" if row["used"] else ", put aside"
     head = (
         f"step {row['step']}, {row['problem_id']}, sample {row['sample']}: reward "
         f"{format_reward(row['reward'])} ({parts}), advantage {row['advantage']:+.3f}{aside}, "

@@ -13,6 +13,7 @@ import torch
 
 from r1pipe.rl.advantages import find_silent_groups
 from r1pipe.rollout.scoring import mean, reward_metrics
+from r1pipe.rollout.store import rename
 from r1pipe.trainer.packing import Sample
 from r1pipe.types import Problem, Rollout, Score, describe_rollout
 from r1pipe.utils import distributed
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from r1pipe.rl.batch import Batch, Group
 
 
-BATCH_FACTS = ("step", "made_at", "rounds", "seconds", "logprob_diff")
+BATCH_FACTS = ("step", "policy_step", "rounds", "seconds", "logprob_diff")
 
 MIN_PROMPTS = 4
 """Of fewer prompts nobody can say that their completions are the same whatever the prompt."""
@@ -87,7 +88,7 @@ class Group:
     rollouts: list[Rollout]
     scores: list[Score]
     advantages: list[float] = field(default_factory=list)
-    takes_part: bool = True
+    used: bool = True
     """False where dynamic sampling has put it aside."""
 
     @property
@@ -101,17 +102,18 @@ class Group:
             "rollouts": [flatten_rollout(rollout) for rollout in self.rollouts],
             "scores": [asdict(score) for score in self.scores],
             "advantages": self.advantages,
-            "takes_part": self.takes_part,
+            "used": self.used,
         }
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Group":
+        state = rename(state)
         return cls(
             Problem(**state["problem"]),
             [restore_rollout(rollout) for rollout in state["rollouts"]],
             [Score(**score) for score in state["scores"]],
             state["advantages"],
-            state["takes_part"],
+            state["used"],
         )
 
     def records(self) -> list[dict]:
@@ -119,7 +121,7 @@ class Group:
             {
                 **describe_rollout(self.problem, rollout, score),
                 "advantage": advantage,
-                "takes_part": self.takes_part,
+                "used": self.used,
                 "prompt_ids": rollout.prompt_ids,
                 "completion_ids": rollout.completion_ids,
                 "logprobs": rollout.logprobs,
@@ -136,7 +138,7 @@ class Batch:
     """What one step trains on, and what it took to get."""
 
     step: int
-    made_at: int
+    policy_step: int
     """The step before which the sampling policy was the current one: `step`, or one less."""
     groups: list[Group]
     """All that were sampled, by every rank; what others sampled lacks prompts and log-probs."""
@@ -158,7 +160,7 @@ class Batch:
         return [
             Sample(rollout, advantage)
             for group in self.own_groups
-            if group.takes_part
+            if group.used
             for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
         ]
 
@@ -170,7 +172,7 @@ class Batch:
             **self.reward_metrics(),
             "groups_sampled": len(self.groups),
             "sampling_rounds": self.rounds,
-            "staleness": self.step - self.made_at,
+            "staleness": self.step - self.policy_step,
             **({} if (d := self.logprob_diff) is None else {"sampler/logprob_diff_ahead": d}),
             "tokens_sampled": num_tokens,
             "completions/mean_length": num_tokens / len(rollouts),
@@ -204,11 +206,11 @@ class Batch:
         groups, own_groups = (
             [Group.from_state(group) for group in state[name]] for name in ("groups", "own_groups")
         )
-        return cls(**{**state, "groups": groups, "own_groups": own_groups})
+        return cls(**{**rename(state), "groups": groups, "own_groups": own_groups})
 
     def facts(self) -> dict[str, int]:
         """What is kept with the rows of `records`."""
-        return {"made_at": self.made_at, "rounds": self.rounds}
+        return {"policy_step": self.policy_step, "rounds": self.rounds}
 
     def records(self) -> list[dict]:
         """The step's rows of rollout_files, of all ranks' groups on the first rank and none on

@@ -40,7 +40,7 @@ class Collector:
         self.sampling = sampling_of(stage)
         self.prompts = Prompts(problems, seed, stage.difficulty, pass_rates)
 
-    def collect(self, step: int, made_at: int) -> Batch:
+    def collect(self, step: int, policy_step: int) -> Batch:
         """`prompts_per_step` groups; under dynamic sampling, of those whose rewards differ."""
         stage = self.stage
         groups, rounds = [], 0
@@ -56,7 +56,7 @@ class Collector:
             )
             if stage.dynamic_sampling:
                 drop_zero_variance_groups(groups)
-            taking_part = [group for group in groups if group.takes_part]
+            taking_part = [group for group in groups if group.used]
             missing = stage.prompts_per_step - sum(distributed.gather(len(taking_part), "sampling"))
             rounds += 1
         if stage.scale_rewards:
@@ -66,7 +66,7 @@ class Collector:
         everything = gather_groups(groups)
         if stage.difficulty and stage.difficulty.refresh_steps:
             self.prompts.note(self._measure(everything))
-        return Batch(step, made_at, everything, groups, rounds, seconds)
+        return Batch(step, policy_step, everything, groups, rounds, seconds)
 
     def refresh_difficulty(self, step: int) -> PassRates:
         """Choose the prompts anew: by the rollouts since the last time and, of problems that had
@@ -237,7 +237,7 @@ def drop_zero_variance_groups(groups: list[Group]) -> None:
     if groups:
         silent = find_silent_groups(torch.tensor([group.rewards for group in groups]))
         for group, is_silent in zip(groups, silent.tolist()):
-            group.takes_part = not is_silent
+            group.used = not is_silent
 
 
 def give_advantages(groups: list[Group], scale_rewards: str) -> None:

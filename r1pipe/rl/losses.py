@@ -5,8 +5,8 @@ together, `sequence_C` says which completion a token belongs to. A loss gives a 
 a weight per token; the weights divide by the size of the whole optimizer minibatch (`Totals`), so
 how a minibatch is cut into micro-batches, or spread over ranks, changes nothing.
 
-A new loss is one function from `LossInputs` to per-token losses and one line in `LOSSES`, or a
-function of your own named by its dotted path: `loss_type: my_package.my_loss`.
+A new loss is one function from `LossInputs` to per-token losses and one line in `config.rl.LOSSES`,
+or a function of your own named by its dotted path: `loss_type: my_package.my_loss`.
 """
 
 import importlib
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from r1pipe.config.rl import Grpo
+from r1pipe.config.rl import LOSSES, Grpo
 
 
 @dataclass(frozen=True)
@@ -147,15 +147,6 @@ class LossType:
     weigh: Callable[[LossInputs, Totals], Tensor] = weigh_by_token
 
 
-LOSSES: dict[str, LossType] = {
-    "grpo": LossType(clip_tokens, weigh_by_completion),
-    "dr_grpo": LossType(clip_tokens, weigh_by_constant),
-    "dapo": LossType(clip_tokens, weigh_by_token),
-    "gspo": LossType(clip_sequences, weigh_by_completion),
-    "cispo": LossType(clip_weights, weigh_by_token),
-}
-
-
 def find_loss(loss_type: str) -> LossType:
     """The loss type of a name in `LOSSES`, or behind a dotted path: a `LossType`, or a function
     such as `clip_tokens`, which is then averaged over tokens.
@@ -163,7 +154,8 @@ def find_loss(loss_type: str) -> LossType:
     Raises ValueError saying what is wrong with the name.
     """
     if loss_type in LOSSES:
-        return LOSSES[loss_type]
+        token_losses, weigh = LOSSES[loss_type]
+        return LossType(globals()[token_losses], globals()[weigh])
     module, _, name = loss_type.rpartition(".")
     if not module:
         raise ValueError(f'"{loss_type}": not one of {", ".join(LOSSES)} and no dotted path')

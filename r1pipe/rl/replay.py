@@ -45,7 +45,7 @@ class ReplayBatches:
         own = distributed.cut(len(groups), distributed.rank(), distributed.world_size())
         return Batch(
             step=step,
-            made_at=step - 1 if self.has_old_weights else facts["made_at"],
+            policy_step=step - 1 if self.has_old_weights else facts["policy_step"],
             groups=groups,
             own_groups=groups[own],
             rounds=facts["rounds"],
@@ -58,7 +58,7 @@ class ReplayBatches:
         """Nothing is sampled."""
 
 
-class NoReceiver:
+class NoSampler:
     """Takes the weights after each step, and leaves them."""
 
     def load_weights(self, weights: Iterable[Any]) -> None:
@@ -86,7 +86,7 @@ def make_group(rows: list[dict[str, Any]]) -> Group:
         ],
         scores=[Score(row["rewards"], row["reward"]) for row in rows],
         advantages=[row["advantage"] for row in rows],
-        takes_part=first["takes_part"],
+        used=first["used"],
     )
 
 
@@ -115,7 +115,7 @@ def replay_steps(
     breaker = Breaker(stage, EventLog(context.folder), context.shared_folder)
     log = context.open_log()
     with context.open_progress(stage.name, len(steps)) as progress:
-        for metrics, _ in train(part, updater, NoReceiver(), None, batches, breaker, steps[0]):
+        for metrics, _ in train(part, updater, NoSampler(), None, batches, breaker, steps[0]):
             log.write(metrics)
             show(progress, metrics, goal)
     tokenizer = context.tokenizer(context.checkpoint(stage.policy))

@@ -277,11 +277,11 @@ class Sampler:
         from vllm.sampling_params import RequestOutputKind
 
         ids = encode_prompt(self.tokenizer, messages)
-        room = self.max_model_len - len(ids)
-        if room < 1:
+        remaining = self.max_model_len - len(ids)
+        if remaining < 1:
             raise UserError(f"the conversation does not fit the context of {self.max_model_len}")
         parameters = self._parameters(sampling, seed, with_routes=False)
-        parameters.max_tokens = min(parameters.max_tokens, room)
+        parameters.max_tokens = min(parameters.max_tokens, remaining)
         parameters.output_kind = RequestOutputKind.DELTA
         parameters.detokenize = True
         for _, result in self._run([(0, ids, parameters)]):

@@ -34,12 +34,12 @@ TEXT = {
     "rewards": None,  # a struct of the stage's reward functions
     "reward": pa.float64(),
     "advantage": pa.float64(),
-    "takes_part": pa.bool_(),
+    "used": pa.bool_(),
     "extra": pa.string(),
 }
 """What people read. `group` numbers the step's prompts; `rewards` has one value per function, null
 where it could not judge, and is null itself in a stage without any; of groups that dynamic sampling
-has put aside, `takes_part` is false. `extra` is JSON: what reward functions have logged."""
+has put aside, `used` is false. `extra` is JSON: what reward functions have logged."""
 TOKENS = {
     "prompt_ids": pa.list_(pa.int32()),
     "completion_ids": pa.list_(pa.int32()),
@@ -48,6 +48,8 @@ TOKENS = {
 }
 """What a replay needs besides (see `records.Rollout`); routes in numpy's file format."""
 METADATA = b"r1pipe"
+RENAMED = {"takes_part": "used", "made_at": "policy_step"}
+"""What older runs call columns and facts; also in their checkpoints."""
 
 
 class RolloutFiles:
@@ -137,7 +139,7 @@ def read_rollouts(
     Raises UserError for a step that is not there, or a file that cannot be read.
     """
     for path in find_steps(stage_dir, steps):
-        rows = read_table(path, columns).to_pylist()
+        rows = list(map(rename, read_table(path, columns).to_pylist()))
         for row in rows:
             if "rewards" in row:
                 row["rewards"] = row["rewards"] or {}
@@ -151,7 +153,12 @@ def read_rollouts(
 def read_facts(stage_dir: Path, step: int) -> dict[str, Any]:
     """What was written about all of a step's rows."""
     (path,) = find_steps(stage_dir, [step])
-    return json.loads(read_table(path, ()).schema.metadata[METADATA])
+    return rename(json.loads(read_table(path, ()).schema.metadata[METADATA]))
+
+
+def rename(values: dict[str, Any]) -> dict[str, Any]:
+    """With today's names for what an older run wrote."""
+    return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
 def find_steps(stage_dir: Path, steps: Iterable[int] | None) -> list[Path]:
@@ -171,7 +178,8 @@ def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
     try:
         with pq.ParquetFile(path) as file:
             # An older version wrote fewer.
-            return file.read([name for name in columns if name in file.schema_arrow.names])
+            names = rename({name: name for name in file.schema_arrow.names})
+            return file.read([names[name] for name in columns if name in names])
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}") from error
 

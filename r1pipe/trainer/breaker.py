@@ -42,7 +42,7 @@ class ExaminedBatch(Protocol):
     """What the breaker asks of a step's rollouts."""
 
     step: int
-    made_at: int
+    policy_step: int
 
     def describe(self) -> Facts:
         """Facts beyond the batch's metrics (r1pipe.rl.batch.describe_batch)."""
@@ -74,7 +74,7 @@ class Breaker:
     def examine_update(self, metrics: Facts) -> bool:
         """`metrics`: of the optimizer step at hand, over all ranks."""
         name = "sampler/logprob_diff_mean"
-        if self.batch.made_at != self.batch.step and name in metrics:
+        if self.batch.policy_step != self.batch.step and name in metrics:
             # A stale sampler differs from the trainer by a step of learning, not by an error: it is
             # held to the policy that it was then.
             metrics = {key: value for key, value in metrics.items() if key != name}
@@ -156,7 +156,7 @@ class Breaker:
     def first_suspect(self) -> int:
         """The step that made the policy of the rollouts at hand: a checkpoint from there on may be
         as bad as they are. Steps that were skipped have made nothing."""
-        return self.batch.made_at - 1 - self._skips_in_a_row
+        return self.batch.policy_step - 1 - self._skips_in_a_row
 
 
 def describe_event(name: str, step: int, value: float, limit: Limit) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def load_sharded(
     checkpoint: str,
     device: torch.device,
     attn_implementation: str,
-    wrap: Callable[[PreTrainedModel], Root] = lambda model: model,
+    wrap: Callable[[PreTrainedModel], Root],
     *,
     dtype: str,
     trained: bool = True,

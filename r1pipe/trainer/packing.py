@@ -84,13 +84,13 @@ def cut_batches(samples: list[Sample], token_budget: int) -> list[list[Sample]]:
     """Samples in parts of at most `token_budget` tokens (or one sample), the longest first: the
     largest part is the first, so if memory is short that shows at once."""
     parts: list[list[Sample]] = []
-    room = 0
+    remaining = 0
     for sample in sorted(samples, key=lambda s: s.num_tokens, reverse=True):
-        if sample.num_tokens > room:
+        if sample.num_tokens > remaining:
             parts.append([])
-            room = token_budget
+            remaining = token_budget
         parts[-1].append(sample)
-        room -= sample.num_tokens
+        remaining -= sample.num_tokens
     return parts
 
 

@@ -13,9 +13,9 @@ from r1pipe.trainer.divergence import TeacherStates
 from r1pipe.trainer.packing import PackedBatch, Support
 from r1pipe.utils.errors import UserError
 
-MAX_LOGITS, MAX_LOGITS_ON_GPU = 2**25, 2**27
-"""Entries of the logits held at a time: 128 MiB in float32; 512 MiB, at which a vocabulary of 152k
-has 880 tokens in a product, enough for a GPU."""
+MAX_LOGITS = {"cpu": 2**25, "cuda": 2**27}
+"""Logits held at a time, by device: 128 MiB in float32; on a GPU 512 MiB, which is 880 tokens of a
+vocabulary of 152k, enough to fill it."""
 
 OWN_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config keys of models that do more than one matrix product from hidden state to logits."""
@@ -227,10 +227,6 @@ def compute_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     return hidden_ND[batch.predictor_C]
 
 
-def max_logits(*, on_gpu: bool) -> int:
-    return MAX_LOGITS_ON_GPU if on_gpu else MAX_LOGITS
-
-
 def chunk_sizes(num_tokens: int, vocab_size: int, device: torch.device) -> list[int]:
-    size = max(1, max_logits(on_gpu=device.type == "cuda") // vocab_size)
+    size = max(1, MAX_LOGITS[device.type] // vocab_size)
     return [min(size, num_tokens - start) for start in range(0, num_tokens, size)]

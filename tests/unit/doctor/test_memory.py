@@ -102,14 +102,14 @@ def test_activations(name: str, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
     shape, policy, size = Shape.of(model.config), Policy(model), dtype.itemsize
     whole = measure_activations(policy, 512)
-    estimate = shape.activations(512, size, checkpointing=False, stream=size)
+    estimate = shape.activations(512, size, checkpointing=False)
     assert estimate == pytest.approx(whole, rel=TOLERANCE)
 
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     # In the backward pass one layer more is there.
     kept = measure_activations(policy, 512) + whole / 4
-    estimate = shape.activations(512, size, checkpointing=True, stream=size)
+    estimate = shape.activations(512, size, checkpointing=True)
     assert estimate == pytest.approx(kept, rel=TOLERANCE)
 
 

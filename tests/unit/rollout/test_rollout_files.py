@@ -14,7 +14,7 @@ from r1pipe.report.rollouts import describe_step, describe_steps
 from r1pipe.rollout.store import RolloutFiles, find_rollouts, list_steps, read_facts, read_rollouts
 from r1pipe.utils.errors import UserError
 
-FACTS = {"made_at": 1, "rounds": 1}
+FACTS = {"policy_step": 1, "rounds": 1}
 ALL = ("completion", "completion_ids", "logprobs", "routes")
 
 
@@ -37,7 +37,7 @@ def make_rollout_rows(num: int = 4, seed: int = 0) -> list[dict]:
                 "rewards": {"rewards.math_correct": None if sample == 1 else sample / 3},
                 "reward": None if sample == 1 else sample / 3,
                 "advantage": float(generator.normal()),
-                "takes_part": sample != 2,
+                "used": sample != 2,
                 "extra": None if sample else {"verdict": "close", "tries": 2},
                 "prompt_ids": [1, 2, 3],
                 "completion_ids": generator.integers(0, 99, length).tolist(),
@@ -83,10 +83,18 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
 
 
 def test_rollouts_of_an_older_version_are_read(tmp_path: Path) -> None:
-    write_steps(tmp_path, range(1, 2))
+    """Without a column that came later, and with the names of its time."""
+    files = write_steps(tmp_path, range(1, 2))
+    files.write(1, make_rollout_rows(), {"made_at": 1, "rounds": 1})
     path = list_steps(tmp_path)[1]
-    pq.write_table(pq.read_table(path, partitioning=None).drop_columns(["extra"]), path)
-    assert len(list(read_rollouts(tmp_path, [1]))) == 4
+    table = pq.read_table(path, partitioning=None).drop_columns(["extra"])
+    names = ["takes_part" if name == "used" else name for name in table.column_names]
+    table = table.rename_columns(names).replace_schema_metadata(table.schema.metadata)
+    pq.write_table(table, path)
+    rows = list(read_rollouts(tmp_path, [1]))
+    assert [row["used"] for row in rows] == [True, True, False, True]
+    assert "takes_part" not in rows[0]
+    assert read_facts(tmp_path, 1) == FACTS
 
 
 def test_routes_can_be_left_out(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_the_readme_has_every_check() -> None:
 
 
 def make_batch(
-    step: int, groups: list[list[tuple[str, float | None]]], *, made_at: int | None = None
+    step: int, groups: list[list[tuple[str, float | None]]], *, policy_step: int | None = None
 ) -> Batch:
     """Of (completion, reward) pairs, a list for each prompt."""
     made = []
@@ -191,7 +191,7 @@ def make_batch(
         ]
         scores = [Score({"z": value}, value) for _, value in pairs]
         made.append(Group(problem, rollouts, scores))
-    return Batch(step, step if made_at is None else made_at, made, [], 1, {"sample": 1.0})
+    return Batch(step, step if policy_step is None else policy_step, made, [], 1, {"sample": 1.0})
 
 
 def test_facts_of_a_batch() -> None:
@@ -376,7 +376,7 @@ def test_what_ended_the_run_stays_when_it_goes_on(tmp_path: Path) -> None:
 def test_a_stale_sampler_is_no_fault(tmp_path: Path) -> None:
     breaker = make_breaker(tmp_path)
     apart = {"sampler/logprob_diff_mean": 0.1, "entropy": 1.0}
-    breaker.examine_batch(make_batch(2, GOOD, made_at=1), METRICS)
+    breaker.examine_batch(make_batch(2, GOOD, policy_step=1), METRICS)
     assert not breaker.examine_update(apart)
     with pytest.raises(Tripped, match="disagree"):
         breaker.examine_sync(0.1, 2)
@@ -389,7 +389,7 @@ def test_a_stale_batch_is_held_to_the_policy_that_sampled_it(tmp_path: Path) -> 
     """However far the one that trains on it has come since."""
     breaker = make_breaker(tmp_path)
     apart = {"sampler/logprob_diff_mean": 0.1, "entropy": 1.0}
-    batch = make_batch(2, GOOD, made_at=1)
+    batch = make_batch(2, GOOD, policy_step=1)
     batch.logprob_diff = 1e-6
     breaker.examine_batch(batch, METRICS)
     assert not breaker.examine_update(apart)

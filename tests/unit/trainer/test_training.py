@@ -20,24 +20,22 @@ from transformers import (
     get_scheduler,
 )
 
-from r1pipe.config.rl import Grpo
+from r1pipe.config.rl import LOSSES, Grpo
 from r1pipe.config.sft import Supervised
 from r1pipe.doctor.model_shape import Shape
 from r1pipe.models.model import build_model
 from r1pipe.models.routing import route_in_float32
 from r1pipe.models.tokenizer import build_tokenizer, encode_completion, encode_prompt
-from r1pipe.rl.losses import LOSSES
 from r1pipe.rl.update import Updater
 from r1pipe.sft.encode import encode_traces
 from r1pipe.sft.trainer import SupervisedTrainer, draw_batches
 from r1pipe.trainer import attention
-from r1pipe.trainer import policy as logprobs_module
 from r1pipe.trainer.attention import attend_packed
 from r1pipe.trainer.breaker import EventLog
 from r1pipe.trainer.fsdp import shard
 from r1pipe.trainer.optimizer import OffloadedAdamW, find_schedule
 from r1pipe.trainer.packing import Sample, Support, cut_batches, pack
-from r1pipe.trainer.policy import Policy, Truncation, chunk_sizes, require_trainable
+from r1pipe.trainer.policy import MAX_LOGITS, Policy, Truncation, chunk_sizes, require_trainable
 from r1pipe.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -131,7 +129,7 @@ def test_packing_changes_no_logprob_and_no_gradient(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Neither does computing the logits in chunks of 7 tokens."""
-    monkeypatch.setattr(logprobs_module, "MAX_LOGITS", max_logits)
+    monkeypatch.setitem(MAX_LOGITS, "cpu", max_logits)
     alone = build_model(MODELS[name], tokenizer, seed=0)
     packed = copy.deepcopy(alone)
     expected = [logprobs_alone(alone, sample, 0.7) for sample in samples]
@@ -557,7 +555,7 @@ def test_chunks_of_the_head_lose_no_gradient_in_bf16(
 
     def differentiate(model: PreTrainedModel, num_chunks: int) -> torch.Tensor:
         size = -(-len(batch.target_C) // num_chunks)
-        monkeypatch.setattr(logprobs_module, "MAX_LOGITS", size * len(tokenizer))
+        monkeypatch.setitem(MAX_LOGITS, "cpu", size * len(tokenizer))
         model.zero_grad()
         Policy(model)(batch, 1.0).logprobs_C.mean().backward()
         return model.lm_head.weight.grad.float().clone()

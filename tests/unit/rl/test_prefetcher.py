@@ -1,4 +1,4 @@
-"""Which prompts and which policy's samples a step gets."""
+"""Which prompts a step gets, and by which policy they are sampled."""
 
 import threading
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from r1pipe.config.rl import Difficulty
+from r1pipe.rl.batch import Batch, Group
 from r1pipe.rl.collect import Prefetcher
 from r1pipe.rl.curriculum import Prompts
 from r1pipe.types import Problem
@@ -69,16 +70,16 @@ def test_prompts_go_on_where_they_were() -> None:
         assert draw_epochs(again, 3, 4) == expected
 
 
-def test_lookahead_samples_while_the_caller_trains() -> None:
+def test_prefetcher_samples_while_the_caller_trains() -> None:
     began, trained = threading.Event(), threading.Event()
     made: list[tuple[int, int]] = []
 
-    def sample(step: int, made_at: int) -> tuple[int, int]:
+    def sample(step: int, policy_step: int) -> tuple[int, int]:
         if step == 2:
             began.set()
             assert trained.wait(10)
-        made.append((step, made_at))
-        return step, made_at
+        made.append((step, policy_step))
+        return step, policy_step
 
     with Prefetcher(sample, 3, async_steps=1) as batches:
         assert batches.take(1) == (1, 1)
@@ -92,7 +93,7 @@ def test_lookahead_samples_while_the_caller_trains() -> None:
     assert len(made) == 3, "nothing is sampled beyond the last step"
 
 
-def test_lookahead_samples_on_the_callers_gpu_and_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefetcher_samples_on_the_callers_gpu_and_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a GPU that is made up: both are a thread's own, and others in a new one."""
     here: dict[int, dict[str, object]] = {}
 
@@ -106,7 +107,7 @@ def test_lookahead_samples_on_the_callers_gpu_and_stream(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: mine().update(stream=stream))
     mine().update(device=3, stream="vllm's")
 
-    def sample(step: int, made_at: int) -> tuple:
+    def sample(step: int, policy_step: int) -> tuple:
         return threading.get_ident(), *mine().values()
 
     with Prefetcher(sample, 2, async_steps=1) as batches:
@@ -115,13 +116,22 @@ def test_lookahead_samples_on_the_callers_gpu_and_stream(monkeypatch: pytest.Mon
     assert first[1:] == second[1:] == (3, "vllm's")
 
 
-def test_lookahead_without_async_samples_in_order() -> None:
-    with Prefetcher(lambda step, made_at: (step, made_at), 2, async_steps=0) as batches:
+def test_prefetcher_without_async_samples_in_order() -> None:
+    with Prefetcher(lambda step, policy_step: (step, policy_step), 2, async_steps=0) as batches:
         assert [batches.take(1), batches.take(2)] == [(1, 1), (2, 2)]
 
 
-def test_lookahead_passes_errors_on() -> None:
-    def fail(step: int, made_at: int) -> int:
+def test_prefetched_batch_of_an_older_run_is_restored() -> None:
+    batch = Batch(2, 1, [Group(PROBLEMS[0], [], [], used=False)], [], 1, {})
+    state = batch.state_dict()
+    state["made_at"] = state.pop("policy_step")
+    for group in state["groups"]:
+        group["takes_part"] = group.pop("used")
+    assert Batch.from_state(state) == batch
+
+
+def test_prefetcher_passes_errors_on() -> None:
+    def fail(step: int, policy_step: int) -> int:
         if step == 2:
             raise ValueError("no more")
         return step

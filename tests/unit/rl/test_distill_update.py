@@ -17,10 +17,9 @@ from r1pipe.report.costs import find_parent
 from r1pipe.rl.distill_update import DistillUpdater, TeacherModel
 from r1pipe.runs.lineage import list_checkpoints
 from r1pipe.runs.reader import StageFolder
-from r1pipe.trainer import policy as logprobs_module
 from r1pipe.trainer.divergence import TeacherStates, cut_vocabulary, measure_divergence
 from r1pipe.trainer.packing import Sample, pack
-from r1pipe.trainer.policy import Policy
+from r1pipe.trainer.policy import MAX_LOGITS, Policy
 from r1pipe.utils.errors import UserError
 
 BETAS = [1.0, 0.0, 0.5, 0.1]
@@ -143,7 +142,7 @@ def test_divergence_of_a_packed_batch(
     batch = pack(samples[:6], torch.device("cpu"))
     with torch.no_grad():
         alone = [diverge_alone(student, teacher, sample) for sample in batch.samples]
-    monkeypatch.setattr(logprobs_module, "MAX_LOGITS", max_logits)
+    monkeypatch.setitem(MAX_LOGITS, "cpu", max_logits)
     updater = make_updater(student, teacher)
     now = updater.measure_divergence(batch)
     for row, expected in zip(batch.split(now.divergence_C), alone, strict=True):
@@ -184,7 +183,7 @@ def test_how_it_is_computed_changes_nothing(
 ) -> None:
     """Micro-batches, layers and chunks of logits that are computed again in the backward pass."""
     metrics, gradients = compute_gradient(make_updater(student, teacher), samples)
-    monkeypatch.setattr(logprobs_module, "MAX_LOGITS", 400 * 7)
+    monkeypatch.setitem(MAX_LOGITS, "cpu", 400 * 7)
     other, same = compute_gradient(make_updater(student, teacher, **changes), samples)
     for name in ("loss", "divergence", "entropy", "sampler/logprob_diff_mean", "grad_norm"):
         assert other[name] == pytest.approx(metrics[name], rel=1e-5)
