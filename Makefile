@@ -59,6 +59,7 @@ test-gpu: setup
 lint: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
+	@.venv/bin/mypy
 
 format: setup
 	@.venv/bin/ruff check --fix .
@@ -68,4 +69,4 @@ bench: setup
 	@.venv/bin/python benchmarks/cpu_training.py
 
 clean:
-	rm -rf runs .pytest_cache .ruff_cache .hypothesis
+	rm -rf runs .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,18 +1,16 @@
 """The limits of the circuit breaker, which stop a run that has gone wrong."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import (
-    BeforeValidator,
-    Field,
-    PositiveInt,
-    create_model,
-)
+from pydantic import BeforeValidator, Field, PositiveInt, create_model
 
 from r1pipe.config.base import Strict
 from r1pipe.config.checks import CHECKS, Action, Check
+
+Settings = TypeVar("Settings", bound="BreakerSettings")
 
 
 class Limit(Strict):
@@ -41,25 +39,31 @@ class BreakerSettings(Strict):
     """Steps in a row whose update may be skipped."""
 
 
-def make_breaker(name: str, checks: dict[str, Check]) -> type[BreakerSettings]:
-    return create_model(
-        name,
-        __base__=BreakerSettings,
-        __doc__="When training must not go on as it does: a Limit for each of checks.CHECKS.",
-        **{
+def with_limits(checks: dict[str, Check]) -> Callable[[type[Settings]], type[Settings]]:
+    """A field for each check, named after it."""
+
+    def decorate(cls: type[Settings]) -> type[Settings]:
+        fields: dict[str, Any] = {
             name: (
                 Annotated[Limit, BeforeValidator(partial(complete_limit, check))],
                 Limit(limit=check.limit, action=check.action),
             )
             for name, check in checks.items()
-        },
-    )
+        }
+        return create_model(
+            cls.__name__, __base__=cls, __doc__=cls.__doc__, __module__=cls.__module__, **fields
+        )
+
+    return decorate
 
 
-Breaker = make_breaker("Breaker", CHECKS)
-# A student becomes as sure as its teacher is: that its entropy falls is no collapse.
-DistillBreaker = make_breaker(
-    "DistillBreaker",
-    CHECKS
-    | {name: replace(CHECKS[name], action="ignore") for name in ("entropy", "entropy_collapse")},
+@with_limits(CHECKS)
+class Breaker(BreakerSettings):
+    """When training must not go on as it does: a Limit for each of checks.CHECKS."""
+
+
+@with_limits(
+    {name: replace(CHECKS[name], action="ignore") for name in ("entropy", "entropy_collapse")}
 )
+class DistillBreaker(Breaker):
+    """A student becomes as sure as its teacher is: that its entropy falls is no collapse."""

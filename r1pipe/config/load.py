@@ -7,10 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ValidationError,
-)
+from pydantic import BaseModel, ValidationError
 
 from r1pipe.config.base import ProblemSet
 from r1pipe.config.recipe import STAGE_TYPES, Recipe
@@ -52,7 +49,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 class RecipeLoader(yaml.SafeLoader):
     """A key that comes twice is a mistake: YAML would take the last one."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in keys and key.tag != "tag:yaml.org,2002:merge":
@@ -63,7 +60,7 @@ class RecipeLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def apply_override(values: dict, override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
     """Parts of a key are keys, and of a list a stage's name or a number from 0: rewards.0.weight,
     or rewards[0].weight."""
     key, equals, value = override.partition("=")
@@ -87,7 +84,7 @@ def apply_override(values: dict, override: str) -> None:
     node[find_entry(node, last, override) if isinstance(node, list) else last] = new
 
 
-def find_entry(entries: list, part: str, override: str) -> int:
+def find_entry(entries: list[Any], part: str, override: str) -> int:
     names = [str(e.get("name") or e.get("kind")) if isinstance(e, dict) else "" for e in entries]
     if part in names:
         return names.index(part)
@@ -99,7 +96,7 @@ def find_entry(entries: list, part: str, override: str) -> int:
     raise UserError(f'"{override}": no entry "{part}" in the list; there are {there}')
 
 
-def describe_error(error: ValidationError, values: dict) -> str:
+def describe_error(error: ValidationError, values: dict[str, Any]) -> str:
     """pydantic's first complaint as `key: what is wrong`, with the nearest key if it is unknown."""
     first = error.errors()[0]
     location = list(first["loc"])
@@ -122,7 +119,7 @@ def describe_error(error: ValidationError, values: dict) -> str:
     return f"{prefix}{message}"
 
 
-def leave_out_numbers(location: list, given: Any) -> Iterator[str | int]:
+def leave_out_numbers(location: list[str | int], given: Any) -> Iterator[str | int]:
     """A place in what the user gave: where one thing may stand for a list of one, without its 0."""
     for part in location:
         if isinstance(part, int) and not isinstance(given, list):
@@ -134,7 +131,7 @@ def leave_out_numbers(location: list, given: Any) -> Iterator[str | int]:
         yield part
 
 
-def suggest_key(location: tuple, values: dict) -> str:
+def suggest_key(location: tuple[str | int, ...], values: dict[str, Any]) -> str:
     """What the unknown key at `location` was meant to be: one with a similar name that is not
     given yet, or one that another section has."""
     key = str(location[-1])
@@ -145,7 +142,7 @@ def suggest_key(location: tuple, values: dict) -> str:
             given = given[part]
         if part in STAGE_TYPES and len(models) == 1:
             models.append(STAGE_TYPES[part])
-        elif nested := list_sections(models[-1]).get(part):
+        elif nested := list_sections(models[-1]).get(str(part)):
             models.append(nested)
     known = list_keys(models[-1])
     left = [name for name in known if not isinstance(given, dict) or name not in given]

@@ -257,7 +257,7 @@ class OnPolicyDistill(OnPolicy):
         return student
 
 
-def sampling_of(stage: OnPolicy) -> Sampling:
+def sampling_of(stage: Grpo | OnPolicyDistill) -> Sampling:
     return Sampling(
         temperature=stage.temperature,
         top_p=stage.top_p,

@@ -105,7 +105,7 @@ class Reject(PromptingStage):
     """Rejection sampling, from a checkpoint or a teacher: writes traces for a later `sft` stage."""
 
     kind: Literal["reject"]
-    from_: Annotated[str | None, Field(alias="from")] = None
+    from_: Annotated[str | None, Field(alias="from")] = None  # type: ignore[assignment]  # or teacher
     """An earlier stage, a checkpoint folder, or a hub id; or else there is a `teacher`."""
     teacher: TeacherEndpoint | None = None
     traces: Traces

@@ -46,7 +46,8 @@ def test_the_wheel_holds_exactly_the_two_packages(wheel: Path) -> None:
     assert sources >= expected
     # Besides modules: what a package reads, never what somebody works with.
     assert {name.split("/")[0] for name in sources} == {"r1pipe", "rewards"}
-    assert {Path(name).suffix for name in sources} == {".py", ".html", ".css", ".js"}
+    assert {Path(name).suffix for name in sources} == {".py", ".typed", ".html", ".css", ".js"}
+    assert sources >= {"r1pipe/py.typed", "rewards/py.typed"}
 
 
 def test_the_command_is_there(wheel: Path, tmp_path: Path) -> None:
