@@ -8,33 +8,22 @@ split train. Rows: `problem`, `answer`, `source`, `domain`, `llama8b_solve_rate`
 filtered out, too. The rate of your own policy: `difficulty` of a stage (README.md).
 """
 
-from collections.abc import Iterator
-
-from r1pipe.data.rows import MATH_INSTRUCTION, Unwanted, ask, load_rows
+from r1pipe.data.rows import MATH_INSTRUCTION, Unwanted, make_load
 
 HUB_ID = "SynthLabsAI/Big-Math-RL-Verified"
 LICENSE = "apache-2.0"
 
 
-def load(
-    split: str = "train",
-    *,
-    path: str = HUB_ID,
-    min_solve_rate: float | None = None,
-    max_solve_rate: float | None = None,
-    system: str | None = MATH_INSTRUCTION,
-    size: int | None = None,
-    skip: int = 0,
-) -> Iterator:
-    low = 0.0 if min_solve_rate is None else min_solve_rate
-    high = 1.0 if max_solve_rate is None else max_solve_rate
-    filters = (min_solve_rate, max_solve_rate) != (None, None)
+def make_problem(
+    row: dict, *, min_solve_rate: float | None = None, max_solve_rate: float | None = None
+) -> dict:
+    if (min_solve_rate, max_solve_rate) != (None, None):
+        low = 0.0 if min_solve_rate is None else min_solve_rate
+        high = 1.0 if max_solve_rate is None else max_solve_rate
+        rate = row["llama8b_solve_rate"]
+        if rate is None or not low <= float(rate) <= high:
+            raise Unwanted(f"solve rate not within {low:g} to {high:g}")
+    return {"kind": "math", "prompt": row["problem"], "answer": row["answer"]}
 
-    def make_problem(row: dict) -> dict:
-        if filters:
-            rate = row["llama8b_solve_rate"]
-            if rate is None or not low <= float(rate) <= high:
-                raise Unwanted(f"solve rate not within {low:g} to {high:g}")
-        return {"kind": "math", "prompt": ask(row["problem"], system), "answer": row["answer"]}
 
-    return load_rows("big-math", path, split, make_problem, size=size, skip=skip, source=HUB_ID)
+load = make_load("big-math", HUB_ID, make_problem, instruction=MATH_INSTRUCTION)

@@ -8,41 +8,29 @@ others have copied it, `problem`, `inputs`, `outputs`.
 The first `max_tests` tests are used, public ones first. Problems without tests are filtered out.
 """
 
-from collections.abc import Iterator
-
-from r1pipe.data.rows import CODE_INSTRUCTION, Unwanted, ask, load_rows
+from r1pipe.data.rows import CODE_INSTRUCTION, Unwanted, make_load
 
 HUB_ID = "deepmind/code_contests"
 LICENSE = "cc-by-4.0"
 TESTS = ("public_tests", "private_tests", "generated_tests")
 
 
-def load(
-    split: str = "train",
-    *,
-    path: str = HUB_ID,
-    max_tests: int = 20,
-    system: str | None = CODE_INSTRUCTION,
-    size: int | None = None,
-    skip: int = 0,
-) -> Iterator:
-    def make_problem(row: dict) -> dict:
-        if "inputs" in row:
-            question, inputs, outputs = row["problem"], row["inputs"], row["outputs"]
-        else:
-            question = row["description"]
-            inputs = [text for name in TESTS for text in row[name]["input"]]
-            outputs = [text for name in TESTS for text in row[name]["output"]]
-        if len(inputs) != len(outputs):
-            raise ValueError(f"{len(inputs)} inputs but {len(outputs)} outputs")
-        if not inputs:
-            raise Unwanted("no tests")
-        return {
-            "kind": "code",
-            "prompt": ask(question.strip(), system),
-            "tests": {"inputs": inputs[:max_tests], "outputs": outputs[:max_tests]},
-        }
+def make_problem(row: dict, *, max_tests: int = 20) -> dict:
+    if "inputs" in row:
+        question, inputs, outputs = row["problem"], row["inputs"], row["outputs"]
+    else:
+        question = row["description"]
+        inputs = [text for name in TESTS for text in row[name]["input"]]
+        outputs = [text for name in TESTS for text in row[name]["output"]]
+    if len(inputs) != len(outputs):
+        raise ValueError(f"{len(inputs)} inputs but {len(outputs)} outputs")
+    if not inputs:
+        raise Unwanted("no tests")
+    return {
+        "kind": "code",
+        "prompt": question.strip(),
+        "tests": {"inputs": inputs[:max_tests], "outputs": outputs[:max_tests]},
+    }
 
-    return load_rows(
-        "code-contests", path, split, make_problem, size=size, skip=skip, source=HUB_ID
-    )
+
+load = make_load("code-contests", HUB_ID, make_problem, instruction=CODE_INSTRUCTION)

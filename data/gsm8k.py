@@ -8,39 +8,22 @@ hub's `answer` ("... #### 72") or separate `solution` and `answer`. Calculator a
 """
 
 import re
-from collections.abc import Iterator
 
-from r1pipe.data.rows import MATH_INSTRUCTION, ask, load_rows, write_trace
+from r1pipe.data.rows import MATH_INSTRUCTION, make_load, write_trace
 
 HUB_ID = "openai/gsm8k"
 LICENSE = "mit"
 
 
-def load(
-    split: str = "train",
-    *,
-    path: str = HUB_ID,
-    system: str | None = MATH_INSTRUCTION,
-    size: int | None = None,
-    skip: int = 0,
-) -> Iterator:
-    def make_problem(row: dict) -> dict:
-        steps, _, marked = (row.get("solution") or row["answer"]).partition("####")
-        answer = (row["answer"] if "solution" in row else marked).strip()
-        return {
-            "kind": "math",
-            "prompt": ask(row["question"], system),
-            "answer": answer.replace(",", ""),
-            "solution": write_trace(re.sub(r"<<[^>]*>>", "", steps), answer),
-        }
+def make_problem(row: dict) -> dict:
+    steps, _, marked = (row.get("solution") or row["answer"]).partition("####")
+    answer = (row["answer"] if "solution" in row else marked).strip()
+    return {
+        "kind": "math",
+        "prompt": row["question"],
+        "answer": answer.replace(",", ""),
+        "solution": write_trace(re.sub(r"<<[^>]*>>", "", steps), answer),
+    }
 
-    return load_rows(
-        "gsm8k",
-        path,
-        split,
-        make_problem,
-        default_config="main",
-        size=size,
-        skip=skip,
-        source=HUB_ID,
-    )
+
+load = make_load("gsm8k", HUB_ID, make_problem, instruction=MATH_INSTRUCTION, default_config="main")

@@ -6,25 +6,16 @@ function's head and docstring), `entry_point`, `canonical_solution`, `test` (def
 check(candidate)).
 """
 
-from collections.abc import Iterator
-
-from r1pipe.data.rows import CODE_INSTRUCTION, ask, load_rows
+from r1pipe.data.rows import CODE_INSTRUCTION, make_load
 
 HUB_ID = "openai/openai_humaneval"
 LICENSE = "mit"
 
 
-def load(
-    split: str = "test",
-    *,
-    path: str = HUB_ID,
-    system: str | None = CODE_INSTRUCTION,
-    size: int | None = None,
-    skip: int = 0,
-) -> Iterator:
-    def make_problem(row: dict) -> dict:
-        question = f"Complete this function:\n\n```python\n{row['prompt'].rstrip()}\n```"
-        tests = {"entry_point": row["entry_point"], "prompt": row["prompt"], "code": row["test"]}
-        return {"kind": "code", "prompt": ask(question, system), "tests": tests}
+def make_problem(row: dict) -> dict:
+    question = f"Complete this function:\n\n```python\n{row['prompt'].rstrip()}\n```"
+    tests = {"entry_point": row["entry_point"], "prompt": row["prompt"], "code": row["test"]}
+    return {"kind": "code", "prompt": question, "tests": tests}
 
-    return load_rows("humaneval", path, split, make_problem, size=size, skip=skip, source=HUB_ID)
+
+load = make_load("humaneval", HUB_ID, make_problem, instruction=CODE_INSTRUCTION, split="test")

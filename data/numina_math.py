@@ -9,37 +9,27 @@ Rows without an answer, or said to be not valid, are filtered out; `sources: [ol
 keeps rows of these.
 """
 
-from collections.abc import Iterator
-
-from r1pipe.data.rows import MATH_INSTRUCTION, Unwanted, ask, last_boxed, load_rows, write_trace
+from r1pipe.data.rows import MATH_INSTRUCTION, Unwanted, last_boxed, make_load, write_trace
 
 HUB_ID = "AI-MO/NuminaMath-1.5"
 LICENSE = "apache-2.0"
 NO_ANSWER = ("", "proof", "notfound")
 
 
-def load(
-    split: str = "train",
-    *,
-    path: str = HUB_ID,
-    sources: list[str] | None = None,
-    system: str | None = MATH_INSTRUCTION,
-    size: int | None = None,
-    skip: int = 0,
-) -> Iterator:
-    def make_problem(row: dict) -> dict:
-        if sources is not None and row["source"] not in sources:
-            raise Unwanted("other sources")
-        if any(row.get(key, "Yes") != "Yes" for key in ("problem_is_valid", "solution_is_valid")):
-            raise Unwanted("not valid")
-        answer = row["answer"] if "answer" in row else last_boxed(row["solution"])
-        if answer is None or answer.strip().lower() in NO_ANSWER:
-            raise Unwanted("no final answer")
-        return {
-            "kind": "math",
-            "prompt": ask(row["problem"], system),
-            "answer": answer,
-            "solution": write_trace(row["solution"], answer),
-        }
+def make_problem(row: dict, *, sources: list[str] | None = None) -> dict:
+    if sources is not None and row["source"] not in sources:
+        raise Unwanted("other sources")
+    if any(row.get(key, "Yes") != "Yes" for key in ("problem_is_valid", "solution_is_valid")):
+        raise Unwanted("not valid")
+    answer = row["answer"] if "answer" in row else last_boxed(row["solution"])
+    if answer is None or answer.strip().lower() in NO_ANSWER:
+        raise Unwanted("no final answer")
+    return {
+        "kind": "math",
+        "prompt": row["problem"],
+        "answer": answer,
+        "solution": write_trace(row["solution"], answer),
+    }
 
-    return load_rows("numina-math", path, split, make_problem, size=size, skip=skip, source=HUB_ID)
+
+load = make_load("numina-math", HUB_ID, make_problem, instruction=MATH_INSTRUCTION)

@@ -8,47 +8,32 @@ trace `is_reasoning_complete` and `correctness_math_verify`.
 and so are those whose answer is no more than the word "proof".
 """
 
-from collections.abc import Iterator
-
-from r1pipe.data.rows import MATH_INSTRUCTION, Unwanted, ask, load_rows
+from r1pipe.data.rows import MATH_INSTRUCTION, Unwanted, make_load
 
 HUB_ID = "open-r1/OpenR1-Math-220k"
 LICENSE = "apache-2.0"
 
 
-def load(
-    split: str = "train",
-    *,
-    path: str = HUB_ID,
-    config: str | None = None,
-    system: str | None = MATH_INSTRUCTION,
-    size: int | None = None,
-    skip: int = 0,
-) -> Iterator:
-    def make_problem(row: dict) -> dict:
-        if not row["answer"] or row["answer"] == "proof":
-            raise Unwanted("no final answer")
-        checks = zip(
-            row["generations"], row["is_reasoning_complete"], row["correctness_math_verify"]
-        )
-        trace = next((trace for trace, complete, right in checks if complete and right), None)
-        if trace is None:
-            raise Unwanted("no verified trace")
-        return {
-            "kind": "math",
-            "prompt": ask(row["problem"], system),
-            "answer": row["answer"],
-            "solution": trace,
-        }
+def make_problem(row: dict) -> dict:
+    if not row["answer"] or row["answer"] == "proof":
+        raise Unwanted("no final answer")
+    checks = zip(row["generations"], row["is_reasoning_complete"], row["correctness_math_verify"])
+    trace = next((trace for trace, complete, right in checks if complete and right), None)
+    if trace is None:
+        raise Unwanted("no verified trace")
+    return {
+        "kind": "math",
+        "prompt": row["problem"],
+        "answer": row["answer"],
+        "solution": trace,
+    }
 
-    return load_rows(
-        "openr1-math",
-        path,
-        split,
-        make_problem,
-        config=config,
-        default_config="default",
-        size=size,
-        skip=skip,
-        source=HUB_ID,
-    )
+
+load = make_load(
+    "openr1-math",
+    HUB_ID,
+    make_problem,
+    instruction=MATH_INSTRUCTION,
+    default_config="default",
+    has_configs=True,
+)

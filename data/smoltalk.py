@@ -8,45 +8,17 @@ Rows have an answer to learn from and none to compare with: `kind` is text. `sou
 these; the default leaves out those of mathematics, programs and function calls.
 """
 
-from collections.abc import Iterator
-
-from r1pipe.data.rows import Unwanted, load_rows
+from r1pipe.data.rows import Unwanted, make_load, map_conversation
 
 HUB_ID = "HuggingFaceTB/smoltalk"
 NOT_GENERAL = ("apigen-80k", "metamathqa-50k", "numina-cot-100k", "self-oss-instruct")
 
 
-def load(
-    split: str = "train",
-    *,
-    path: str = HUB_ID,
-    config: str | None = None,
-    sources: list[str] | None = None,
-    size: int | None = None,
-    skip: int = 0,
-) -> Iterator:
-    def make_problem(row: dict) -> dict:
-        origin = row["source"]
-        if origin in NOT_GENERAL if sources is None else origin not in sources:
-            raise Unwanted("other sources")
-        *prompt, answer = row["messages"]
-        if answer["role"] != "assistant":
-            raise ValueError("the last message is not the assistant's")
-        return {
-            "kind": "text",
-            "prompt": [{"role": m["role"], "content": m["content"]} for m in prompt],
-            "solution": answer["content"],
-            "category": origin,
-        }
+def make_problem(row: dict, *, sources: list[str] | None = None) -> dict:
+    origin = row["source"]
+    if origin in NOT_GENERAL if sources is None else origin not in sources:
+        raise Unwanted("other sources")
+    return {**map_conversation(row["messages"]), "category": origin}
 
-    return load_rows(
-        "smoltalk",
-        path,
-        split,
-        make_problem,
-        config=config,
-        default_config="all",
-        size=size,
-        skip=skip,
-        source=HUB_ID,
-    )
+
+load = make_load("smoltalk", HUB_ID, make_problem, default_config="all", has_configs=True)

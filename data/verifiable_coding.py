@@ -11,38 +11,27 @@ tests are used.
 """
 
 import json
-from collections.abc import Iterator
 
-from r1pipe.data.rows import CODE_INSTRUCTION, Unwanted, ask, load_rows
+from r1pipe.data.rows import CODE_INSTRUCTION, Unwanted, make_load
 
 HUB_ID = "open-r1/verifiable-coding-problems-python"
 
 
-def load(
-    split: str = "train",
-    *,
-    path: str = HUB_ID,
-    max_tests: int = 20,
-    system: str | None = CODE_INSTRUCTION,
-    size: int | None = None,
-    skip: int = 0,
-) -> Iterator:
-    def make_problem(row: dict) -> dict:
-        info = row["verification_info"]
-        info = json.loads(info) if isinstance(info, str) else info
-        cases = info["test_cases"]
-        if info.get("language", "python") != "python":
-            raise Unwanted("another language")
-        if any(case.get("type", "stdin_stdout") != "stdin_stdout" for case in cases):
-            raise Unwanted("tests that call a function")
-        if not cases:
-            raise Unwanted("no tests")
-        tests = {
-            "inputs": [case["input"] for case in cases[:max_tests]],
-            "outputs": [case["output"] for case in cases[:max_tests]],
-        }
-        return {"kind": "code", "prompt": ask(row["prompt"], system), "tests": tests}
+def make_problem(row: dict, *, max_tests: int = 20) -> dict:
+    info = row["verification_info"]
+    info = json.loads(info) if isinstance(info, str) else info
+    cases = info["test_cases"]
+    if info.get("language", "python") != "python":
+        raise Unwanted("another language")
+    if any(case.get("type", "stdin_stdout") != "stdin_stdout" for case in cases):
+        raise Unwanted("tests that call a function")
+    if not cases:
+        raise Unwanted("no tests")
+    tests = {
+        "inputs": [case["input"] for case in cases[:max_tests]],
+        "outputs": [case["output"] for case in cases[:max_tests]],
+    }
+    return {"kind": "code", "prompt": row["prompt"], "tests": tests}
 
-    return load_rows(
-        "verifiable-coding", path, split, make_problem, size=size, skip=skip, source=HUB_ID
-    )
+
+load = make_load("verifiable-coding", HUB_ID, make_problem, instruction=CODE_INSTRUCTION)

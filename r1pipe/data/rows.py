@@ -4,6 +4,7 @@ A row that cannot be mapped does not end the reading: it becomes a `BrokenRow` w
 `problems.read_problems` stops or goes on, as the recipe's YAML says.
 """
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -92,6 +93,58 @@ def load_rows(
             yield place_row(problem, place)
 
 
+def make_load(
+    name: str,
+    hub_id: str,
+    make_problem: Callable[..., dict],
+    *,
+    instruction: str | None = None,
+    split: str = "train",
+    default_config: str | None = None,
+    has_configs: bool = False,
+) -> Callable[..., Iterator[dict | BrokenRow | FilteredRow]]:
+    """`load(split, **options)` of a dataset on the hub, from `make_problem(row, **options)`.
+
+    Its options are `path`, `size`, `skip` and those of `make_problem`; `config` where the dataset
+    `has_configs`; and, with an `instruction`, `system`: the system prompt, by default the
+    instruction, before the question that `make_problem` then returns as the "prompt".
+    """
+
+    def load(
+        split: str = split,
+        *,
+        path: str = hub_id,
+        config: str | None = None,
+        system: str | None = instruction,
+        size: int | None = None,
+        skip: int = 0,
+        **options: object,
+    ) -> Iterator[dict | BrokenRow | FilteredRow]:
+        def make_prompted(row: dict) -> dict:
+            problem = make_problem(row, **options)
+            if instruction is not None:
+                problem["prompt"] = ask(problem["prompt"], system)
+            return problem
+
+        return load_rows(
+            name,
+            path,
+            split,
+            make_prompted,
+            config=config,
+            default_config=default_config,
+            size=size,
+            skip=skip,
+            source=hub_id,
+        )
+
+    absent = {"options", *([] if has_configs else ["config"]), *([] if instruction else ["system"])}
+    shared = [p for p in inspect.signature(load).parameters.values() if p.name not in absent]
+    _, *own = inspect.signature(make_problem).parameters.values()
+    load.__signature__ = inspect.Signature([*shared, *own])
+    return load
+
+
 def describe_missing(column: str, row: Iterable[str]) -> str:
     """That a table lacks a column, with the nearest that it has."""
     return f'no column "{column}"; {hint_at(column, row)}'
@@ -130,6 +183,15 @@ def ask(question: str, system: str | None = None) -> list[dict[str, str]]:
         raise ValueError(f"the question is {type(question).__name__}, not text")
     asked = [{"role": "user", "content": question}]
     return [{"role": "system", "content": system}, *asked] if system else asked
+
+
+def map_conversation(messages: list[dict]) -> dict:
+    """Messages as a problem of kind text: the last one is the answer to learn."""
+    *prompt, answer = messages
+    if answer["role"] != "assistant":
+        raise ValueError("the last message is not the assistant's")
+    turns = [{"role": m["role"], "content": m["content"]} for m in prompt]
+    return {"kind": "text", "prompt": turns, "solution": answer["content"]}
 
 
 def write_trace(steps: str, answer: str) -> str:

@@ -343,6 +343,20 @@ def test_filters_are_counted(
     assert loaded.describe().startswith(f"{len(rows)} rows, ")
 
 
+HUB_OPTIONS = {
+    "gsm8k": "path, system, size, skip",
+    "big_math": "path, system, size, skip, min_solve_rate, max_solve_rate",
+    "mbpp": "path, config, system, size, skip",
+    "smoltalk": "path, config, size, skip, sources",
+}
+
+
+@pytest.mark.parametrize("recipe", HUB_OPTIONS)
+def test_a_hub_recipe_s_options_are_its_own_and_the_shared_ones(recipe: str) -> None:
+    with pytest.raises(UserError, match=f'no option "unknown"; there are {HUB_OPTIONS[recipe]}$'):
+        read(recipe, unknown=1)
+
+
 def test_countdown_is_generated_solvable_and_split() -> None:
     train, test = read("countdown", size=200), read("countdown", "test", size=200)
     for problem in train.problems + test.problems:
