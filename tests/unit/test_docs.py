@@ -1,22 +1,128 @@
-"""The documents' examples run, their links lead somewhere, their commands exist."""
+"""The documents' examples run, their commands parse, their links and names lead somewhere."""
 
+import importlib.util
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
+from pydantic import TypeAdapter
+
+from r1pipe.cli.commands import COMMANDS
+from r1pipe.cli.main import build_parser
+from r1pipe.config.base import ProblemSet
+from r1pipe.config.recipe import AnyStage
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md")])
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FOLDERS = ("docs", "data", "rewards", "benchmarks")
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *(p for folder in FOLDERS for p in ROOT.glob(f"{folder}/*.md"))]
+)
+SOURCES = ("r1pipe", "rewards", "data", "tests", "benchmarks", "scripts", "examples")
+PYTHON = {path: path.read_text() for folder in SOURCES for path in (ROOT / folder).rglob("*.py")}
+NAMES = set(re.findall(r"(?:def|class) (\w+)", "\n".join(PYTHON.values())))
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\w+\.py)\n")
+NOT_OURS = re.compile("my|runs/|summary.md")
+TEST_COLUMNS = ("test_list", "test_setup_code", "test_imports")
+RUN_HERE = ("r1pipe completion bash",)
+"""Commands of the documents that take seconds: they are run, not only parsed."""
+
+each_document = pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT))
+)
 
 
-def test_examples_of_extending_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def find_blocks(document: Path, language: str) -> list[str]:
+    return [text for kind, text in BLOCK.findall(document.read_text()) if kind == language]
+
+
+def find_commands(document: Path) -> Iterator[str]:
+    """Command lines of the blocks and in the running text, without comments and pipes."""
+    text = document.read_text()
+    blocks = "\n".join(b for kind, b in BLOCK.findall(text) if kind in ("", "bash"))
+    blocks += "\n".join(re.findall(r"^    (\S.*)$", BLOCK.sub("", text), re.MULTILINE))
+    spans = re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
+    for line in [*blocks.replace("\\\n", " ").splitlines(), *spans]:
+        for part in re.split(r" \| | && ", line.strip().removeprefix("OMP_NUM_THREADS=1 ")):
+            command = (
+                part.partition("  #")[0].partition(" >>")[0].strip().removeprefix(".venv/bin/")
+            )
+            if re.match(r"(r1pipe|make|python -m|python \w+/) ?", command) and " " in command:
+                yield command
+
+
+def test_cheap_commands_run() -> None:
+    known = {command for document in DOCUMENTS for command in find_commands(document)}
+    for command in RUN_HERE:
+        assert command in known
+        done = subprocess.run(
+            [sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+
+@each_document
+def test_commands_parse(document: Path) -> None:
+    for command in find_commands(document):
+        check_command(command)
+
+
+def check_command(command: str) -> None:
+    words = shlex.split(command.partition(" -- ")[0])
+    if words[0] == "make":
+        for line in expand_make(words[1:]):
+            check_command(line)
+    elif words[0] == "r1pipe" and len(words) == 2:
+        assert words[1] in (*COMMANDS, "..."), command
+    elif words[0] == "r1pipe":
+        options = build_parser().parse_args(words[1:])
+        config = getattr(options, "config", None)
+        assert config in (None, "CONFIG", "configs/my.yaml") or (ROOT / config).is_file(), command
+    elif words[:3] == ["python", "-m", "pytest"]:
+        check_pytest(words[3:])
+    elif words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2]), command
+    elif words[0] == "python":
+        script = (ROOT / words[1]).read_text()
+        assert all(word in script for word in words if word.startswith("--")), command
+
+
+def expand_make(arguments: list[str]) -> list[str]:
+    """What make would run of r1pipe; raises where there is no such target."""
+    done = subprocess.run(
+        ["make", "-n", *arguments],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.replace(".venv/bin/", "").splitlines()
+    return [line for line in lines if line.startswith(("r1pipe", "python"))]
+
+
+def check_pytest(arguments: list[str]) -> None:
+    """Every path holds tests, and each word after -k is in the name of one of them."""
+    paths = [ROOT / word for word in arguments if word.startswith("tests")]
+    assert all(path.exists() for path in paths), arguments
+    found = [
+        text for test, text in PYTHON.items() if not paths or set(paths) & {test, *test.parents}
+    ]
+    if "-k" in arguments:
+        word = arguments[arguments.index("-k") + 1]
+        assert re.search(rf"def test_\w*{word.removeprefix('test_')}", "\n".join(found)), arguments
+
+
+@pytest.mark.parametrize("page", ["docs/extending.md", "rewards/README.md"])
+def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = BLOCK.findall((ROOT / "docs" / "extending.md").read_text())
-    assert len(blocks) >= 7
+    blocks = find_blocks(ROOT / page, "python")
+    assert len(blocks) >= 2
     program = []
     for block in blocks:
         if file := FILE.match(block):
@@ -33,24 +139,56 @@ def test_examples_of_extending_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@each_document
+def test_recipes_are_read(document: Path) -> None:
+    """Stages whole; of other keys, that they are YAML, and that a data set is one."""
+    for block in find_blocks(document, "yaml"):
+        values = yaml.safe_load(block)
+        for stage in values if isinstance(values, list) else []:
+            if set(stage) > {"kind", "data", "from"}:
+                TypeAdapter(AnyStage).validate_python(stage)
+        data = values.get("data", []) if isinstance(values, dict) else []
+        for source in data if isinstance(data, list) else [data]:
+            ProblemSet.model_validate({k: v for k, v in source.items() if k != "weight"})
+
+
+def list_anchors(document: Path) -> set[str]:
+    """As GitHub makes them of a page's headings."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", document.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+@each_document
 def test_links_lead_somewhere(document: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text()):
         if "://" not in target:
-            assert (document.parent / target).exists(), target
+            path, _, anchor = target.partition("#")
+            page = document.parent / path if path else document
+            assert page.exists(), target
+            assert not anchor or anchor in list_anchors(page), target
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_make_targets_exist(document: Path) -> None:
-    targets = set(re.findall(r"^([a-z][a-z_ -]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    known = {name for line in targets for name in line.split()}
-    named = set(re.findall(r"`make ([a-z_-]+)", document.read_text()))
-    assert named <= known, named - known
+@each_document
+def test_files_named_exist(document: Path) -> None:
+    """By their path from the root, or by the end of one."""
+    paths = [
+        path.relative_to(ROOT)
+        for folder in (*SOURCES, "configs", "docs")
+        for path in (ROOT / folder).rglob("*")
+    ]
+    known = "\n".join(f"/{path}" for path in [*paths, *(p.name for p in ROOT.iterdir())]) + "\n"
+    text = re.sub(r"\]\([^)]*\)|https?://\S+", "", document.read_text())
+    for name in re.findall(r"(?<![\w/.-])((?:[\w-]+/)*[\w-]+\.(?:py|yaml|sbatch|toml|md))\b", text):
+        if not NOT_OURS.match(name.removeprefix("configs/")):
+            assert f"/{name}\n" in known, name
+    for name in re.findall(r"`((?:r1pipe|rewards|tests|configs|docs|examples)/[\w/]*)`", text):
+        assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_tests_and_scripts_named_exist(document: Path) -> None:
-    for path in re.findall(
-        r"\b((?:tests|benchmarks|configs|scripts)/[\w/]+\.\w+)", document.read_text()
-    ):
-        assert (ROOT / path).exists() or "/my" in path, path
+@each_document
+def test_functions_and_tests_named_exist(document: Path) -> None:
+    text = document.read_text()
+    for name in re.findall(r"`(test_\w+)`(?!:)", text):
+        assert name in NAMES or name in TEST_COLUMNS, name
+    for name in re.findall(r"(?<![\w.])(?:[A-Z]\w+\.)?(\w+)\(\)", text):
+        assert name in NAMES | {"input"}, name
