@@ -17,7 +17,9 @@ else
 R1PIPE = .venv/bin/python -m r1pipe.launch --nproc-per-node $(NPROC)
 endif
 
-.PHONY: help setup doctor demo run init sft grpo reject distill on_policy_distill eval publish report serve test test-slow test-unit test-gpu lint format bench clean
+STAGES = $(filter-out __init__,$(basename $(notdir $(wildcard r1pipe/stages/*.py))))
+
+.PHONY: help setup doctor demo run $(STAGES) publish report serve test test-slow test-unit test-gpu lint format bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -32,7 +34,7 @@ doctor:
 demo: setup
 	@$(R1PIPE) run configs/demo.yaml $(ARGS)
 
-run init sft grpo reject distill on_policy_distill eval: setup
+run $(STAGES): setup
 	@$(R1PIPE) $@ $(CONFIG) $(ARGS)
 
 publish: setup

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from r1pipe.config.base import ProblemSet, PromptingStage, TrainingSet, TrainingStage
-from r1pipe.config.evals import Eval
 from r1pipe.config.recipe import Recipe
 from r1pipe.data.decontamination import decontaminate
-from r1pipe.data.problem_sets import ProblemSets, list_samplings
+from r1pipe.data.problem_sets import ProblemSets
 from r1pipe.data.problems import Loaded
 from r1pipe.runs.folder import RunFolder
 from r1pipe.runs.ledger import Ledger
@@ -128,7 +127,7 @@ class StageContext:
     def _drop_long(self, problems: list[Problem], stage: PromptingStage) -> list[Problem]:
         from r1pipe.models.tokenizer import encode_prompt
 
-        [(name, _)] = list_samplings(stage)
+        [(name, _)] = stage.samplings()
         tokenizer = self.tokenizer(self.checkpoint(name))
         limit = stage.max_prompt_length
         kept = [
@@ -164,9 +163,7 @@ class StageContext:
         how many that are is added to the stage's record."""
         heldout = [
             problem
-            for other in self.recipe.stages
-            if isinstance(other, Eval)
-            for source in other.data
+            for source in self.recipe.heldout_sets()
             for problem in self.read(source).problems
         ]
         if not heldout:

@@ -31,18 +31,6 @@ from r1pipe.utils.phases import phase
 from r1pipe.utils.progress import log_line
 from r1pipe.utils.watchdog import Watchdog, clear_stacks
 
-STAGE_MODULES = {
-    "init": "r1pipe.stages.init",
-    "sft": "r1pipe.stages.sft",
-    "grpo": "r1pipe.stages.grpo",
-    "reject": "r1pipe.stages.reject",
-    "distill": "r1pipe.stages.distill",
-    "on_policy_distill": "r1pipe.stages.on_policy_distill",
-    "eval": "r1pipe.stages.eval",
-}
-"""Where a kind of stage has its `run(stage, context)`, and `replay` if it can; imported when its
-turn comes."""
-
 
 def run_recipe(recipe: Recipe, redo: str | None = None, skip_doctor: bool = False) -> None:
     """Run every stage that is not finished; `redo` names a stage to make again, with all after."""
@@ -149,7 +137,7 @@ def replay_stage(
     if recipe.stage(replayed.name):
         raise UserError(f'--replay: the recipe has a stage of the name "{replayed.name}"')
     with open_run(recipe) as run:
-        make = partial(find_module(kind).replay, source=folder, steps=steps)
+        make = partial(find_module(stage).replay, source=folder, steps=steps)
         run_stages(run, [replayed], {replayed.name}, skip_doctor=True, make=make)
 
 
@@ -203,7 +191,7 @@ def run_stages(
             with ledger.stage(stage.name):
                 try:
                     with tracking, phase(stage.name):
-                        facts = (make or find_module(stage.kind).run)(stage, context)
+                        facts = (make or find_module(stage).run)(stage, context)
                 except BaseException as error:
                     if step := run.abandon(context.folder, keep=isinstance(error, Tripped)):
                         log_line(f"{stage.name}: step {step} is saved")
@@ -256,8 +244,9 @@ def silence_libraries() -> None:
     disable_progress_bar()
 
 
-def find_module(kind: str) -> ModuleType:
-    return importlib.import_module(STAGE_MODULES[kind])
+def find_module(stage: Stage) -> ModuleType:
+    """With `run(stage, context)`, and `replay` if it can; imported when its turn comes."""
+    return importlib.import_module(stage.module or f"r1pipe.stages.{stage.kind}")
 
 
 def peak_memory_gib() -> float:

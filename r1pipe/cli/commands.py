@@ -30,6 +30,8 @@ from r1pipe.cli.handlers import (
     show_rollouts,
     verify,
 )
+from r1pipe.config.recipe import STAGE_TYPES
+from r1pipe.config.rl import OnPolicy
 
 DEFAULT_CONFIG = "configs/demo.yaml"
 
@@ -109,15 +111,38 @@ REPLAY = (
 )
 
 
-def stage_command(
-    help: str,
-    example: str,
-    then: str,
-    arguments: tuple[Argument, ...] = (),
-    run: Callable[[argparse.Namespace], None] = run_stage,
-) -> Command:
+EVAL = (
+    argument(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="STAGE|FOLDER|ID",
+        dest="checkpoints",
+        help="evaluate this instead of the recipe's checkpoints; may be given again",
+    ),
+    argument(
+        "--compare",
+        nargs=2,
+        action="extend",
+        metavar=("A", "B"),
+        dest="checkpoints",
+        help="evaluate these two, if that is not done, and give their difference",
+    ),
+)
+
+
+def stage_command(kind: str) -> Command:
+    """`r1pipe KIND`: the recipe's first stage of this kind that is not finished."""
+    stage = STAGE_TYPES[kind]
+    run, more = run_stage, ()
+    if stage.measures:
+        run, more = run_eval, EVAL
+    elif issubclass(stage, OnPolicy):
+        run, more = run_on_policy, REPLAY
     redo = argument("--redo", action="store_true", help="make it again if it is finished")
-    return Command(help, run, (*recipe_arguments(), redo, *arguments, SKIP_DOCTOR), example, then)
+    arguments = (*recipe_arguments(), redo, *more, SKIP_DOCTOR)
+    example = stage.example or f"r1pipe {kind} {DEFAULT_CONFIG}"
+    return Command(stage.help, run, arguments, example, stage.then)
 
 
 COMMANDS: dict[str, Command] = {
@@ -132,64 +157,7 @@ COMMANDS: dict[str, Command] = {
         example="r1pipe run configs/demo.yaml --set seed=1 --set name=seed1",
         then="r1pipe report runs/seed1",
     ),
-    "init": stage_command(
-        "make a policy from random weights",
-        example="r1pipe init configs/demo.yaml",
-        then="r1pipe sft configs/demo.yaml",
-    ),
-    "sft": stage_command(
-        "cold start: supervised training on written-out reasoning",
-        example="r1pipe sft configs/demo.yaml",
-        then="r1pipe grpo configs/demo.yaml",
-    ),
-    "grpo": stage_command(
-        "reinforcement learning",
-        example="r1pipe grpo configs/demo.yaml --set stages.grpo.max_steps=8",
-        then="r1pipe eval configs/demo.yaml",
-        run=run_on_policy,
-        arguments=REPLAY,
-    ),
-    "reject": stage_command(
-        "sample traces for a later sft stage",
-        example="r1pipe reject configs/r1.yaml",
-        then="r1pipe sft configs/r1.yaml",
-    ),
-    "distill": stage_command(
-        "teach a dense student the right samples of a policy",
-        example="r1pipe distill configs/demo.yaml",
-        then="r1pipe eval configs/demo.yaml",
-    ),
-    "on_policy_distill": stage_command(
-        "teach a student on its own samples",
-        example="r1pipe on_policy_distill configs/on_policy.yaml",
-        then="r1pipe eval configs/on_policy.yaml",
-        run=run_on_policy,
-        arguments=REPLAY,
-    ),
-    "eval": stage_command(
-        "measure checkpoints on held-out problems",
-        example="r1pipe eval configs/demo.yaml --compare sft grpo",
-        then="r1pipe publish runs/demo/grpo --repo user/name --dry-run",
-        run=run_eval,
-        arguments=(
-            argument(
-                "--checkpoint",
-                action="append",
-                default=[],
-                metavar="STAGE|FOLDER|ID",
-                dest="checkpoints",
-                help="evaluate this instead of the recipe's checkpoints; may be given again",
-            ),
-            argument(
-                "--compare",
-                nargs=2,
-                action="extend",
-                metavar=("A", "B"),
-                dest="checkpoints",
-                help="evaluate these two, if that is not done, and give their difference",
-            ),
-        ),
-    ),
+    **{kind: stage_command(kind) for kind in STAGE_TYPES},
     "check": Command(
         "read a recipe and its data, say whether it fits, and run nothing",
         check,

@@ -11,7 +11,7 @@ import sys
 
 from r1pipe import __version__, put_working_folder_last
 from r1pipe.cli.commands import COMMANDS
-from r1pipe.config.recipe import STAGE_TYPES
+from r1pipe.config.base import STAGE_TYPES
 from r1pipe.utils.distributed import alone, has_launcher, speaks_first
 from r1pipe.utils.errors import FULL, GOES_ON, LOST, LostRank, UserError, is_disk_full
 from r1pipe.utils.progress import Interrupt

@@ -1,7 +1,7 @@
 """What every kind of stage shares: strict models, problem sets, sampling, rewards, training."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -150,13 +150,40 @@ class TokenizerTraining(Strict):
     vocab_size: PositiveInt = 512
 
 
+STAGE_TYPES: dict[str, type["Stage"]] = {}
+"""The kinds of stages, by the recipe's `kind`: every subclass of Stage that has one."""
+
+
 class Stage(Strict):
+    """A stage's settings, and what the rest of the package has to know about its kind.
+
+    A kind is a subclass with `kind: Literal["..."]`, and a module `r1pipe/stages/KIND.py` with
+    `run(stage, context) -> facts` (and `replay`, if it can train on kept rollouts). Whatever else
+    asks about a stage (doctor, memory estimate, lineage, card, command line) asks by the attributes
+    and methods below.
+    """
+
     name: str = ""
     """The stage's folder in the run; default: its kind."""
 
-    trains: ClassVar[bool] = False
-    """Whether the stage learns from `data`, which decontamination then has to look at."""
+    module: ClassVar[str] = ""
+    """Where `run` is; default: r1pipe.stages.KIND."""
+    help: ClassVar[str] = ""
+    """Of `r1pipe KIND`."""
+    example: ClassVar[str] = ""
+    """A command line; default: `r1pipe KIND configs/demo.yaml`."""
+    then: ClassVar[str] = ""
+    """A command that somebody may want next."""
+    how_made: ClassVar[str] = ""
+    """A checkpoint's origin, for its model card."""
     makes_checkpoint: ClassVar[bool] = True
+    measures: ClassVar[bool] = False
+    """Whether the stage's problems are held out: kept away from all training."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        for kind in get_args(cls.__annotations__.get("kind")):
+            STAGE_TYPES[kind] = cls
 
     @model_validator(mode="before")
     @classmethod
@@ -176,29 +203,73 @@ class Stage(Strict):
             raise ValueError("a run keeps what it publishes there: take another name")
         return name
 
-    def parents(self) -> list[str]:
-        """What the stage starts from: names of earlier stages, folders or hub ids."""
-        return []
+    # Data
 
     def problem_sets(self) -> list[ProblemSet]:
         """Every set of problems that the stage reads."""
         return []
 
-    def learnt_sets(self) -> list[ProblemSet]:
-        """Those of them whose `solution`s are trained on."""
+    def training_sets(self) -> list[ProblemSet]:
+        """Those whose problems are trained on, or sampled for training."""
         return []
 
+    def learnt_sets(self) -> list[ProblemSet]:
+        """Those whose `solution`s are trained on."""
+        return []
 
-class Init(Stage):
-    """A policy from random weights, with a tokenizer built for the data."""
+    # Checkpoints: names of earlier stages, folders or hub ids
 
-    kind: Literal["init"]
-    model: dict[str, Any]
-    """`model_type` and the keyword arguments of that transformers config."""
-    tokenizer: TokenizerTraining
+    def parents(self) -> list[str]:
+        """All that the stage starts from."""
+        return []
 
-    def problem_sets(self) -> list[ProblemSet]:
-        return [self.tokenizer.data]
+    @property
+    def weights_from(self) -> str | None:
+        """The checkpoint that is trained; None if its weights are random, or none is trained."""
+        return None
+
+    @property
+    def taught_by(self) -> str | None:
+        """The checkpoint whose samples or distribution this or a later stage learns from."""
+        return None
+
+    @property
+    def new_model(self) -> dict[str, Any] | None:
+        """`model_type` and config arguments of a model that is built from random weights."""
+        return None
+
+    def models(self) -> list[str]:
+        """The checkpoints that the stage loads."""
+        names = (self.taught_by, self.weights_from)
+        return [name for name in names if name is not None]
+
+    # What it does with them
+
+    def samplings(self) -> list[tuple[str, Sampling]]:
+        """The checkpoints that vLLM samples from, and how."""
+        return []
+
+    def rewards_used(self) -> list[Reward]:
+        """The rewards that the stage calls."""
+        return []
+
+    def functions_used(self) -> list[str]:
+        """Dotted names of all functions of the user's choice: their sources are in the lineage."""
+        return [reward.function for reward in self.rewards_used()]
+
+    @property
+    def optimization(self) -> Optimization | None:
+        """How a model is trained; None if none is."""
+        return None
+
+    @property
+    def longest_sequence(self) -> int | None:
+        """Tokens of the longest sequence that is trained on; None: as the model's context."""
+        return None
+
+    def remarks(self) -> list[str]:
+        """Settings that are allowed and yet hardly meant, for the doctor."""
+        return []
 
 
 def as_list(value: Any) -> Any:
@@ -219,12 +290,13 @@ class TrainingStage(Stage):
     data: Annotated[list[TrainingSet], Field(min_length=1), BeforeValidator(as_list)]
     """One set of problems, or a list of them."""
 
-    trains: ClassVar[bool] = True
-
     def parents(self) -> list[str]:
         return [self.from_, *(source.stage for source in self.problem_sets() if source.stage)]
 
     def problem_sets(self) -> list[ProblemSet]:
+        return list(self.data)
+
+    def training_sets(self) -> list[ProblemSet]:
         return list(self.data)
 
     @field_validator("data")
@@ -254,3 +326,23 @@ class PromptingStage(TrainingStage):
     max_prompt_length: PositiveInt | None = None
     """Tokens; problems with longer prompts are dropped and counted, never cut. Default: such a
     problem is an error if it does not fit the context."""
+
+
+class Init(Stage):
+    """A policy from random weights, with a tokenizer built for the data."""
+
+    kind: Literal["init"]
+    model: dict[str, Any]
+    """`model_type` and the keyword arguments of that transformers config."""
+    tokenizer: TokenizerTraining
+
+    help = "make a policy from random weights"
+    then = "r1pipe sft configs/demo.yaml"
+    how_made = "random weights, untrained"
+
+    def problem_sets(self) -> list[ProblemSet]:
+        return [self.tokenizer.data]
+
+    @property
+    def new_model(self) -> dict[str, Any]:
+        return {"vocab_size": self.tokenizer.vocab_size, **self.model}

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from r1pipe.config.base import ProblemSet, Sampling, Share, Stage, as_list, refuse_idle
+from r1pipe.config.base import ProblemSet, Reward, Sampling, Share, Stage, as_list, refuse_idle
 
 
 class EvalSet(ProblemSet):
@@ -63,12 +63,26 @@ class Eval(Stage):
     """Whether the run's own summary.json, summary.md and curves.png are of this stage."""
 
     makes_checkpoint: ClassVar[bool] = False
+    measures: ClassVar[bool] = True
+    help = "measure checkpoints on held-out problems"
+    example = "r1pipe eval configs/demo.yaml --compare sft grpo"
+    then = "r1pipe publish runs/demo/grpo --repo user/name --dry-run"
 
     def parents(self) -> list[str]:
         return self.checkpoints
 
+    def models(self) -> list[str]:
+        return self.checkpoints
+
     def problem_sets(self) -> list[ProblemSet]:
         return list(self.data)
+
+    def samplings(self) -> list[tuple[str, Sampling]]:
+        return [(name, self.sampling) for name in self.checkpoints]
+
+    def rewards_used(self) -> list[Reward]:
+        own = [problems.reward for problems in self.data if problems.reward]
+        return [Reward(function=name) for name in (self.reward, self.format_reward, *own)]
 
     def for_one(self, checkpoint: str) -> "Eval":
         """The same for another checkpoint alone: a stage of its own, beside the recipe's."""

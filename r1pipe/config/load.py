@@ -9,8 +9,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from r1pipe.config.base import ProblemSet
-from r1pipe.config.recipe import STAGE_TYPES, Recipe
+from r1pipe.config.base import STAGE_TYPES, ProblemSet
+from r1pipe.config.recipe import Recipe
 from r1pipe.utils.errors import UserError
 
 
@@ -40,6 +40,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise UserError(f"{path}: a recipe is a mapping with name and stages")
     for override in overrides or []:
         apply_override(values, override)
+    Recipe.learn_kinds()
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:

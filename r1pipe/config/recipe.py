@@ -6,22 +6,24 @@ TRL's and vLLM's own where those have one. Imports no torch.
 
 import re
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     Field,
+    GetCoreSchemaHandler,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     field_validator,
     model_validator,
 )
+from pydantic_core import core_schema
 
-from r1pipe.config.base import MAX_NAME, Init, Reward, Share, Stage, Strict
-from r1pipe.config.evals import Eval
-from r1pipe.config.rl import Grpo, OnPolicy, OnPolicyDistill
-from r1pipe.config.sft import Sft
-from r1pipe.config.traces import Distill, Reject
+# isort: off
+# The kinds of stages, which register themselves, in the order of `r1pipe --help`.
+from r1pipe.config import sft, rl, traces, evals  # noqa: F401
+from r1pipe.config.base import MAX_NAME, STAGE_TYPES, ProblemSet, Share, Stage, Strict
+# isort: on
 
 
 class Engine(Strict):
@@ -60,15 +62,19 @@ class KeptRollouts(Strict):
     than all the rest: layers x experts per token bytes for each token."""
 
 
-AnyStage = Annotated[
-    Init | Sft | Grpo | Reject | Distill | OnPolicyDistill | Eval, Field(discriminator="kind")
-]
-STAGE_TYPES: dict[str, type[Stage]] = {
-    get_args(t.model_fields["kind"].annotation)[0]: t for t in get_args(get_args(AnyStage)[0])
-}
+class OfItsKind:
+    """Validates a stage by the class that has its `kind`."""
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        kinds = {kind: handler.generate_schema(stage) for kind, stage in STAGE_TYPES.items()}
+        return core_schema.tagged_union_schema(kinds, discriminator="kind")
 
 
 class Recipe(Strict):
+    _kinds: ClassVar[set[str]] = set(STAGE_TYPES)
+
     name: str
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     runs_dir: str = "runs"
@@ -96,7 +102,7 @@ class Recipe(Strict):
     tracking: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
     """Where metrics go beside metrics.jsonl; each needs its package."""
     tracking_project: str = "r1pipe"
-    stages: Annotated[list[AnyStage], Field(min_length=1)]
+    stages: Annotated[list[Annotated[Stage, OfItsKind()]], Field(min_length=1)]
 
     @field_validator("name")
     @classmethod
@@ -141,7 +147,7 @@ class Recipe(Strict):
             for source in stage.problem_sets():
                 if source.stage and source.stage not in earlier:
                     raise ValueError(f'stages: "{stage.name}": no earlier stage "{source.stage}"')
-            if isinstance(stage, OnPolicy) and stage.async_steps and size > 1:
+            if isinstance(stage, rl.OnPolicy) and stage.async_steps and size > 1:
                 raise ValueError(
                     f"stages.{stage.name}.async_steps: sampling beside the training needs "
                     f"engine.tensor_parallel_size 1, not {size}: collectives of two threads would "
@@ -157,14 +163,13 @@ class Recipe(Strict):
     def stage(self, name: str) -> Stage | None:
         return next((s for s in self.stages if s.name == name), None)
 
+    def heldout_sets(self) -> list[ProblemSet]:
+        """What no stage may train on."""
+        return [s for stage in self.stages if stage.measures for s in stage.problem_sets()]
 
-def list_rewards(stage: Stage) -> list[Reward]:
-    """The rewards that a stage calls."""
-    if isinstance(stage, OnPolicy):
-        return stage.rewards
-    if isinstance(stage, Reject | Distill):
-        return stage.traces.rewards
-    if isinstance(stage, Eval):
-        own = [problems.reward for problems in stage.data if problems.reward]
-        return [Reward(function=name) for name in (stage.reward, stage.format_reward, *own)]
-    return []
+    @classmethod
+    def learn_kinds(cls) -> None:
+        """Know the kinds of stages that were defined after this class."""
+        if set(STAGE_TYPES) != cls._kinds:
+            cls._kinds = set(STAGE_TYPES)
+            cls.model_rebuild(force=True)

@@ -93,6 +93,36 @@ class OnPolicy(PromptingStage, Optimization):
         return self.from_
 
     @property
+    def weights_from(self) -> str:
+        return self.policy
+
+    @property
+    def optimization(self) -> Optimization:
+        return self
+
+    @property
+    def longest_sequence(self) -> int:
+        return self.max_completion_length + 1
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether a frozen copy of the policy is in memory beside it."""
+        return False
+
+    @property
+    def sampling(self) -> Sampling:
+        """From the policy's own distribution, of which nothing is cut."""
+        return Sampling(
+            temperature=self.temperature, max_completion_length=self.max_completion_length
+        )
+
+    def samplings(self) -> list[tuple[str, Sampling]]:
+        return [(self.policy, self.sampling)]
+
+    def rewards_used(self) -> list[Reward]:
+        return self.rewards
+
+    @property
     def verifies_sync(self) -> bool:
         return bool(self.async_steps) if self.verify_sync is None else self.verify_sync
 
@@ -152,12 +182,33 @@ class Grpo(OnPolicy):
     off_policy_mask_threshold: PositiveFloat | None = None
     """Mean log(pi_sampler / pi) above which a completion of negative advantage is dropped."""
 
+    help = "reinforcement learning"
+    example = "r1pipe grpo configs/demo.yaml --set stages.grpo.max_steps=8"
+    then = "r1pipe eval configs/demo.yaml"
+    how_made = "reinforcement learning (GRPO)"
+
     @property
-    def never_clips(self) -> bool:
-        """Whether clip ranges were chosen, and all ratios are 1."""
+    def keeps_reference(self) -> bool:
+        return self.beta > 0
+
+    @property
+    def sampling(self) -> Sampling:
+        cut = {"top_p": self.top_p, "top_k": self.top_k}
+        return super().sampling.model_copy(update=cut)
+
+    def functions_used(self) -> list[str]:
+        own_loss = [self.loss_type] if "." in self.loss_type else []
+        return [*super().functions_used(), *own_loss]
+
+    def remarks(self) -> list[str]:
         ranges = (self.epsilon, self.epsilon_high, self.delta)
         chosen = ranges != (0.2, None, None) and self.loss_type in set(LOSSES) - {"cispo"}
-        return chosen and self.steps_per_generation * self.num_iterations == 1
+        if not chosen or self.steps_per_generation * self.num_iterations > 1:
+            return []
+        return [
+            "epsilon, epsilon_high and delta do nothing: with one optimizer step a batch "
+            "(steps_per_generation 1, num_iterations 1) the policy is the one they are relative to"
+        ]
 
     @field_validator("loss_type")
     @classmethod
@@ -239,9 +290,18 @@ class OnPolicyDistill(OnPolicy):
         refuse_idle(self.breaker, dict.fromkeys(("kl", "update_kl"), "in this stage"), "breaker.")
         return self
 
+    help = "teach a student on its own samples"
+    example = "r1pipe on_policy_distill configs/on_policy.yaml"
+    then = "r1pipe eval configs/on_policy.yaml"
+    how_made = "on-policy distillation"
+
     @property
     def policy(self) -> str:
         return self.student
+
+    @property
+    def taught_by(self) -> str:
+        return self.from_
 
     def parents(self) -> list[str]:
         return [*super().parents(), self.student]
@@ -255,12 +315,3 @@ class OnPolicyDistill(OnPolicy):
                 "and give that stage's name"
             )
         return student
-
-
-def sampling_of(stage: Grpo | OnPolicyDistill) -> Sampling:
-    return Sampling(
-        temperature=stage.temperature,
-        top_p=stage.top_p,
-        top_k=stage.top_k,
-        max_completion_length=stage.max_completion_length,
-    )

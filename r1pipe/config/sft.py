@@ -77,5 +77,21 @@ class Sft(TrainingStage):
     """Which of the solutions are not trained on."""
     train: Supervised
 
+    help = "cold start: supervised training on written-out reasoning"
+    then = "r1pipe grpo configs/demo.yaml"
+    how_made = "supervised training"
+
+    @property
+    def weights_from(self) -> str:
+        return self.from_
+
+    @property
+    def optimization(self) -> Supervised:
+        return self.train
+
+    @property
+    def longest_sequence(self) -> int | None:
+        return self.train.max_length
+
     def learnt_sets(self) -> list[ProblemSet]:
         return self.problem_sets()

@@ -112,9 +112,23 @@ class Reject(PromptingStage):
     mix: Mix | None = None
 
     makes_checkpoint: ClassVar[bool] = False
+    help = "sample traces for a later sft stage"
+    example = "r1pipe reject configs/r1.yaml"
+    then = "r1pipe sft configs/r1.yaml"
+
+    @property
+    def taught_by(self) -> str | None:
+        return self.from_
 
     def parents(self) -> list[str]:
         return [name for name in super().parents() if name is not None]
+
+    def samplings(self) -> list[tuple[str, Sampling]]:
+        """None for a teacher behind an endpoint: it samples elsewhere."""
+        return [(self.from_, self.traces.sampling)] if self.from_ else []
+
+    def rewards_used(self) -> list[Reward]:
+        return self.traces.rewards
 
     def problem_sets(self) -> list[ProblemSet]:
         more = [self.traces.few_shot, self.mix]
@@ -144,9 +158,39 @@ class Distill(PromptingStage):
     traces: Traces
     train: Supervised
 
+    help = "teach a dense student the right samples of a policy"
+    then = "r1pipe eval configs/demo.yaml"
+    how_made = "supervised training on samples of a policy"
+
+    @property
+    def weights_from(self) -> str | None:
+        return self.student if isinstance(self.student, str) else None
+
+    @property
+    def new_model(self) -> dict[str, Any] | None:
+        return self.student if isinstance(self.student, dict) else None
+
+    @property
+    def taught_by(self) -> str:
+        return self.from_
+
+    @property
+    def optimization(self) -> Supervised:
+        return self.train
+
+    @property
+    def longest_sequence(self) -> int | None:
+        return self.train.max_length
+
     def parents(self) -> list[str]:
-        student = [self.student] if isinstance(self.student, str) else []
+        student = [self.weights_from] if self.weights_from else []
         return [*super().parents(), *student]
+
+    def samplings(self) -> list[tuple[str, Sampling]]:
+        return [(self.from_, self.traces.sampling)]
+
+    def rewards_used(self) -> list[Reward]:
+        return self.traces.rewards
 
     def problem_sets(self) -> list[ProblemSet]:
         few_shot = self.traces.few_shot

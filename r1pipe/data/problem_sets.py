@@ -2,16 +2,10 @@
 
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from r1pipe.config.base import ProblemSet, Sampling, Stage
-from r1pipe.config.evals import Eval
+from r1pipe.config.base import ProblemSet, Stage
 from r1pipe.config.recipe import Recipe
-from r1pipe.config.rl import OnPolicy
 from r1pipe.data.problems import Loaded, read_problems, read_traces
-
-if TYPE_CHECKING:
-    pass
 
 
 class ProblemSets:
@@ -59,21 +53,5 @@ def list_needed(stages: Iterable[Stage], recipe: Recipe) -> Iterator[ProblemSet]
     the recipe."""
     for stage in stages:
         yield from stage.problem_sets()
-        if not isinstance(stage, Eval):
-            for other in recipe.stages:
-                if isinstance(other, Eval):
-                    yield from other.problem_sets()
-
-
-def list_samplings(stage: Stage) -> list[tuple[str, Sampling]]:
-    """The checkpoints that a stage samples from, and how."""
-    if isinstance(stage, OnPolicy):
-        from r1pipe.config.rl import sampling_of
-
-        return [(stage.policy, sampling_of(stage))]
-    if isinstance(stage, Eval):
-        return [(name, stage.sampling) for name in stage.checkpoints]
-    traces = getattr(stage, "traces", None)
-    if traces is None or stage.from_ is None:  # a teacher behind an endpoint samples elsewhere
-        return []
-    return [(stage.from_, traces.sampling)]
+        if not stage.measures:
+            yield from recipe.heldout_sets()

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r1pipe.config.base import ProblemSet, Stage
-from r1pipe.config.evals import Eval
 from r1pipe.config.recipe import Recipe
 from r1pipe.data.problem_sets import ProblemSets
 from r1pipe.data.problems import Loaded
@@ -103,18 +102,7 @@ def check_solutions(stage: Stage, source: ProblemSet, problems: Sequence[Problem
 
 def find_origin(stage: Stage) -> str | None:
     """The checkpoint that a stage takes its tokenizer from."""
-    student = getattr(stage, "student", None)
-    if isinstance(student, str):
-        return student
-    return getattr(stage, "from_", None)
-
-
-def list_models(stage: Stage) -> list[str]:
-    """Checkpoints whose tokenizers a stage uses."""
-    if isinstance(stage, Eval):
-        return stage.checkpoints
-    names = getattr(stage, "from_", None), getattr(stage, "student", None)
-    return [name for name in names if isinstance(name, str)]
+    return stage.weights_from or stage.taught_by
 
 
 def describe_source(source: ProblemSet) -> str:

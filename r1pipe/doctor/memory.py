@@ -15,11 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from r1pipe.config.base import Init, Optimization, Stage
+from r1pipe.config.base import Optimization, Stage
 from r1pipe.config.recipe import Recipe
-from r1pipe.config.rl import Grpo, OnPolicy, OnPolicyDistill
-from r1pipe.config.sft import Sft, Supervised
-from r1pipe.config.traces import Distill
+from r1pipe.config.rl import OnPolicy
 from r1pipe.doctor.model_shape import GIB, MASTER, Shape, find_config, find_stage_config
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError, first_line
@@ -106,21 +104,29 @@ class Estimate:
         )
 
 
-def estimate_on_policy(stage: OnPolicy, recipe: Recipe, shape: Shape, devices: Devices) -> Estimate:
-    """The trainer and the sampler share every device."""
+def estimate_shape(stage: Stage, recipe: Recipe, shape: Shape, devices: Devices) -> Estimate:
+    """Of a stage that trains a model of this shape: the trainer, what it compares with, and the
+    engine of a model that is sampled from, which all share every device."""
     element = 2 if recipe.dtype == "bfloat16" else 4
-    context = recipe.engine.max_model_len or shape.config.max_position_embeddings
-    longest = min(context, stage.max_completion_length + 1)
-    share = shape.parameters / devices.count
-    parts = trainer_parts(shape, devices, longest, element, stage)
-    if isinstance(stage, Grpo) and stage.beta:
-        parts["reference"] = element * share
-    if isinstance(stage, OnPolicyDistill):
-        teacher = Shape.of(find_config(stage.from_, recipe))
+    is_on_policy = isinstance(stage, OnPolicy)
+    context = shape.config.max_position_embeddings
+    if is_on_policy:
+        context = recipe.engine.max_model_len or context
+    longest = min(context, stage.longest_sequence or context)
+    parts = trainer_parts(shape, devices, longest, element, stage.optimization)
+    if is_on_policy and stage.keeps_reference:
+        parts["reference"] = element * shape.parameters / devices.count
+    if is_on_policy and stage.taught_by:
+        teacher = Shape.of(find_config(stage.taught_by, recipe))
         parts["teacher"] = teacher_bytes(teacher, devices, element)
         parts["logits"] *= 1 + TEACHER_LOGIT_COPIES / LOGIT_COPIES
-    sampler, problems = engine_parts(recipe, shape, devices)
-    return Estimate(stage.name, shape, devices, parts | sampler, problems)
+    problems = []
+    for name, _ in stage.samplings():
+        is_own = name == stage.weights_from
+        sampled = shape if is_own else Shape.of(find_config(name, recipe))
+        sampler, problems = engine_parts(recipe, sampled, devices)
+        parts |= sampler
+    return Estimate(stage.name, shape, devices, parts, problems)
 
 
 def teacher_bytes(shape: Shape, devices: Devices, element: int) -> float:
@@ -155,16 +161,6 @@ def engine_parts(
             "engine.tensor_parallel_size or gpu_memory_utilization"
         )
     return {"vLLM": weights, "KV cache": max(0.0, room)}, problems
-
-
-def estimate_supervised(
-    name: str, train: Supervised, recipe: Recipe, shape: Shape, devices: Devices
-) -> Estimate:
-    element = 2 if recipe.dtype == "bfloat16" else 4
-    longest = train.max_length or shape.config.max_position_embeddings
-    return Estimate(
-        name, shape, devices, trainer_parts(shape, devices, longest, element, train), []
-    )
 
 
 def trainer_parts(
@@ -206,7 +202,7 @@ def estimate_stage(stage: Stage, recipe: Recipe, devices: Devices) -> str | None
 
 def make_estimate(stage: Stage, recipe: Recipe, devices: Devices) -> Estimate | str | None:
     """Of a training stage, or why there is none; None for other stages."""
-    if not isinstance(stage, Sft | OnPolicy | Distill):
+    if stage.optimization is None:
         return None
     try:
         return estimate_shape(stage, recipe, Shape.of(find_stage_config(stage, recipe)), devices)
@@ -240,24 +236,11 @@ def estimate_files(stage: Stage, recipe: Recipe) -> Files:
     if not stage.makes_checkpoint:
         return Files(0, 0)
     model = MASTER * Shape.of(find_stage_config(stage, recipe)).parameters
-    if isinstance(stage, Init):
+    settings = stage.optimization
+    if settings is None:
         return Files(model, 0)
-    settings = stage if isinstance(stage, OnPolicy) else stage.train
+    is_on_policy = isinstance(stage, OnPolicy)
     # The optimizer's moments, and the reference; the newest ones, the best, and one being written.
-    state = model * (4 if isinstance(stage, Grpo) and stage.beta else 3)
-    count = settings.save_total_limit + isinstance(stage, OnPolicy) + 1
+    state = model * (4 if is_on_policy and stage.keeps_reference else 3)
+    count = settings.save_total_limit + is_on_policy + 1
     return Files(model, state * (count if settings.save_steps else 1))
-
-
-def estimate_shape(
-    stage: Sft | OnPolicy | Distill, recipe: Recipe, shape: Shape, devices: Devices
-) -> Estimate:
-    if isinstance(stage, OnPolicy):
-        return estimate_on_policy(stage, recipe, shape, devices)
-    estimate = estimate_supervised(stage.name, stage.train, recipe, shape, devices)
-    if isinstance(stage, Distill):
-        # The teacher's engine stays beside the student.
-        teacher = Shape.of(find_config(stage.from_, recipe))
-        sampler, problems = engine_parts(recipe, teacher, devices)
-        estimate = replace(estimate, parts=estimate.parts | sampler, problems=problems)
-    return estimate

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from r1pipe.config.base import Init, Stage
+from r1pipe.config.base import Stage
 from r1pipe.config.recipe import Recipe
-from r1pipe.config.traces import Distill
 from r1pipe.models.hub_cache import reaches_hub
 from r1pipe.models.model import find_layers
 
@@ -113,13 +112,16 @@ class Shape:
 
 
 def find_stage_config(stage: Stage, recipe: Recipe) -> PretrainedConfig:
-    """Of the model that the stage makes."""
-    if isinstance(stage, Init):
-        return make_config({"vocab_size": stage.tokenizer.vocab_size, **stage.model})
-    if isinstance(stage, Distill) and not isinstance(stage.student, str):
-        teacher = find_config(stage.from_, recipe)
-        return make_config({"vocab_size": teacher.get_text_config().vocab_size, **stage.student})
-    return find_config(getattr(stage, "student", stage.from_), recipe)
+    """Of the model that the stage makes. Raises ValueError if it cannot be read."""
+    settings = stage.new_model
+    if settings is None:
+        if stage.weights_from is None:
+            raise ValueError(f'the stage "{stage.name}" makes no checkpoint')
+        return find_config(stage.weights_from, recipe)
+    if stage.taught_by:
+        teacher = find_config(stage.taught_by, recipe).get_text_config()
+        settings = {"vocab_size": teacher.vocab_size, **settings}
+    return make_config(settings)
 
 
 def find_config(source: str, recipe: Recipe) -> PretrainedConfig:

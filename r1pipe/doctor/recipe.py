@@ -19,12 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from r1pipe.config.base import Sampling, Stage
-from r1pipe.config.evals import Eval
-from r1pipe.config.recipe import Recipe, list_rewards
-from r1pipe.config.rl import Grpo, OnPolicy, OnPolicyDistill
-from r1pipe.config.sft import Sft
-from r1pipe.config.traces import Distill, Reject
-from r1pipe.data.problem_sets import ProblemSets, list_samplings
+from r1pipe.config.recipe import Recipe
+from r1pipe.config.rl import Grpo, OnPolicy
+from r1pipe.data.problem_sets import ProblemSets
 from r1pipe.data.problems import read_problems
 from r1pipe.doctor.golds import pick_judging, spread, try_golds, try_rewards
 from r1pipe.doctor.inputs import (
@@ -32,7 +29,6 @@ from r1pipe.doctor.inputs import (
     check_solutions,
     count_characters,
     describe_source,
-    list_models,
 )
 from r1pipe.doctor.machine import Diagnosis, examine_machine, examine_sandbox
 from r1pipe.models.thinking import OPEN, close_tag
@@ -78,7 +74,7 @@ class Doctor:
         """Everything about these stages that can be known now."""
         yield self.examine_folder()
         yield self.examine_disk(stages)
-        if any(r.function == "rewards.code_passes" for s in stages for r in list_rewards(s)):
+        if any(r.function == "rewards.code_passes" for s in stages for r in s.rewards_used()):
             yield examine_sandbox(is_needed=True)
         for stage in stages:
             for check in (
@@ -116,15 +112,9 @@ class Doctor:
 
     def examine_functions(self, stage: Stage) -> Iterator[Diagnosis]:
         check_functions(stage)
-        if isinstance(stage, Grpo) and stage.never_clips:
-            yield Diagnosis(
-                "",
-                "warn",
-                "epsilon, epsilon_high and delta do nothing: with one optimizer step a batch "
-                "(steps_per_generation 1, num_iterations 1) the policy is the one they are "
-                "relative to",
-            )
-        if names := name_rewards(list_rewards(stage)):
+        for remark in stage.remarks():
+            yield Diagnosis("", "warn", remark)
+        if names := name_rewards(stage.rewards_used()):
             yield Diagnosis("", "ok", ", ".join(names))
 
     def examine_data(self, stage: Stage) -> Iterator[Diagnosis]:
@@ -140,9 +130,11 @@ class Doctor:
                 yield Diagnosis("", "skipped", f'the stage "{source.stage}" has not run')
                 continue
             check_solutions(stage, source, loaded.problems)
-            trains = source in getattr(stage, "data", ()) and not isinstance(stage, Eval)
-            if trains and all(problem.question in self.heldout for problem in loaded.problems):
-                status = "FAIL" if len(stage.data) == 1 else "warn"
+            trained = stage.training_sets()
+            if source in trained and all(
+                problem.question in self.heldout for problem in loaded.problems
+            ):
+                status = "FAIL" if len(trained) == 1 else "warn"
                 what = (
                     f"{describe_source(source)}: every problem is one of an eval stage, so left out"
                 )
@@ -156,22 +148,22 @@ class Doctor:
     @functools.cached_property
     def heldout(self) -> set[str]:
         """Questions of the recipe's eval stages."""
-        evals = [stage for stage in self.recipe.stages if isinstance(stage, Eval)]
+        measuring = [stage for stage in self.recipe.stages if stage.measures]
         return {
             problem.question
-            for stage in evals
+            for stage in measuring
             for _, problems in self.inputs.list_problems(stage)
             for problem in problems
         }
 
     def examine_golds(self, stage: Stage) -> Iterator[Diagnosis]:
         try:
-            rewards = pick_judging(list_rewards(stage))
+            rewards = pick_judging(stage.rewards_used())
         except UserError:  # told of the functions already
             return
         try:
             for _, problems in self.inputs.list_problems(stage):
-                try_rewards(list_rewards(stage), problems[:2])
+                try_rewards(stage.rewards_used(), problems[:2])
         except UserError as error:
             yield Diagnosis("rewards", "FAIL", str(error))
             return
@@ -218,25 +210,26 @@ class Doctor:
         )
 
         good, missing, layers = [], [], ""
-        if isinstance(stage, Sft | Distill | OnPolicy):
+        trains = isinstance(stage, OnPolicy)
+        if stage.optimization is not None:
             from r1pipe.trainer.policy import require_trainable
 
             with contextlib.suppress(ValueError):  # said below
                 configs = [find_stage_config(stage, self.recipe)]
-                if isinstance(stage, OnPolicyDistill):
-                    configs.append(find_config(stage.from_, self.recipe))
+                if trains and stage.taught_by:
+                    configs.append(find_config(stage.taught_by, self.recipe))
                 for config in configs:
                     require_trainable(config, self.recipe.attn_implementation)
-        for name, _ in list_samplings(stage):
+        for name, _ in stage.samplings():
             try:
                 config = find_config(name, self.recipe)
             except ValueError:
                 missing.append(name)
                 continue
-            if isinstance(stage, OnPolicy) and stage.routing_replay:
+            if trains and stage.routing_replay:
                 layers = f"; {len(require_moe_layers(config))} layers replayed"
             device = pick_device(self.recipe.device)
-            engine, trains = self.recipe.engine, isinstance(stage, OnPolicy)
+            engine = self.recipe.engine
             check_engine(name, config, engine, device.type, self.devices.count, trains)
             if self.thorough:
                 set_environment(config, device, self.recipe.dtype)
@@ -267,12 +260,11 @@ class Doctor:
         from r1pipe.models.weights import check_weights
         from r1pipe.rollout.vllm_args import check_files, read_config
 
-        made = getattr(stage, "model", None) or getattr(stage, "student", None)
-        if isinstance(made, dict):
-            check_settings(made)
-        sampled = {name for name, _ in list_samplings(stage)}
+        if stage.new_model:
+            check_settings(stage.new_model)
+        sampled = {name for name, _ in stage.samplings()}
         good = []
-        for name in list_models(stage):
+        for name in stage.models():
             if self.recipe.stage(name) is not None:
                 continue
             place = None
@@ -297,7 +289,7 @@ class Doctor:
         from r1pipe.models.tokenizer import encode_prompt, find_opening, show_turn
 
         good, missing = [], []
-        for name in list_models(stage):
+        for name in stage.models():
             tokenizer = self.inputs.find_tokenizer(name)
             if tokenizer is None:
                 missing.append(name)
@@ -331,11 +323,11 @@ class Doctor:
 
     def examine_vocabulary(self, stage: Stage) -> Iterator[Diagnosis]:
         """Of teacher and student, whose distributions are compared."""
-        if not isinstance(stage, OnPolicyDistill):
+        if not (isinstance(stage, OnPolicy) and stage.taught_by):
             return
         from r1pipe.models.tokenizer import require_same_vocabulary
 
-        names = (stage.from_, stage.student)
+        names = (stage.taught_by, stage.policy)
         try:
             pair = [self.inputs.find_tokenizer(name) for name in names]
         except UserError:
@@ -350,9 +342,9 @@ class Doctor:
         from r1pipe.doctor.model_shape import find_config
 
         good = []
-        samplings: list[tuple[str, Sampling | None]] = [*list_samplings(stage)]
-        if isinstance(stage, Sft):
-            samplings.append((stage.from_, None))
+        samplings: list[tuple[str, Sampling | None]] = [*stage.samplings()]
+        if stage.optimization and stage.weights_from and not samplings:
+            samplings.append((stage.weights_from, None))
         for name, sampling in samplings:
             context, problem = self.recipe.engine.max_model_len, ""
             if context is None:
@@ -379,7 +371,7 @@ class Doctor:
             if problem:
                 yield Diagnosis("", "skipped", problem)
                 continue
-            if isinstance(stage, Sft) and (what := self.find_long_trace(stage, name, tokenizer)):
+            if sampling is None and (what := self.find_long_trace(stage, name, tokenizer)):
                 yield Diagnosis("", "warn", what)
             longest = self.measure_prompts(stage, tokenizer, sampling, context)
             if longest and sampling:
@@ -439,7 +431,7 @@ class Doctor:
         return longest
 
     def find_long_trace(
-        self, stage: Sft, name: str, tokenizer: "PreTrainedTokenizerBase"
+        self, stage: Stage, name: str, tokenizer: "PreTrainedTokenizerBase"
     ) -> str | None:
         """Whether the longest row, by characters, is longer than the model's context, and kept."""
         from r1pipe.doctor.model_shape import find_config
@@ -454,7 +446,7 @@ class Doctor:
             return None
         context = getattr(config, "max_position_embeddings", None)
         problems = [p for _, some in self.inputs.list_problems(stage) for p in some]
-        if not problems or not context or stage.train.max_length:
+        if not problems or not context or stage.longest_sequence:
             return None
         problem = max(problems, key=count)
         length = len(encode_prompt(tokenizer, problem.prompt, f'problem "{problem.id}"'))
@@ -527,7 +519,7 @@ class Doctor:
         if not isinstance(stage, OnPolicy):
             return
         from r1pipe.models.model import pick_device
-        from r1pipe.rl.loop import measure_mismatch, sampling_of
+        from r1pipe.rl.loop import measure_mismatch
         from r1pipe.rl.update import Updater
         from r1pipe.rollout.engine import Engines
         from r1pipe.trainer.fsdp import load_sharded
@@ -550,7 +542,7 @@ class Doctor:
             model = load_sharded(*source, dtype=recipe.dtype)
             updater = Updater(model, None, stage, dtype=recipe.dtype, seed=recipe.seed)
             length = min(PARITY_TOKENS, stage.max_completion_length)
-            sampling = sampling_of(stage).model_copy(update={"max_completion_length": length})
+            sampling = stage.sampling.model_copy(update={"max_completion_length": length})
             some = spread(problems, PARITY_PROMPTS)
             seed_parts = (recipe.seed, stage.name, "doctor")
             diff = measure_mismatch(stage, updater, sampler, some, sampling, seed_parts)
@@ -568,7 +560,7 @@ class Doctor:
 def check_trainable(place: str, config: "PreTrainedConfig", stage: Stage) -> None:
     """Raises UserError for what no stage can train, as far as its config tells."""
     how = getattr(config, "quantization_config", None)
-    if how is not None and not isinstance(stage, Eval | Reject):
+    if how is not None and stage.optimization is not None:
         method = how.get("quant_method") if isinstance(how, dict) else how.quant_method
         raise UserError(f"{place}: quantised ({method}): take the model that it was made from")
     if config.is_encoder_decoder:
@@ -674,7 +666,7 @@ def check_stage(stage: Stage) -> str:
 
 def check_functions(stage: Stage) -> None:
     """Raises UserError for a reward or loss that does not exist or take its options."""
-    Scorer(list_rewards(stage))
+    Scorer(stage.rewards_used())
     if isinstance(stage, Grpo):
         check_loss(stage)
 

@@ -159,13 +159,6 @@ def list_results(evaluation: Evaluation) -> list[EvalResult]:
 
 
 def describe_model(facts: CardFacts) -> str:
-    origin = {
-        "init": "random weights, untrained",
-        "sft": "supervised training",
-        "grpo": "reinforcement learning (GRPO)",
-        "distill": "supervised training on samples of a policy",
-        "on_policy_distill": "on-policy distillation",
-    }[facts.stage.kind]
     start = (
         f"trained from `{hide_places(facts.base_model)}`"
         if facts.base_model
@@ -173,9 +166,10 @@ def describe_model(facts: CardFacts) -> str:
     )
     return (
         f"A {facts.model_type} model of {facts.num_parameters:,} parameters in {facts.dtype}, "
-        f"{start}: the stage `{facts.stage.name}` ({origin}) of the run `{facts.run.path.name}`, "
+        f"{start}: the stage `{facts.stage.name}` ({facts.stage.section.how_made}) of the run "
+        f"`{facts.run.path.name}`, "
         f"made and published with r1pipe {__version__}."
-        + ("" if facts.stage.kind == "init" else THINKS)
+        + (THINKS if facts.stage.section.optimization else "")
     )
 
 

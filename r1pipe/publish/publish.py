@@ -185,7 +185,7 @@ def list_sources(
     if base is not None:
         models[base] = "base model"
     for ancestor in run.lineage(stage.name):
-        for name in filter(None, (ancestor.weights_from, ancestor.taught_by)):
+        for name in ancestor.section.models():
             if (root := run.base_model(name)) is not None:
                 models.setdefault(root, "teacher")
         if endpoint := getattr(ancestor.section, "teacher", None):

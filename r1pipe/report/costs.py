@@ -1,10 +1,12 @@
 """What a run has cost, as a table, with what a point of accuracy has cost: `r1pipe cost RUN`."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 from r1pipe.evals.tables import draw_table, group_by_set
 from r1pipe.runs.ledger import LEDGER, summarize_run
+from r1pipe.runs.reader import StageFolder
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import read_json
 
@@ -85,9 +87,9 @@ def find_parent(stage_dir: Path) -> str | None:
     record = read_json(stage_dir / "stage.json", missing_ok=True)
     if record is None:
         return None
-    settings = record["settings"]
-    parent = settings.get("student", settings.get("from"))
-    return parent if isinstance(parent, str) else None
+    with contextlib.suppress(UserError):  # made by a version with other settings
+        return StageFolder(stage_dir, record).section.weights_from
+    return None
 
 
 def add_up(stages: list[dict[str, Any]]) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def find_rollouts(stage: StageFolder) -> Iterator[dict[str, Any]]:
     if steps := list(list_steps(stage.folder)):
         for row in read_rollouts(stage.folder, steps):
             yield {"source": stage.name, "row": row}
-    elif stage.kind == "eval":
+    else:
         entries = read_json(stage.folder / "summary.json", missing_ok=True) or []
         several = len({entry["dataset"] for entry in entries}) > 1
         for entry in entries:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from r1pipe.config.rl import OnPolicy, sampling_of
+from r1pipe.config.rl import OnPolicy
 from r1pipe.rl.advantages import compute_advantages, find_silent_groups
 from r1pipe.rl.batch import Batch, Group, gather_groups
 from r1pipe.rl.curriculum import PassRates, Prompts, compute_pass_rate, find_reward
@@ -37,7 +37,7 @@ class Collector:
         pass_rates: PassRates | None = None,
     ):
         self.stage, self.sampler, self.scorer, self.seed = stage, sampler, scorer, seed
-        self.sampling = sampling_of(stage)
+        self.sampling = stage.sampling
         self.prompts = Prompts(problems, seed, stage.difficulty, pass_rates)
 
     def collect(self, step: int, policy_step: int) -> Batch:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from r1pipe.config.base import Sampling
-from r1pipe.config.rl import OnPolicy, sampling_of
+from r1pipe.config.rl import OnPolicy
 from r1pipe.context import StageContext
 from r1pipe.models.weights import export_weights, save_checkpoint
 from r1pipe.rl.batch import Batch
@@ -202,7 +202,7 @@ def check_last_sync(
     """Compare sampler and trainer once more, on the weights of the last sync."""
     group = problems[: stage.prompts_per_step]
     seed_parts = (seed, stage.name, "last")
-    diff = measure_mismatch(stage, updater, sampler, group, sampling_of(stage), seed_parts)
+    diff = measure_mismatch(stage, updater, sampler, group, stage.sampling, seed_parts)
     breaker.examine_sync(diff, stage.max_steps)
     log_line(f"{stage.name}: sampler = trainer after the last sync: mean |dlogp| {diff:.1e}")
     return {"last_sync/logprob_diff_mean": diff}
@@ -217,7 +217,7 @@ def probe_sync(
     (stale kernels, a tied head) went wrong after the tensors had arrived."""
     group = [group.problem for group in batch.groups[:PROBE_PROMPTS]]
     length = min(PROBE_TOKENS, stage.max_completion_length)
-    sampling = sampling_of(stage).model_copy(update={"max_completion_length": length})
+    sampling = stage.sampling.model_copy(update={"max_completion_length": length})
     seed_parts = (seed, stage.name, "probe", batch.step)
     diff = measure_mismatch(stage, updater, sampler, group, sampling, seed_parts)
     breaker.examine_sync(diff, batch.step)

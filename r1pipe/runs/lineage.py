@@ -27,8 +27,7 @@ from typing import Any
 
 from r1pipe import __version__
 from r1pipe.config.base import ProblemSet, Stage
-from r1pipe.config.recipe import Recipe, list_rewards
-from r1pipe.config.rl import Grpo
+from r1pipe.config.recipe import Recipe
 from r1pipe.data.problems import find_recipe
 from r1pipe.models.hub_cache import find_revision, find_snapshot
 from r1pipe.runs.environment import PACKAGE, describe_machine, list_versions, read_commit
@@ -172,9 +171,7 @@ def hash_checkpoint(name: str, run: Path) -> dict[str, Any]:
 def hash_code(stage: Stage) -> dict[str, dict[str, str]]:
     """Sources of the stage's reward functions, and of a loss of the user's own, by package: a
     function's verdict may come from any of its package's modules."""
-    names = [reward.function for reward in list_rewards(stage)]
-    if isinstance(stage, Grpo) and "." in stage.loss_type:
-        names.append(stage.loss_type)
+    names = stage.functions_used()
     packages = {package for name in names for package in list_packages(name)}
     return {package: find_sources(package) for package in sorted(packages)}
 

@@ -14,12 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from r1pipe import __version__
-from r1pipe.config.base import Stage
-from r1pipe.config.evals import Eval, EvalSet
-from r1pipe.config.recipe import STAGE_TYPES
-from r1pipe.config.rl import OnPolicy, OnPolicyDistill
-from r1pipe.config.sft import Sft
-from r1pipe.config.traces import Distill, Reject
+from r1pipe.config.base import STAGE_TYPES, Stage
+from r1pipe.config.evals import EvalSet
 from r1pipe.runs.folder import SHARED_KEYS
 from r1pipe.runs.lineage import find_run, list_stages, read_lineage
 from r1pipe.utils.errors import UserError
@@ -71,35 +67,14 @@ class StageFolder:
             ) from error
 
     @property
-    def weights_from(self) -> str | None:
-        """What the stage's weights were before it trained them: an earlier stage, a folder or a hub
-        id; None if they were random, or if it trains none."""
-        section = self.section
-        if isinstance(section, Distill):
-            return section.student if isinstance(section.student, str) else None
-        if isinstance(section, OnPolicy):
-            return section.policy
-        return section.from_ if isinstance(section, Sft) else None
-
-    @property
-    def taught_by(self) -> str | None:
-        """Whose samples, or whose distribution, the stage learnt from, or made for another stage to
-        learn from."""
-        teaches = isinstance(self.section, Distill | OnPolicyDistill | Reject)
-        return self.section.from_ if teaches else None
-
-    @property
     def parents(self) -> list[str]:
-        """What the stage's result comes from: of an `eval` stage, nothing."""
-        if isinstance(self.section, Eval):
+        """What the stage's result comes from: of one that measures, nothing."""
+        section = self.section
+        if section.measures:
             return []
-        traces = [source.stage for source in self.section.problem_sets()]
-        parents = (self.weights_from, self.taught_by, *traces)
+        traces = [source.stage for source in section.problem_sets()]
+        parents = (section.weights_from, section.taught_by, *traces)
         return list(dict.fromkeys(parent for parent in parents if parent is not None))
-
-    @property
-    def makes_checkpoint(self) -> bool:
-        return self.section.makes_checkpoint
 
     def read_summary(self) -> list[dict[str, Any]]:
         """Of an `eval` stage: one entry per checkpoint."""
@@ -134,9 +109,9 @@ class FinishedRun:
     def base_model(self, name: str) -> str | None:
         """The folder or hub id whose weights the stage's go back to; None if they were random."""
         while (stage := self.stages.get(name)) is not None:
-            if stage.weights_from is None:
+            if stage.section.weights_from is None:
                 return None
-            name = stage.weights_from
+            name = stage.section.weights_from
         return name
 
     def evaluations(self, name: str) -> list[Evaluation]:
@@ -146,7 +121,7 @@ class FinishedRun:
         return [
             Evaluation(stage, entry)
             for stage in self.stages.values()
-            if stage.kind == "eval" and stage.record["finished"] >= made
+            if stage.section.measures and stage.record["finished"] >= made
             for entry in stage.read_summary()
             if entry["stage"] == name
         ]
@@ -205,7 +180,7 @@ def find_finished(target: Path) -> tuple[FinishedRun, StageFolder]:
     if not any(map(list_stages, (target, "runs" / target))) and any(map(list_stages, parents)):
         target, name = target.parent, target.name
     run = read_run(find_run(str(target)))
-    made = {stage.name: stage for stage in run.stages.values() if stage.makes_checkpoint}
+    made = {stage.name: stage for stage in run.stages.values() if stage.section.makes_checkpoint}
     if not made:
         raise UserError(f"{run.path}: no stage that makes a checkpoint is finished")
     if not name:

@@ -6,7 +6,7 @@ Run it with `r1pipe grpo configs/demo.yaml`. The algorithm is in loop.py.
 from pathlib import Path
 from typing import Any
 
-from r1pipe.config.rl import Grpo, sampling_of
+from r1pipe.config.rl import Grpo
 from r1pipe.context import StageContext
 from r1pipe.rl.collect import Collector
 from r1pipe.rl.difficulty import FILE as DIFFICULTY
@@ -31,9 +31,7 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
     sampler.encode(problems, stage.max_completion_length)
 
     updater = make_updater(stage, context)
-    rates, measured = measure_difficulty(
-        stage, context, problems, sampling_of(stage), lambda: sampler
-    )
+    rates, measured = measure_difficulty(stage, context, problems, stage.sampling, lambda: sampler)
     collector = Collector(stage, sampler, scorer, problems, context.recipe.seed, rates)
     halves = (updater, sampler, collector)
     if not stage.difficulty:

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import TypeAdapter
 
 from r1pipe.cli.commands import COMMANDS
 from r1pipe.cli.main import build_parser
 from r1pipe.config.base import ProblemSet
-from r1pipe.config.recipe import AnyStage
+from r1pipe.config.recipe import STAGE_TYPES
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("docs", "data", "rewards", "benchmarks")
@@ -146,7 +145,7 @@ def test_recipes_are_read(document: Path) -> None:
         values = yaml.safe_load(block)
         for stage in values if isinstance(values, list) else []:
             if set(stage) > {"kind", "data", "from"}:
-                TypeAdapter(AnyStage).validate_python(stage)
+                STAGE_TYPES[stage["kind"]].model_validate(stage)
         data = values.get("data", []) if isinstance(values, dict) else []
         for source in data if isinstance(data, list) else [data]:
             ProblemSet.model_validate({k: v for k, v in source.items() if k != "weight"})

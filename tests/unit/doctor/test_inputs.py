@@ -60,7 +60,7 @@ def test_each_set_is_read_once_and_noted_by_every_stage(recipe: Recipe) -> None:
         held.append(len(context.problem_sets._loaded))
         build_tokenizer(["?"], 300).save_pretrained(context.folder)
         (context.folder / "config.json").write_text('{"model_type": "llama"}')
-        if stage.trains:
+        if stage.training_sets():
             # What a stage does with its list is its own matter.
             context.training_problems(stage).clear()
         else:

@@ -9,7 +9,7 @@ from tiny_models import MODELS, PROBLEMS
 from transformers import AutoConfig, PreTrainedModel
 
 from r1pipe.config.load import load_recipe
-from r1pipe.doctor.memory import Devices, estimate_on_policy, estimate_stage
+from r1pipe.doctor.memory import Devices, estimate_shape, estimate_stage
 from r1pipe.doctor.model_shape import GIB, Shape, find_stage_config
 from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import build_tokenizer
@@ -116,7 +116,7 @@ def test_activations(name: str, dtype: torch.dtype) -> None:
 def test_weights_gradients_and_optimizer() -> None:
     recipe = load_recipe(ROOT / "configs" / "demo.yaml")
     model, settings = make_model("deepseek_v3"), make_grpo(beta=0.1)
-    parts = estimate_on_policy(settings, recipe, Shape.of(model.config), Devices(1, GIB)).parts
+    parts = estimate_shape(settings, recipe, Shape.of(model.config), Devices(1, GIB)).parts
     updater = Updater(model, make_model("deepseek_v3"), settings, dtype="float32", seed=0)
     kept: dict[str, int] = {}
     updater.optimizer.register_step_pre_hook(
@@ -173,10 +173,10 @@ def test_the_teacher_counts() -> None:
     student, teacher = (
         Shape.of(find_stage_config(recipe.stage(name), recipe)) for name in ("distill", "grpo")
     )
-    alone = estimate_on_policy(stage, recipe, student, Devices(1, GIB))
+    alone = estimate_shape(stage, recipe, student, Devices(1, GIB))
     assert alone.parts["teacher"] == 4 * teacher.parameters
     assert alone.parts["weights"] == 4 * student.parameters
-    shared = estimate_on_policy(stage, recipe, student, Devices(4, GIB)).parts
+    shared = estimate_shape(stage, recipe, student, Devices(4, GIB)).parts
     assert teacher.parameters < shared["teacher"] < alone.parts["teacher"]
     lines = [estimate_stage(stage, recipe, Devices(1, size * GIB)) for size in (8, 1)]
     assert lines[0].endswith("fits")

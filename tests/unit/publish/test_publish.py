@@ -112,7 +112,7 @@ def make_run(
             facts: dict[str, object] = {"peak_memory_gib": 1.25}
             if stage.makes_checkpoint:
                 shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
-            if stage.trains:
+            if stage.training_sets():
                 facts |= {"train_rows": 3, "overlap_dropped": 1, "overlap_rate": 0.25}
                 write_jsonl(partial / "problems.jsonl", [PROBLEM])
                 (partial / "rollouts").mkdir()

@@ -257,7 +257,7 @@ def test_where_the_student_comes_from(tmp_path: Path) -> None:
     settings = stage.model_dump(mode="json", by_alias=True)
     record = {"stage": "taught", "kind": stage.kind, "settings": settings}
     finished = StageFolder(tmp_path, record)
-    assert (finished.weights_from, finished.taught_by) == ("start", "rl")
+    assert (finished.section.weights_from, finished.section.taught_by) == ("start", "rl")
     assert finished.parents == ["start", "rl"]
     assert list_checkpoints(settings) == ["rl", "start"]
     (tmp_path / "stage.json").write_text(json.dumps(record))

@@ -7,9 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
+from grpo_settings import make_grpo
 
+from r1pipe.config.base import Stage
 from r1pipe.config.load import load_recipe
 from r1pipe.config.recipe import Recipe
+from r1pipe.config.sft import Sft
+from r1pipe.config.traces import Distill
 from r1pipe.report.costs import describe_costs, find_gains
 from r1pipe.runs import ledger
 from r1pipe.runs.ledger import Hardware, Ledger, count_cores, find_idle_seconds, summarize_run
@@ -175,16 +179,28 @@ def test_cores_are_those_that_compute(monkeypatch: pytest.MonkeyPatch) -> None:
         assert count_cores() == cores
 
 
-def write_stage(run_dir: Path, name: str, **settings: object) -> None:
-    (run_dir / name).mkdir(exist_ok=True)
-    (run_dir / name / "stage.json").write_text(json.dumps({"settings": settings}))
+def write_stage(run_dir: Path, stage: Stage) -> None:
+    (run_dir / stage.kind).mkdir(exist_ok=True)
+    record = {"kind": stage.kind, "settings": stage.model_dump(mode="json", by_alias=True)}
+    (run_dir / stage.kind / "stage.json").write_text(json.dumps(record))
+
+
+def make_sft(source: str) -> Sft:
+    train = {"max_steps": 1}
+    return Sft(kind="sft", from_=source, data=[{"recipe": "arithmetic"}], train=train)
 
 
 def test_points_are_over_the_checkpoint_that_a_stage_starts_from(tmp_path: Path) -> None:
-    write_stage(tmp_path, "sft", kind="sft", **{"from": "hub/base"})
-    write_stage(tmp_path, "grpo", kind="grpo", **{"from": "sft"})
+    write_stage(tmp_path, make_sft("hub/base"))
+    write_stage(tmp_path, make_grpo(**{"from": "sft"}))
+    traces = {"num_generations": 1, "sampling": {"max_completion_length": 8}}
+    student = {"model_type": "x"}
+    data, train = [{"recipe": "arithmetic"}], {"max_steps": 1}
     write_stage(
-        tmp_path, "distill", kind="distill", student={"model_type": "x"}, **{"from": "grpo"}
+        tmp_path,
+        Distill(
+            kind="distill", from_="grpo", data=data, traces=traces, train=train, student=student
+        ),
     )
     accuracy = {"hub/base": 0.1, "sft": 0.5, "grpo": 0.45, "distill": 0.9}
     entries = [
@@ -200,7 +216,7 @@ def test_points_are_over_the_checkpoint_that_a_stage_starts_from(tmp_path: Path)
 
 def test_table(tmp_path: Path) -> None:
     spend(tmp_path, range(1, 3))
-    write_stage(tmp_path, "grpo", kind="grpo", **{"from": "sft"})
+    write_stage(tmp_path, make_grpo(**{"from": "sft"}))
     entries = [
         {"stage": name, "dataset": "arithmetic/test", "pass_at_1": accuracy}
         for name, accuracy in (("sft", 0.5), ("grpo", 0.75))

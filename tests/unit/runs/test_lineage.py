@@ -83,7 +83,7 @@ def make_run(*overrides: str) -> tuple[Recipe, Path]:
             context = StageContext(
                 recipe, run, stage.name, folder, None, None, {}, None, (), ProblemSets(run.path)
             )
-            if stage.trains:
+            if stage.training_sets():
                 context.training_problems(stage)
             else:
                 context.load(stage.tokenizer.data)
