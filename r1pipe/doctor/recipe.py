@@ -668,13 +668,6 @@ def check_functions(stage: Stage) -> None:
     """Raises UserError for a reward or loss that does not exist or take its options."""
     Scorer(stage.rewards_used())
     if isinstance(stage, Grpo):
-        check_loss(stage)
+        from r1pipe.rl.losses import find_loss
 
-
-def check_loss(stage: Grpo) -> None:
-    from r1pipe.rl.losses import find_loss
-
-    try:
         find_loss(stage.loss_type)
-    except ValueError as error:
-        raise UserError(f"stages.{stage.name}.loss_type: {error}") from error

@@ -9,7 +9,6 @@ A new loss is one function from `LossInputs` to per-token losses and one line in
 or a function of your own named by its dotted path: `loss_type: my_package.my_loss`.
 """
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from r1pipe.config.rl import LOSSES, Grpo
+from r1pipe.utils.imports import import_named
 
 
 @dataclass(frozen=True)
@@ -151,20 +151,12 @@ def find_loss(loss_type: str) -> LossType:
     """The loss type of a name in `LOSSES`, or behind a dotted path: a `LossType`, or a function
     such as `clip_tokens`, which is then averaged over tokens.
 
-    Raises ValueError saying what is wrong with the name.
+    Raises UserError for a name that is neither.
     """
     if loss_type in LOSSES:
         token_losses, weigh = LOSSES[loss_type]
         return LossType(globals()[token_losses], globals()[weigh])
-    module, _, name = loss_type.rpartition(".")
-    if not module:
-        raise ValueError(f'"{loss_type}": not one of {", ".join(LOSSES)} and no dotted path')
-    try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f'"{loss_type}": {error}') from error
-    if not isinstance(found, LossType) and not callable(found):
-        raise ValueError(f'"{loss_type}": neither a LossType nor a function')
+    found = import_named("loss_type", loss_type, lambda x: isinstance(x, LossType) or callable(x))
     return found if isinstance(found, LossType) else LossType(found)
 
 

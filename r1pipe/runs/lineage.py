@@ -34,7 +34,7 @@ from r1pipe.runs.environment import PACKAGE, describe_machine, list_versions, re
 from r1pipe.runs.hashes import hash_file, hash_files, hash_rows, hash_sources, hash_tree
 from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError
-from r1pipe.utils.imports import find_reward
+from r1pipe.utils.imports import import_named
 from r1pipe.utils.jsonl import read_json, write_text
 
 FILE = "lineage.json"
@@ -178,8 +178,10 @@ def hash_code(stage: Stage) -> dict[str, dict[str, str]]:
 
 def list_packages(function_name: str) -> set[str]:
     """The packages, or modules outside any, where a function is found and where it is written."""
-    function = find_reward(function_name)
-    names = {function_name.rpartition(".")[0], getattr(function, "__module__", None)}
+    found = import_named("function", function_name, lambda x: x is not None)
+    names = {function_name.rpartition(".")[0]}
+    if callable(found):  # a LossType has the module of its class
+        names.add(getattr(found, "__module__", None))
     modules = (importlib.import_module(name) for name in names if name)
     return {module.__package__ or module.__name__ for module in modules}
 

@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from r1pipe.utils.errors import UserError
 
@@ -13,35 +14,39 @@ RewardFunction = Callable[..., list[float | None] | Awaitable[list[float | None]
 
 
 def find_reward(name: str) -> RewardFunction:
-    """The function behind a dotted name. Raises UserError, whatever its module does."""
+    """Raises UserError, whatever its module does."""
+    return import_named("reward", name)
+
+
+def import_named(key: str, name: str, is_wanted: Callable[[Any], bool] = callable) -> Any:
+    """What a recipe's `key` names by module and function. Raises UserError, whatever the module
+    does when it is imported."""
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name) or name.endswith(".py"):
-        # Of a path: the file is a module, found from the folder that it lies in.
+        # A path: the file is a module, found from the folder that it lies in.
         module, _, function = re.sub(r"\.py\b:?", ".", Path(name).name).rpartition(".")
         example = f"{module}.{function or 'FUNCTION'}" if module else "rewards.math_correct"
         raise UserError(
-            f'reward "{name}": give a dotted name, module and function, such as {example}'
+            f'{key} "{name}": give a dotted name, module and function, such as {example}'
         )
     module_name, _, attribute = name.rpartition(".")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name and f"{module_name}.".startswith(f"{error.name}."):
-            raise UserError(
-                f'reward "{name}": no module "{error.name}", installed or in {Path.cwd()}'
-            ) from error
-        raise UserError(f'reward "{name}": {describe_failure(error)}') from error
     except (Exception, SystemExit) as error:
-        raise UserError(f'reward "{name}": {describe_failure(error)}') from error
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        known = [n for n, value in vars(module).items() if callable(value) and n[0] != "_"]
+        what = describe_failure(error)
+        absent = error.name if isinstance(error, ModuleNotFoundError) else None
+        if absent and f"{module_name}.".startswith(f"{absent}."):
+            what = f'no module "{absent}", installed or in {Path.cwd()}'
+        raise UserError(f'{key} "{name}": {what}') from error
+    found = getattr(module, attribute, None)
+    if not is_wanted(found):
+        known = [n for n, value in vars(module).items() if is_wanted(value) and n[0] != "_"]
         near = get_close_matches(attribute, known, n=1)
         hint = f"; did you mean {module_name}.{near[0]}?" if near else ""
         own = Path.cwd() / "rewards.py"
         if module_name == "rewards" and own.exists():
             hint += f" ({own} has the name of r1pipe's own package: rename it)"
-        raise UserError(f'reward "{name}": {module_name} has no function "{attribute}"{hint}')
-    return function
+        raise UserError(f'{key} "{name}": {module_name} has no function "{attribute}"{hint}')
+    return found
 
 
 def describe_failure(error: BaseException) -> str:

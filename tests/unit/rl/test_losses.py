@@ -27,10 +27,12 @@ from r1pipe.rl.losses import (
     estimate_kl,
     find_loss,
     keep_on_policy,
+    weigh_by_completion,
 )
 from r1pipe.trainer.packing import Sample, pack
 from r1pipe.trainer.policy import Policy
 from r1pipe.types import Rollout
+from r1pipe.utils.errors import UserError
 
 NAN = float("nan")
 ONE = Totals(num_completions=1, num_tokens=1, max_completion_length=1)
@@ -217,12 +219,16 @@ def my_loss(inputs: LossInputs, settings: Grpo) -> TokenLosses:
     return TokenLosses(-inputs.advantages_C * inputs.logprobs_C, {})
 
 
+MY_LOSS = LossType(my_loss, weigh_by_completion)
+
+
 def test_a_loss_of_one_s_own_by_dotted_path() -> None:
     loss = loss_of(make_inputs([[1.0]], [3.0]), loss_type=f"{__name__}.my_loss")
     assert loss.loss.item() == pytest.approx(3.0)
     for name in ("nothing.at_all", f"{__name__}.no_such", f"{__name__}.NAN", "gprpo"):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(UserError, match=f'loss_type "{name}"'):
             find_loss(name)
+    assert find_loss(f"{__name__}.MY_LOSS") is MY_LOSS
 
 
 # --- The same as TRL ----------------------------------------------------------------------------

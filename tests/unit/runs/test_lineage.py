@@ -27,6 +27,7 @@ def load(split="train", *, rows="rows.txt"):
         prompt = [{"role": "user", "content": f"What is {answer}?"}]
         yield {"id": f"{split}-{number}", "kind": "math", "prompt": prompt, "answer": answer}
 """
+LOSS = "from r1pipe.rl.losses import LossType, clip_tokens\nLOSS = LossType(clip_tokens)\n"
 
 
 @pytest.fixture
@@ -70,7 +71,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     }
     Path("mine.yaml").write_text(yaml.safe_dump(values))
     yield tmp_path
-    sys.modules.pop("myreward", None)
+    for name in ("myreward", "myloss"):
+        sys.modules.pop(name, None)
 
 
 def make_run(*overrides: str) -> tuple[Recipe, Path]:
@@ -267,12 +269,15 @@ def test_it_says_what_a_stage_was_made_from_and_not_where(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    _, run = make_run("seed=7", "stages.grpo.beta=0.1")
+    Path("myloss.py").write_text(LOSS)
+    _, run = make_run("seed=7", "stages.grpo.beta=0.1", "stages.grpo.loss_type=myloss.LOSS")
     record = read(run, "grpo")
     assert record["seed"] == 7
     assert record["config"]["stage"]["beta"] == 0.1
     assert record["config"]["engine"]["max_num_seqs"] == 256
-    assert record["inputs"]["code"] == {"myreward": {"myreward.py": hash_of("myreward.py")}}
+    names = ("myloss", "myreward")
+    code = {name: {f"{name}.py": hash_of(f"{name}.py")} for name in names}
+    assert record["inputs"]["code"] == code
     assert record["inputs"]["data"][0]["rows"] == 3
     assert record["parents"] == {"init": hash_of(run / "init/lineage.json")}
     assert record["packages"]["torch"].startswith("2.")
