@@ -16,14 +16,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rewards.code.judge import judge_code
 from rewards.math.verify import judge_math, judge_pairs
 from rewards.sandbox.choice import sandbox_in_use
 from rewards.sandbox.client import SandboxError
 from rewards.text.answers import find_answer
-from rewards.workers import pool as workers
+from rewards.workers import pool
 
 _SUMMARY = __doc__.split("\n")[0]
 NO_VERDICT = {"none", "bad_gold", "bad_tests", "failed"}
@@ -32,11 +32,14 @@ PEER = "rewards.math.fallback:judge_as_peer"
 IMPORT_LIMIT_S = 120.0
 
 
+Row = dict[str, Any]  # one JSON object of the file
+
+
 class RowError(ValueError):
     """A row of the input that cannot be used."""
 
 
-def read_rows(path: Path) -> list[dict]:
+def read_rows(path: Path) -> list[Row]:
     """Return the labelled rows of a JSONL file; raise ``RowError`` naming the line at fault."""
     rows = []
     with path.open(encoding="utf-8") as file:
@@ -48,7 +51,7 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def _read_row(line: str, where: str) -> dict:
+def _read_row(line: str, where: str) -> Row:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -70,7 +73,7 @@ def _read_row(line: str, where: str) -> dict:
     return row
 
 
-def judge_ours(row: dict) -> str:
+def judge_ours(row: Row) -> str:
     if row["kind"] == "code":
         return judge_code([row["pred"]], [row["tests"]])[0].status
     if row["kind"] == "completion":
@@ -78,24 +81,24 @@ def judge_ours(row: dict) -> str:
     return judge_pairs([(row["pred"], row["gold"])])[0]
 
 
-def judge_peer(row: dict) -> str:
+def judge_peer(row: Row) -> str:
     """Judge by math-verify; its answer in our words, ``none`` if it could not parse the gold."""
     item = (row["pred"], row["gold"], row["kind"] == "completion")
-    (result,) = workers.run_task(PEER, [item])
-    if result.status != workers.OK:
-        return "timed_out" if result.status == workers.TIMED_OUT else "none"
+    (result,) = pool.run_task(PEER, [item])
+    if result.status != pool.OK:
+        return "timed_out" if result.status == pool.TIMED_OUT else "none"
     return {True: "right", False: "wrong", None: "none"}[result.value]
 
 
 class Judged(NamedTuple):
     """One row, what it was judged to be, and how long that took."""
 
-    row: dict
+    row: Row
     verdict: str
     seconds: float
 
 
-def judge_rows(rows: list[dict], judge: Callable[[dict], str]) -> list[Judged]:
+def judge_rows(rows: list[Row], judge: Callable[[Row], str]) -> list[Judged]:
     """Judge the rows one after another, each on its own clock."""
     judged = []
     for row in rows:
@@ -124,7 +127,7 @@ def summarize(judged: list[Judged]) -> dict[str, float]:
     }
 
 
-def summarize_by(judged: list[Judged], field: str | None) -> dict[str, dict]:
+def summarize_by(judged: list[Judged], field: str | None) -> dict[str, dict[str, float]]:
     """Return the figures of all rows, and of the rows with each value of ``field``."""
     figures = {"": summarize(judged)}
     if field:
@@ -143,16 +146,16 @@ def _percentile(ordered: list[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
 
 
-def warm_up(rows: list[dict]) -> None:
+def warm_up(rows: list[Row]) -> None:
     """Start the worker and what it may need, so that no row pays for that."""
     if any(row["kind"] == "code" for row in rows):
         sandbox_in_use()
     if all(row["kind"] == "code" for row in rows):
         return
-    workers.run_task(PEER, [("x + 1", "1 + x", False)], limit_s=IMPORT_LIMIT_S)
+    pool.run_task(PEER, [("x + 1", "1 + x", False)], limit_s=IMPORT_LIMIT_S)
 
 
-def print_table(figures: dict[str, dict]) -> None:
+def print_table(figures: dict[str, dict[str, float]]) -> None:
     """Print one line for each grader, one column for each figure."""
     keys = list(next(iter(figures.values())))
     first = max(len(name) for name in figures)
@@ -181,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--compare", action="store_true", help="judge by math-verify, too")
     parser.add_argument("--by", metavar="FIELD", help="figures for each value of this field, too")
-    parser.add_argument("--limit", type=float, default=workers.DEFAULT_LIMIT_S, help="s per item")
+    parser.add_argument("--limit", type=float, default=pool.DEFAULT_LIMIT_S, help="s per item")
     parser.add_argument("--show", type=int, default=0, help="print this many wrong verdicts")
     options = parser.parse_args(argv)
     try:
@@ -192,14 +195,15 @@ def main(argv: list[str] | None = None) -> int:
     if options.compare and any(row["kind"] == "code" for row in rows):
         print("bench: math-verify judges no code; leave out --compare", file=sys.stderr)
         return 2
-    workers.configure_workers(num_workers=1, limit_s=options.limit)
+    pool.configure_workers(num_workers=1, limit_s=options.limit)
     try:
         warm_up(rows)
     except (SandboxError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     judges = {"rewards": judge_ours} | ({"math-verify": judge_peer} if options.compare else {})
-    figures, ours = {}, []
+    figures: dict[str, dict[str, float]] = {}
+    ours: list[Judged] = []
     for name, judge in judges.items():
         judged = judge_rows(rows, judge)
         ours = ours or judged

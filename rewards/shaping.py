@@ -24,7 +24,7 @@ _VISIBLE = re.compile(r"[^\s\x00-\x1f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u20
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+|[^\w\s]")
 
 
-def format(completions: Sequence[Completion], **kwargs) -> list[float]:
+def format(completions: Sequence[Completion], **kwargs: object) -> list[float]:
     """Return 1.0 for exactly one ``<think>...</think>`` followed by an answer, else 0.0.
 
     The thinking comes first (white space may precede it), is not blank, and is followed by text
@@ -61,7 +61,7 @@ def soft_overlong(
     *,
     max_completion_length: int = 20_480,
     soft_punish_cache: int = 4_096,
-    **kwargs,
+    **kwargs: object,
 ) -> list[float]:
     """Punish completions near the length limit: 0 up to ``max - cache`` tokens, -1 beyond ``max``.
 
@@ -87,7 +87,7 @@ def repetition(
     *,
     ngram_size: int = 3,
     max_penalty: float = -1.0,
-    **kwargs,
+    **kwargs: object,
 ) -> list[float]:
     """Punish repeated n-grams: ``max_penalty`` times the share of n-grams that occurred before.
 
@@ -131,7 +131,7 @@ def cosine_length(
     wrong_at_start: float = -1.0,
     wrong_at_limit: float = -0.5,
     exceeded: float = -1.0,
-    **kwargs,
+    **kwargs: object,
 ) -> list[float | None]:
     """Reward right answers more for being short, wrong ones more for having thought longer.
 
@@ -162,7 +162,7 @@ def cosine_length(
 
 
 def language_consistency(
-    completions: Sequence[Completion], language: str | Sequence[str] = "en", **kwargs
+    completions: Sequence[Completion], language: str | Sequence[str] = "en", **kwargs: object
 ) -> list[float]:
     """Return the share of the reasoning's words that are in the target language.
 
@@ -189,7 +189,9 @@ def language_consistency(
     return shares
 
 
-def _count_tokens(completions: Sequence, completion_ids: Sequence | None, name: str) -> list[int]:
+def _count_tokens(
+    completions: Sequence[Completion], completion_ids: Sequence[Sequence[int]] | None, name: str
+) -> list[int]:
     if completion_ids is None:
         raise ValueError(f"{name} counts tokens: it needs completion_ids")
     if len(completion_ids) != len(completions):

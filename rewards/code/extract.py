@@ -32,7 +32,7 @@ import re
 import sys
 import textwrap
 import warnings
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from rewards.code.spec import JUDGE_SETUP
 from rewards.text.completions import split_thinking
@@ -94,6 +94,11 @@ def _find_code(text: str, entry_point: str | None, prompt: str) -> str | None:
     return text if is_program(text, prompt) else None
 
 
+def _match(pattern: re.Pattern[str], text: str, start: int = 0) -> re.Match[str]:
+    """Match one of the patterns that match any text, if only nothing of it."""
+    return cast("re.Match[str]", pattern.match(text, start))
+
+
 class _Reader:
     """Reads a text's fenced blocks, line by line: the work grows as the text does."""
 
@@ -105,7 +110,7 @@ class _Reader:
         self.longest = {"`": [0] * (len(self.lines) + 1), "~": [0] * (len(self.lines) + 1)}
         for sort, longest in self.longest.items():
             for index in range(len(self.lines) - 1, -1, -1):
-                start = _LINE_START.match(self.lines[index]).end()
+                start = _match(_LINE_START, self.lines[index]).end()
                 rest = self.lines[index][start : start + 100]
                 longest[index] = max(longest[index + 1], len(rest) - len(rest.lstrip(sort)))
 
@@ -130,7 +135,7 @@ class _Reader:
             seen_fence = True
         return blocks
 
-    def _read_opened_by_prompt(self, index: int, fence: re.Match) -> _Block | None:
+    def _read_opened_by_prompt(self, index: int, fence: re.Match[str]) -> _Block | None:
         """Return the program before the text's first fence, if that is there to close it."""
         line = self.lines[index]
         num_fences = sum(len(_FENCE.findall(line)) for line in self.lines)
@@ -145,7 +150,7 @@ class _Reader:
                 return _Block("python", text)
         return None
 
-    def _read_one_line(self, index: int, fence: re.Match) -> _Block | None:
+    def _read_one_line(self, index: int, fence: re.Match[str]) -> _Block | None:
         rest = self.lines[index][fence.end() :]
         content, closing, _ = rest.partition(fence.group()[:3])
         if not closing or not content.strip():
@@ -155,17 +160,17 @@ class _Reader:
             mark, code = "", content
         return _Block(mark, code.strip() + "\n")
 
-    def _opens(self, index: int, fence: re.Match) -> bool:
+    def _opens(self, index: int, fence: re.Match[str]) -> bool:
         line = self.lines[index]
-        if _LINE_START.match(line).end() == fence.start():
+        if _match(_LINE_START, line).end() == fence.start():
             return True
-        mark, info = _MARK.match(line, fence.end()).groups()
+        mark, info = _match(_MARK, line, fence.end()).groups()
         return fence.group()[0] == "`" and not info and (not mark or _is_python(mark))
 
-    def _read_block(self, index: int, fence: re.Match) -> tuple[_Block, int]:
+    def _read_block(self, index: int, fence: re.Match[str]) -> tuple[_Block, int]:
         """Return the block that a fence opens, and the number of the first line behind it."""
         opening = self.lines[index]
-        mark, info = _MARK.match(opening, fence.end()).groups()
+        mark, info = _match(_MARK, opening, fence.end()).groups()
         sort, length = fence.group()[0], len(fence.group())
         first = index + 1
         if self.longest[sort][first] < length:  # never closed, or by a shorter one
@@ -188,11 +193,11 @@ class _Reader:
                 body.append(line)
                 continue
             rest = line[place:].lstrip(fence[0])
-            if _LINE_START.match(line).end() == place:
+            if _match(_LINE_START, line).end() == place:
                 if not (rest[:1].isalnum() or rest[:1] in ("{", "_")):
                     return body, index + 1
                 if self._is_whole(body):
-                    mark, info = _MARK.match(rest).groups()
+                    mark, info = _match(_MARK, rest).groups()
                     opens = not info or _is_python(mark)  # the next block; this one is not closed
                     return body, index if opens else index + 1
             elif self._is_whole([*body, line[:place]]):
@@ -270,12 +275,13 @@ def _find_missing(code: str) -> set[str]:
 
 def _add_setup(code: str, setup: str) -> str:
     """Put in front of a program what it misses and ``setup`` has."""
-    offered, added = _read_setup(setup), {}
+    offered = _read_setup(setup)
+    added: dict[str, None] = {}
     for _ in range(4):  # what is added may need more
         missing = _find_missing("\n".join([*added, code])) & offered.keys()
         if not missing:
             break
-        needed = {}
+        needed: dict[str, None] = {}
         for name in sorted(missing):
             is_module = re.search(rf"\b{name}\.", code) is not None
             ways = offered[name]
@@ -284,9 +290,9 @@ def _add_setup(code: str, setup: str) -> str:
     if not added:
         return code
     tree, first = _parse(code), 1  # the line to put it on: behind imports from the future
-    for statement in tree.body:
+    for statement in tree.body if tree else ():
         if isinstance(statement, ast.ImportFrom) and statement.module == "__future__":
-            first = statement.end_lineno + 1
+            first = (statement.end_lineno or 0) + 1
     lines = code.split("\n")
     return "\n".join([*lines[: first - 1], *added, *lines[first - 1 :]])
 
@@ -294,7 +300,8 @@ def _add_setup(code: str, setup: str) -> str:
 @functools.lru_cache(maxsize=64)
 def _read_setup(setup: str) -> dict[str, list[str]]:
     """Return the names that set-up code defines, with the statements that do."""
-    tree, offered = _parse(setup), {}
+    tree = _parse(setup)
+    offered: dict[str, list[str]] = {}
     for statement in tree.body if tree else ():
         if isinstance(statement, ast.ImportFrom) and statement.names[0].name == "*":
             module = statement.module

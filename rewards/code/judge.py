@@ -10,7 +10,7 @@ from rewards.code.spec import BadTestsError, FunctionTests, ProgramTests, read_t
 from rewards.sandbox.choice import find_mechanism
 from rewards.sandbox.client import Limits
 from rewards.text.completions import Completion, completion_text
-from rewards.workers import pool as workers
+from rewards.workers import pool
 
 RIGHT, WRONG, UNPARSEABLE, CRASHED = "right", "wrong", "unparseable", "crashed"
 TIMED_OUT, BAD_TESTS, FAILED = "timed_out", "bad_tests", "failed"
@@ -58,7 +58,7 @@ def code_passes(
     require: str = "all",
     limit_s: float | None = None,
     memory_mb: int = Limits().memory_mb,
-    **kwargs,
+    **kwargs: object,
 ) -> list[float | None]:
     """Return 1.0 where a completion's code passes the row's ``tests``, else 0.0.
 
@@ -91,7 +91,7 @@ def judge_code(
     require: str = "all",
     limit_s: float | None = None,
     memory_mb: int = Limits().memory_mb,
-    **kwargs,
+    **kwargs: object,
 ) -> list[CodeVerdict]:
     """Judge completions as ``code_passes`` does, and say how each came out.
 
@@ -100,7 +100,7 @@ def judge_code(
     """
     if len(completions) != len(tests):
         raise ValueError(f"{len(completions)} completions but {len(tests)} tests")
-    limits = Limits(workers.get_limit() if limit_s is None else limit_s, memory_mb)
+    limits = Limits(pool.get_limit() if limit_s is None else limit_s, memory_mb)
     if min(limits.seconds, limits.memory_mb) <= 0:
         raise ValueError(f"limit_s and memory_mb must be positive, not {limit_s} and {memory_mb}")
     rows = [_read_row(c, t, row) for row, (c, t) in enumerate(zip(completions, tests))]
@@ -109,8 +109,8 @@ def judge_code(
     programs = dict(zip(texts, _find_programs(texts), strict=True))
     jobs = list(dict.fromkeys(p for p in programs.values() if isinstance(p, _Program)))
     judged = dict(zip(jobs, _judge_programs(jobs, limits, require == "all"), strict=True))
-    found = [programs.get(row, row) for row in rows]
-    return [judged.get(program, program) for program in found]
+    found = [programs[row] if isinstance(row, _Text) else row for row in rows]
+    return [judged[each] if isinstance(each, _Program) else each for each in found]
 
 
 def count_code_verdicts(verdicts: Iterable[CodeVerdict]) -> dict[str, int]:
@@ -143,10 +143,10 @@ def _read_row(completion: Completion, tests: object, row: int) -> _Text | CodeVe
 def _find_programs(texts: list[_Text]) -> list[_Program | CodeVerdict]:
     """Extract the programs, in the workers: nobody knows what a hostile text does to a parser."""
     items = [(text, tests.called, tests.prompt, tests.setup) for text, tests in texts]
-    results = workers.run_task("rewards.code.extract:extract_code", items)
-    programs = []
+    results = pool.run_task("rewards.code.extract:extract_code", items)
+    programs: list[_Program | CodeVerdict] = []
     for (_, tests), result in zip(texts, results, strict=True):
-        if result.status == workers.FAILED:
+        if result.status == pool.FAILED:
             programs.append(_read_result(result))
         elif result.value is None:  # also where a worker died of the text
             programs.append(CodeVerdict(UNPARSEABLE))
@@ -165,31 +165,33 @@ def _judge_programs(jobs: list[_Program], limits: Limits, stop: bool) -> list[Co
         return []
     mechanism = find_mechanism()
     verdicts: dict[int, CodeVerdict] = {}
-    for kind, path, make_item in (
-        (FunctionTests, "rewards.code.runs:judge_function", _make_function_item),
-        (ProgramTests, "rewards.code.runs:judge_program", _make_program_item),
-    ):
-        chosen = [index for index, job in enumerate(jobs) if isinstance(job.tests, kind)]
-        items = [(mechanism, *make_item(jobs[index], limits, stop)) for index in chosen]
-        results = workers.run_task(path, items, MAX_BUDGET * limits.seconds + GRACE_S)
+    made = [_make_item(job, limits, stop) for job in jobs]
+    for path in sorted({path for path, _ in made}):
+        chosen = [index for index, (task, _) in enumerate(made) if task == path]
+        items = [(mechanism, *made[index][1]) for index in chosen]
+        seconds = MAX_BUDGET * limits.seconds + GRACE_S
+        results = pool.run_task(path, items, seconds)
         verdicts |= {index: _read_result(result) for index, result in zip(chosen, results)}
     return [verdicts[index] for index in range(len(jobs))]
 
 
-def _make_function_item(job: _Program, limits: Limits, stop: bool) -> tuple:
-    tests = job.tests._asdict()
-    del tests["setup"]  # the program has what it needs of it
-    return job.code, tests, job.tests.num_asserts, limits, stop
-
-
-def _make_program_item(job: _Program, limits: Limits, stop: bool) -> tuple:
+def _make_item(job: _Program, limits: Limits, stop: bool) -> tuple[str, tuple[object, ...]]:
+    """The task that judges a program, and its arguments after the sandbox's name."""
     tests = job.tests
+    if isinstance(tests, FunctionTests):
+        given = tests._asdict()
+        del given["setup"]  # the program has what it needs of it
+        return "rewards.code.runs:judge_function", (
+            job.code, given, tests.num_asserts, limits, stop,
+        )  # fmt: skip
     budget_s = limits.seconds * min(MAX_BUDGET, len(tests.inputs))
-    return job.code, tests.inputs, tests.outputs, limits, stop, budget_s
+    return "rewards.code.runs:judge_program", (
+        job.code, tests.inputs, tests.outputs, limits, stop, budget_s,
+    )  # fmt: skip
 
 
-def _read_result(result: workers.Result) -> CodeVerdict:
-    if result.status == workers.OK:
+def _read_result(result: pool.Result) -> CodeVerdict:
+    if result.status == pool.OK:
         return CodeVerdict(**result.value)
     message = str(result.value or f"a worker {result.status}")
     report_failure(message)

@@ -10,8 +10,25 @@ import os
 import re
 import socket
 import time
+from typing import Any, TypedDict
 
-from rewards.sandbox.client import Ending, Limits, SandboxError, Server, make_memory_file
+from rewards.sandbox.client import (
+    Ending,
+    Limits,
+    SandboxError,
+    Server,
+    get_server,
+    make_memory_file,
+)
+from rewards.sandbox.inside.protocol import Message
+
+
+class Outcome(TypedDict):
+    status: str
+    passed: int
+    total: int
+    detail: str
+
 
 RIGHT, WRONG, CRASHED, TIMED_OUT = "right", "wrong", "crashed", "timed_out"
 BAD_TESTS, FAILED = "bad_tests", "failed"
@@ -19,21 +36,8 @@ BAD_TESTS, FAILED = "bad_tests", "failed"
 _WORD = re.compile(r"[^ \t]+")
 _OTHER_BLANK = re.compile(r"[^\S \t\n]")  # white space to str.split, a character like others here
 
-_servers: dict[str, Server] = {}
 
-
-def get_server(mechanism: str) -> Server:
-    """Return this process's fork-server, started if need be. Raises ``SandboxError``."""
-    server = _servers.get(mechanism)
-    if server is not None and server.process.poll() is not None:
-        _servers.pop(mechanism).close()
-        server = None
-    if server is None:
-        server = _servers[mechanism] = Server(mechanism)
-    return server
-
-
-def probe(mechanism: str) -> dict:
+def probe(mechanism: str) -> dict[str, str]:
     """Run a program in the sandbox; return ``{"description"}``, or ``{"error"}`` if it fails."""
     try:
         server = get_server(mechanism)
@@ -63,25 +67,26 @@ def run_program(server: Server, code: str, text: str, limits: Limits) -> Ending:
 def judge_program(
     mechanism: str,
     code: str,
-    inputs: list,
-    outputs: list,
-    limits: list,
+    inputs: list[str],
+    outputs: list[str],
+    limits: list[Any],
     stop: bool,
     budget_s: float,
-) -> dict:
+) -> Outcome:
     """Run a program on every input and compare what it prints; ``stop`` at the first failure."""
-    server, limits = get_server(mechanism), Limits(*limits)
+    server, most = get_server(mechanism), Limits(*limits)
     deadline = time.monotonic() + budget_s
-    passed, first = 0, None
+    passed = 0
+    first: tuple[str, str] | None = None
     for number, (text, expected) in enumerate(zip(inputs, outputs), 1):
         left_s = deadline - time.monotonic()
         if left_s <= 0:
             first = first or (TIMED_OUT, f"no time left for test {number}")
             break
         num_bytes = len(expected.encode("utf-8", "surrogatepass"))
-        one = limits._replace(
-            seconds=min(limits.seconds, left_s),
-            output_bytes=max(limits.output_bytes, 2 * num_bytes),
+        one = most._replace(
+            seconds=min(most.seconds, left_s),
+            output_bytes=max(most.output_bytes, 2 * num_bytes),
         )
         failure = _compare(run_program(server, code, text, one), expected)
         passed += failure is None
@@ -145,19 +150,19 @@ def _is_same_word(word: str, wanted: str) -> bool:
 
 
 def judge_function(
-    mechanism: str, code: str, tests: dict, num_asserts: int, limits: list, stop: bool
-) -> dict:
+    mechanism: str, code: str, tests: Message, num_asserts: int, limits: list[Any], stop: bool
+) -> Outcome:
     """Run the tests' code in one process and the candidate in another, connected by a socket."""
-    server, limits = get_server(mechanism), Limits(*limits)
+    server, most = get_server(mechanism), Limits(*limits)
     ours, theirs = socket.socketpair()
     reader, writer = os.pipe()
     runs = []
     try:
-        candidate = server.start("candidate", {"code": code}, limits, channel=ours.fileno())
+        candidate = server.start("candidate", {"code": code}, most, channel=ours.fileno())
         runs.append(candidate)
         payload = {**tests, "stop_at_failure": stop}
         # Its clock starts later: a candidate that hangs is found out first.
-        patient = limits._replace(seconds=limits.seconds + 0.5)
+        patient = most._replace(seconds=most.seconds + 0.5)
         checker = server.start("checker", payload, patient, channel=theirs.fileno(), report=writer)
         runs.append(checker)
     finally:
@@ -180,11 +185,12 @@ def judge_function(
     return {"status": status, "passed": passed, "total": total, "detail": detail}
 
 
-def _read_report(ending: Ending) -> dict:
-    return json.loads(ending.output) if ending.output and ending.code == 0 else {}
+def _read_report(ending: Ending) -> Message:
+    report: Message = json.loads(ending.output) if ending.output and ending.code == 0 else {}
+    return report
 
 
-def _name_status(ending: Ending, report: dict, candidate: Ending | None) -> str:
+def _name_status(ending: Ending, report: Message, candidate: Ending | None) -> str:
     if report.get("bad_tests"):
         return BAD_TESTS
     if report.get("completed") and not report["failed"] and not report["gone"]:
@@ -192,9 +198,3 @@ def _name_status(ending: Ending, report: dict, candidate: Ending | None) -> str:
     if ending.timed_out or (candidate and candidate.timed_out):
         return TIMED_OUT
     return CRASHED if candidate or not report.get("started") else WRONG
-
-
-def close_servers() -> None:
-    """End this process's fork-servers; they start again when needed."""
-    while _servers:
-        _servers.popitem()[1].close()

@@ -10,7 +10,7 @@ import symtable
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class BadTestsError(ValueError):
@@ -22,6 +22,9 @@ _MODULES = "typing collections heapq bisect itertools functools math string oper
 JUDGE_SETUP = "\n".join(f"from {m} import *\nimport {m}" for m in _MODULES.split()) + (
     "\nfrom datetime import *\nimport datetime, json, sys, statistics"
 )
+
+
+Tests = Mapping[str, Any]  # one cell of the column
 
 
 class FunctionTests(NamedTuple):
@@ -98,7 +101,7 @@ def read_tests(tests: object) -> FunctionTests | ProgramTests:
     return _read_call_tests(tests, name) if name else _read_program_tests(tests)
 
 
-def _find_function_name(tests: Mapping) -> str | None:
+def _find_function_name(tests: Tests) -> str | None:
     """Return the name of the function that ``inputs`` are for; None if a program reads them."""
     metadata, kind = tests.get("metadata"), str(tests.get("testtype") or "").lower()
     if isinstance(metadata, str):
@@ -118,8 +121,9 @@ def _find_function_name(tests: Mapping) -> str | None:
     return name
 
 
-def _check_pairs(tests: Mapping) -> tuple[Sequence, Sequence]:
-    inputs, outputs = tests.get("inputs"), tests.get("outputs")
+def _check_pairs(tests: Tests) -> tuple[Sequence[Any], Sequence[Any]]:
+    inputs: Any = tests.get("inputs")
+    outputs: Any = tests.get("outputs")
     for name, values in (("inputs", inputs), ("outputs", outputs)):
         if not isinstance(values, list | tuple):
             raise BadTestsError(f"{name!r} is not a list")
@@ -128,7 +132,7 @@ def _check_pairs(tests: Mapping) -> tuple[Sequence, Sequence]:
     return inputs, outputs
 
 
-def _read_call_tests(tests: Mapping, name: str) -> FunctionTests:
+def _read_call_tests(tests: Tests, name: str) -> FunctionTests:
     inputs, outputs = _check_pairs(tests)
     # Many of APPS's and TACO's outputs are in a list of their own, and nothing says which.
     may_unwrap = all(isinstance(i, list | tuple) for i in inputs) and all(
@@ -150,7 +154,7 @@ def _read_call_tests(tests: Mapping, name: str) -> FunctionTests:
     return FunctionTests(tuple(units), entry_point, prompt or "", setup=JUDGE_SETUP)
 
 
-def _read_arguments(given: object) -> list:
+def _read_arguments(given: object) -> list[object]:
     if isinstance(given, str):
         try:
             return [_read_value(line) for line in given.split("\n") if line.strip()]
@@ -188,7 +192,7 @@ def _write(value: object) -> str:
     return repr(value) if json.loads(text) != value else f"json.loads({text!r})"
 
 
-def is_same_value(value, goal, may_unwrap=False):
+def is_same_value(value: "Any", goal: "Any", may_unwrap: bool = False) -> bool:
     """Compare a result with JSON data: tuples are lists, keys strings, fractions within 1e-6."""
     if may_unwrap and is_same_value(value, goal[0]):
         return True
@@ -202,11 +206,11 @@ def is_same_value(value, goal, may_unwrap=False):
         return value.keys() == goal.keys() and all(is_same_value(value[k], goal[k]) for k in goal)
     if isinstance(goal, float) and isinstance(value, int | float) and value != goal:
         is_tiny = 0 < abs(goal) < 1e-6
-        return abs(value - goal) <= (1e-12 if is_tiny else 1e-6 * max(1.0, abs(goal)))
-    return value == goal
+        return bool(abs(value - goal) <= (1e-12 if is_tiny else 1e-6 * max(1.0, abs(goal))))
+    return bool(value == goal)
 
 
-def _read_program_tests(tests: Mapping) -> ProgramTests:
+def _read_program_tests(tests: Tests) -> ProgramTests:
     inputs, outputs = _check_pairs(tests)
     for name, texts in (("inputs", inputs), ("outputs", outputs)):
         if not all(isinstance(text, str) for text in texts):
@@ -214,7 +218,7 @@ def _read_program_tests(tests: Mapping) -> ProgramTests:
     return ProgramTests(tuple(inputs), tuple(outputs))
 
 
-def _read_function_tests(tests: Mapping) -> FunctionTests:
+def _read_function_tests(tests: Tests) -> FunctionTests:
     entry_point, prompt = tests.get("entry_point"), tests.get("prompt")
     for name, value in (("entry_point", entry_point), ("prompt", prompt)):
         if value is not None and not isinstance(value, str):
@@ -233,17 +237,17 @@ def _read_function_tests(tests: Mapping) -> FunctionTests:
     if has_check and not entry_point:
         raise BadTestsError("check() without an 'entry_point' to be checked")
     setup = "\n".join(_read_setup(tests))
-    entry_point = _check_entry_point(entry_point) if entry_point else None
-    read = FunctionTests(units, entry_point, prompt or "", bool(tests.get("in_place")), setup)
+    function = _check_entry_point(entry_point) if entry_point else None
+    read = FunctionTests(units, function, prompt or "", bool(tests.get("in_place")), setup)
     arguments = {node.arg for node in _list_nodes(units) if isinstance(node, ast.arg)}
-    is_given = bool(entry_point) and not arguments.isdisjoint(("candidate", entry_point))
+    is_given = function is not None and not arguments.isdisjoint(("candidate", function))
     if not has_check and not asked and not is_given:
-        name = None if entry_point else _find_called_builtin(units)
-        if name is None:
+        builtin = None if function else _find_called_builtin(units)
+        if builtin is None:
             raise BadTestsError("the tests call nothing but what they define themselves")
-        return read._replace(entry_point=name)
+        return read._replace(entry_point=builtin)
     # The prompt's stub has the name, too, and must not be what is tested.
-    return read._replace(entry_point=read.called) if prompt and not entry_point else read
+    return read._replace(entry_point=read.called) if prompt and not function else read
 
 
 @functools.lru_cache(maxsize=64)
@@ -271,15 +275,12 @@ def list_asked_names(units: tuple[str, ...]) -> set[str]:
     return used - defined - modules
 
 
-def _is_call_by_name(node: ast.AST) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-
-
 def _find_called_builtin(units: tuple[str, ...]) -> str | None:
     """Return what the first assert calls: a function may be named ``sum``, as one of MBPP's is."""
     asserts = [node for node in _list_nodes(units) if isinstance(node, ast.Assert)]
-    calls = [n for node in asserts for n in ast.walk(node.test) if _is_call_by_name(n)]
-    return next((c.func.id for c in calls if hasattr(builtins, c.func.id)), None)
+    calls = (n for node in asserts for n in ast.walk(node.test) if isinstance(n, ast.Call))
+    names = (call.func.id for call in calls if isinstance(call.func, ast.Name))
+    return next((name for name in names if hasattr(builtins, name)), None)
 
 
 def _check_entry_point(name: str) -> str:
@@ -303,12 +304,12 @@ def _find_root(entry_point: str) -> ast.Name:
     return node
 
 
-def _read_setup(tests: Mapping) -> list:
+def _read_setup(tests: Tests) -> list[Any]:
     imports, setup = tests.get("test_imports") or [], tests.get("test_setup_code") or ""
     return [*(imports if isinstance(imports, list) else [imports]), setup]
 
 
-def _read_units(tests: Mapping) -> tuple[str, ...]:
+def _read_units(tests: Tests) -> tuple[str, ...]:
     """Return the pieces of test code; the set-up, if any, is the first."""
     asserts = tests.get("test_list") or [tests.get("code")]
     parts = [_read_setup(tests), asserts]

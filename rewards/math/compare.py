@@ -1,12 +1,15 @@
 """Compare two parsed answers by structure and value. The conventions are in ``grading``."""
 
+from itertools import chain
+
 from mpmath import mp, mpf
 
-from rewards.math import real_sets as realsets
+from rewards.math import real_sets
 from rewards.math.evaluate import (
     INTEGER_LETTERS,
     POINTS,
     Evaluator,
+    Point,
     Undefined,
     Value,
     divide,
@@ -23,7 +26,7 @@ from rewards.math.forms import (
     spread_chain,
     ungroup,
 )
-from rewards.math.parser import Node, read_number
+from rewards.math.parser import Node, read_number, rows_of
 from rewards.math.scalars import DIGITS, close, points_for, same_scalars, strip_unit, unit_of
 from rewards.math.structure import free_names, names_quantity
 
@@ -52,8 +55,9 @@ def has_value(gold: Node) -> bool:
 
 
 def _same_lists(gold: Node, answer: Node) -> bool:
-    if _are_letters(gold) and _are_letters(answer):  # options: ABD is A, B, D
-        return sorted(_letters(gold)) == sorted(_letters(answer))
+    options = _letters(gold), _letters(answer)
+    if options[0] is not None and options[1] is not None:  # ABD is A, B, D
+        return sorted(options[0]) == sorted(options[1])
     if _any_real_set(gold, answer):
         return _same_sets(gold, answer)
     gold_kind, golds = read_items(gold)
@@ -135,8 +139,8 @@ def _match(golds: list[Item], answers: list[Item]) -> bool:
 
 
 def _plain_names(items: list[Item]) -> list[Node]:
-    names = [item.name for item in items]
-    return names if None not in names and len(set(names)) == len(names) else []
+    names = [item.name for item in items if item.name is not None]
+    return names if len(names) == len(items) and len(set(names)) == len(names) else []
 
 
 def _distinct(names: list[Node]) -> bool:
@@ -144,18 +148,16 @@ def _distinct(names: list[Node]) -> bool:
     return not all(name.kind == "index" and name.args[0] == names[0].args[0] for name in names)
 
 
-def _are_letters(node: Node) -> bool:
-    return _letters(node) is not None
-
-
 def _letters(node: Node) -> list[str] | None:
     """The options of a multiple-choice answer: ``A, C`` or ``AC``; None if it is not one."""
     node = ungroup(node)
     if (node.kind == "mul" and node.value == "juxtaposed") or node.kind == "list":
-        parts = [_letters(part) for part in node.args]
-        if any(part is None for part in parts):
-            return None
-        letters = [letter for part in parts for letter in part]
+        letters: list[str] = []
+        for part in node.args:
+            more = _letters(part)
+            if more is None:
+                return None
+            letters += more
         return letters if len(set(letters)) == len(letters) else None
     is_option = node.kind == "name" and len(node.value) == 1 and "A" <= node.value <= "H"
     return [node.value] if is_option else None
@@ -194,10 +196,10 @@ def _kinds_within(node: Node) -> set[str]:
 
 def _describes_set(node: Node) -> bool:
     if node.kind != "list":
-        return realsets.describes_set(node)
+        return real_sets.describes_set(node)
     parts = [ungroup(part) for part in node.args]  # x < -1 or x = 0
-    return any(realsets.describes_set(part) for part in parts) and all(
-        realsets.describes_set(part) or (part.kind == "relation" and part.value == ("=",))
+    return any(real_sets.describes_set(part) for part in parts) and all(
+        real_sets.describes_set(part) or (part.kind == "relation" and part.value == ("=",))
         for part in parts
     )
 
@@ -206,19 +208,19 @@ def _same_sets(gold: Node, answer: Node) -> bool:
     """Compare as sets of reals, at every sample of the letters that are in them."""
     gold, answer = _set_node(gold), _set_node(answer)
     conditions = all("relation" in _kinds_within(node) for node in (gold, answer))
-    if conditions and realsets.unknowns(gold) != realsets.unknowns(answer):
+    if conditions and real_sets.unknowns(gold) != real_sets.unknowns(answer):
         return False  # x > 1 does not say y > 1
     decided = False
     for point in points_for(free_names(gold) | free_names(answer)):
         try:
-            sets = [realsets.build_set(n, Evaluator(point)) for n in (gold, answer)]
+            sets = [real_sets.build_set(n, Evaluator(point)) for n in (gold, answer)]
         except Undefined:
             if gold.kind == answer.kind == "relation":
                 return _same_relations(gold, answer)
             if gold.kind == answer.kind == "list":
                 return _match([Item(n) for n in gold.args], [Item(n) for n in answer.args])
             raise
-        if not realsets.equal_sets(*sets):
+        if not real_sets.equal_sets(*sets):
             return False
         decided = True
     return decided
@@ -228,13 +230,13 @@ def _same_sets(gold: Node, answer: Node) -> bool:
 
 
 def _same_items(gold: Item, answer: Item) -> bool:
-    names = gold.name, answer.name
+    name, other = gold.name, answer.name
     relations = gold.node.kind == answer.node.kind == "relation"
-    if relations and (names[0] is None) != (names[1] is None):
+    if relations and (name is None) != (other is None):
         return _same_relations(gold.node, answer.node)  # y = 2x + 3 and 2x - y + 3 = 0
-    if all(names) and _are_other_terms(*names):  # x_{n+1} = ... does not say x_{n-1} = ...
+    if name and other and _are_other_terms(name, other):  # x_{n+1} = ... does not say x_{n-1} = ...
         return False
-    letters = [_name_letters(name) for name in names]
+    letters = _name_letters(name), _name_letters(other)
     if all(letters) and letters[0] != letters[1]:  # x = 5 does not say y = 5, nor AB = 5 AC = 5,
         return relations and _same_relations(gold.node, answer.node)  # but x = 2y says y = x/2
     return _same_values(gold.value, answer.value)
@@ -320,10 +322,11 @@ def _coordinates(node: Node) -> tuple[Node, ...] | None:
     """The entries of a tuple or of a row or column vector; None for anything else."""
     if node.kind == "tuple":
         return node.args
-    if node.kind == "matrix" and len(node.args) == 1:
-        return node.args[0]
-    if node.kind == "matrix" and all(len(row) == 1 for row in node.args):
-        return tuple(row[0] for row in node.args)
+    rows = rows_of(node) if node.kind == "matrix" else ()
+    if len(rows) == 1:
+        return rows[0]
+    if rows and all(len(row) == 1 for row in rows):
+        return tuple(row[0] for row in rows)
     return None
 
 
@@ -334,9 +337,9 @@ def _same_sequences(gold: Node, answer: Node) -> bool:
     if "tuple" in (gold.kind, answer.kind):
         gold, answer = _nest_rows(gold), _nest_rows(answer)
     ours, theirs = _coordinates(gold), _coordinates(answer)
-    if ours is None:
+    if ours is None and theirs is not None:
         ours = read_vector(gold, len(theirs))
-    if theirs is None:
+    if theirs is None and ours is not None:
         theirs = read_vector(answer, len(ours))
     if ours is None or theirs is None or len(ours) != len(theirs):
         return False
@@ -349,14 +352,14 @@ def _nest_rows(node: Node) -> Node:
     """Write a matrix as ``[[1, 2], [3, 4]]``; a row or column stays a vector."""
     if node.kind != "matrix" or _coordinates(node) is not None:
         return node
-    return Node("tuple", tuple(Node("tuple", row, "[]") for row in node.args), "[]")
+    return Node("tuple", tuple(Node("tuple", row, "[]") for row in rows_of(node)), "[]")
 
 
 def _same_matrices(gold: Node, answer: Node) -> bool:
-    if [len(row) for row in gold.args] != [len(row) for row in answer.args]:
+    rows, others = rows_of(gold), rows_of(answer)
+    if [len(row) for row in rows] != [len(row) for row in others]:
         return False
-    entries = ((g, a) for gs, as_ in zip(gold.args, answer.args, strict=True)
-               for g, a in zip(gs, as_, strict=True))  # fmt: skip
+    entries = zip(chain(*rows), chain(*others), strict=True)
     return all(_same_values(g, a) for g, a in entries)
 
 
@@ -397,7 +400,7 @@ def _same_relations(gold: Node, answer: Node) -> bool:
         return False
     if not set(gold.value) | set(answer.value) <= set(_FLIPPED):  # congruence, parallels, ...
         pairs = zip(gold.args, answer.args, strict=True)
-        return gold.value == answer.value and all(_same_values(g, a) for g, a in pairs)
+        return bool(gold.value == answer.value) and all(_same_values(g, a) for g, a in pairs)
     flipped = tuple(_FLIPPED[op] for op in reversed(answer.value))
     for operators, args in ((answer.value, answer.args), (flipped, answer.args[::-1])):
         if operators == gold.value and all(
@@ -423,12 +426,12 @@ def _proportional(gold: Node, answer: Node) -> bool:
     if not all(close(factor, factors[0]) for factor in factors):
         return False
     if gold.value[0] in ("=", "!="):
-        return gold.value == answer.value
+        return bool(gold.value == answer.value)
     if not is_real(factors[0]):
         return False
     operator = answer.value[0]
     positive = to_mp(factors[0]).real > 0
-    return gold.value[0] == (operator if positive else _FLIPPED[operator])
+    return bool(gold.value[0] == (operator if positive else _FLIPPED[operator]))
 
 
 def _solves(equation: Node, answer: Node) -> bool:
@@ -448,7 +451,7 @@ def _solves(equation: Node, answer: Node) -> bool:
     for point in POINTS[:2]:
         root = Evaluator(point).value(answer)
 
-        def side(value: Value, point=point) -> mpf:
+        def side(value: Value, point: Point = point) -> mpf:
             return to_mp(Evaluator(point.with_value(name, value)).value(difference))
 
         at_root, slopes = side(root), [side(2) - side(1), side(3) - side(2), side(8) - side(7)]

@@ -11,9 +11,10 @@ caps; beyond them a value is ``Undefined``.
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from math import comb, factorial, gcd, isqrt, lcm
+from typing import TypeAlias, TypeGuard
 
 import mpmath
 from mpmath import mp, mpc, mpf
@@ -29,7 +30,7 @@ MAX_TERMS = 1_000  # of a sum or product that is written out
 # Letters that stand for whole numbers by custom; all others are sampled between whole numbers.
 INTEGER_LETTERS = frozenset("knmjNM")
 
-Value = int | Fraction | mpf | mpc
+Value: TypeAlias = int | Fraction | mpf | mpc
 
 
 class Undefined(ValueError):
@@ -74,7 +75,7 @@ POINTS = (Point(1, 2, 20, 200), Point(2, 3, 230, 900), Point(3, 7, 230, 900, sig
 FAR_POINTS = (Point(4, 11, 3_000, 20_000), Point(5, 10, 3_000, 20_000))
 
 
-def exact(value: Value) -> bool:
+def exact(value: Value) -> TypeGuard[int | Fraction]:
     return isinstance(value, (int, Fraction))
 
 
@@ -296,7 +297,7 @@ def _print(value: Value) -> str:
     return mpmath.nstr(value, 25) if mpmath.isfinite(value) else str(value)
 
 
-def _binary(a: Value, b: Value, operation) -> Value:
+def _binary(a: Value, b: Value, operation: Callable[[Value, Value], Value]) -> Value:
     if exact(a) and exact(b):
         return operation(a, b)
     return operation(to_mp(a), to_mp(b))

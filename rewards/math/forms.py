@@ -5,7 +5,7 @@ from itertools import product
 
 from rewards.math.ellipses import resolve_ellipses, substitute
 from rewards.math.evaluate import Undefined
-from rewards.math.parser import Node, read_number
+from rewards.math.parser import Node, make_matrix, read_number, rows_of
 from rewards.math.scalars import same_scalars
 from rewards.math.structure import free_names, names_quantity
 
@@ -101,9 +101,8 @@ def simplify_form(node: Node) -> Node:
 def spread_chain(item: Item) -> list[Item]:
     """``x = y = z = 1`` gives each of its names the value."""
     node = item.node
-    pairs = (item.name, item.value)
-    if item.name is not None and all(part.kind == "tuple" for part in pairs):
-        names, values = (part.args for part in pairs)
+    if item.name is not None and item.name.kind == item.value.kind == "tuple":
+        names, values = item.name.args, item.value.args
         if len(names) == len(values) and all(names_quantity(name) for name in names):
             return [
                 Item(Node("relation", pair, ("=",))) for pair in zip(names, values, strict=True)
@@ -184,16 +183,16 @@ def _parts(node: Node) -> Iterator[Node]:
 def _map_entries(node: Node, change: Callable[[Node], Node]) -> Node:
     if node.kind == "tuple":
         return node._replace(args=tuple(change(entry) for entry in node.args))
-    return node._replace(args=tuple(tuple(change(e) for e in row) for row in node.args))
+    return make_matrix(tuple(change(entry) for entry in row) for row in rows_of(node))
 
 
 def _transpose(node: Node) -> Node:
     if node.kind == "tuple":
         return node._replace(value="()")  # a column: vectors are compared as tuples
-    rows = node.args if node.kind == "matrix" else ()
+    rows = rows_of(node) if node.kind == "matrix" else ()
     if not rows or len({len(row) for row in rows}) != 1:
         raise Undefined("not a matrix")
-    return node._replace(args=tuple(zip(*rows, strict=True)))
+    return make_matrix(zip(*rows, strict=True))
 
 
 def _open_family(node: Node) -> Node:
@@ -245,7 +244,7 @@ def _expand(nodes: Iterable[Node]) -> list[Item]:
             if _has_sign(item.value, "\\mp"):  # (\\pm 1, \\mp 2): one choice for both
                 choices = [_choose_sign(item.value, upper).args for upper in (True, False)]
             else:
-                choices = product(*[_expand_signs(part) for part in item.value.args])
+                choices = list(product(*[_expand_signs(part) for part in item.value.args]))
             for args in choices:
                 expanded = Item(node)
                 expanded.value = item.value._replace(args=args)
@@ -300,16 +299,16 @@ def rename_parameter(gold: Node, answer: Node) -> tuple[Node, Node]:
     ours, theirs = Item(gold), Item(answer)
     definitions = [i.name for i in (ours, theirs) if i.name is not None and i.name.kind == "apply"]
     if len(definitions) == 2 and definitions[0].args[0] == definitions[1].args[0]:
-        new, old = (name.args[1] for name in definitions)
-        if old.kind == new.kind == "name" and all(len(d.args) == 2 for d in definitions):
-            answer = substitute(answer, old.value, new)
-            return gold, _rename_constant(ours.value, Item(answer).value, new.value, answer)
-    named = [item for item in (ours, theirs) if item.name is not None]
+        argument, own = (name.args[1] for name in definitions)
+        if own.kind == argument.kind == "name" and all(len(d.args) == 2 for d in definitions):
+            answer = substitute(answer, own.value, argument)
+            return gold, _rename_constant(ours.value, Item(answer).value, argument.value, answer)
+    named = [item.name for item in (ours, theirs) if item.name is not None]
     values = [free_names(ours.value), free_names(theirs.value)]
     if any(len(names) != 1 or "_index" in names for names in values):
         return gold, answer
     new, old = (next(iter(names)) for names in values)
-    if new == old or any(free_names(item.name) & {new, old} for item in named):
+    if new == old or any(free_names(name) & {new, old} for name in named):
         return gold, answer
     is_family = (named and all(item.value.kind == "tuple" for item in (ours, theirs))) or (
         {new, old} <= set("kmnt") and _mentions_pi(ours.value) and _mentions_pi(theirs.value)

@@ -37,6 +37,7 @@ Text is compared by its words, without case, articles and punctuation.
 """
 
 import re
+from functools import partial
 from itertools import product
 
 from rewards.math.compare import has_value, same_answer
@@ -188,7 +189,7 @@ def _plain(text: str) -> str:
 def _contradict(answer: str, gold: str) -> bool:
     """Say whether the words around two numbers say different things: June 20, July 20."""
     texts = _plain(answer).casefold(), _plain(gold).casefold()
-    leads = [set(_LEAD.match(text).group().split()) - FILLERS for text in texts]
+    leads = [set(next(_LEAD.finditer(text)).group().split()) - FILLERS for text in texts]
     if all(leads) and not leads[0] & leads[1]:
         return True
     ours, theirs = (_directions(text) for text in texts)
@@ -228,8 +229,10 @@ def _judge_options(answer: str, gold: str) -> str | None:
     if given == letter:
         return RIGHT
     stated = _OPTION.fullmatch(_open_fonts(gold))
-    rest = stated.group(2) if stated else ""
-    if not rest or _open_fonts(gold)[stated.end(1) : stated.start(2)].strip().startswith(","):
+    rest = stated.group(2) if stated else None
+    if not stated or not rest:
+        return None
+    if stated.string[stated.end(1) : stated.start(2)].strip().startswith(","):
         return None
     # C. 12: another letter is wrong; an answer without one may still be what stands beside it.
     return WRONG if given else RIGHT if judge_answer(answer, rest) == RIGHT else WRONG
@@ -312,8 +315,9 @@ def _name_amounts(text: str) -> dict[str, str]:
     plain = _plain(text)
     if not plain.isascii():
         pairs = [_CJK_AMOUNT.fullmatch(part) for part in re.split(r"[,;，；、]", plain)]
-        if all(pairs) and len({pair[1] for pair in pairs}) == len(pairs):
-            return {pair[1]: pair[2] for pair in pairs}
+        stated = {pair[1]: pair[2] for pair in pairs if pair}
+        if len(stated) == len(pairs):
+            return stated
     parts = re.split(
         r"[,;，；、]|\band\b|&|\\\\|[和与及](?=\s*[-\d])|(?<=[^\W\d_a-zA-Z])\s*(?=\d)", plain
     )
@@ -355,11 +359,15 @@ def _parse_readings(text: str) -> list[Node]:
     return trees
 
 
+def _drop(separator: str, match: re.Match[str]) -> str:
+    return match.group().replace(separator, "")
+
+
 def read_separators(text: str) -> list[str]:
     """Return ``text`` in each reading of its commas: thousands, list or decimal."""
     readings = [text]
     for pattern, separator in ((_THOUSANDS, ","), (_SPACED_THOUSANDS, " ")):
-        joined = pattern.sub(lambda m, s=separator: m.group().replace(s, ""), readings[0])
+        joined = pattern.sub(partial(_drop, separator), readings[0])
         if joined != readings[0]:
             readings.insert(0, joined)
     if len(readings) > 1 and re.search(r",0\d\d", text):  # 10,000 is no list of 10 and 000

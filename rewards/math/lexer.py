@@ -41,11 +41,11 @@ def read_tokens(
     """Split ``text`` into tokens; ``\\text{...}`` is read into, with its words marked as text."""
     if depth > MAX_TEXT_DEPTH:
         raise ParseError("text macros nested too deeply")
-    tokens, position, space = [], 0, False
-    environments = 0
-    while position < len(text):
-        match = _TOKEN.match(text, position)
-        kind, part = match.lastgroup, match.group()
+    tokens: list[Token] = []
+    position = environments = 0
+    space = False
+    while match := _TOKEN.match(text, position):  # one character at least, whatever it is
+        kind, part = str(match.lastgroup), match.group()
         position = match.end()
         if part.isspace() or (part == "." and tokens and tokens[-1].kind == "text"):
             space = True
@@ -71,7 +71,7 @@ def read_tokens(
                 raise ParseError(f"call of an unknown function {part[:20]}")
             tokens += words
         else:
-            tokens.append(Token("mark" if kind == "mark" else kind, part, space))
+            tokens.append(Token(kind, part, space))
         space = False
         if len(tokens) > MAX_TOKENS:
             raise ParseError("too many tokens")
@@ -152,8 +152,7 @@ def _read_word(word: str, space: bool, before: Token | None, text: str, end: int
         letters = [Token("word", c, False) for c in word[:-2]]
         return [*letters, Token("command", "\\pi", False)]
     if len(word) <= 3 or (word.isupper() and len(word) <= 6):
-        first, *rest = word
-        return [Token("word", first, space), *(Token("word", c, False) for c in rest)]
+        return [Token("word", c, space and not i) for i, c in enumerate(word)]
     return [Token("text", word, space)]
 
 
@@ -330,7 +329,8 @@ def _names_by_colon(part: list[Token]) -> bool:
 
 
 def _split_parts(tokens: list[Token]) -> Iterator[tuple[list[Token], Token | None]]:
-    part, depth = [], 0
+    part: list[Token] = []
+    depth = 0
     for token in tokens:
         depth += (token.text in "([{") - (token.text in ")]}") if len(token.text) == 1 else 0
         if token.kind == "separator" or (depth <= 0 and token.text in (",", ";")):

@@ -188,16 +188,16 @@ def normalize_text(text: str) -> str:
     return "".join(_visible(char) for char in text) if not text.isprintable() else text
 
 
-def _spell_circled(match: re.Match) -> str:
+def _spell_circled(match: re.Match[str]) -> str:
     return f"({unicodedata.normalize('NFKC', match.group())}) "  # the label of a part
 
 
-def _spell_fraction(match: re.Match) -> str:
+def _spell_fraction(match: re.Match[str]) -> str:
     top, _, bottom = unicodedata.normalize("NFKC", match.group()).partition("\u2044")
     return rf"\frac{{{top}}}{{{bottom}}}"
 
 
-def _overline_marked(match: re.Match) -> str:
+def _overline_marked(match: re.Match[str]) -> str:
     return rf"\overline{{{re.sub('[^0-9]', '', match.group())}}}"
 
 
@@ -254,7 +254,7 @@ def strip_dress(text: str) -> str:
     return _FRENCH_INTERVAL.sub(_turn_brackets, text) if "]" in text or "[" in text else text
 
 
-def _write_clock(match: re.Match) -> str:
+def _write_clock(match: re.Match[str]) -> str:
     return f"{match[1]}:{(match[2] or '').zfill(2) if not match[3] else 30}"
 
 
@@ -267,7 +267,7 @@ def _read_numerals(text: str) -> str:
     return _CHOOSE.sub(_write_binomial, text) if "C" in text or "choose" in text else text
 
 
-def _overline_dots(match: re.Match) -> str:
+def _overline_dots(match: re.Match[str]) -> str:
     """``0.1\\dot{4}28\\dot{5}``: what recurs goes from the first dot to the last."""
     whole, first, between, last = match.groups()
     if last is None:
@@ -275,7 +275,7 @@ def _overline_dots(match: re.Match) -> str:
     return rf"{whole}\overline{{{first}{between}{last}}}"
 
 
-def _overline_tail(match: re.Match) -> str:
+def _overline_tail(match: re.Match[str]) -> str:
     """``0.1666...`` recurs where its end does; ``3.1415...`` is 3.1415."""
     number = match.group(1)
     whole, _, decimals = number.partition(".")
@@ -286,7 +286,7 @@ def _overline_tail(match: re.Match) -> str:
     return number
 
 
-def _write_binomial(match: re.Match) -> str:
+def _write_binomial(match: re.Match[str]) -> str:
     groups = match.groupdict()
     top, bottom = (groups[k] or groups[k + "2"] or groups[k + "3"] for k in "nk")
     if len(top) > 6 or len(bottom) > 6 or int(bottom) > int(top):
@@ -294,7 +294,7 @@ def _write_binomial(match: re.Match) -> str:
     return rf"\binom{{{top}}}{{{bottom}}}"
 
 
-def _open_half_line(match: re.Match) -> str:
+def _open_half_line(match: re.Match[str]) -> str:
     sign, zero = match.group(1), bool(match.group(2))
     zero = zero or (sign[0] not in "+-" and any(mark in sign for mark in ("=", "ge", "le")))
     if sign[0] in "+>" or sign.startswith((r"\g",)):
@@ -302,7 +302,7 @@ def _open_half_line(match: re.Match) -> str:
     return r"(-\infty,0" + ("]" if zero else ")")
 
 
-def _turn_brackets(match: re.Match) -> str:
+def _turn_brackets(match: re.Match[str]) -> str:
     opens, low, comma, high, closes = match.groups()
     if opens + closes == "[]":
         return match.group()
@@ -323,7 +323,7 @@ def _read_units(text: str) -> str:
     return _BARE_UNIT.sub(_mark_unit, text) if _UNIT_LAST.search(text) else text
 
 
-def _mark_unit(match: re.Match) -> str:
+def _mark_unit(match: re.Match[str]) -> str:
     unit = match.group("unit")
     if not match.group("space") and "/" not in unit:
         return match.group()
@@ -331,20 +331,20 @@ def _mark_unit(match: re.Match) -> str:
     return rf"\text{{ {unit}}}"
 
 
-def _join_micro(match: re.Match) -> str:
+def _join_micro(match: re.Match[str]) -> str:
     letters = match.group("a") or match.group("b") or match.group("c") or match.group("d") or ""
     if match.group("macro") or match.group("d"):
         return rf"\text{{ u{letters}}}"
     return rf"\text{{ u{letters}"  # its brace is still to come
 
 
-def _read_siunitx(match: re.Match) -> str:
+def _read_siunitx(match: re.Match[str]) -> str:
     unit = re.sub(r"\\([a-z]+)", r" \1 ", match.group(2)).replace(".", " ")
     unit = re.sub(r"\b(kilo|mega|giga|centi|milli|micro|nano)\s+", r"\1", unit)
     return rf"{match.group(1)}\text{{ {unit}}}"
 
 
-def _join_minutes(match: re.Match) -> str:
+def _join_minutes(match: re.Match[str]) -> str:
     """``30^\\circ 15'`` in degrees alone, as a mixed number."""
     degrees, minutes, seconds = match.groups()
     if len(degrees + minutes + (seconds or "")) > 12:

@@ -5,9 +5,9 @@ answer that is only half understood must not be judged by the half (``3, 4, and 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 from rewards.math import vocabulary as voc
 from rewards.math.lexer import ParseError, Token, read_tokens, tidy_tokens
@@ -26,13 +26,28 @@ MAX_DEPTH = 40
 
 _END = Token("end", "", False)
 
+T = TypeVar("T")
+
 
 class Node(NamedTuple):
-    """One node: ``kind``, its children, and what else distinguishes it (name, operators, ...)."""
+    """One node: ``kind``, its children, and what else distinguishes it (name, operators, ...).
+
+    ``value`` is a str (of a name, text or sign), a ``Number``, a ``Unit`` or, of a relation, its
+    operators. Three kinds' children are not all nodes: a matrix has rows (see ``rows_of``), and
+    None stands for the left side that a ``pm`` has not, and for bounds of a ``big`` operator.
+    """
 
     kind: str
-    args: tuple = ()
-    value: object = None
+    args: tuple["Node", ...] = ()
+    value: Any = None
+
+
+def make_matrix(rows: Iterable[tuple[Node, ...]]) -> Node:
+    return Node("matrix", cast("tuple[Node, ...]", tuple(rows)))
+
+
+def rows_of(matrix: Node) -> tuple[tuple[Node, ...], ...]:
+    return cast("tuple[tuple[Node, ...], ...]", matrix.args)
 
 
 class Number(NamedTuple):
@@ -104,7 +119,7 @@ class Parser:
         if self.token.kind != "end":
             raise ParseError(f"unexpected {self.token.text[:20]!r}")
 
-    def nested(self, parse: Callable[[], object]):
+    def nested(self, parse: Callable[[], T]) -> T:
         """Run ``parse`` one level deeper, with no enclosing bar or brace in force."""
         if self.depth >= MAX_DEPTH:
             raise ParseError("nested too deeply")
@@ -216,11 +231,11 @@ class Parser:
             if len(signs) > 4:
                 raise ParseError("too many signs")
         term = self.parse_product()
-        for sign in reversed(signs):
-            if sign == "-":
+        for text in reversed(signs):
+            if text == "-":
                 term = Node("neg", (term,))
-            elif sign != "+":
-                term = Node("pm", (None, term), sign)
+            elif text != "+":
+                term = Node("pm", cast("tuple[Node, ...]", (None, term)), text)
         return term
 
     def parse_product(self) -> Node:
@@ -389,7 +404,8 @@ class Parser:
 
     def _accept_unit(self) -> Unit | None:
         """Accept the units after a quantity (``cm^2``, ``miles per hour``), if they end there."""
-        start, parts, sign, power = self.at, [], 1, 1
+        parts: list[tuple[str, int]] = []
+        start, sign, power = self.at, 1, 1
         while True:
             token, following = self.token, self.peek()
             lower = token.text.lower()
@@ -591,7 +607,7 @@ class Parser:
     def _parse_brace(self, *closers: str) -> Node:
         """``{...}``: a TeX group if it is one expression, else a set; ``\\{...\\}``: a set."""
 
-        def parse_inside():
+        def parse_inside() -> Node:
             if self.accept(*closers):
                 return Node("set", ())
             self.bars, self.in_braces = 1, True
@@ -619,7 +635,7 @@ class Parser:
         opener = self.take().text
         closer = {"\\lvert": "\\rvert", "\\lVert": "\\rVert"}.get(opener, opener)
 
-        def parse_inside():
+        def parse_inside() -> Node:
             self.bars = 1
             return self.parse_sum()
 
@@ -737,11 +753,11 @@ class Parser:
             else:
                 upper = self._parse_script()
         body = self.nested(self.parse_product)
-        return Node("big", (lower, upper, body), name)
+        return Node("big", cast("tuple[Node, ...]", (lower, upper, body)), name)
 
     def _parse_environment(self) -> Node:
         self.expect("{")
-        words = []
+        words: list[str] = []
         while not self.accept("}"):
             token = self.take()
             if token.kind == "end" or len(words) > 12:
@@ -765,14 +781,15 @@ class Parser:
         if all(len(row) == 1 and row[0].kind in ("relation", "list") for row in rows):
             lines = [row[0].args if row[0].kind == "list" else row for row in rows]
             return Node("list", sum(lines, ()), ",")  # a system of equations
-        return Node("matrix", rows)
+        return make_matrix(rows)
 
     def _drop_alignment(self) -> None:
         """Drop, up to the end of the environment, ``&`` beside a relation and what ends a row.
 
         A row that begins with a relation goes on with the row before: ``x &= 6/2 \\\\ &= 3``.
         """
-        kept, depth, at = [], 1, self.at
+        kept: list[Token] = []
+        depth, at = 1, self.at
         while at < len(self.tokens) and depth:
             token, following = (
                 self.tokens[at],
@@ -791,8 +808,9 @@ class Parser:
             at += 1
         self.tokens[self.at : at] = kept
 
-    def _parse_rows(self) -> tuple:
-        rows, row = [], []
+    def _parse_rows(self) -> tuple[tuple[Node, ...], ...]:
+        rows: list[tuple[Node, ...]] = []
+        row: list[Node] = []
         while True:
             while self.accept("\\hline"):
                 pass

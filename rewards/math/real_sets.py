@@ -5,6 +5,7 @@ Two sets are equal if they agree at every critical point of either, and between 
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -55,8 +56,8 @@ def _probes(points: list[mpf], whole: bool = False) -> list[mpf]:
 
 def _near(a: mpf, b: mpf) -> bool:
     if a == b or mp.inf in (abs(a), abs(b)):
-        return a == b
-    return abs(a - b) <= max(abs(a), abs(b), mpf(10) ** -20) * mpf(10) ** (12 - mp.dps)
+        return bool(a == b)
+    return bool(abs(a - b) <= max(abs(a), abs(b), mpf(10) ** -20) * mpf(10) ** (12 - mp.dps))
 
 
 def interval(low: mpf, high: mpf, brackets: str) -> RealSet:
@@ -68,7 +69,7 @@ def interval(low: mpf, high: mpf, brackets: str) -> RealSet:
             return brackets[0] == "[" and (low < high or brackets == "[]")
         if _near(x, high):
             return brackets[1] == "]" and low < high
-        return low < x < high
+        return bool(low < x < high)
 
     return RealSet([low, high], contains)
 
@@ -131,8 +132,8 @@ def build_set(node: Node, evaluate: Evaluator) -> RealSet:
         left, right = (build_set(part, evaluate) for part in node.args)
         return combine(left, right, RULES[node.kind])
     if node.kind == "add" and node.args[1].kind == "neg":  # A - B, for sets
-        left, right = node.args[0], node.args[1].args[0]
-        return combine(build_set(left, evaluate), build_set(right, evaluate), RULES["difference"])
+        left, right = (build_set(n, evaluate) for n in (node.args[0], node.args[1].args[0]))
+        return combine(left, right, RULES["difference"])
     if node.kind == "tuple" and len(node.args) == 2:
         low, high = (real_value(part, evaluate) for part in node.args)
         return interval(low, high, node.value)
@@ -235,7 +236,7 @@ def solve_relation(node: Node, evaluate: Evaluator) -> RealSet:
     critical: list[mpf] = []
     for left, _, right in pairs:
         for variant in _without_bars(Node("add", (left, Node("neg", (right,))))):
-            critical += _roots(lambda x, v=variant: side_at(v, x))
+            critical += _roots(partial(side_at, variant))
 
     def contains(x: mpf) -> bool:
         try:
@@ -252,7 +253,7 @@ def _holds(left: mpf, operator: str, right: mpf) -> bool:
         return same == (operator == "=")
     if same:
         return operator in ("<=", ">=")
-    return (left < right) == (operator in ("<", "<="))
+    return bool(left < right) == (operator in ("<", "<="))
 
 
 def _without_bars(node: Node) -> list[Node]:
@@ -262,7 +263,7 @@ def _without_bars(node: Node) -> list[Node]:
         return [*inner, *(Node("neg", (u,)) for u in inner)]
     if not any(isinstance(part, Node) for part in node.args):
         return [node]
-    variants: list[tuple] = [()]
+    variants: list[tuple[Node, ...]] = [()]
     for part in node.args:
         choices = _without_bars(part) if isinstance(part, Node) else [part]
         variants = [(*done, choice) for done in variants for choice in choices]

@@ -37,9 +37,9 @@ def same_scalars(gold: Node, answer: Node) -> bool:
     A percent or degree sign, a unit or a numeral's base that one side has and the other lacks
     may have been asked for in the question. Raises ``Undefined`` if neither has a value.
     """
-    units = unit_of(gold), unit_of(answer)
-    if all(units) and units[0] != units[1]:
-        return _same_quantities(gold, answer, *units)
+    unit, other = unit_of(gold), unit_of(answer)
+    if unit and other and unit != other:
+        return _same_quantities(gold, answer, unit, other)
     if ("base" in _features(gold)) != ("base" in _features(answer)):
         gold, answer = _drop_base(gold), _drop_base(answer)
     return any(_same_in_mode(gold, answer, mode) for mode in _modes(gold, answer))
@@ -75,7 +75,8 @@ def _drop_base(node: Node) -> Node:
 
 def unit_of(node: Node) -> Unit | None:
     if node.kind == "unit":
-        return node.value
+        unit: Unit = node.value
+        return unit
     return unit_of(node.args[0]) if node.kind == "neg" else None
 
 
@@ -165,11 +166,11 @@ def close(a: Value, b: Value) -> bool:
         return a == b
     a, b = to_mp(a), to_mp(b)
     if a == b or mp.isinf(a) or mp.isinf(b):
-        return a == b
+        return bool(a == b)
     difference, scale = abs(a - b), max(abs(a), abs(b))
     if difference > scale * mpf(10) ** (18 - mp.dps):
         # Only rounding error is left of something that cancelled, when more digits leave less.
-        return scale < mpf(10) ** (12 - mp.dps) and (a == 0 or b == 0)
+        return bool(scale < mpf(10) ** (12 - mp.dps) and (a == 0 or b == 0))
     return True
 
 
@@ -228,7 +229,7 @@ def _vanishes(node: Node, mode: Mode) -> bool:
     for digits in (MORE_DIGITS, 2 * MORE_DIGITS):
         with mp.workdps(digits):
             sizes.append(abs(to_mp(Evaluator(POINTS[0], mode).value(node))))
-    return sizes[1] <= sizes[0] * mpf(10) ** -DIGITS
+    return bool(sizes[1] <= sizes[0] * mpf(10) ** -DIGITS)
 
 
 def _is_rounding(node: Node, value: Value, other: Value, mode: Mode, least_digits: int) -> bool:
@@ -242,7 +243,7 @@ def _is_rounding(node: Node, value: Value, other: Value, mode: Mode, least_digit
         return False
     step = mpf(10) ** -literal.decimals * scale
     error = abs(to_mp(other).real - to_mp(value).real)
-    return error <= (step if literal.significant >= FLOAT_DIGITS else step / 2)
+    return bool(error <= (step if literal.significant >= FLOAT_DIGITS else step / 2))
 
 
 def _literal(node: Node, mode: Mode) -> tuple[Number | None, mpf]:

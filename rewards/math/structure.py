@@ -1,6 +1,8 @@
 """Questions about a parsed answer's form: which letters it has, and whether it is only a name."""
 
-from rewards.math.parser import Node
+from itertools import chain
+
+from rewards.math.parser import Node, rows_of
 
 
 def free_names(node: Node) -> set[str]:
@@ -10,12 +12,9 @@ def free_names(node: Node) -> set[str]:
     if node.kind == "index":
         return {"_index"}
     names: set[str] = set()
-    for part in node.args:
-        if isinstance(part, Node):
+    for part in node.args if node.kind != "matrix" else chain(*rows_of(node)):
+        if part is not None:
             names |= free_names(part)
-        elif isinstance(part, tuple):
-            for inner in part:
-                names |= free_names(inner)
     return names
 
 

@@ -11,7 +11,16 @@ from rewards.math.normalize import spell
 from rewards.math.numbers import parse_number
 from rewards.text.answers import Extraction, extract_answer, find_answer
 from rewards.text.completions import Completion, completion_text
-from rewards.workers.pool import CRASHED, FAILED, OK, TIMED_OUT, Result, get_limit, run_task
+from rewards.workers.pool import (
+    CRASHED,
+    FAILED,
+    OK,
+    TIMED_OUT,
+    Result,
+    get_limit,
+    preload,
+    run_task,
+)
 
 RIGHT, WRONG, UNPARSEABLE = "right", "wrong", "unparseable"
 BAD_GOLD, UNREAD_GOLD = "bad_gold", "unread_gold"
@@ -28,7 +37,12 @@ _PROSE_WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")
 _SENTENCE_BREAK = re.compile(r"\n|[.!?]\s+\S|[。！？]\s*\S")
 _FINAL_MARK = re.compile(r"\\boxed|\banswer\b|\btherefore\b|\bhence\b|答案|所以", re.IGNORECASE)
 
+# Of texts and the golds that they were judged with.
+Statuses = dict[tuple[str, str], str]
+
 _logger = logging.getLogger(__name__)
+
+preload("rewards.math.grading")
 
 
 class Verdict(NamedTuple):
@@ -75,7 +89,7 @@ def grade_answer(answer: str, gold: str) -> bool | None:
 
 
 def math_correct(
-    completions: Sequence[Completion], answer: Sequence[str | None], **kwargs
+    completions: Sequence[Completion], answer: Sequence[str | None], **kwargs: object
 ) -> list[float | None]:
     """Return 1.0 where a completion's final answer equals the row's ``answer``, else 0.0.
 
@@ -90,7 +104,7 @@ def math_correct(
 
 
 def judge_math(
-    completions: Sequence[Completion], answer: Sequence[str | None], **kwargs
+    completions: Sequence[Completion], answer: Sequence[str | None], **kwargs: object
 ) -> list[Verdict]:
     """Judge completions as ``math_correct`` does, and say how each came out.
 
@@ -102,7 +116,7 @@ def judge_math(
         raise ValueError(f"{len(completions)} completions but {len(answer)} gold answers")
     golds = [_read_gold(gold, row) for row, gold in enumerate(answer)]
     found = [_find_answer(completion, row) for row, completion in enumerate(completions)]
-    pairs: dict[tuple[str, str], str] = {}
+    pairs: Statuses = {}
     rows = list(zip(found, golds, strict=True))
     _judge_new(pairs, [(e, gold, (e.answer, *e.others)) for e, gold in rows if e and gold])
     # Boxes that differ may each be all of the answer, or be its parts together.
@@ -115,10 +129,10 @@ def judge_math(
     return [_conclude(e, gold, pairs) for e, gold in rows]
 
 
-def _judge_new(pairs: dict, rows: Iterable[tuple[Extraction, str, Sequence[str]]]) -> None:
+def _judge_new(pairs: Statuses, rows: Iterable[tuple[Extraction, str, Sequence[str]]]) -> None:
     """Judge the texts of each row with its gold; samples of one problem repeat each other's."""
-    new = dict.fromkeys((text, gold) for _, gold, texts in rows for text in texts)
-    new = [pair for pair in new if pair not in pairs]
+    asked = dict.fromkeys((text, gold) for _, gold, texts in rows for text in texts)
+    new = [pair for pair in asked if pair not in pairs]
     pairs.update(zip(new, judge_pairs(new), strict=True))
 
 
@@ -133,8 +147,9 @@ def judge_pairs(pairs: Sequence[tuple[str, str]], limit_s: float | None = None) 
 
     ``limit_s`` is the wall-clock limit for each pair, by default that of the worker pool.
     """
-    statuses = [judge_quickly(answer, gold) for answer, gold in pairs]
-    slow = [index for index, status in enumerate(statuses) if status is None]
+    quick = [judge_quickly(answer, gold) for answer, gold in pairs]
+    statuses = [status or "" for status in quick]
+    slow = [index for index, status in enumerate(quick) if status is None]
     results = run_task(
         "rewards.math.grading:judge_answer", [pairs[index] for index in slow], limit_s
     )
@@ -150,7 +165,7 @@ def judge_pairs(pairs: Sequence[tuple[str, str]], limit_s: float | None = None) 
 
 def _read_result(result: Result) -> str:
     if result.status == OK:
-        return result.value
+        return str(result.value)
     if result.status == TIMED_OUT or result.status == CRASHED:
         return TIMED_OUT
     _report_failure(str(result.value))
@@ -231,7 +246,7 @@ def _list_ways(extraction: Extraction, gold: str) -> list[str]:
     return [*extraction.parts, *filter(None, (extraction.together, extraction.option))]
 
 
-def _is_right(extraction: Extraction, gold: str, statuses: dict) -> bool:
+def _is_right(extraction: Extraction, gold: str, statuses: Statuses) -> bool:
     def are_right(*texts: str) -> bool:
         return all(statuses.get((text, gold)) == RIGHT for text in texts)
 
@@ -242,7 +257,7 @@ def _is_right(extraction: Extraction, gold: str, statuses: dict) -> bool:
     return (agree and are_right(*others)) or bool(together and are_right(together))
 
 
-def _conclude(extraction: Extraction | None, gold: str, statuses: dict) -> Verdict:
+def _conclude(extraction: Extraction | None, gold: str, statuses: Statuses) -> Verdict:
     if not gold.strip() or (extraction is None and is_worked_solution(gold)):
         return Verdict(BAD_GOLD, extraction.answer if extraction else None)
     if extraction is None:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 
 from rewards.sandbox.client import CHOICES, MECHANISMS, SandboxError
-from rewards.workers import pool as workers
+from rewards.workers import pool
 
 _logger = logging.getLogger(__name__)
 
@@ -61,10 +61,10 @@ def _try_sandboxes(mechanisms: Sequence[str]) -> tuple[str, str]:
     """Return the name and the description of the first that works; log which one it is."""
     reasons = []
     for mechanism in mechanisms:
-        (result,) = workers.run_task("rewards.code.runs:probe", [(mechanism,)], PROBE_LIMIT_S)
+        (result,) = pool.run_task("rewards.code.runs:probe", [(mechanism,)], PROBE_LIMIT_S)
         answer = (
             result.value
-            if result.status == workers.OK
+            if result.status == pool.OK
             else {"error": str(result.value or result.status)}
         )
         if "description" in answer:

@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,9 +102,9 @@ class Server:
         if "ready" not in reply:
             raise SandboxError(reply["failed"])
         self.control.settimeout(None)
-        return reply["ready"]
+        return str(reply["ready"])
 
-    def start(self, kind: str, payload: dict, limits: Limits, **fds: int) -> "Run":
+    def start(self, kind: str, payload: Mapping[str, object], limits: Limits, **fds: int) -> "Run":
         """Start a process; ``fds`` are its ``stdin``, ``stdout``, ``channel`` and ``report``."""
         if limits.processes > 1 and self.mechanism != "namespaces":
             raise SandboxError("only namespaces can end a program together with its children")
@@ -139,7 +139,8 @@ class Run:
     """A process in the sandbox. Leave nothing running: ``wait`` for it or ``stop`` it."""
 
     def __init__(self, status: int, limits: Limits):
-        self.status, self.limits = status, limits
+        self.status: int | None = status
+        self.limits = limits
         self.started = time.monotonic()
 
     def stop(self) -> None:
@@ -153,22 +154,22 @@ class Run:
 
         Raises ``SandboxError`` if the process could not be confined or its watcher died.
         """
-        texts = {self.status: b""} | ({} if listen_to is None else {listen_to: b""})
+        fds = [fd for fd in (self.status, listen_to) if fd is not None]
         try:
-            overflowed = self._collect(texts)
-            return self._conclude(texts[self.status], texts.get(listen_to, b""), overflowed)
+            texts, overflowed = self._collect(fds)
+            return self._conclude(texts[0], b"".join(texts[1:]), overflowed)
         finally:
             self.stop()
             if listen_to is not None:
                 os.close(listen_to)
 
-    def _collect(self, texts: dict[int, bytes]) -> bool:
-        """Read until the ends of the pipes; say whether the output was more than allowed."""
+    def _collect(self, fds: list[int]) -> tuple[list[bytes], bool]:
+        """Read the pipes to their ends; say, too, whether the output was more than allowed."""
         poll = select.poll()
-        for fd in texts:
+        for fd in fds:
             poll.register(fd, select.POLLIN)
-        parts = {fd: [] for fd in texts}
-        open_fds = set(texts)
+        parts: dict[int, list[bytes]] = {fd: [] for fd in fds}
+        open_fds = set(fds)
         left = self.limits.output_bytes
         deadline = self.started + self.limits.seconds + GRACE_S  # the watcher's clock comes first
         while open_fds and left >= 0:
@@ -187,8 +188,7 @@ class Run:
                     deadline = min(deadline, time.monotonic() + 1.0)
                 if fd != self.status:
                     left -= len(part)
-        texts |= {fd: b"".join(part) for fd, part in parts.items()}
-        return left < 0
+        return [b"".join(parts[fd]) for fd in fds], left < 0
 
     def _conclude(self, status: bytes, output: bytes, overflowed: bool) -> Ending:
         messages = [json.loads(line) for line in status.splitlines()]
@@ -203,6 +203,26 @@ class Run:
         if not ended:
             raise SandboxError("a program was lost: something has killed its watcher")
         return Ending(ended[0]["code"], ended[0]["timed_out"], False, output)
+
+
+_servers: dict[tuple[str, str], Server] = {}
+
+
+def get_server(mechanism: str, folders: Sequence[str] = (), module: str = "") -> Server:
+    """Return this process's fork-server, started if need be. Raises ``SandboxError``."""
+    server = _servers.get((mechanism, module))
+    if server is not None and server.process.poll() is not None:
+        _servers.pop((mechanism, module)).close()
+        server = None
+    if server is None:
+        server = _servers[mechanism, module] = Server(mechanism, folders, module)
+    return server
+
+
+def close_servers() -> None:
+    """End this process's fork-servers; they start again when needed."""
+    while _servers:
+        _servers.popitem()[1].close()
 
 
 def make_memory_file(content: bytes) -> int:
@@ -278,8 +298,7 @@ def _make_bubblewrap(python: str, folders: Sequence[str]) -> list[str]:
             options += ["--perms", "0755", "--dir", str(folder)]
         options += ["--ro-bind", path, path]
     options += ["--ro-bind", python, python]
-    folder = "rewards/sandbox"
-    options += ["--ro-bind", str(_ROOT / folder), f"/sandbox/{folder}"]
+    options += ["--ro-bind", str(_ROOT / "rewards/sandbox"), "/sandbox/rewards/sandbox"]
     for path in ("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"):
         options += ["--dev-bind-try", path, path]
     return [program, *options, "--remount-ro", "/", "--chdir", "/", "--"]

@@ -34,14 +34,15 @@ if __name__ == "__main__":  # the package without its __init__, which imports wh
     _package.__path__ = [str(Path(__file__).resolve().parents[1])]
     sys.modules["rewards"] = _package
 
-from rewards.sandbox import kernel as sandbox_kernel
-from rewards.sandbox.inside import main as sandbox_inside
+from rewards.sandbox import kernel
+from rewards.sandbox.inside.main import FDS, run
+from rewards.sandbox.inside.protocol import Message
 from rewards.sandbox.kernel import CLONE_NEWIPC, CLONE_NEWNS, CLONE_NEWPID
 from rewards.sandbox.seccomp import build_filter
 
 # Where descriptors end up: stdin, stdout, payload, channel, report and status are passed in this
 # order; the last tells the watcher that the process has started.
-FD_PLACES = (0, 1, *sandbox_inside.FDS, 6, 7)
+FD_PLACES = (0, 1, *FDS, 6, 7)
 START_LIMIT_S = 10.0  # for a process to be confined, on a machine that is busy with other things
 NUM_THREADS = 64
 THREAD_STACK = 8 << 20  # bytes; the C library would give each as much as the main thread may have
@@ -76,8 +77,8 @@ class Confinement:
         self.has_landlock = False
         if mechanism == "none":
             return
-        sandbox_kernel.check_machine()
-        self.has_landlock = sandbox_kernel.landlock_version() > 0
+        kernel.check_machine()
+        self.has_landlock = kernel.landlock_version() > 0
         if mechanism == "landlock" and not self.has_landlock:
             raise OSError("the kernel has no Landlock, or it is switched off")
         if self.has_namespaces:
@@ -112,12 +113,12 @@ def _enter_namespaces(is_root: bool, folders: list[str]) -> None:
     Root needs no user namespace for that, and its confined processes change to a uid of their
     own. Anyone else is the owner of a user namespace, in which the processes have no rights.
     """
-    flags = CLONE_NEWNS | CLONE_NEWIPC | sandbox_kernel.CLONE_NEWNET | sandbox_kernel.CLONE_NEWUTS
+    flags = CLONE_NEWNS | CLONE_NEWIPC | kernel.CLONE_NEWNET | kernel.CLONE_NEWUTS
     if is_root:
-        sandbox_kernel.unshare(flags)
+        kernel.unshare(flags)
     else:
         uid, gid = os.geteuid(), os.getegid()
-        sandbox_kernel.unshare(flags | sandbox_kernel.CLONE_NEWUSER)
+        kernel.unshare(flags | kernel.CLONE_NEWUSER)
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/gid_map").write_text(f"{INSIDE_ID} {gid} 1")
         Path("/proc/self/uid_map").write_text(f"{INSIDE_ID} {uid} 1")
@@ -125,7 +126,6 @@ def _enter_namespaces(is_root: bool, folders: list[str]) -> None:
 
 
 def _change_root(folders: list[str]) -> None:
-    kernel = sandbox_kernel
     kernel.mount("none", "/", "", kernel.MS_REC | kernel.MS_PRIVATE)
     base = "/tmp" if os.path.isdir("/tmp") else "/"
     kernel.mount("tmpfs", base, "tmpfs", kernel.MS_NOSUID | kernel.MS_NODEV, "mode=755,size=1m")
@@ -158,10 +158,10 @@ def _show(path: str) -> None:
         os.symlink(os.readlink(source), target)
     elif os.path.isdir(source):
         os.mkdir(target, 0o755)
-        sandbox_kernel.bind(source, target)
+        kernel.bind(source, target)
     else:
         Path(target).touch()
-        sandbox_kernel.bind(source, target)
+        kernel.bind(source, target)
 
 
 def _list_library_paths() -> list[str]:
@@ -197,18 +197,18 @@ def serve(control: socket.socket, confinement: Confinement) -> None:
             os.close(fd)
 
 
-def watch(request: dict, fds: list[int], confinement: Confinement) -> None:
+def watch(request: Message, fds: list[int], confinement: Confinement) -> None:
     """Fork the process, kill it in time, and report how it ended on the status pipe."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    sandbox_kernel.die_with_parent()
+    kernel.die_with_parent()
     status = fds[-1]
     try:
         if confinement.has_namespaces:
-            sandbox_kernel.unshare(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC)
+            kernel.unshare(CLONE_NEWPID | CLONE_NEWNS | CLONE_NEWIPC)
             size = request["disk_mb"]
             options = f"size={size}m,mode=1777,nr_inodes=1024"
-            flags = sandbox_kernel.MS_NOSUID | sandbox_kernel.MS_NODEV
-            sandbox_kernel.mount("tmpfs", SCRATCH, "tmpfs", flags, options)
+            flags = kernel.MS_NOSUID | kernel.MS_NODEV
+            kernel.mount("tmpfs", SCRATCH, "tmpfs", flags, options)
             os.chdir(SCRATCH)
         started, starting = os.pipe()
         pid = os.fork()
@@ -229,7 +229,7 @@ def watch(request: dict, fds: list[int], confinement: Confinement) -> None:
     os._exit(0)
 
 
-def _line(message: dict) -> bytes:
+def _line(message: Message) -> bytes:
     return json.dumps(message).encode() + b"\n"
 
 
@@ -253,7 +253,7 @@ def _wait(pid: int, status: int, started: int, limit_s: float) -> bool:
     return False
 
 
-def _run_confined(request: dict, fds: list[int], confinement: Confinement) -> None:
+def _run_confined(request: Message, fds: list[int], confinement: Confinement) -> None:
     """In the new process: confine it, say so, and run what was asked for. Does not return."""
     code = 1
     try:
@@ -267,7 +267,7 @@ def _run_confined(request: dict, fds: list[int], confinement: Confinement) -> No
         os.close(status)
         os.close(starting)
         gc.enable()
-        code = sandbox_inside.run(request["kind"])
+        code = run(request["kind"])
     finally:
         os._exit(code)
 
@@ -283,30 +283,30 @@ def _arrange_fds(fds: list[int]) -> tuple[int, int]:
     return FD_PLACES[-2:]
 
 
-def _confine(request: dict, confinement: Confinement) -> None:
+def _confine(request: Message, confinement: Confinement) -> None:
     """Give up, in this order: memory and time, files, root, new rights, capabilities, calls."""
     for name, limit in _list_limits(request, confinement).items():
         _lower_limit(getattr(resource, name), limit)
     if confinement.mechanism == "none":
-        sandbox_kernel.die_with_parent()
+        kernel.die_with_parent()
         return
     rules = _make_rules(confinement) if confinement.has_landlock else None
     if confinement.uid is not None:
         _give_up_root(confinement.uid)
-    sandbox_kernel.die_with_parent()
-    sandbox_kernel.forbid_new_privileges()
+    kernel.die_with_parent()
+    kernel.forbid_new_privileges()
     if rules is not None:
-        sandbox_kernel.apply_landlock(rules)
+        kernel.apply_landlock(rules)
         os.close(rules)
-    sandbox_kernel.drop_capabilities()
-    sandbox_kernel.apply_seccomp(build_filter(pid=os.getpid(), may_fork=request["processes"] > 1))
+    kernel.drop_capabilities()
+    kernel.apply_seccomp(build_filter(pid=os.getpid(), may_fork=request["processes"] > 1))
 
 
 def _make_rules(confinement: Confinement) -> int:
     """Return Landlock rules; made while still root, which may pass folders that others may not."""
     read = [*LIBRARIES, *DEVICES, *_list_library_paths(), *confinement.folders]
     scratch = [SCRATCH] if confinement.has_namespaces else []
-    return sandbox_kernel.make_landlock_rules(read, ["/dev/null", *scratch])
+    return kernel.make_landlock_rules(read, ["/dev/null", *scratch])
 
 
 def _give_up_root(uid: int) -> None:
@@ -326,7 +326,7 @@ def _give_up_root(uid: int) -> None:
             module.__path__[:] = [path.replace(MODULES, place) for path in module.__path__]
 
 
-def _list_limits(request: dict, confinement: Confinement) -> dict[str, int]:
+def _list_limits(request: Message, confinement: Confinement) -> dict[str, int]:
     megabyte = 1 << 20
     return {
         "RLIMIT_AS": request["memory_mb"] * megabyte,
@@ -366,7 +366,7 @@ def _lower_limit(number: int, limit: int) -> None:
 def main() -> None:
     """Confine as the command line asks, say how or why not on the control socket, and serve."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    sandbox_kernel.die_with_parent()
+    kernel.die_with_parent()
     os.environ.clear()
     threading.stack_size(THREAD_STACK)
     try:

@@ -17,7 +17,7 @@ _SIGNS = {"\\times": "*", "\\cdot": "*", "\\div": "/", "×": "*", "·": "*", "÷
 
 
 def countdown_correct(
-    completions: Sequence[Completion], tests: Sequence[object], **kwargs
+    completions: Sequence[Completion], tests: Sequence[object], **kwargs: object
 ) -> list[float | None]:
     """Return 1.0 where the answer's expression has the value ``target`` and uses each of
     ``numbers`` exactly once, else 0.0.
@@ -38,9 +38,9 @@ def _read(tests: object) -> tuple[list[int], int] | None:
     if not isinstance(tests, Mapping):
         return None
     numbers, target = tests.get("numbers"), tests.get("target")
-    if not isinstance(numbers, list) or not all(type(n) is int for n in [*numbers, target]):
+    if not isinstance(numbers, list) or type(target) is not int:
         return None
-    return numbers, target
+    return (numbers, target) if all(type(number) is int for number in numbers) else None
 
 
 def _judge(text: str, task: tuple[list[int], int] | None) -> float | None:

@@ -2,29 +2,18 @@
 
 import json
 import os
+from typing import Any
 
-from rewards.sandbox.client import Limits, SandboxError, Server
+from rewards.sandbox.client import Limits, SandboxError, get_server
 
 MODULE = "reasoning_gym"
-_servers: dict[str, Server] = {}
-
-
-def get_server(mechanism: str, folders: list[str]) -> Server:
-    """Return this process's fork-server with reasoning-gym loaded, started if need be."""
-    server = _servers.get(mechanism)
-    if server is not None and server.process.poll() is not None:
-        _servers.pop(mechanism).close()
-        server = None
-    if server is None:
-        server = _servers[mechanism] = Server(mechanism, folders, MODULE)
-    return server
 
 
 def score(
-    mechanism: str, folders: list[str], tests: str, answer: str, limits: list
+    mechanism: str, folders: list[str], tests: str, answer: str, limits: list[Any]
 ) -> float | None:
     """The scorer's verdict; 0.0 if it raised or was stopped."""
-    server = get_server(mechanism, folders)
+    server = get_server(mechanism, folders, MODULE)
     payload = {**json.loads(tests), "answer": answer}
     reader, writer = os.pipe()
     try:

@@ -16,7 +16,7 @@ from rewards.sandbox.choice import find_mechanism
 from rewards.sandbox.client import Limits
 from rewards.text.answers import find_boxes
 from rewards.text.completions import Completion, completion_text, split_thinking
-from rewards.workers import pool as workers
+from rewards.workers import pool
 
 MEMORY_MB = 2048  # address space: numpy and sympy take more than half a gigabyte of it
 START_S = 120.0  # for a worker's first answer: it loads reasoning-gym
@@ -24,7 +24,7 @@ _TAGGED = re.compile(r"<answer>(.*?)(?:</answer>|\Z)", re.DOTALL)
 
 
 def reasoning_gym_score(
-    completions: Sequence[Completion], tests: Sequence[object], **kwargs
+    completions: Sequence[Completion], tests: Sequence[object], **kwargs: object
 ) -> list[float | None]:
     """Return the score, 0 to 1, that each answer gets from its task's own scorer.
 
@@ -73,16 +73,17 @@ def _read_tests(tests: object) -> str | None:
 def _score(items: list[tuple[str, str]]) -> list[float | None]:
     if not items:
         return []
-    limits = Limits(seconds=workers.get_limit(), memory_mb=MEMORY_MB)
+    limits = Limits(seconds=pool.get_limit(), memory_mb=MEMORY_MB)
     mechanism, folders = find_mechanism(), find_packages()
     jobs = [(mechanism, folders, tests, answer, limits) for tests, answer in items]
-    results = workers.run_task("rewards.tasks.gym_runs:score", jobs, limits.seconds + START_S)
+    results = pool.run_task("rewards.tasks.gym_runs:score", jobs, limits.seconds + START_S)
     return [_read_result(result) for result in results]
 
 
-def _read_result(result: workers.Result) -> float | None:
-    if result.status == workers.OK:
-        return result.value
+def _read_result(result: pool.Result) -> float | None:
+    if result.status == pool.OK:
+        score: float | None = result.value
+        return score
     report_failure(str(result.value or f"a worker {result.status}"))
     return None
 
@@ -93,6 +94,6 @@ def find_packages() -> list[str]:
     import importlib.util  # slow, and not needed to import this package
 
     spec = importlib.util.find_spec("reasoning_gym")
-    if spec is None:
+    if spec is None or spec.origin is None:
         raise ModuleNotFoundError("rewards.reasoning_gym_score needs the package reasoning-gym")
     return [str(Path(spec.origin).resolve().parent.parent)]

@@ -197,7 +197,7 @@ def find_closing_brace(text: str, start: int) -> int | None:
     return _find_closing(text, start, _BRACE, "{")
 
 
-def _find_closing(text: str, start: int, marks: re.Pattern, openers: str) -> int | None:
+def _find_closing(text: str, start: int, marks: re.Pattern[str], openers: str) -> int | None:
     depth = 0
     for match in marks.finditer(text, start, start + MAX_BOX_CHARS):
         mark = match.group()

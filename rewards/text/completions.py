@@ -7,6 +7,7 @@ the two functions here, so that "the text" and "outside the thinking" mean one t
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 Completion = str | Sequence[Mapping[str, object]]
 
@@ -38,7 +39,8 @@ def completion_text(completion: Completion) -> str:
         return completion
     if not isinstance(completion, Sequence) or isinstance(completion, bytes):
         raise TypeError(f"a completion is a string or a message list, not {type(completion)}")
-    turns = [m for m in completion if m.get("role", "assistant") == "assistant"]
+    messages = cast("Sequence[Mapping[str, object]]", completion)
+    turns = [m for m in messages if m.get("role", "assistant") == "assistant"]
     return "\n".join(_content_text(m.get("content")) for m in turns)
 
 
@@ -72,7 +74,9 @@ def split_thinking(text: str) -> tuple[str, str]:
     closed = {"think", "THINK"} | {name for name, closes, _ in tags if closes}
     tags = [tag for tag in tags if tag[0] in closed]
     inside = tags[0][0] if tags and tags[0][1] else ""
-    thinking, answer, position = [], [], 0
+    thinking: list[str] = []
+    answer: list[str] = []
+    position = 0
     for name, closes, tag in tags:
         if inside and name != inside:
             continue

@@ -84,7 +84,7 @@ def _count_words(sentence: str) -> dict[str, float]:
     """Count the words in each script. Scripts without spaces: two characters to a word."""
     counts: dict[str, float] = {}
     for run in _RUN.finditer(sentence):
-        script, length = run.lastgroup, len(run.group())
+        script, length = str(run.lastgroup), len(run.group())
         if script in ("han", "kana", "thai"):
             counts[script] = counts.get(script, 0.0) + length / 2
         elif length > 1 or run.group() in "aIàéoyе":  # other single letters are variables

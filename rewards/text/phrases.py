@@ -62,7 +62,7 @@ def spell_numbers(text: str) -> str:
     return text
 
 
-def _minus(match: re.Match) -> str:
+def _minus(match: re.Match[str]) -> str:
     return "-" if match.group(1) else ""
 
 

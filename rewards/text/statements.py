@@ -296,7 +296,7 @@ def find_statement(text: str) -> str | None:
     return _THOUSANDS.sub(_spell_thousands, answer) if answer else None
 
 
-def _spell_thousands(match: re.Match) -> str:
+def _spell_thousands(match: re.Match[str]) -> str:
     return f"{match[1]} {_THOUSANDS_WORDS[match[2].lower()]}"
 
 
@@ -361,7 +361,7 @@ def _find_reversed(text: str) -> str | None:
     letter = re.search(r"(?:^|[\s*])\(?([A-J])\)?$", head)
     if letter:
         return None if _UNCLAIMED.search(_take_clause(head[: letter.start()])) else letter[1]
-    near = re.search(r"[^\n.!?]*(?:\.\d[^\n.!?]*)*$", head).group()
+    near = next(re.finditer(r"[^\n.!?]*(?:\.\d[^\n.!?]*)*$", head)).group()
     return find_last(near) if re.search(r"[\d$)\]}]\W*(?:\w+\s?){0,2}$", near) else None
 
 
@@ -432,14 +432,15 @@ def _find_only_number(sentence: str) -> str | None:
     )
 
 
-def _is_money(sentence: str, number: re.Match) -> bool:
+def _is_money(sentence: str, number: re.Match[str]) -> bool:
     before, after = sentence[: number.start()].rstrip(), sentence[number.end() :].lstrip()
     return before.endswith(_CURRENCIES) or "$" in number.group() or after.startswith(_CURRENCIES)
 
 
 def _find_option(text: str) -> str | None:
     """Return the option that opens a short text, or that is called right; Yes or No likewise."""
-    letters, tail = {}, _take_tail(text)
+    letters: dict[str, None] = {}
+    tail = _take_tail(text)
     claims = list(_CLAIM.finditer(tail)) if _find_first(tail, _CLAIM_STEMS) is not None else []
     for claim in claims[-MAX_MARKERS:]:
         clause = _take_clause(tail[max(0, claim.start() - 100) : claim.start()])
@@ -475,7 +476,7 @@ def _is_unit(word: str) -> bool:
     return find_unit(word.split()[-1]) is not None
 
 
-def _as_value(number: re.Match) -> Value:
+def _as_value(number: re.Match[str]) -> Value:
     text = number.group()
     if unit := number["unit"]:
         words = re.findall(r"[a-zA-Z]{3,}", unit)
@@ -557,7 +558,7 @@ def _list_values(text: str) -> list[Value]:
     return values
 
 
-def _formula(span: re.Match) -> str | None:
+def _formula(span: re.Match[str]) -> str | None:
     """Return a formula's content, None if it is only a name such as ``ABC`` or prose."""
     content = next(group for group in span.groups() if group is not None).strip()
     worth = re.search(r"\d|[=<>]|\\(?:frac|sqrt|pi|lt|gt|le|ge|in|begin|infty|cup)", content)
@@ -590,7 +591,7 @@ def _join_values(text: str, values: list[Value], index: int) -> tuple[int, str |
 
 
 def _only_number(value: Value) -> str:
-    return _NUMBER_ONLY.match(value.text)[0] if value.is_number else value.text
+    return next(_NUMBER_ONLY.finditer(value.text))[0] if value.is_number else value.text
 
 
 def _with_name(text: str, value: Value) -> str:

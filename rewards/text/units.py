@@ -68,7 +68,8 @@ _AMBIGUOUS = {
 POWER_WORDS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3, "平方": 2, "立方": 3}
 AFTER_POWER_WORDS = {"squared": 2, "cubed": 3}
 
-Measure = tuple[frozenset, Fraction]
+# Dimensions with their powers, and the size in base units.
+Measure = tuple[frozenset[tuple[str, int]], Fraction]
 
 
 def _read_base(text: str) -> Measure:
@@ -86,10 +87,10 @@ def _read_base(text: str) -> Measure:
 
 def _build() -> tuple[dict[str, str], dict[str, str], dict[str, tuple[Measure, ...]]]:
     """Return symbols (case counts), words (it does not), and what every name measures."""
-    symbols, words = {}, {}
-    measures = {name: (_read_base(base),) for name, base in _BASE.items()}
-    for name, texts in _AMBIGUOUS.items():
-        measures[name] = tuple(_read_base(text) for text in texts)
+    symbols: dict[str, str] = {}
+    words: dict[str, str] = {}
+    bases = {name: (base,) for name, base in _BASE.items()} | _AMBIGUOUS
+    measures = {name: tuple(map(_read_base, texts)) for name, texts in bases.items()}
     for symbol, spelled in _PREFIXED.items():
         symbols[symbol] = symbol
         for prefix, exponent in _PREFIXES.items():
@@ -106,8 +107,8 @@ def _build() -> tuple[dict[str, str], dict[str, str], dict[str, tuple[Measure, .
     for taken in ("pm", "min", "cT", "cd"):  # words of their own
         symbols.pop(taken, None)
     measures["l"], measures["ml"] = measures["L"], measures["mL"]
-    for name, texts in _SPELLINGS.items():
-        for text in texts.split():
+    for name, spellings in _SPELLINGS.items():
+        for text in spellings.split():
             (symbols if len(text) == 1 and text.isascii() else words)[text] = name
     symbols |= {"l": "l", "K": "kelvin", "ml": "ml", "h": "hour"}
     for symbol in [
@@ -176,7 +177,9 @@ def _measure(unit: Unit) -> list[Measure]:
     return [(frozenset(dimensions.items()), factor) for dimensions, factor in readings]
 
 
-def _multiply(dimensions: dict[str, int], more: frozenset, power: int) -> dict[str, int]:
+def _multiply(
+    dimensions: dict[str, int], more: frozenset[tuple[str, int]], power: int
+) -> dict[str, int]:
     total = dict(dimensions)
     for name, exponent in more:
         total[name] = total.get(name, 0) + exponent * power

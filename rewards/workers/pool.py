@@ -19,10 +19,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
-from rewards.workers.worker import encode_frame, read_frame
+from rewards.workers.worker import Message, encode_frame, read_frame
 
 DEFAULT_LIMIT_S = 5.0
 DEFAULT_MEMORY_MB = 1024
@@ -40,7 +41,7 @@ class Result(NamedTuple):
     """
 
     status: str
-    value: object
+    value: Any
     seconds: float
 
 
@@ -51,11 +52,11 @@ class WorkerError(RuntimeError):
 class _Worker:
     """One child process; used by one thread at a time."""
 
-    def __init__(self, memory_mb: int):
+    def __init__(self, memory_mb: int, preload: Sequence[str]):
         root = str(Path(__file__).resolve().parents[2])
         code = (
             f"import sys; sys.path.insert(0, {root!r}); "
-            f"from rewards.workers.worker import main; main({memory_mb})"
+            f"from rewards.workers.worker import main; main({memory_mb}, {[*preload]})"
         )
         # A session of its own keeps a terminal's Ctrl-C with the parent. -P: the working
         # directory's files must not stand in for library modules.
@@ -67,53 +68,64 @@ class _Worker:
             env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
             start_new_session=True,
         )
+        self.requests = cast("IO[bytes]", self.process.stdin)
+        self.replies = cast("IO[bytes]", self.process.stdout)
         self.is_ready = False
         self.started = time.monotonic()
 
-    def send(self, path: str, args: Sequence, limit_s: float) -> None:
-        self.process.stdin.write(encode_frame({"path": path, "args": args, "limit_s": limit_s}))
-        self.process.stdin.flush()
+    def send(self, path: str, args: Sequence[object], limit_s: float) -> None:
+        self.requests.write(encode_frame({"path": path, "args": args, "limit_s": limit_s}))
+        self.requests.flush()
         self.started = time.monotonic()
 
-    def receive(self) -> dict | None:
+    def receive(self) -> Message | None:
         """Return the worker's next message; None if it died. Blocks until one or the other."""
-        return read_frame(self.process.stdout)
+        return read_frame(self.replies)
 
     def stop(self) -> None:
         self.process.kill()
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self.requests, self.replies):
             with contextlib.suppress(OSError):
                 pipe.close()
         self.process.wait()
 
 
 class Pool:
-    """Runs tasks in up to ``num_workers`` processes; safe to use from any number of threads."""
+    """Runs tasks in up to ``num_workers`` processes; safe to use from any number of threads.
 
-    def __init__(self, num_workers: int, memory_mb: int = DEFAULT_MEMORY_MB):
+    ``preload``: modules that a worker imports when it starts, on nobody's clock.
+    """
+
+    def __init__(
+        self,
+        num_workers: int,
+        memory_mb: int = DEFAULT_MEMORY_MB,
+        preload: Sequence[str] = (),
+    ):
         if num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, not {num_workers}")
         self.num_workers = num_workers
         self.memory_mb = memory_mb
+        self.preload = preload
         self._idle: list[_Worker | None] = [None] * num_workers  # None: not started yet
         self._changed = threading.Condition()
         self._closed = False
 
-    def run(self, path: str, items: Sequence[Sequence], limit_s: float) -> list[Result]:
+    def run(self, path: str, items: Sequence[Sequence[object]], limit_s: float) -> list[Result]:
         """Call ``path`` (``module:function``) with each item's arguments; results in their order.
 
         Arguments and values must be JSON. ``limit_s`` is wall-clock seconds for each item.
         """
         if not items:
             return []
-        results: list[Result | None] = [None] * len(items)
+        results: dict[int, Result] = {}
         waiting = deque(range(len(items)))
         workers = self._borrow(len(items))
         try:
             _Drive(self, path, items, limit_s, results, waiting, workers).run()
         finally:
             self._give_back(workers)
-        return results
+        return [results[index] for index in range(len(items))]
 
     def _borrow(self, wanted: int) -> list["_Worker | None"]:
         """Take one place in the pool, waiting for it, and as many more as are free."""
@@ -148,15 +160,20 @@ class Pool:
             self._changed.notify_all()
 
 
+@dataclass
 class _Drive:
     """One call of ``Pool.run``: keeps the borrowed workers busy until nothing is waiting."""
 
-    def __init__(self, pool, path, items, limit_s, results, waiting, workers):
-        self.pool, self.path, self.items, self.limit_s = pool, path, items, limit_s
-        self.results, self.waiting, self.workers = results, waiting, workers
-        self.selector = selectors.DefaultSelector()
-        self.item_of: dict[int, int | None] = {}  # place -> the item it works on
-        self.failed_starts = 0
+    pool: Pool
+    path: str
+    items: Sequence[Sequence[object]]
+    limit_s: float
+    results: dict[int, Result]
+    waiting: deque[int]
+    workers: list[_Worker | None]
+    selector: selectors.BaseSelector = field(default_factory=selectors.DefaultSelector)
+    item_of: dict[int, int | None] = field(default_factory=dict)  # place -> what it works on
+    failed_starts: int = 0
 
     def run(self) -> None:
         try:
@@ -179,8 +196,12 @@ class _Drive:
         finally:
             self.selector.close()
 
+    def _running(self, place: int) -> _Worker:
+        """The worker of a place in ``item_of``."""
+        return cast("_Worker", self.workers[place])
+
     def _deadline(self, place: int) -> float:
-        worker = self.workers[place]
+        worker = self._running(place)
         return worker.started + (self.limit_s if worker.is_ready else START_LIMIT_S)
 
     def _feed(self, place: int) -> None:
@@ -189,8 +210,8 @@ class _Drive:
             return
         worker = self.workers[place]
         if worker is None:
-            worker = self.workers[place] = _Worker(self.pool.memory_mb)
-        self.selector.register(worker.process.stdout, selectors.EVENT_READ, place)
+            worker = self.workers[place] = _Worker(self.pool.memory_mb, self.pool.preload)
+        self.selector.register(worker.replies, selectors.EVENT_READ, place)
         self.item_of[place] = None
         if worker.is_ready:
             self._send(place)
@@ -201,7 +222,7 @@ class _Drive:
             return
         index = self.waiting.popleft()
         try:
-            self.workers[place].send(self.path, self.items[index], self.limit_s)
+            self._running(place).send(self.path, self.items[index], self.limit_s)
             self.item_of[place] = index
         except OSError:  # it died while idle, which is not this item's fault
             self.waiting.appendleft(index)
@@ -210,20 +231,20 @@ class _Drive:
             self._feed(place)
 
     def _hear(self, place: int) -> None:
-        worker, index = self.workers[place], self.item_of[place]
+        worker, index = self._running(place), self.item_of[place]
         message = worker.receive()
         if message is None or "failed" in message:
             self._bury(place, message)
         elif "ready" in message:
             worker.is_ready, self.failed_starts = True, 0
             self._send(place)
-        else:
+        elif index is not None:
             status = OK if "value" in message else FAILED
             self._finish(index, status, message.get("value", message.get("error")), worker)
             self._send(place)
 
-    def _bury(self, place: int, message: dict | None) -> None:
-        worker, index = self.workers[place], self.item_of[place]
+    def _bury(self, place: int, message: Message | None) -> None:
+        worker, index = self._running(place), self.item_of[place]
         if index is not None:
             self._finish(index, CRASHED, None, worker)
         else:
@@ -236,7 +257,7 @@ class _Drive:
         if index is None:
             self._count_failed_start(f"not ready after {START_LIMIT_S:.0f} s")
         else:
-            self._finish(index, TIMED_OUT, None, self.workers[place])
+            self._finish(index, TIMED_OUT, None, self._running(place))
         self._drop(place)
         self._feed(place)
 
@@ -251,19 +272,29 @@ class _Drive:
             )
 
     def _release(self, place: int) -> None:
-        self.selector.unregister(self.workers[place].process.stdout)
+        self.selector.unregister(self._running(place).replies)
         del self.item_of[place]
 
     def _drop(self, place: int) -> None:
         self._release(place)
-        self.workers[place].stop()
+        self._running(place).stop()
         self.workers[place] = None
 
 
 _lock = threading.Lock()
 _pool: Pool | None = None
 _pool_pid: int | None = None
-_settings = {"num_workers": None, "limit_s": DEFAULT_LIMIT_S, "memory_mb": DEFAULT_MEMORY_MB}
+
+
+@dataclass
+class _Settings:
+    num_workers: int | None = None
+    limit_s: float = DEFAULT_LIMIT_S
+    memory_mb: int = DEFAULT_MEMORY_MB
+
+
+_settings = _Settings()
+_preload: list[str] = []
 
 
 def configure_workers(
@@ -280,18 +311,27 @@ def configure_workers(
     for name, value in given.items():
         if value is not None and value <= 0:
             raise ValueError(f"{name} must be positive, not {value}")
-    _settings.update({name: value for name, value in given.items() if value is not None})
+    for name, value in given.items():
+        if value is not None:
+            setattr(_settings, name, value)
     shut_down_workers()
 
 
 def get_limit() -> float:
     """Return the wall-clock limit per item in seconds that is in force."""
-    return _settings["limit_s"]
+    return _settings.limit_s
 
 
-def run_task(path: str, items: Sequence[Sequence], limit_s: float | None = None) -> list[Result]:
+def preload(module: str) -> None:
+    """Have the shared pool's workers, those started from now on, import a module at once."""
+    _preload.append(module)
+
+
+def run_task(
+    path: str, items: Sequence[Sequence[object]], limit_s: float | None = None
+) -> list[Result]:
     """Run a function on every item in the process's one shared pool, as ``Pool.run`` does."""
-    return _shared_pool().run(path, items, limit_s or _settings["limit_s"])
+    return _shared_pool().run(path, items, limit_s or _settings.limit_s)
 
 
 def shut_down_workers() -> None:
@@ -307,7 +347,8 @@ def _shared_pool() -> Pool:
     global _pool, _pool_pid
     with _lock:
         if _pool is None or _pool_pid != os.getpid():  # a fork must not talk to its parent's pipes
-            _pool = Pool(_settings["num_workers"] or _default_num_workers(), _settings["memory_mb"])
+            num_workers = _settings.num_workers or _default_num_workers()
+            _pool = Pool(num_workers, _settings.memory_mb, _preload)
             _pool_pid = os.getpid()
         return _pool
 

@@ -16,29 +16,34 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import BinaryIO
+from typing import IO, Any
 
 HEADER = struct.Struct("!I")
 STACK_BYTES = 128 << 20
 RECURSION_LIMIT = 20_000
 
+Message = dict[str, Any]  # one JSON object
 
-def read_frame(stream: BinaryIO) -> dict | None:
+
+def read_frame(stream: IO[bytes]) -> Message | None:
     """Return the next frame, None at the end of the stream (also within a frame)."""
     header = stream.read(HEADER.size)
     if len(header) < HEADER.size:
         return None
     (size,) = HEADER.unpack(header)
     body = stream.read(size)
-    return json.loads(body) if len(body) == size else None
+    if len(body) < size:
+        return None
+    message: Message = json.loads(body)
+    return message
 
 
-def encode_frame(message: dict) -> bytes:
+def encode_frame(message: Message) -> bytes:
     body = json.dumps(message).encode("ascii")
     return HEADER.pack(len(body)) + body
 
 
-def main(memory_mb: int) -> None:
+def main(memory_mb: int, preload: list[str]) -> None:
     """Serve tasks until the input ends. Called by the command line that ``workers`` builds."""
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a library that prints must not break a frame
@@ -46,7 +51,8 @@ def main(memory_mb: int) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which kills; the parent may have ignored it
     try:
         _limit_memory(memory_mb)
-        importlib.import_module("rewards.math.grading")  # now, not on the first item's time
+        for module in preload:  # now, not on the first item's time
+            importlib.import_module(module)
     except BaseException:
         replies.write(encode_frame({"failed": traceback.format_exc()}))
         raise
@@ -66,20 +72,21 @@ def _wait_for_hang_up() -> None:
     poll.poll()
 
 
-def _serve_to_the_end(replies: BinaryIO) -> None:
+def _serve_to_the_end(replies: IO[bytes]) -> None:
     try:
         _serve(replies)
     finally:
         os._exit(1)
 
 
-def find_task(path: str) -> Callable:
+def find_task(path: str) -> Callable[..., object]:
     """Return the function that ``module:name`` stands for, importing the module."""
     module, _, name = path.partition(":")
-    return getattr(importlib.import_module(module), name)
+    task: Callable[..., object] = getattr(importlib.import_module(module), name)
+    return task
 
 
-def _serve(replies: BinaryIO) -> None:
+def _serve(replies: IO[bytes]) -> None:
     while (task := read_frame(sys.stdin.buffer)) is not None:
         _die_after(task["limit_s"] + 1)
         try:

@@ -5,6 +5,7 @@ back is only what the functions are said to return.
 """
 
 import types
+from typing import Any
 
 from rewards.sandbox.inside.plain_data import (
     MUTABLE,
@@ -14,9 +15,15 @@ from rewards.sandbox.inside.plain_data import (
     receive_frame,
     send_frame,
 )
-from rewards.sandbox.inside.protocol import CHANNEL_FD, describe, make_exception, make_module
+from rewards.sandbox.inside.protocol import (
+    CHANNEL_FD,
+    Message,
+    describe,
+    make_exception,
+    make_module,
+)
 
-_ITERATORS = (
+_ITERATORS: tuple[type, ...] = (
     types.GeneratorType, map, filter, zip, enumerate, reversed,
     type({}.keys()), type({}.values()), type({}.items()),
     type(iter([])), type(iter(())), type(iter("")), type(iter(range(0))), type(iter(set())),
@@ -32,7 +39,7 @@ def serve_candidate(code: str) -> int:
 class Candidate:
     """Calls what the model's code defines. Its objects that are not plain data stay here."""
 
-    def __init__(self, namespace: dict):
+    def __init__(self, namespace: dict[str, Any]):
         self.namespace = namespace
         self.objects: list[object] = []
 
@@ -50,20 +57,20 @@ class Candidate:
                 return 0
             self.reply(request)
 
-    def reply(self, request: dict) -> None:
+    def reply(self, request: Message) -> None:
         answer = self.answer(request)
         try:
             send_frame(CHANNEL_FD, answer)
         except (PlainDataError, MemoryError) as error:  # too large; nothing has been sent yet
             send_frame(CHANNEL_FD, describe(error))
 
-    def answer(self, request: dict) -> dict:
+    def answer(self, request: Message) -> Message:
         try:
             return self._answer(request)
         except BaseException as error:
             return describe(error)
 
-    def _answer(self, request: dict) -> dict:
+    def _answer(self, request: Message) -> Message:
         target = self._find(request["target"])
         match request["do"]:
             case "next":
@@ -85,7 +92,7 @@ class Candidate:
             reply["changed"] = [encode(a, self._refer) for a in changed]
         return reply
 
-    def _find(self, target: str | int) -> object:
+    def _find(self, target: str | int) -> Any:
         if isinstance(target, int):
             return self.objects[target]
         if target in self.namespace:
@@ -106,14 +113,14 @@ class Candidate:
             owner = owner if isinstance(found, staticmethod | classmethod) else owner()
         return getattr(owner, name)
 
-    def _refer(self, value: object) -> dict:
+    def _refer(self, value: object) -> Message:
         if isinstance(value, CheckersFunction):
             return {"callback": value.number}
         self.objects.append(value)
         kind = "iterator" if isinstance(value, _ITERATORS) else "object"
         return {kind: len(self.objects) - 1}
 
-    def _resolve(self, key: str, content: object) -> object:
+    def _resolve(self, key: str, content: Any) -> object:
         if key == "callback":
             return CheckersFunction(self, content)
         if key in ("object", "iterator"):
@@ -127,7 +134,7 @@ class CheckersFunction:
     def __init__(self, candidate: Candidate, number: int):
         self.candidate, self.number = candidate, number
 
-    def __call__(self, *args):
+    def __call__(self, *args: object) -> object:
         refer = self.candidate._refer
         message = {"callback": self.number, "args": [encode(arg, refer) for arg in args]}
         send_frame(CHANNEL_FD, message)

@@ -9,6 +9,8 @@ import ast
 import json
 import re
 
+from rewards.sandbox.inside.protocol import Message
+
 LITERAL_TASKS = {"string_insertion", "spiral_matrix", "binary_matrix", "n_queens"}
 """Tasks that call eval on an answer, which may be a list of lists."""
 EXPRESSION_TASKS = {
@@ -33,7 +35,7 @@ _FUNCTIONS = {
 _ATTRIBUTE = re.compile(r"[\w)]\s*\.\s*[A-Za-z_]")
 
 
-def score_answer(task: str, config: dict, entry: dict, answer: str) -> int:
+def score_answer(task: str, config: Message, entry: Message, answer: str) -> int:
     """Print the score as JSON, ``{"score": 0.0 to 1.0}``; return the exit status."""
     score = 0.0
     if is_plain(task, answer):

@@ -23,6 +23,8 @@ import resource
 import sys
 import threading
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 from rewards.sandbox.inside.candidate import serve_candidate
 from rewards.sandbox.inside.checker import run_checker
@@ -50,7 +52,7 @@ def run(kind: str) -> int:
     if kind != "scorer":
         sys.set_int_max_str_digits(0)  # time is limited anyway
         _limit_thread_stacks()
-    runners = {
+    runners: dict[str, Callable[..., int]] = {
         "program": run_program,
         "candidate": serve_candidate,
         "checker": run_checker,
@@ -82,9 +84,9 @@ def _limit_thread_stacks() -> None:
 def _open_standard_files() -> None:
     """Let programs open their standard streams by name."""
 
-    def wrap(function):
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
-        def opened(file, *args, **kwargs):
+        def opened(file: Any, *args: object, **kwargs: object) -> object:
             fd = _STANDARD_FILES.get(os.fspath(file)) if isinstance(file, _PATHS) else None
             if fd is None:
                 return function(file, *args, **kwargs)
@@ -105,7 +107,7 @@ def run_program(code: str) -> int:
     namespace["__file__"] = os.path.join(os.getcwd(), PROGRAM)
     status = _run_main(code, namespace)
     with contextlib.suppress(BaseException):
-        threading._shutdown()  # waits for the program's threads
+        threading._shutdown()  # type: ignore[attr-defined]  # waits for the program's threads
     with contextlib.suppress(BaseException):
         atexit._run_exitfuncs()
     has_written = _flush(sys.stdout)
@@ -117,7 +119,7 @@ def run_program(code: str) -> int:
     return status if _flush(sys.stdout) and has_written else status or 120
 
 
-def _flush(stream: object) -> bool:
+def _flush(stream: Any) -> bool:
     try:
         if not stream.closed:
             stream.flush()
@@ -128,7 +130,7 @@ def _flush(stream: object) -> bool:
     return True
 
 
-def _run_main(code: str, namespace: dict) -> int:
+def _run_main(code: str, namespace: dict[str, Any]) -> int:
     try:
         exec(compile(code, PROGRAM, "exec", dont_inherit=True), namespace)
     except SystemExit as error:

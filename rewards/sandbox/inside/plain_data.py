@@ -15,10 +15,16 @@ import os
 import struct
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Refer = Callable[[object], object]
+Resolve = Callable[[str, object], object]
+Encoder = Callable[[Any, Refer], object]
 
 _HEADER = struct.Struct("!I")
 MAX_FRAME_BYTES = 32 << 20
@@ -38,7 +44,7 @@ class PlainDataError(ValueError):
     """A value that cannot cross, or a message that is not what was agreed on."""
 
 
-def _deeply(function: Callable, *args: object) -> object:
+def _deeply(function: Callable[..., T], *args: object) -> T:
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(min(limit + _MORE_FRAMES, 2**31 - 1))
     try:
@@ -57,7 +63,7 @@ def send_frame(fd: int, message: object) -> None:
         rest = rest[os.write(fd, rest) :]
 
 
-def receive_frame(fd: int) -> object:
+def receive_frame(fd: int) -> Any:
     """Read one message; raise ``EOFError`` at the end, ``PlainDataError`` for anything else."""
     (size,) = _HEADER.unpack(_read_exactly(fd, _HEADER.size))
     if size > MAX_FRAME_BYTES:
@@ -79,7 +85,7 @@ def _read_exactly(fd: int, size: int) -> bytes:
     return b"".join(parts)
 
 
-def encode(value: object, refer: Callable[[object], object] | None = None) -> object:
+def encode(value: object, refer: Refer | None = None) -> object:
     """Return ``value`` as JSON data. ``refer`` encodes objects of types that are not plain.
 
     Raises ``PlainDataError`` for such an object if there is no ``refer``, and for cycles.
@@ -94,7 +100,7 @@ def _refuse(value: object) -> object:
     raise PlainDataError(f"a value of type {type(value).__name__} is not plain data")
 
 
-def _encode(value, refer):
+def _encode(value: Any, refer: Refer) -> object:
     kind = type(value)
     if kind in _PASSED_AS_THEY_ARE:
         return value
@@ -115,12 +121,12 @@ def _are_short(values: list[int]) -> bool:
     return -limit < min(values) and max(values) < limit
 
 
-def _encode_int(value, refer):
+def _encode_int(value: int, refer: Refer) -> object:
     plain = int.__index__(value) if type(value) is not int else value
     return plain if plain.bit_length() <= _PLAIN_INT_BITS else {"int": hex(plain)}
 
 
-def _items(kind, name):
+def _items(kind: Any, name: str) -> Encoder:
     """An encoder of what a container holds by its base type's own iteration, not by the object's.
 
     Type checks of the caller have no say in it either: ``kind.__iter__`` is C code.
@@ -128,13 +134,13 @@ def _items(kind, name):
     return lambda value, refer: {name: [_encode(item, refer) for item in kind.__iter__(value)]}
 
 
-def _encode_pairs(value, refer):
+def _encode_pairs(value: dict[Any, Any], refer: Refer) -> object:
     pairs = dict.items(value)
     return {"dict": [[_encode(key, refer), _encode(item, refer)] for key, item in pairs]}
 
 
 # In this order: bool is an int, and a subclass is what it holds.
-_ENCODERS = (
+_ENCODERS: tuple[tuple[type, Encoder], ...] = (
     (int, _encode_int),
     (tuple, _items(tuple, "tuple")),
     (dict, _encode_pairs),
@@ -164,7 +170,7 @@ _ENCODERS = (
 )
 
 
-def decode(data: object, resolve: Callable[[str, object], object] | None = None) -> object:
+def decode(data: object, resolve: Resolve | None = None) -> Any:
     """Return the value that JSON data stands for: exactly of builtin types, whoever wrote it.
 
     ``resolve(key, content)`` is asked about objects with another key, and may raise
@@ -182,7 +188,7 @@ def _refuse_key(key: str, content: object) -> object:
     raise PlainDataError(f"a value of unknown type {key!r}")
 
 
-def _decode(data, resolve):
+def _decode(data: Any, resolve: Resolve) -> object:
     kind = type(data)
     if kind is list:
         if set(map(type, data)) <= _PASSED_AS_THEY_ARE | {int}:
@@ -200,8 +206,13 @@ def _decode(data, resolve):
     return resolve(key, content)
 
 
-_CONTAINERS = {"tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque}
-_READERS = {
+_CONTAINERS: dict[str, Callable[[Iterable[object]], object]] = {
+    "tuple": tuple,
+    "set": set,
+    "frozenset": frozenset,
+    "deque": deque,
+}
+_READERS: dict[str, Callable[[Any], object]] = {
     "int": lambda text: int(text, 16),
     "complex": lambda parts: complex(float(parts[0]), float(parts[1])),
     "bytes": bytes.fromhex,

@@ -13,7 +13,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from rewards.code import runs as code_runs
+from rewards.code import runs
+from rewards.sandbox import client
 from rewards.sandbox.client import Limits
 
 ESCAPED = "escaped"
@@ -332,7 +333,8 @@ def check(candidate): pass
 def candidate(x): return 0
 def f(x): return 0
 import sys, types
-for name in ('tests', '__main__', 'rewards.sandbox.inside.checker'):
+for name in ('tests', '__main__', 'rewards.sandbox.inside.checker',
+             'rewards.sandbox.inside.link', 'rewards.sandbox.inside.asserts'):
     sys.modules[name] = types.ModuleType(name)""",
     "replace the modules of the judge": """
 import json, struct, os, sys
@@ -472,7 +474,7 @@ def run_programs(mechanism: str, context: dict, programs: dict[str, str]) -> dic
         code = PRELUDE.format(context=told) + attack
         limits = LIMITS._replace(seconds=0.8) if name in SLOW_PROGRAMS else LIMITS
         start = time.monotonic()
-        outcome = code_runs.judge_program(
+        outcome = runs.judge_program(
             mechanism, code, ["question\n"], [expected], limits, True, 10.0
         )
         outcomes[name] = outcome | {"seconds": time.monotonic() - start}
@@ -486,9 +488,7 @@ def run_solutions(mechanism: str, solutions: dict[str, str]) -> dict[str, dict]:
     for name, code in solutions.items():
         limits = LIMITS._replace(seconds=0.8) if name in SLOW_SOLUTIONS else LIMITS
         start = time.monotonic()
-        outcome = code_runs.judge_function(
-            mechanism, code, tests, len(FUNCTION_TESTS), limits, False
-        )
+        outcome = runs.judge_function(mechanism, code, tests, len(FUNCTION_TESTS), limits, False)
         outcomes[name] = outcome | {"seconds": time.monotonic() - start}
     return outcomes
 
@@ -524,7 +524,7 @@ def count_descendants(pid: int) -> int:
 
 def run_all(mechanism: str, context: dict, programs: dict, solutions: dict) -> dict:
     """Run the attacks; return the outcomes, and how many processes were left running."""
-    server = code_runs.get_server(mechanism)
+    server = client.get_server(mechanism)
     base = count_descendants(server.process.pid)  # bubblewrap has processes of its own
     outcomes = {
         "programs": run_programs(mechanism, context, programs),

@@ -20,11 +20,11 @@ from hypothesis import strategies as st
 
 import rewards
 from rewards.code import judge as code
-from rewards.code import runs as code_runs
-from rewards.sandbox import choice
+from rewards.code import runs
+from rewards.sandbox import choice, client
 from rewards.sandbox.client import Limits, SandboxError, Server
 from rewards.sandbox.inside.plain_data import PlainDataError, decode, encode
-from rewards.workers import pool as workers
+from rewards.workers import pool
 
 ROOT = Path(rewards.__file__).resolve().parent.parent
 ADD = "```python\ndef add(a, b):\n    return a + b\n```"
@@ -63,7 +63,7 @@ def test_only_asserts_that_are_reached_decide(require):
 
 @pytest.mark.parametrize(("printed", "expected", "same"), OUTPUTS)
 def test_outputs_are_compared_by_lines_and_words(printed, expected, same):
-    assert code_runs.is_same_output(printed, expected) is same
+    assert runs.is_same_output(printed, expected) is same
 
 
 def test_scripts_are_run_as_by_the_interpreter():
@@ -309,12 +309,12 @@ def test_the_sandbox_in_use_is_known_and_logged(caplog, monkeypatch):
 def test_without_a_sandbox_nothing_is_run(monkeypatch, tmp_path):
     def find_none(path, items, limit_s=None):
         if path == "rewards.code.extract:extract_code":
-            return [workers.Result("ok", "print(1)", 0.0)]
+            return [pool.Result("ok", "print(1)", 0.0)]
         assert path == "rewards.code.runs:probe"
-        return [workers.Result("ok", {"error": "not allowed"}, 0.0)]
+        return [pool.Result("ok", {"error": "not allowed"}, 0.0)]
 
     monkeypatch.setattr(choice, "_found", {})
-    monkeypatch.setattr(workers, "run_task", find_none)
+    monkeypatch.setattr(pool, "run_task", find_none)
     with pytest.raises(SandboxError, match=r"no sandbox works here \(namespaces: not allowed; bub"):
         rewards.code_passes([ADD], [TESTS])
 
@@ -375,34 +375,34 @@ def start_server():
 
     def start(mechanism: str) -> Server:
         try:
-            return code_runs.get_server(mechanism)
+            return client.get_server(mechanism)
         except SandboxError as error:
             pytest.skip(f"{mechanism}: {error}")
 
     yield start
-    code_runs.close_servers()
+    client.close_servers()
 
 
 def test_a_program_has_a_scratch_folder_for_itself(start_server):
     server = start_server("namespaces")
     program = "import os; print(os.listdir('.')); open('x', 'w').write('1'); print(os.listdir('.'))"
     for _ in range(2):
-        assert code_runs.run_program(server, program, "", Limits()).output == b"[]\n['x']\n"
+        assert runs.run_program(server, program, "", Limits()).output == b"[]\n['x']\n"
 
 
 def test_open_files_do_not_tell_of_the_program_before(start_server):
     server = start_server("landlock")
     leave = "import fcntl\nfor fd in (2, 4, 5): fcntl.fcntl(fd, 4, 0o2000)"
     look = "import fcntl\nprint([fcntl.fcntl(fd, 3) & 0o2000 for fd in (2, 4, 5)])"
-    assert code_runs.run_program(server, leave, "", Limits()).code == 0
-    assert code_runs.run_program(server, look, "", Limits()).output == b"[0, 0, 0]\n"
+    assert runs.run_program(server, leave, "", Limits()).code == 0
+    assert runs.run_program(server, look, "", Limits()).output == b"[0, 0, 0]\n"
 
 
 def test_children_end_with_their_program(start_server):
     """Forking is forbidden; where it is allowed, a process namespace ends what is left."""
     server = start_server("namespaces")
     program = "import os, time\n" + PROGRAMS["leave a daemon behind"].replace("escaped()", "")
-    ending = code_runs.run_program(server, program, "", Limits(processes=4))
+    ending = runs.run_program(server, program, "", Limits(processes=4))
     assert ending.code == 0
     deadline = time.monotonic() + 30  # its daemon sleeps for 60
     while count_descendants(server.process.pid) and time.monotonic() < deadline:
@@ -412,14 +412,14 @@ def test_children_end_with_their_program(start_server):
 
 def test_children_are_refused_where_nothing_ends_them(start_server):
     with pytest.raises(SandboxError, match="only namespaces"):
-        code_runs.run_program(start_server("landlock"), "", "", Limits(processes=2))
+        runs.run_program(start_server("landlock"), "", "", Limits(processes=2))
 
 
 def test_a_server_that_died_is_replaced(start_server):
     server = start_server("landlock")
     server.process.kill()
     server.process.wait()
-    assert code_runs.probe("landlock") == {"description": "landlock+seccomp"}
+    assert runs.probe("landlock") == {"description": "landlock+seccomp"}
 
 
 def test_nothing_outlives_a_caller_that_is_killed(tmp_path):

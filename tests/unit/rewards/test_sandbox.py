@@ -21,8 +21,7 @@ from code_attacks import (
     run_programs,
 )
 
-from rewards.code import runs as code_runs
-from rewards.sandbox import client as sandbox
+from rewards.sandbox import client
 from rewards.sandbox.client import SandboxError
 
 HERE = Path(__file__).resolve().parent
@@ -141,7 +140,7 @@ def attack_as_nobody(mechanism: str, context: dict) -> dict:
 
 def attack_as_self(mechanism: str, context: dict) -> dict:
     try:
-        code_runs.get_server(mechanism)
+        client.get_server(mechanism)
     except SandboxError as error:
         pytest.skip(f"{mechanism}: {error}")
     try:
@@ -150,7 +149,7 @@ def attack_as_self(mechanism: str, context: dict) -> dict:
         # Within bubblewrap the two processes of a function test are confined as by Landlock alone.
         return run_all(mechanism, context, PROGRAMS, SOLUTIONS if mechanism == "landlock" else {})
     finally:
-        code_runs.close_servers()
+        client.close_servers()
 
 
 OLD_LANDLOCK = """
@@ -166,7 +165,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def attack_old_landlock(mechanism: str, context: dict) -> dict:
     """With the first version of Landlock, which knows nothing of signals and abstract sockets."""
-    make_command = sandbox._make_command
+    make_command = client._make_command
 
     def make_old(*args):
         command = make_command(*args)
@@ -174,7 +173,7 @@ def attack_old_landlock(mechanism: str, context: dict) -> dict:
         return [*command[:at], "-c", OLD_LANDLOCK, *command[at:]]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sandbox, "_make_command", make_old)
+        patch.setattr(client, "_make_command", make_old)
         return attack_as_self(mechanism, context)
 
 
@@ -235,7 +234,7 @@ def test_the_attacks_are_real(surroundings):
     try:
         found = run_programs("none", surroundings.context(), attacks)
     finally:
-        code_runs.close_servers()
+        client.close_servers()
         surroundings.heard()
         (surroundings.folder / "canary.new").unlink(missing_ok=True)
         Path("/tmp/link").unlink(missing_ok=True)

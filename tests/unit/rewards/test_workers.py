@@ -85,6 +85,15 @@ def test_idle_workers_that_died_are_replaced(pool):
     assert pool.run("operator:add", [(2, 3)], limit_s=30)[0].value == 5
 
 
+def test_workers_import_what_is_preloaded_before_the_first_item():
+    pool = Pool(num_workers=1, memory_mb=512, preload=("colorsys",))
+    try:
+        (result,) = pool.run("builtins:eval", [("'colorsys' in __import__('sys').modules",)], 30)
+    finally:
+        pool.close()
+    assert result.value is True
+
+
 def test_a_closed_pool_says_so(pool):
     pool.close()
     with pytest.raises(WorkerError, match="shut down"):
