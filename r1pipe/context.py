@@ -71,7 +71,7 @@ class StageContext:
 
         return load_tokenizer(checkpoint, self.recipe.chat_template)
 
-    def training_problems(self, stage: TrainingStage) -> list[Problem]:
+    def load_training_problems(self, stage: TrainingStage) -> list[Problem]:
         """The stage's problems without those that overlap with any evaluation set of the recipe;
         kept in the stage's folder as problems.jsonl."""
         problems, owners = self._join(stage.data)
@@ -91,7 +91,7 @@ class StageContext:
         problems: list[Problem] = []
         owners: dict[str, int] = {}
         for number, source in enumerate(sources):
-            for problem in self.load(source):
+            for problem in self.load_problems(source):
                 if problem.id in owners:
                     problem = replace(problem, id=f"{number}:{problem.id}")
                 owners[problem.id] = number
@@ -164,7 +164,7 @@ class StageContext:
         heldout = [
             problem
             for source in self.recipe.heldout_sets()
-            for problem in self.read(source).problems
+            for problem in self.load_set(source).problems
         ]
         if not heldout:
             return problems
@@ -182,9 +182,9 @@ class StageContext:
         self.record_left(f"{what} without overlap", len(result.kept))
         return result.kept
 
-    def load(self, source: ProblemSet) -> list[Problem]:
+    def load_problems(self, source: ProblemSet) -> list[Problem]:
         """The problems of `source`; says what became of its rows, and keeps it for stage.json."""
-        loaded = self.read(source)
+        loaded = self.load_set(source)
         place = f" ({source.options['path']})" if source.recipe == "columns" else ""
         name = f"{self.stage_name}: {source.recipe or source.stage}/{source.split}{place}"
         for row in loaded.broken[:NUM_BROKEN_SHOWN]:
@@ -199,8 +199,8 @@ class StageContext:
         self.facts.setdefault("sizes", []).append(sizes)
         return list(loaded.problems)
 
-    def read(self, source: ProblemSet) -> Loaded:
-        loaded = self.problem_sets.read(source)
+    def load_set(self, source: ProblemSet) -> Loaded:
+        loaded = self.problem_sets.load(source)
         self.run.lineages[self.stage_name].add_data(source, loaded.problems)
         return loaded
 

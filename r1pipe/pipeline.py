@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from r1pipe.config.base import Stage
 from r1pipe.config.evals import Eval
@@ -30,6 +31,9 @@ from r1pipe.utils.errors import FULL, Tripped, UserError, is_disk_full
 from r1pipe.utils.phases import phase
 from r1pipe.utils.progress import log_line
 from r1pipe.utils.watchdog import Watchdog, clear_stacks
+
+if TYPE_CHECKING:
+    from r1pipe.context import StageContext
 
 
 def run_recipe(recipe: Recipe, redo: str | None = None, skip_doctor: bool = False) -> None:
@@ -170,7 +174,6 @@ def run_stages(
     started = time.monotonic()
     try:
         for number, stage in enumerate(stages):
-            stage_started = time.monotonic()
             problem_sets.keep(list_needed(stages[number:], recipe))
             preflight.begin(stage)
             if distributed.is_first() and (line := estimate_stage(stage, recipe, devices)):
@@ -188,27 +191,34 @@ def run_stages(
                 listeners=[ledger.note_step, tracking.log],
                 problem_sets=problem_sets,
             )
-            with ledger.stage(stage.name):
-                try:
-                    with tracking, phase(stage.name):
-                        facts = (make or find_module(stage).run)(stage, context)
-                except BaseException as error:
-                    if step := run.abandon(context.folder, keep=isinstance(error, Tripped)):
-                        log_line(f"{stage.name}: step {step} is saved")
-                    if is_disk_full(error) and not isinstance(error, UserError):
-                        raise UserError(f"{find_full(run.path)}: {FULL}") from error
-                    raise
-                ledger.finish(facts, context.folder)
-            wall_s = time.monotonic() - stage_started
-            facts = {**context.facts, **facts, "peak_memory_gib": round(peak_memory_gib(), 2)}
-            run.finish(stage, context.folder, facts, wall_s)
-            log_line(
-                f"{stage.name}: done in {wall_s:.0f} s, peak memory {facts['peak_memory_gib']} GiB"
-            )
+            make_stage(stage, context, tracking, make or find_module(stage).run)
     finally:
         engines.close()
     if len(stages) > 1:
         log_line(f"{recipe.name}: {len(stages)} stages in {time.monotonic() - started:.0f} s")
+
+
+def make_stage(
+    stage: Stage, context: "StageContext", tracking: Tracking, make: Callable[..., dict]
+) -> None:
+    """One stage, whose folder stands in its place afterwards; or else what it can be resumed from
+    stays."""
+    started, run = time.monotonic(), context.run
+    with context.ledger.stage(stage.name):
+        try:
+            with tracking, phase(stage.name):
+                facts = make(stage, context)
+        except BaseException as error:
+            if step := run.abandon(context.folder, keep=isinstance(error, Tripped)):
+                log_line(f"{stage.name}: step {step} is saved")
+            if is_disk_full(error) and not isinstance(error, UserError):
+                raise UserError(f"{find_full(run.path)}: {FULL}") from error
+            raise
+        context.ledger.finish(facts, context.folder)
+    wall_s, peak_gib = time.monotonic() - started, round(peak_memory_gib(), 2)
+    facts = {**context.facts, **facts, "peak_memory_gib": peak_gib}
+    run.finish(stage, context.folder, facts, wall_s)
+    log_line(f"{stage.name}: done in {wall_s:.0f} s, peak memory {peak_gib} GiB")
 
 
 def is_critical(record: logging.LogRecord) -> bool:

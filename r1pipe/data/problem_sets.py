@@ -5,7 +5,7 @@ from pathlib import Path
 
 from r1pipe.config.base import ProblemSet, Stage
 from r1pipe.config.recipe import Recipe
-from r1pipe.data.problems import Loaded, read_problems, read_traces
+from r1pipe.data.problems import Loaded, load_set, load_traces
 
 
 class ProblemSets:
@@ -16,7 +16,7 @@ class ProblemSets:
         self.run_dir = run_dir
         self._loaded: dict[str, tuple[Hashable, Loaded]] = {}
 
-    def read(self, source: ProblemSet) -> Loaded:
+    def load(self, source: ProblemSet) -> Loaded:
         """Callers must not change what they get. Raises UserError."""
         key, version = describe_rows(source), None
         if source.stage is not None:
@@ -24,7 +24,7 @@ class ProblemSets:
             path = self.run_dir / source.stage / "traces.jsonl"
             version = find_version(path)
         if key not in self._loaded or self._loaded[key][0] != version:
-            loaded = read_problems(source) if source.stage is None else read_traces(path)
+            loaded = load_set(source) if source.stage is None else load_traces(path)
             self._loaded[key] = version, loaded
         return self._loaded[key][1]
 

@@ -68,11 +68,11 @@ class Loaded:
 
 
 def load_problems(source: ProblemSet) -> list[Problem]:
-    """The problems of a recipe; see `read_problems`."""
-    return read_problems(source).problems
+    """The problems of a recipe; see `load_set`."""
+    return load_set(source).problems
 
 
-def read_problems(source: ProblemSet) -> Loaded:
+def load_set(source: ProblemSet) -> Loaded:
     """All problems of a recipe, each row checked, and how many rows there were.
 
     Raises UserError naming the recipe and the row for a broken one, unless `on_broken_row` is skip;
@@ -129,7 +129,7 @@ def describe_error(error: BaseException, path: Path, number: int) -> str:
     return f"{line}after {number} rows: {type(error).__name__}: {first_line(error)}"
 
 
-def read_traces(path: Path) -> Loaded:
+def load_traces(path: Path) -> Loaded:
     """The traces that an earlier stage has written."""
     problems = []
     for number, row in read_jsonl(path):

@@ -1,7 +1,7 @@
 """How recipes in data/ turn the rows of tables into problems.
 
 A row that cannot be mapped does not end the reading: it becomes a `BrokenRow` with its place, and
-`problems.read_problems` stops or goes on, as the recipe's YAML says.
+`problems.load_set` stops or goes on, as the recipe's YAML says.
 """
 
 import inspect

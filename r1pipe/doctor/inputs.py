@@ -26,17 +26,17 @@ class Inputs:
         self._problem_sets = problem_sets or ProblemSets(recipe.run_dir)
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
 
-    def read(self, source: ProblemSet) -> Loaded | None:
+    def load(self, source: ProblemSet) -> Loaded | None:
         """None for the traces of a stage that has not run. Raises UserError."""
         if source.stage and not (self.recipe.run_dir / source.stage / "traces.jsonl").exists():
             return None
-        return self._problem_sets.read(source)
+        return self._problem_sets.load(source)
 
-    def list_problems(self, stage: Stage) -> Iterator[tuple[ProblemSet, list[Problem]]]:
+    def load_problems(self, stage: Stage) -> Iterator[tuple[ProblemSet, list[Problem]]]:
         """The stage's problems, without the sets that cannot be read."""
         for source in stage.problem_sets():
             with contextlib.suppress(UserError):
-                if loaded := self.read(source):
+                if loaded := self.load(source):
                     yield source, loaded.problems
 
     def find_checkpoint(self, name: str) -> str | None:

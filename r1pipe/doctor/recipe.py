@@ -22,7 +22,7 @@ from r1pipe.config.base import Sampling, Stage
 from r1pipe.config.recipe import Recipe
 from r1pipe.config.rl import Grpo, OnPolicy
 from r1pipe.data.problem_sets import ProblemSets
-from r1pipe.data.problems import read_problems
+from r1pipe.data.problems import load_set
 from r1pipe.doctor.golds import pick_judging, spread, try_golds, try_rewards
 from r1pipe.doctor.inputs import (
     Inputs,
@@ -120,7 +120,7 @@ class Doctor:
     def examine_data(self, stage: Stage) -> Iterator[Diagnosis]:
         for source in stage.problem_sets():
             try:
-                loaded = self.inputs.read(source)
+                loaded = self.inputs.load(source)
             except UserError as error:
                 # Before a run it is as good as lost: a later stage would find out in hours.
                 can_wait = self.thorough and is_out_of_reach(error)
@@ -152,7 +152,7 @@ class Doctor:
         return {
             problem.question
             for stage in measuring
-            for _, problems in self.inputs.list_problems(stage)
+            for _, problems in self.inputs.load_problems(stage)
             for problem in problems
         }
 
@@ -162,13 +162,13 @@ class Doctor:
         except UserError:  # told of the functions already
             return
         try:
-            for _, problems in self.inputs.list_problems(stage):
+            for _, problems in self.inputs.load_problems(stage):
                 try_rewards(stage.rewards_used(), problems[:2])
         except UserError as error:
             yield Diagnosis("rewards", "FAIL", str(error))
             return
         settings = self.recipe.doctor
-        for source, problems in self.inputs.list_problems(stage) if rewards else ():
+        for source, problems in self.inputs.load_problems(stage) if rewards else ():
             some = spread(problems, None if self.thorough else settings.gold_rows)
             try:
                 trial = try_golds(rewards, some)
@@ -389,7 +389,7 @@ class Doctor:
         """Which of the stage's sets has system prompts that no model is shown."""
         from r1pipe.models.tokenizer import use_template
 
-        for source, problems in self.inputs.list_problems(stage):
+        for source, problems in self.inputs.load_problems(stage):
             for problem in problems[:1]:
                 said = [m["content"].strip() for m in problem.prompt if m["role"] == "system"]
                 name = f'problem "{problem.id}"'
@@ -410,7 +410,7 @@ class Doctor:
 
         longest, limit = 0, getattr(stage, "max_prompt_length", None)
         shortest = None
-        for _, problems in self.inputs.list_problems(stage):
+        for _, problems in self.inputs.load_problems(stage):
             num_left = len(problems) if self.thorough else LONGEST_PROMPTS
             for problem in sorted(problems, key=count_characters, reverse=True):
                 length = len(encode_prompt(tokenizer, problem.prompt, f'problem "{problem.id}"'))
@@ -445,7 +445,7 @@ class Doctor:
         except ValueError:
             return None
         context = getattr(config, "max_position_embeddings", None)
-        problems = [p for _, some in self.inputs.list_problems(stage) for p in some]
+        problems = [p for _, some in self.inputs.load_problems(stage) for p in some]
         if not problems or not context or stage.longest_sequence:
             return None
         problem = max(problems, key=count)
@@ -530,7 +530,7 @@ class Doctor:
         if place is None:
             yield Diagnosis("", "skipped", f'"{stage.policy}" is not here yet')
             return
-        problems = [problem for _, some in self.inputs.list_problems(stage) for problem in some]
+        problems = [problem for _, some in self.inputs.load_problems(stage) for problem in some]
         if not problems:
             yield Diagnosis("", "skipped", "its data is not here")
             return
@@ -654,7 +654,7 @@ def check_stage(stage: Stage) -> str:
     counts = []
     for source in stage.problem_sets():
         if source.recipe is not None:
-            loaded = read_problems(source)
+            loaded = load_set(source)
             check_solutions(stage, source, loaded.problems)
             filtered = len(loaded.problems) < loaded.num_rows
             of_rows = f" ({loaded.describe()})" if filtered else ""

@@ -113,7 +113,7 @@ def put_examples_before(
         return problems
     count = settings.few_shot.num_examples
     # One more than are shown: no problem is shown its own solution.
-    examples = [e for e in context.load(settings.few_shot.data) if e.solution][: count + 1]
+    examples = [e for e in context.load_problems(settings.few_shot.data) if e.solution][: count + 1]
     if len(examples) < count:
         raise UserError(
             f"few_shot: {settings.few_shot.data.label} has no {count} solutions to show"

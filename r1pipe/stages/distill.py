@@ -26,7 +26,7 @@ from r1pipe.utils.progress import log_line
 
 def run(stage: Distill, context: StageContext) -> dict[str, Any]:
     """Sample the teacher `from`, keep what the rewards accept, train the student on it."""
-    problems = context.training_problems(stage)
+    problems = context.load_training_problems(stage)
     teacher = context.checkpoint(stage.from_)
     traces, facts = collect_traces(
         context,

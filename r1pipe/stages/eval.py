@@ -65,7 +65,7 @@ class HeldOut:
 
     def __init__(self, source: EvalSet, context: StageContext):
         self.source, self.label = source, source.label
-        self.problems = context.load(source)
+        self.problems = context.load_problems(source)
         if repeated := len(self.problems) - len(set(map(hash_question, self.problems))):
             log_line(
                 f"{context.stage_name}: {repeated} of the {len(self.problems)} problems of "

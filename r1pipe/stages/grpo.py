@@ -25,7 +25,7 @@ BEST = BestMetric("reward")
 def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
     """Train the policy; write its checkpoint, metrics.jsonl and rollouts."""
     scorer = Scorer(stage.rewards)
-    problems = context.training_problems(stage)
+    problems = context.load_training_problems(stage)
     checkpoint = context.checkpoint(stage.from_)
     sampler = context.engines.open(checkpoint, with_routes=stage.routing_replay)
     sampler.encode(problems, stage.max_completion_length)

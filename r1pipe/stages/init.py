@@ -15,7 +15,7 @@ from r1pipe.utils.progress import log_line
 
 def run(stage: Init, context: StageContext) -> dict[str, Any]:
     """Write a checkpoint with random weights."""
-    problems = context.load(stage.tokenizer.data)
+    problems = context.load_problems(stage.tokenizer.data)
     texts = (f"{p.question}\n{p.solution or ''}" for p in problems)
     tokenizer = build_tokenizer(texts, stage.tokenizer.vocab_size)
     model = build_model(stage.model, tokenizer, context.recipe.seed)

@@ -37,7 +37,7 @@ BEST = BestMetric("divergence", is_cost=True)
 def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
     """Train the student; write its checkpoint, metrics.jsonl and rollouts."""
     scorer = Scorer(stage.rewards)
-    problems = context.training_problems(stage)
+    problems = context.load_training_problems(stage)
     check_vocabularies(stage, context)
     sampler = context.engines.open(
         context.checkpoint(stage.student), with_routes=stage.routing_replay

@@ -16,7 +16,7 @@ from r1pipe.trainer.policy import Policy
 
 def run(stage: Sft, context: StageContext) -> dict[str, Any]:
     """Train the checkpoint of `from` on the problems' solutions."""
-    problems = drop_flawed(context.training_problems(stage), stage.filters, context)
+    problems = drop_flawed(context.load_training_problems(stage), stage.filters, context)
     checkpoint = context.checkpoint(stage.from_)
     tokenizer = context.tokenizer(checkpoint)
     policy = load_sharded(

@@ -39,7 +39,7 @@ def kind() -> Any:
 
 
 def run(stage: Any, context: StageContext) -> dict[str, int]:
-    problems = context.load(stage.data)
+    problems = context.load_problems(stage.data)
     return {"counted": sum(int(problem.answer) >= stage.least for problem in problems)}
 
 

@@ -46,7 +46,7 @@ def make_context(recipe: Recipe, run: RunFolder, number: int) -> StageContext:
 def test_training_loses_the_rows_that_overlap(recipe: Recipe) -> None:
     with RunFolder(recipe) as run:
         context = make_context(recipe, run, 0)
-        kept = context.training_problems(recipe.stages[0])
+        kept = context.load_training_problems(recipe.stages[0])
     assert [problem.question for problem in kept] == [ROWS[1]["question"]]
     assert context.facts["overlap_dropped"] == 2
     assert context.facts["overlap_dropped_for_trace"] == 1
@@ -71,7 +71,7 @@ def test_evaluation_refuses_what_was_trained_on(recipe: Recipe) -> None:
         context = make_context(recipe, run, 1)
         stage = recipe.stages[1]
         (run.path / "sft").mkdir()
-        problems = context.read(recipe.stages[0].data[0]).problems
+        problems = context.load_set(recipe.stages[0].data[0]).problems
         rows = "".join(dump_row(problem) + "\n" for problem in problems)
         (run.path / "sft" / "problems.jsonl").write_text(rows)
         sets = [HeldOut(source, context) for source in stage.data]
@@ -108,7 +108,7 @@ def test_several_sets_of_one_stage(weights: tuple, counts: tuple, tmp_path: Path
     for _ in range(2):
         with RunFolder(recipe) as run:
             context = make_context(recipe, run, 0)
-            kept.append(context.training_problems(recipe.stages[0]))
+            kept.append(context.load_training_problems(recipe.stages[0]))
     assert kept[0] == kept[1]
     names = [problem.question.partition(":")[0] for problem in kept[0]]
     assert (names.count("first"), names.count("second")) == counts

@@ -17,7 +17,7 @@ import pytest
 
 import rewards
 from r1pipe.config.base import ProblemSet, Reward
-from r1pipe.data.problems import Loaded, check_row, read_problems
+from r1pipe.data.problems import Loaded, check_row, load_set
 from r1pipe.rollout.scoring import Scorer
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils.errors import UserError
@@ -39,7 +39,7 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 
 
 def read(recipe: str, split: str = "train", on_broken_row: str = "error", **options) -> Loaded:
-    return read_problems(
+    return load_set(
         ProblemSet(recipe=recipe, split=split, options=options, on_broken_row=on_broken_row)
     )
 

@@ -309,13 +309,13 @@ def test_long_prompts_are_dropped_where_the_recipe_says_so(project: Path) -> Non
     with RunFolder(recipe) as run:
         folder, sets = run.begin(stage), ProblemSets(run.path)
         context = StageContext(recipe, run, "grpo", folder, None, None, {}, None, (), sets)
-        kept = context.training_problems(stage)
+        kept = context.load_training_problems(stage)
     assert [problem.question for problem in kept] == [rows[0]["q"], rows[2]["q"]]
     assert context.facts["prompts_too_long"] == 1
     assert context.facts["sizes"] == [{"data": "columns/train", "rows": 3, "max_prompt_length": 2}]
     all_too_long = recipe.stages[0].model_copy(update={"max_prompt_length": 2})
     with pytest.raises(UserError, match="3 dropped for prompts of more than 2 tokens: raise"):
-        context.training_problems(all_too_long)
+        context.load_training_problems(all_too_long)
 
 
 def test_temporary_files_need_room(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

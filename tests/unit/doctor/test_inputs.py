@@ -62,10 +62,10 @@ def test_each_set_is_read_once_and_noted_by_every_stage(recipe: Recipe) -> None:
         (context.folder / "config.json").write_text('{"model_type": "llama"}')
         if stage.training_sets():
             # What a stage does with its list is its own matter.
-            context.training_problems(stage).clear()
+            context.load_training_problems(stage).clear()
         else:
             for source in stage.problem_sets():
-                context.load(source).clear()
+                context.load_problems(source).clear()
         return {"rows": 0}
 
     held: list[int] = []
@@ -90,7 +90,7 @@ def test_traces_that_were_made_anew_are_read_anew(tmp_path: Path) -> None:
     for solution in ("one", "two"):
         path = tmp_path / "reject" / "traces.jsonl"
         write_text(path, json.dumps({**row, "solution": solution}) + "\n")
-        read += [sets.read(traces).problems, sets.read(traces).problems]
+        read += [sets.load(traces).problems, sets.load(traces).problems]
     assert [problems[0].solution for problems in read] == ["one", "one", "two", "two"]
     assert read[0] is read[1]
     assert read[2] is read[3]

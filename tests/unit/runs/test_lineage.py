@@ -86,9 +86,9 @@ def make_run(*overrides: str) -> tuple[Recipe, Path]:
                 recipe, run, stage.name, folder, None, None, {}, None, (), ProblemSets(run.path)
             )
             if stage.training_sets():
-                context.training_problems(stage)
+                context.load_training_problems(stage)
             else:
-                context.load(stage.tokenizer.data)
+                context.load_problems(stage.tokenizer.data)
             (folder / "config.json").write_text("{}")
             (folder / "model.safetensors").write_bytes(b"weights of " + stage.name.encode())
             run.finish(stage, folder, {}, 1.0)
