@@ -45,8 +45,8 @@ def find_commands(document: Path) -> Iterator[str]:
     text = document.read_text()
     blocks = "\n".join(b for kind, b in BLOCK.findall(text) if kind in ("", "bash"))
     blocks += "\n".join(re.findall(r"^    (\S.*)$", BLOCK.sub("", text), re.MULTILINE))
-    spans = re.findall(r"`([^`\n]+)`", BLOCK.sub("", text))
-    for line in [*blocks.replace("\\\n", " ").splitlines(), *spans]:
+    spans = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", BLOCK.sub("", text))
+    for line in [*blocks.replace("\\\n", " ").splitlines(), *(s.replace("\n", " ") for s in spans)]:
         for part in re.split(r" \| | && ", line.strip().removeprefix("OMP_NUM_THREADS=1 ")):
             command = (
                 part.partition("  #")[0].partition(" >>")[0].strip().removeprefix(".venv/bin/")
