@@ -19,13 +19,12 @@ from r1pipe.config.base import Stage
 from r1pipe.config.evals import Eval
 from r1pipe.config.recipe import Recipe
 from r1pipe.data.problem_sets import ProblemSets, list_needed
-from r1pipe.doctor.preflight import Preflight
-from r1pipe.doctor.recipe import find_ancestor
+from r1pipe.doctor.disk_checks import find_ancestor
 from r1pipe.report.costs import describe_costs
 from r1pipe.rollout.store import find_rollouts
 from r1pipe.runs.folder import RunFolder
 from r1pipe.runs.ledger import Hardware, Ledger
-from r1pipe.runs.tracking import Tracking, check_tracking
+from r1pipe.runs.tracking import Tracking
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import FULL, Tripped, UserError, is_disk_full
 from r1pipe.utils.phases import phase
@@ -156,10 +155,10 @@ def run_stages(
     `make`, or by what their kind says."""
     if not stages:
         return
-    check_tracking(run.recipe)
     silence_libraries()
     from r1pipe.context import StageContext
     from r1pipe.doctor.memory import Devices, estimate_stage
+    from r1pipe.doctor.preflight import Preflight
     from r1pipe.models.model import pick_device
     from r1pipe.rollout.engine import Engines
 

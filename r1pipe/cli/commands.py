@@ -14,7 +14,6 @@ from typing import Any
 
 from r1pipe.cli.handlers import (
     chat,
-    check,
     compare,
     complete,
     diagnose,
@@ -158,34 +157,29 @@ COMMANDS: dict[str, Command] = {
         then="r1pipe report runs/seed1",
     ),
     **{kind: stage_command(kind) for kind in STAGE_TYPES},
-    "check": Command(
-        "read a recipe and its data, say whether it fits, and run nothing",
-        check,
+    "doctor": Command(
+        "check this machine, and a recipe: rewards, data, models, memory, disk; runs nothing",
+        diagnose,
         (
-            *recipe_arguments(),
+            *recipe_arguments(default=None),
             argument(
                 "--devices",
                 metavar="8x80GB",
                 help="that the recipe is to fit on; default: this machine's",
             ),
-        ),
-        example="r1pipe check configs/r1.yaml --devices 8x80GB",
-        then="r1pipe run configs/r1.yaml",
-    ),
-    "doctor": Command(
-        "look for what would go wrong, of this machine and of a recipe",
-        diagnose,
-        (
-            *recipe_arguments(default=None),
-            argument("--devices", metavar="8x80GB", help="that the recipe is to fit on"),
+            argument(
+                "--quick",
+                action="store_true",
+                help="only what takes seconds: what a run checks before it starts",
+            ),
             argument(
                 "--parity",
                 action="store_true",
-                help="compare sampler and trainer as well; takes an engine",
+                help="compare sampler and trainer as well; starts an engine",
             ),
         ),
-        example="r1pipe doctor configs/demo.yaml",
-        then="r1pipe run configs/demo.yaml",
+        example="r1pipe doctor configs/r1.yaml --devices 8x80GB --quick",
+        then="r1pipe run configs/r1.yaml",
     ),
     "verify": Command(
         "compute the hashes of a run's lineage again: is everything as it was?",

@@ -1,7 +1,9 @@
 """What each command does: reads its arguments, calls the module that does the work."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -10,7 +12,8 @@ from r1pipe.config.load import load_recipe
 from r1pipe.config.recipe import Recipe
 from r1pipe.utils.errors import UserError
 
-# --- What they do -------------------------------------------------------------------------------
+if TYPE_CHECKING:
+    from r1pipe.doctor.machine import Diagnosis
 
 
 def read_recipe(options: argparse.Namespace) -> Recipe:
@@ -51,26 +54,30 @@ def run_eval(options: argparse.Namespace) -> None:
     return evaluate_checkpoints(recipe, options.checkpoints, options.redo, options.skip_doctor)
 
 
-def check(options: argparse.Namespace) -> None:
-    recipe = read_recipe(options)
-    from r1pipe.doctor.recipe import check_recipe
-
-    for line in check_recipe(recipe, options.devices):
-        print(line)
-
-
 def diagnose(options: argparse.Namespace) -> int:
     """One line per check; 1 if any has failed."""
-    from r1pipe.doctor.recipe import diagnose
     from r1pipe.pipeline import silence_libraries
 
-    silence_libraries()
     recipe = read_recipe(options) if options.config else None
+    silence_libraries()
     code = 0
-    for diagnosis in diagnose(recipe, options.devices, options.parity):
+    for diagnosis in list_diagnoses(recipe, options):
         print(diagnosis, flush=True)
         code |= diagnosis.status == "FAIL"
     return code
+
+
+def list_diagnoses(recipe: Recipe | None, options: argparse.Namespace) -> Iterator["Diagnosis"]:
+    from r1pipe.doctor.machine import examine_machine, examine_sandbox
+
+    yield from examine_machine()
+    if recipe is None:
+        yield examine_sandbox()
+        return
+    # Imports what the machine may lack: that is told by now.
+    from r1pipe.doctor.recipe import diagnose_recipe
+
+    yield from diagnose_recipe(recipe, options.devices, options.quick, options.parity)
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -101,7 +108,7 @@ def publish(options: argparse.Namespace) -> None:
             dry_run=options.dry_run,
             force=options.force,
             max_overlap=options.max_overlap,
-            licences=split_pairs(options.license),
+            licenses=split_pairs(options.license),
             base_models=split_pairs(options.base_model),
             rollouts=options.rollouts,
             gguf=options.gguf,

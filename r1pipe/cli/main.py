@@ -60,6 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         argcomplete.autocomplete(parser)
     arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["check"]:  # its name in older versions
+        arguments = ["doctor", "--quick", *arguments[1:]]
     passed_on: list[str] = []
     if arguments[:1] == ["serve"] and "--" in arguments:
         place = arguments.index("--")

@@ -1,10 +1,11 @@
-"""What a recipe's stages will read, as far as it is here: problems, tokenizers, checkpoints.
+"""What the checks look at: the recipe, the devices, and what its stages will read.
 
-Each is read once, however many stages and checks ask for it.
+Problems, tokenizers and checkpoints are read once, however many stages and checks ask for them.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +20,24 @@ from r1pipe.utils.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from r1pipe.doctor.memory import Devices
+
 
 class Inputs:
-    def __init__(self, recipe: Recipe, problem_sets: ProblemSets | None = None):
-        self.recipe = recipe
+    """`thorough`: check every row, and what takes an import of vLLM. `about_to_run`: what is out of
+    reach now is a failure, not skipped. `problem_sets`: shared with the run's stages."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        devices: "Devices",
+        *,
+        thorough: bool = False,
+        about_to_run: bool = False,
+        problem_sets: ProblemSets | None = None,
+    ):
+        self.recipe, self.devices = recipe, devices
+        self.thorough, self.about_to_run = thorough, about_to_run
         self._problem_sets = problem_sets or ProblemSets(recipe.run_dir)
         self._tokenizers: dict[str, PreTrainedTokenizerBase] = {}
 
@@ -38,6 +53,17 @@ class Inputs:
             with contextlib.suppress(UserError):
                 if loaded := self.load(source):
                     yield source, loaded.problems
+
+    @functools.cached_property
+    def heldout(self) -> set[str]:
+        """Questions of the recipe's eval stages."""
+        measuring = [stage for stage in self.recipe.stages if stage.measures]
+        return {
+            problem.question
+            for stage in measuring
+            for _, problems in self.load_problems(stage)
+            for problem in problems
+        }
 
     def find_checkpoint(self, name: str) -> str | None:
         """The folder of a finished stage or of a user's own, or a hub id that can be had; None if
@@ -74,30 +100,6 @@ class Inputs:
         if place is None:
             return self.find_end_ids(find_origin(self.recipe.stage(name)))
         return join_end_ids(tokenizer, read_end_ids(place))
-
-
-def check_solutions(stage: Stage, source: ProblemSet, problems: Sequence[Problem]) -> None:
-    """Raises UserError if the stage is to learn solutions that some of its problems do not have, or
-    to show more than there are."""
-    missing = [problem for problem in problems if not (problem.solution or "").strip()]
-    if source in stage.learnt_sets() and missing:
-        raise UserError(
-            f"{describe_source(source)}: {len(missing)} of {len(problems)} problems have no "
-            f'solution to train on, first "{missing[0].id}"; '
-            + (
-                "name the column of the traces as solution in options.columns"
-                if source.recipe == "columns"
-                else "make traces by a reject stage, or choose data with traces"
-            )
-        )
-    few_shot = getattr(getattr(stage, "traces", None), "few_shot", None)
-    if few_shot and source == few_shot.data:
-        have = len(problems) - len(missing)
-        if have < few_shot.num_examples:
-            raise UserError(
-                f"few_shot: {describe_source(source)} has {have} of {few_shot.num_examples} "
-                "solutions"
-            )
 
 
 def find_origin(stage: Stage) -> str | None:

@@ -119,11 +119,11 @@ def test_modules_of_the_working_folder(
     if not python_path.startswith("."):
         (tmp_path / "yaml.py").write_text("raise RuntimeError('not this one')")
     options = {"program": program, "cwd": tmp_path, "more": {"PYTHONPATH": python_path}}
-    assert run_here("check", "mine.yaml", **options).returncode == 0
+    assert run_here("doctor", "mine.yaml", "--quick", **options).returncode == 0
     hidden = "stages.grpo.rewards=[{function: rewards.two}]"
-    done = run_here("check", "mine.yaml", "--set", hidden, **options)
-    assert done.returncode == 2
-    assert f"({tmp_path}/rewards.py has the name of r1pipe's own package: rename it)" in done.stderr
+    done = run_here("doctor", "mine.yaml", "--quick", "--set", hidden, **options)
+    assert done.returncode == 1
+    assert f"({tmp_path}/rewards.py has the name of r1pipe's own package: rename it)" in done.stdout
 
 
 def close_streams() -> None:

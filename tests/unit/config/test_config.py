@@ -10,7 +10,6 @@ import yaml
 from r1pipe.config.load import load_recipe
 from r1pipe.config.recipe import Recipe
 from r1pipe.config.rl import Grpo
-from r1pipe.doctor.recipe import check_recipe
 from r1pipe.utils.errors import UserError
 
 CORRECTION = "vllm_importance_sampling_correction"
@@ -293,14 +292,6 @@ def test_overrides() -> None:
         load_recipe(DEMO, ["stages.rl.max_steps=2"])
     with pytest.raises(UserError, match="key=value"):
         load_recipe(DEMO, ["seed"])
-
-
-def test_check_reads_data_and_rewards(tmp_path: Path) -> None:
-    lines = list(check_recipe(load_recipe(DEMO)))
-    assert any("arithmetic/test" in line for line in lines)
-    bad = write_demo(tmp_path, stages=stages_with(2, rewards=[{"function": "rewards.math_corect"}]))
-    with pytest.raises(UserError, match="math_corect"):
-        list(check_recipe(load_recipe(bad)))
 
 
 def test_frozen() -> None:

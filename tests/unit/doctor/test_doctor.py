@@ -18,6 +18,7 @@ from r1pipe.config.load import load_recipe
 from r1pipe.config.recipe import Recipe
 from r1pipe.context import StageContext
 from r1pipe.data.problem_sets import ProblemSets
+from r1pipe.doctor.inputs import Inputs
 from r1pipe.doctor.machine import (
     Diagnosis,
     examine_machine,
@@ -26,9 +27,10 @@ from r1pipe.doctor.machine import (
     judge_gpu,
 )
 from r1pipe.doctor.memory import Devices, make_estimate
+from r1pipe.doctor.model_checks import examine_architecture
 from r1pipe.doctor.model_shape import GIB
 from r1pipe.doctor.preflight import Preflight
-from r1pipe.doctor.recipe import Doctor, check_stage
+from r1pipe.doctor.recipe import examine_recipe, examine_stage
 from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import save_checkpoint
@@ -101,9 +103,9 @@ def load(*overrides: str) -> Recipe:
     return load_recipe("mine.yaml", list(overrides))
 
 
-def examine(*overrides: str, devices: Devices = LARGE, thorough: bool = False) -> list[Diagnosis]:
+def examine(*overrides: str, devices: Devices = LARGE, **how: bool) -> list[Diagnosis]:
     recipe = load(*overrides)
-    return list(Doctor(recipe, devices, thorough).examine(recipe.stages))
+    return list(examine_recipe(Inputs(recipe, devices, **how), recipe.stages))
 
 
 def find_trouble(diagnoses: list[Diagnosis]) -> dict[str, str]:
@@ -147,7 +149,7 @@ def test_vocabularies_of_teacher_and_student(project: Path, tmp_path: Path) -> N
 def test_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In a fresh clone: what needs a checkpoint is left for later, nothing else."""
     recipe = load_recipe(ROOT / "configs" / "demo.yaml", [f"runs_dir={tmp_path}"])
-    diagnoses = list(Doctor(recipe, LARGE, thorough=False).examine(recipe.stages))
+    diagnoses = list(examine_recipe(Inputs(recipe, LARGE), recipe.stages))
     assert {d.status for d in diagnoses} == {"ok", "skipped"}
     skipped = {d.what.partition(": ")[2] for d in diagnoses if d.status == "skipped"}
     assert skipped == {"tokenizers", "prompts"}
@@ -268,8 +270,6 @@ def test_a_lack_of_solutions_is_known_before_any_stage_runs(
     Path("mine.yaml").write_text(yaml.safe_dump({**values, "stages": [grpo, later]}))
     with pytest.raises(UserError, match=f"later: data: .*{words}"):
         Preflight(load(), LARGE, load().stages, ProblemSets(load().run_dir))
-    with pytest.raises(UserError, match=words):
-        check_stage(load().stages[1])
 
 
 def test_what_a_later_stage_has_no_room_or_no_rows_for_is_known_before(project: Path) -> None:
@@ -304,7 +304,7 @@ def test_long_prompts_are_dropped_where_the_recipe_says_so(project: Path) -> Non
     change_json(Path("model/tokenizer_config.json"), chat_template=None)
     mine = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
     recipe = load(*asked, "stages.grpo.max_prompt_length=40", f"chat_template='{mine}'")
-    assert find_trouble(Doctor(recipe, LARGE, False).examine(recipe.stages)) == {}
+    assert find_trouble(examine_recipe(Inputs(recipe, LARGE), recipe.stages)) == {}
     (stage,) = recipe.stages
     with RunFolder(recipe) as run:
         folder, sets = run.begin(stage), ProblemSets(run.path)
@@ -319,7 +319,7 @@ def test_long_prompts_are_dropped_where_the_recipe_says_so(project: Path) -> Non
 
 
 def test_temporary_files_need_room(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("r1pipe.doctor.recipe.TEMPORARY", 2**60)
+    monkeypatch.setattr("r1pipe.doctor.disk_checks.TEMPORARY", 2**60)
     words = "free for temporary files, 1073741824.0 GiB are needed: make room or set TMPDIR"
     assert words in find_trouble(examine())["disk"]
 
@@ -339,11 +339,9 @@ def test_a_trace_longer_than_the_model_s_context_is_told(project: Path) -> None:
 
 def test_data_out_of_reach_is_skipped_but_stops_a_run(project: Path) -> None:
     Path("mydata.py").write_text("def load(split, **options):\n    raise ConnectionError('no hub')")
-    assert find_trouble(examine(thorough=False))["grpo: data"].startswith("FAIL: mydata.py: no hub")
-    recipe = load()
-    doctor = Doctor(recipe, LARGE, thorough=True)
-    (diagnosis,) = doctor.ask(recipe.stages[0], doctor.examine_data)
-    assert diagnosis.status == "skipped"
+    for about_to_run, status in ((False, "skipped"), (True, "FAIL")):
+        told = find_trouble(examine(about_to_run=about_to_run))["grpo: data"]
+        assert told.startswith(f"{status}: mydata.py: no hub")
 
 
 def test_golds_of_a_form_that_only_the_solution_has(project: Path) -> None:
@@ -578,8 +576,8 @@ def test_attention_that_the_cpu_engine_does_not_have(project: Path) -> None:
     config = {"model_type": "deepseek_v3", "qk_nope_head_dim": 10, "qk_rope_head_dim": 4}
     change_json(project / "model" / "config.json", **config)
     recipe = load()
-    doctor = Doctor(recipe, LARGE, thorough=False)
-    (diagnosis,) = doctor.ask(recipe.stages[0], doctor.examine_architecture)
+    checks = {"architecture": examine_architecture}
+    (diagnosis,) = examine_stage(recipe.stages[0], Inputs(recipe, LARGE), checks)
     assert diagnosis.status == "FAIL"
     assert "qk_nope_head_dim + qk_rope_head_dim is 14" in diagnosis.detail
 
@@ -652,9 +650,8 @@ def test_on_a_gpu(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = next(d.detail for d in examine_machine() if d.what == "GPU")
     assert "r1pipe[cuda]" in said or "driver up to 13.1" in said
     recipe = load("dtype=bfloat16")
-    diagnoses = list(
-        Doctor(recipe, Devices.here(recipe.device), thorough=False).examine(recipe.stages)
-    )
+    inputs = Inputs(recipe, Devices.here(recipe.device))
+    diagnoses = list(examine_recipe(inputs, recipe.stages))
     assert find_trouble(diagnoses) == {}
     assert "80.0 GiB" in next(d.detail for d in diagnoses if d.what == "grpo: memory")
 
@@ -673,6 +670,14 @@ def test_command_without_a_recipe(capsys: pytest.CaptureFixture) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert all(line.startswith(("ok  ", "warn  ")) for line in lines)
     assert any("sandbox: " in line for line in lines)
+
+
+def test_quick_imports_no_vllm(project: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(["doctor", "mine.yaml", "--quick", "--devices", "8x80GB"]) == 0
+    lines = capsys.readouterr().out
+    assert "3 of 3 golds of mydata.py/train tried" in lines
+    assert "8 x 80.0 GiB" in lines
+    assert "vLLM runs" not in lines
 
 
 def test_command_exits_with_1(

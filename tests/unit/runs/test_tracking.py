@@ -11,8 +11,8 @@ import pytest
 
 from r1pipe.config.load import load_recipe
 from r1pipe.config.recipe import Recipe
-from r1pipe.doctor.recipe import check_recipe
-from r1pipe.runs.tracking import Tracking, describe_settings
+from r1pipe.doctor.recipe import examine_tracking
+from r1pipe.runs.tracking import Tracking, check_tracking, describe_settings
 from r1pipe.utils.errors import UserError
 
 DEMO = Path(__file__).parents[3] / "configs" / "demo.yaml"
@@ -126,7 +126,8 @@ def test_a_missing_package_is_told_before_anything_runs(
     with pytest.raises(
         UserError, match=r'trackio is not installed: pip install "r1pipe\[trackio\]"'
     ):
-        list(check_recipe(make_recipe(tmp_path, "trackio")))
+        check_tracking(make_recipe(tmp_path, "trackio"))
+    assert examine_tracking(make_recipe(tmp_path, "trackio")).status == "FAIL"
 
 
 def test_a_tracker_that_fails_is_left_and_the_others_go_on(
