@@ -1,7 +1,7 @@
 """AIME 2024 and 2025: 30 problems a year, each answer an integer from 0 to 999, for evaluation.
 
 `year: 2024` is hub id `HuggingFaceH4/aime_2024` (there its split is called train), rows `problem`,
-`answer`, `solution`, `url`; `year: 2025` is `math-ai/aime25`, rows `problem`, `answer`. Licence:
+`answer`, `solution`, `url`; `year: 2025` is `math-ai/aime25`, rows `problem`, `answer`. License:
 see the cards; the problems are the Mathematical Association of America's. The only split is test.
 """
 

@@ -21,7 +21,7 @@ Splits are disjoint by construction: the *skeleton* (start value and signed chan
 names and things) decides the split by a hash, so no held-out sum ever occurs in training under
 other names. `r1pipe` checks this again by its decontamination code.
 
-Row schema: data/README.md. Licence: generated, no rights reserved.
+Row schema: data/README.md. License: generated, no rights reserved.
 """
 
 import hashlib

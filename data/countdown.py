@@ -2,7 +2,7 @@
 
 Generated if there is no `path`: `size` problems of `num_numbers` numbers, splits train and test
 disjoint by a hash of numbers and target. `path` is a hub id such as
-`Jiayi-Pan/Countdown-Tasks-3to4` (490k rows: `nums`, `target`; licence: see the card) or a file of
+`Jiayi-Pan/Countdown-Tasks-3to4` (490k rows: `nums`, `target`; license: see the card) or a file of
 such rows, or of reasoning-gym's (`question`, `numbers`, `target`, `solution`).
 
 Every number has to be used exactly once.

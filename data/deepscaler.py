@@ -1,7 +1,7 @@
 """DeepScaleR-Preview: 40k problems of AIME (before 2024), AMC, Omni-MATH and STILL, for
 reinforcement learning.
 
-Hub id `agentica-org/DeepScaleR-Preview-Dataset`, MIT licence; split train. Rows: `problem`,
+Hub id `agentica-org/DeepScaleR-Preview-Dataset`, MIT license; split train. Rows: `problem`,
 `answer`, `solution` (often empty, and then there is no trace).
 """
 

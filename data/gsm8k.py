@@ -1,6 +1,6 @@
 """GSM8K: 7,473 + 1,319 grade-school word problems (Cobbe et al. 2021, arXiv:2110.14168).
 
-Hub id `openai/gsm8k`, MIT licence; splits train and test. Rows have `question` and either the
+Hub id `openai/gsm8k`, MIT license; splits train and test. Rows have `question` and either the
 hub's `answer` ("... #### 72") or separate `solution` and `answer`. Calculator annotations
 (<<48/2=24>>) are removed from the solution.
 

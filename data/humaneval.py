@@ -1,7 +1,7 @@
 """HumanEval: 164 Python functions to be completed (Chen et al. 2021, arXiv:2107.03374), for
 evaluation with `rewards.code_passes`.
 
-Hub id `openai/openai_humaneval`, MIT licence; split test. Rows: `task_id`, `prompt` (imports, the
+Hub id `openai/openai_humaneval`, MIT license; split test. Rows: `task_id`, `prompt` (imports, the
 function's head and docstring), `entry_point`, `canonical_solution`, `test` (defines
 check(candidate)).
 """

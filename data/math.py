@@ -1,7 +1,7 @@
 """MATH: 7,500 + 5,000 competition problems with worked solutions (Hendrycks et al. 2021,
 arXiv:2103.03874).
 
-Hub id `EleutherAI/hendrycks_math`, MIT licence; splits train and test, one configuration per
+Hub id `EleutherAI/hendrycks_math`, MIT license; splits train and test, one configuration per
 subject, all read one after another. Rows: `problem`, `level` ("Level 3"), `type`, `solution`,
 whose last box is the answer. A local folder has the split's files, or a folder for each subject.
 

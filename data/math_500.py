@@ -1,7 +1,7 @@
 """MATH-500: 500 problems of MATH's test split (Lightman et al. 2023, arXiv:2305.20050), for
 evaluation.
 
-Hub id `HuggingFaceH4/MATH-500`, split test. Licence: see the card (MATH itself: MIT). Rows:
+Hub id `HuggingFaceH4/MATH-500`, split test. License: see the card (MATH itself: MIT). Rows:
 `problem`, `solution`, `answer`, `subject`, `level` (1 to 5), `unique_id`.
 """
 

@@ -2,7 +2,7 @@
 start.
 
 Hub id `open-r1/Mixture-of-Thoughts`; split train, configurations all, math (94k rows), code (83k)
-and science (173k). Licence: see the card. Rows: `messages` (a question and an answer that begins
+and science (173k). License: see the card. Rows: `messages` (a question and an answer that begins
 with <think>), `num_tokens`, `source`.
 
 Rows have a trace and no answer to compare with: `kind` is text. `max_tokens` filters long ones out.

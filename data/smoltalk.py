@@ -1,7 +1,7 @@
 """SmolTalk: 1.1M conversations for instruction tuning (Allal et al. 2025, arXiv:2502.02737): the
 general data to be mixed among traces, as in R1.
 
-Hub id `HuggingFaceTB/smoltalk`, configuration all; splits train and test. Licence: see the card.
+Hub id `HuggingFaceTB/smoltalk`, configuration all; splits train and test. License: see the card.
 Rows: `messages`, of which the last one is the assistant's, and `source`.
 
 Rows have an answer to learn from and none to compare with: `kind` is text. `sources` keeps rows of

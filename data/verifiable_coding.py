@@ -2,7 +2,7 @@
 reinforcement learning.
 
 Hub id `open-r1/verifiable-coding-problems-python` (from PrimeIntellect's
-verifiable-coding-problems); split train. Licence: see the card. Rows: `prompt` (with instructions
+verifiable-coding-problems); split train. License: see the card. Rows: `prompt` (with instructions
 of its own), `gold_standard_solution`, and `verification_info` (an object, or JSON of one):
 {language, test_cases: [{type: stdin_stdout, input, output, fn_name}]}.
 

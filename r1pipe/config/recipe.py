@@ -86,7 +86,7 @@ class Recipe(Strict):
     """Of models from elsewhere whose tokenizer has none, as a base model's: Jinja, or a file of it.
     Checkpoints that are made from them have it."""
     licenses: dict[str, str] = {}
-    """Licences, by the hub's identifiers, of base models and data recipes that do not say their
+    """Licenses, by the hub's identifiers, of base models and data recipes that do not say their
     own: `publish` needs them."""
     ngram: PositiveInt = 13
     """Words that a training and an evaluation problem must share in a row to count as overlap."""

@@ -60,7 +60,7 @@ class Description:
     """What the file says of the model, beside its weights."""
 
     name: str
-    licence: str
+    license: str
     base_hub_id: str | None
     sampling: dict[str, Any]
     """`temperature`, `top_p` and `top_k` that it was measured with, as far as they are known."""
@@ -119,7 +119,7 @@ def check_model(config: PreTrainedConfig) -> None:
 
 def add_description(writer: gguf.GGUFWriter, about: Description) -> None:
     writer.add_name(about.name)
-    writer.add_license(about.licence)
+    writer.add_license(about.license)
     if about.base_hub_id:
         organization, _, name = about.base_hub_id.rpartition("/")
         writer.add_base_model_count(1)

@@ -1,4 +1,4 @@
-"""The files of a published repository: weights, configs, GGUF, terms, rollouts."""
+"""The files of a published repository: weights, configs, GGUF, license files, rollouts."""
 
 import json
 import math
@@ -8,13 +8,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1pipe.publish.card import CardFacts, write_dataset_card
+from r1pipe.publish.candidate import Candidate
 from r1pipe.publish.hub import Hub, holds_token
 from r1pipe.publish.options import Options
-from r1pipe.runs.reader import Evaluation, StageFolder
+from r1pipe.publish.origin import Origin
+from r1pipe.runs.hashes import hash_file
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import read_json, read_jsonl, write_text
 
@@ -29,15 +31,58 @@ TOKENIZER = (
     "vocab.*",
     "merges.txt",
 )
-TERMS = re.compile(r"(LICEN[SC]E|NOTICE|USE_POLICY|COPYING)[\w.-]*", re.IGNORECASE)
-"""Files of a base model that belong to its licence and go on with it."""
+LICENSE_FILES = re.compile(r"(LICEN[SC]E|NOTICE|USE_POLICY|COPYING)[\w.-]*", re.IGNORECASE)
+"""License files of a base model, which are published with its derivatives."""
 
 ROLLOUTS = ("rollouts/*.parquet", "traces.jsonl")
 
 
+@dataclass(frozen=True)
+class Artifacts:
+    """What was written of a model."""
+
+    model_type: str
+    dtype: str
+    num_parameters: int
+    hashes: dict[str, str]
+    """SHA-256 of weights and GGUF, by file."""
+    gguf_type: str | None
+    """Of the GGUF file, if there is one."""
+    gguf_splitting: "Splitting | None"
+
+
+def write_artifacts(
+    candidate: Candidate,
+    config: dict[str, Any],
+    origin: Origin,
+    options: Options,
+    hub: Hub,
+    folder: Path,
+) -> Artifacts:
+    """Everything but the card. `config`: the model's config.json."""
+    dtype = candidate.stage.settings["dtype"]
+    write_weights(candidate.stage.folder, folder, dtype)
+    write_configs(config, candidate, folder)
+    write_license_files(candidate.base_model, origin.base_hub_id, folder, hub)
+    weights = sorted(folder.glob("*.safetensors"))
+    published, splitting = list(weights), None
+    if options.gguf:
+        file = folder / f"{options.repo_id.split('/')[1]}-{options.gguf}.gguf"
+        splitting = write_gguf(candidate, origin, options.gguf, file)
+        published.append(file)
+    return Artifacts(
+        model_type=config["model_type"],
+        dtype=dtype,
+        num_parameters=sum(map(count_parameters, weights)),
+        hashes={file.name: hash_file(file) for file in published},
+        gguf_type=options.gguf,
+        gguf_splitting=splitting,
+    )
+
+
 @contextmanager
-def whole_folder(place: Path) -> Iterator[Path]:
-    """A new folder that takes its place, instead of an older one, once everything is in it."""
+def replace_folder(place: Path) -> Iterator[Path]:
+    """A new folder, which replaces the one at `place` once everything is in it."""
     try:
         place.parent.mkdir(exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=place.parent))
@@ -55,11 +100,8 @@ def whole_folder(place: Path) -> Iterator[Path]:
 
 
 def write_weights(source: Path, folder: Path, dtype: str) -> None:
-    """The weights in the dtype that the model was sampled and measured in.
-
-    float32 is what the stage has saved, and the disk holds it once. The master weights of a
-    bfloat16 recipe are rounded as its sampler rounded them.
-    """
+    """The weights in the dtype that the model was sampled and evaluated in: float32 as hard links
+    to the stage's files, bfloat16 rounded as the sampler rounded the master weights."""
     for file in source.glob("*.safetensors"):
         if dtype == "float32":
             link_file(file, folder / file.name)
@@ -97,55 +139,44 @@ def round_weights(source: Path, target: Path, dtype: str) -> None:
     save_file(tensors, target, metadata={"format": "pt"})
 
 
-def write_configs(
-    config: dict[str, Any],
-    stage: StageFolder,
-    folder: Path,
-    evaluations: list[Evaluation],
-) -> None:
-    """config.json, the tokenizer, and how the model was sampled when it was measured."""
-    # Training has no use for the cache, and says so in the config; generating has.
+def write_configs(config: dict[str, Any], candidate: Candidate, folder: Path) -> None:
+    """config.json, the tokenizer, and how the model was sampled when it was evaluated."""
+    stage = candidate.stage
+    # The trainer has switched the KV cache off.
     config = {**config, "dtype": stage.settings["dtype"], "use_cache": True}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     for pattern in TOKENIZER:
         for file in stage.folder.glob(pattern):
             shutil.copyfile(file, folder / file.name)
     generation = read_json(stage.folder / "generation_config.json")
-    if evaluations:
-        sampling = evaluations[0].stage.settings["sampling"]
+    if candidate.evaluations:
+        sampling = candidate.evaluations[0].stage.settings["sampling"]
         generation["do_sample"] = sampling["temperature"] > 0
         if generation["do_sample"]:
             generation |= {key: sampling[key] for key in ("temperature", "top_p", "top_k")}
     write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
 
 
-def write_gguf(
-    folder: Path,
-    out: Path,
-    options: Options,
-    licence: str,
-    base_hub_id: str | None,
-    texts: list[str],
-) -> "Splitting":
-    """The folder's model as a file for llama.cpp, with the protocol that it was measured under."""
+def write_gguf(candidate: Candidate, origin: Origin, file_type: str, out: Path) -> "Splitting":
+    """The model beside `out` as a file for llama.cpp, with the sampling it was evaluated with."""
     try:
         from r1pipe.models.gguf import Description, export_gguf
     except ImportError as error:
         raise UserError(f'--gguf: {error}: pip install "r1pipe[gguf]"') from error
-    sampling = read_json(folder / "generation_config.json")
-    about = Description(out.stem, licence, base_hub_id, sampling)
-    return export_gguf(folder, out, options.gguf, about, texts)
+    sampling = read_json(out.parent / "generation_config.json")
+    about = Description(out.stem, origin.license, origin.base_hub_id, sampling)
+    return export_gguf(out.parent, out, file_type, about, candidate.find_texts())
 
 
-def write_terms(base: str | None, hub_id: str | None, folder: Path, hub: Hub) -> None:
-    """The base model's licence files, which its licence may ask to be handed on."""
+def write_license_files(base: str | None, hub_id: str | None, folder: Path, hub: Hub) -> None:
+    """The base model's: its license may ask that derivatives carry them."""
     local = Path(base).expanduser() if base else None
     if local is not None and local.is_dir():
         for file in local.iterdir():
-            if file.is_file() and TERMS.fullmatch(file.name):
+            if file.is_file() and LICENSE_FILES.fullmatch(file.name):
                 shutil.copyfile(file, folder / file.name)
     elif hub_id:
-        for name, text in hub.read_texts(hub_id, TERMS).items():
+        for name, text in hub.read_texts(hub_id, LICENSE_FILES).items():
             write_text(folder / name, text)
 
 
@@ -162,10 +193,11 @@ def count_parameters(file: Path) -> int:
     return sum(math.prod(tensor["shape"]) for tensor in list_tensors(file).values())
 
 
-def write_rollouts(facts: CardFacts, folder: Path) -> None:
-    """What the policies sampled, by stage, and the samples that the checkpoint was measured by."""
-    wanted = [(stage, pattern) for stage in facts.lineage for pattern in ROLLOUTS]
-    wanted += [(evaluation.stage, evaluation.entry["samples"]) for evaluation in facts.evaluations]
+def write_rollouts(candidate: Candidate, folder: Path) -> dict[str, int]:
+    """Rollouts of the stages in the lineage and samples of the evaluations; the number of rows by
+    file or pattern of files."""
+    wanted = [(stage, pattern) for stage in candidate.lineage for pattern in ROLLOUTS]
+    wanted += [(e.stage, e.entry["samples"]) for e in candidate.evaluations]
     num_rows: dict[str, int] = {}
     for stage, pattern in wanted:
         sources = list(stage.folder.glob(pattern))
@@ -175,7 +207,7 @@ def write_rollouts(facts: CardFacts, folder: Path) -> None:
             link_file(source, target)
         if sources:
             num_rows[f"{stage.name}/{pattern}"] = sum(map(count_rows, sources))
-    write_text(folder / "README.md", write_dataset_card(facts, num_rows))
+    return num_rows
 
 
 def count_rows(file: Path) -> int:
@@ -190,8 +222,7 @@ BINARY = (".safetensors", ".parquet", ".gguf")
 
 
 def check_no_token(folder: Path) -> None:
-    """A last look at everything that can be read: a token that a recipe or a data row carries must
-    not be published."""
+    """Raises UserError if a text file holds a hub token, from a recipe or a data row."""
     for file in folder.rglob("*"):
         if file.is_dir() or file.suffix in BINARY:
             continue

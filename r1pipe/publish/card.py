@@ -1,11 +1,12 @@
-"""The card of a published model, filled by its run: the metadata that the hub reads, and the text.
+"""The card of a published model: the hub's metadata and the text, written from the run's records.
 
-Nothing in it is typed by hand, so nothing in it can differ from what was run. Imports no torch.
+Nothing is typed by hand, so nothing can differ from what was run. Imports no torch.
 """
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
@@ -14,16 +15,15 @@ from r1pipe import __version__
 from r1pipe.data.problems import read_constants
 from r1pipe.evals.tables import draw_table, format_table
 from r1pipe.models.quirks import find_quirks
-from r1pipe.publish.licenses import LicenseSource
+from r1pipe.publish.artifacts import Artifacts
+from r1pipe.publish.candidate import Candidate
+from r1pipe.publish.origin import Origin
 from r1pipe.report.costs import describe_costs
 from r1pipe.runs.hashes import hash_file
 from r1pipe.runs.ledger import LEDGER
 from r1pipe.runs.lineage import FILE as LINEAGE
 from r1pipe.runs.lineage import hide_places, read_lineage
-from r1pipe.runs.reader import Evaluation, FinishedRun, StageFolder
-
-if TYPE_CHECKING:
-    from r1pipe.models.gguf import Splitting
+from r1pipe.runs.reader import Evaluation, StageFolder
 
 SHARES = {
     "pass_at_1": "pass@1",
@@ -37,91 +37,78 @@ THINKS = " It was trained to write its reasoning between `<think>` and `</think>
 
 
 @dataclass(frozen=True)
-class TrainingData:
-    """One data recipe of a stage, as the card shows it."""
-
-    stage: StageFolder
-    name: str
-    """The recipe's, or the path of the rows that it was given."""
-    split: str
-    hub_id: str | None
-    licence: str | None
-    """What the recipe says; None: nothing."""
-
-
-@dataclass(frozen=True)
-class CardFacts:
-    """What a card tells; everything is read from the run's folder."""
+class Card:
+    """Everything that a card says is read from these."""
 
     repo_id: str
-    run: FinishedRun
-    stage: StageFolder
-    model_type: str
-    num_parameters: int
-    dtype: str
-    base_model: str | None
-    """What it was trained from (a hub id or a folder); None: random weights."""
-    base_hub_id: str | None
-    licence: str
-    sources: list[LicenseSource]
-    data: list[TrainingData]
-    evaluations: list[Evaluation]
+    candidate: Candidate
+    origin: Origin
+    artifacts: Artifacts
     objections: list[str]
-    """What `--force` went on in spite of."""
-    hashes: dict[str, str]
-    """SHA-256 of the published weights, by file."""
-    messages: list[dict[str, str]]
-    """A prompt, for the examples."""
-    gguf_type: str | None
-    """Of the GGUF file, if there is one."""
-    gguf_splitting: "Splitting | None"
+    """Those that `--force` has overridden."""
 
     @property
     def name(self) -> str:
         return self.repo_id.split("/")[1]
 
     @property
+    def run_folder(self) -> Path:
+        return self.candidate.run.path
+
+    @property
+    def stage(self) -> StageFolder:
+        return self.candidate.stage
+
+    @property
+    def base_model(self) -> str | None:
+        return self.candidate.base_model
+
+    @property
     def lineage(self) -> list[StageFolder]:
-        return self.run.lineage(self.stage.name)
+        return self.candidate.lineage
+
+    @property
+    def evaluations(self) -> list[Evaluation]:
+        return self.candidate.evaluations
 
 
-def write_model_card(facts: CardFacts) -> str:
+def write_model_card(card: Card) -> str:
     """README.md of the model's repository."""
     metadata = ModelCardData(
-        license=facts.licence,
+        license=card.origin.license,
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=facts.base_hub_id,
-        base_model_relation="finetune" if facts.base_hub_id else None,
-        datasets=sorted({d.hub_id for d in facts.data if d.hub_id}) or None,
-        tags=["r1pipe", "reasoning", *sorted({stage.kind for stage in facts.lineage} - {"init"})],
-        model_name=facts.name,
-        eval_results=[r for e in facts.evaluations for r in list_results(e)] or None,
+        base_model=card.origin.base_hub_id,
+        base_model_relation="finetune" if card.origin.base_hub_id else None,
+        datasets=sorted({d.hub_id for d in card.origin.data if d.hub_id}) or None,
+        tags=["r1pipe", "reasoning", *sorted({stage.kind for stage in card.lineage} - {"init"})],
+        model_name=card.name,
+        eval_results=[r for e in card.evaluations for r in list_results(e)] or None,
     )
     sections = [
         f"---\n{metadata.to_yaml()}\n---",
-        f"# {facts.name}",
-        describe_model(facts),
-        *describe_objections(facts),
+        f"# {card.name}",
+        describe_model(card),
+        *describe_objections(card),
         "## Evaluation",
-        *(describe_evaluation(facts, evaluation) for evaluation in facts.evaluations),
+        *(describe_evaluation(card, evaluation) for evaluation in card.evaluations),
         "## How to run it",
-        fence("python", write_transformers_example(facts)),
-        fence("python", write_vllm_example(facts)),
-        *describe_gguf(facts),
+        fence("python", write_transformers_example(card)),
+        fence("python", write_vllm_example(card)),
+        *describe_gguf(card),
         "## What it was made from",
-        describe_sources(facts),
+        describe_sources(card),
         "## Training data",
-        describe_data(facts),
+        describe_data(card),
         "## Cost",
-        describe_cost(facts),
+        describe_cost(card),
         "## Limits",
-        describe_limits(facts),
+        describe_limits(card),
         "## Recipe",
         "Every setting, as it was resolved, in the order of the stages:",
-        fence("yaml", dump_recipe(facts)),
+        fence("yaml", dump_recipe(card)),
         "## Lineage",
-        describe_lineage(facts),
+        describe_lineage(card),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -158,31 +145,31 @@ def list_results(evaluation: Evaluation) -> list[EvalResult]:
     return results
 
 
-def describe_model(facts: CardFacts) -> str:
+def describe_model(card: Card) -> str:
     start = (
-        f"trained from `{hide_places(facts.base_model)}`"
-        if facts.base_model
+        f"trained from `{hide_places(card.base_model)}`"
+        if card.base_model
         else "from random weights"
     )
+    model = card.artifacts
     return (
-        f"A {facts.model_type} model of {facts.num_parameters:,} parameters in {facts.dtype}, "
-        f"{start}: the stage `{facts.stage.name}` ({facts.stage.section.how_made}) of the run "
-        f"`{facts.run.path.name}`, "
-        f"made and published with r1pipe {__version__}."
-        + (THINKS if facts.stage.section.optimization else "")
+        f"A {model.model_type} model of {model.num_parameters:,} parameters in {model.dtype}, "
+        f"{start}: the stage `{card.stage.name}` ({card.stage.section.how_made}) of the run "
+        f"`{card.run_folder.name}`, made and published with r1pipe {__version__}."
+        + (THINKS if card.stage.section.optimization else "")
     )
 
 
-def describe_objections(facts: CardFacts) -> list[str]:
-    if not facts.objections:
+def describe_objections(card: Card) -> list[str]:
+    if not card.objections:
         return []
     lines = ["> [!WARNING]", "> Published with `--force` in spite of this:", ">"]
-    return ["\n".join([*lines, *(f"> - {objection}" for objection in facts.objections)])]
+    return ["\n".join([*lines, *(f"> - {objection}" for objection in card.objections)])]
 
 
-def describe_evaluation(facts: CardFacts, evaluation: Evaluation) -> str:
+def describe_evaluation(card: Card, evaluation: Evaluation) -> str:
     """The checkpoint beside those that it comes from, on the same problems."""
-    names = {facts.base_model, *(stage.name for stage in facts.lineage)}
+    names = {card.base_model, *(stage.name for stage in card.lineage)}
     rows: list[dict[str, Any]] = []
     for entry in evaluation.stage.read_summary():
         if entry["stage"] in names and entry["dataset"] == evaluation.entry["dataset"]:
@@ -193,31 +180,31 @@ def describe_evaluation(facts: CardFacts, evaluation: Evaluation) -> str:
     return format_table([{**row, "stage": hide_places(row["stage"])} for row in rows])
 
 
-def write_transformers_example(facts: CardFacts) -> str:
+def write_transformers_example(card: Card) -> str:
     return f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{facts.repo_id}")
-model = AutoModelForCausalLM.from_pretrained("{facts.repo_id}", dtype="{facts.dtype}")
-messages = {format_messages(facts.messages)}
+tokenizer = AutoTokenizer.from_pretrained("{card.repo_id}")
+model = AutoModelForCausalLM.from_pretrained("{card.repo_id}", dtype="{card.artifacts.dtype}")
+messages = {format_messages(card.candidate.find_prompt())}
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
 )
-output = model.generate(**inputs, max_new_tokens={longest_completion(facts)})
+output = model.generate(**inputs, max_new_tokens={longest_completion(card)})
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 """
 
 
-def write_vllm_example(facts: CardFacts) -> str:
+def write_vllm_example(card: Card) -> str:
     """The dtype is said, because vLLM's own choice turns float32 into bfloat16."""
-    quirks = find_quirks(facts.model_type)
-    imports, on_cpu, settings = "", "", f'dtype="{facts.dtype}"'
+    quirks = find_quirks(card.artifacts.model_type)
+    imports, on_cpu, settings = "", "", f'dtype="{card.artifacts.dtype}"'
     if quirks.cpu_engine:  # of models with latent attention, which CPUs cannot compute as such
         lines = ['os.environ["VLLM_MLA_DISABLE"] = "1"']
         lines += [f'settings["{name}"] = {v!r}' for name, v in quirks.cpu_engine.items()]
         imports = "import os\n\nimport torch\n"
         on_cpu = (
-            f'    settings = {{"dtype": "{facts.dtype}"}}\n'
+            f'    settings = {{"dtype": "{card.artifacts.dtype}"}}\n'
             "    if not torch.cuda.is_available():  # what vLLM's kernels for CPUs need\n"
             + "".join(f"        {line}\n" for line in lines)
         )
@@ -226,25 +213,25 @@ def write_vllm_example(facts: CardFacts) -> str:
 {imports}from vllm import LLM
 
 if __name__ == "__main__":
-{on_cpu}    llm = LLM("{facts.repo_id}", {settings})
+{on_cpu}    llm = LLM("{card.repo_id}", {settings})
     sampling = llm.get_default_sampling_params()
-    sampling.max_tokens = {longest_completion(facts)}
-    messages = {format_messages(facts.messages)}
+    sampling.max_tokens = {longest_completion(card)}
+    messages = {format_messages(card.candidate.find_prompt())}
     [output] = llm.chat(messages, sampling)
     print(output.outputs[0].text)
 """
 
 
-def describe_gguf(facts: CardFacts) -> list[str]:
-    if facts.gguf_type is None:
+def describe_gguf(card: Card) -> list[str]:
+    if card.artifacts.gguf_type is None:
         return []
-    generation = facts.evaluations[0].entry if facts.evaluations else {}
+    generation = card.evaluations[0].entry if card.evaluations else {}
     sampling = "".join(
         f" --{option} {generation[key]}"
         for option, key in (("temp", "temperature"), ("top-p", "top_p"))
         if key in generation
     )
-    splitting = facts.gguf_splitting
+    splitting = card.artifacts.gguf_splitting
     note = (
         f"text is split as the tokenizer splits it (llama.cpp's `{splitting.name}`)"
         if splitting.is_exact
@@ -252,11 +239,11 @@ def describe_gguf(facts: CardFacts) -> list[str]:
         f"`{splitting.name}` gave the same tokens for {splitting.num_texts} prompts and "
         "completions of the evaluation, and may give others for text of another kind"
     )
-    place = f"{facts.repo_id}:{facts.gguf_type}"
+    place = f"{card.repo_id}:{card.artifacts.gguf_type}"
     return [
         fence("bash", f"llama-cli -hf {place} --jinja{sampling}\nollama run hf.co/{place}\n"),
-        f"`{facts.name}-{facts.gguf_type}.gguf` is for llama.cpp and what is built on it: {note}. "
-        "The figures above were not measured with it.",
+        f"`{card.name}-{card.artifacts.gguf_type}.gguf` is for llama.cpp and programs built on it: "
+        f"{note}. The figures above were not measured with it.",
     ]
 
 
@@ -264,25 +251,25 @@ def format_messages(messages: list[dict[str, str]]) -> str:
     return repr([{"role": m["role"], "content": m["content"]} for m in messages])
 
 
-def longest_completion(facts: CardFacts) -> int:
+def longest_completion(card: Card) -> int:
     """Tokens that the model was measured with."""
-    lengths = [e.entry["max_completion_length"] for e in facts.evaluations]
+    lengths = [e.entry["max_completion_length"] for e in card.evaluations]
     return max(lengths, default=256)
 
 
-def describe_sources(facts: CardFacts) -> str:
-    rows = [[s.role, f"`{hide_places(s.name)}`", s.licence] for s in facts.sources]
-    if facts.base_model is None:
+def describe_sources(card: Card) -> str:
+    rows = [[s.role, f"`{hide_places(s.name)}`", s.license] for s in card.origin.sources]
+    if card.base_model is None:
         rows.insert(0, ["base model", "none: random weights", ""])
     return (
-        format_rows(["", "", "licence"], rows)
-        + f"\n\nThe model's own licence, which these allow: {facts.licence}."
+        format_rows(["", "", "license"], rows)
+        + f"\n\nThe model's own license, which these allow: {card.origin.license}."
     )
 
 
-def describe_data(facts: CardFacts) -> str:
+def describe_data(card: Card) -> str:
     rows = []
-    for data in facts.data:
+    for data in card.origin.data:
         record = data.stage.record
         dropped, rate = record.get("overlap_dropped"), record.get("overlap_rate")
         rows.append(
@@ -294,41 +281,41 @@ def describe_data(facts: CardFacts) -> str:
                 "not compared" if dropped is None else f"{dropped} ({rate:.2%})",
             ]
         )
-    ngram = facts.stage.settings["ngram"]
+    ngram = card.stage.settings["ngram"]
     return (
         format_rows(["stage", "data", "split", "rows trained on", "dropped for overlap"], rows)
         + f"\n\nRows that share {ngram} words in a row with a held-out problem were dropped before "
-        f"training. Contamination of this model: {describe_overlap(facts)}."
+        f"training. Contamination of this model: {describe_overlap(card)}."
     )
 
 
-def describe_overlap(facts: CardFacts) -> str:
-    if not facts.evaluations:
-        return "unknown, for it was not evaluated"
-    overlaps = [e.entry["overlap"] for e in facts.evaluations]
+def describe_overlap(card: Card) -> str:
+    if not card.evaluations:
+        return "unknown: it was not evaluated"
+    overlaps = [e.entry["overlap"] for e in card.evaluations]
     if None in overlaps:
-        return f"unknown, for it is not known what {hide_places(facts.base_model)} was trained on"
+        return f"unknown: nothing says what {hide_places(card.base_model)} was trained on"
     return f"{max(overlaps):.1%} of the held-out problems overlap with what it was trained on"
 
 
-def describe_cost(facts: CardFacts) -> str:
+def describe_cost(card: Card) -> str:
     """Of the whole run, by its ledger; of a run without one what the stages have noted."""
-    if (facts.run.path / LEDGER).exists():
-        table, notes = describe_costs(facts.run.path).split("\n\n", 1)
+    if (card.run_folder / LEDGER).exists():
+        table, notes = describe_costs(card.run_folder).split("\n\n", 1)
         return f"{table}\n\n" + "\n".join(f"- {note}" for note in notes.splitlines())
     rows = [
         [s.name, s.kind, f"{s.record['wall_s']:.0f} s", f"{s.record['peak_memory_gib']} GiB"]
-        for s in facts.lineage
+        for s in card.lineage
     ]
-    total = sum(s.record["wall_s"] for s in facts.lineage)
+    total = sum(s.record["wall_s"] for s in card.lineage)
     return (
         format_rows(["stage", "kind", "wall time", "peak memory"], rows)
         + f"\n\n{total:.0f} s in all, evaluation not counted."
     )
 
 
-def describe_limits(facts: CardFacts) -> str:
-    sets = sorted({e.entry["dataset"] for e in facts.evaluations})
+def describe_limits(card: Card) -> str:
+    sets = sorted({e.entry["dataset"] for e in card.evaluations})
     lines = [
         f"It was measured on {', '.join(sets) or 'nothing'} and nothing else: what it does on "
         "other tasks, in other languages or in longer conversations is not known.",
@@ -336,7 +323,7 @@ def describe_limits(facts: CardFacts) -> str:
         "answer came about.",
         "It was not trained to refuse anything, and its safety was not evaluated.",
     ]
-    for evaluation in facts.evaluations:
+    for evaluation in card.evaluations:
         entry = evaluation.entry
         if entry["truncated"] > 0:
             lines.append(
@@ -355,19 +342,19 @@ def describe_limits(facts: CardFacts) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def dump_recipe(facts: CardFacts) -> str:
+def dump_recipe(card: Card) -> str:
     """The stages that the model comes from and was measured by, as one recipe."""
-    stages = facts.lineage + [e.stage for e in facts.evaluations]
-    shared = {key: value for key, value in facts.stage.config.items() if key != "stage"}
+    stages = card.lineage + [e.stage for e in card.evaluations]
+    shared = {key: value for key, value in card.stage.config.items() if key != "stage"}
     sections = [s.config.get("stage") or hide_places(s.settings) for s in stages]
     recipe = {**shared, "stages": sections}
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100)
 
 
-def describe_lineage(facts: CardFacts) -> str:
+def describe_lineage(card: Card) -> str:
     """What `r1pipe verify` compares, down to the hash of each stage's own record."""
     rows = []
-    for stage in [*facts.lineage, *(e.stage for e in facts.evaluations)]:
+    for stage in [*card.lineage, *(e.stage for e in card.evaluations)]:
         file, record = stage.folder / LINEAGE, read_lineage(stage.folder) or {}
         commit = (record.get("git") or {}).get("commit")
         rows.append(
@@ -379,7 +366,7 @@ def describe_lineage(facts: CardFacts) -> str:
                 f"`{hash_file(file)}`" if file.exists() else "none",
             ]
         )
-    files = [[f"`{name}`", f"`{digest}`"] for name, digest in facts.hashes.items()]
+    files = [[f"`{name}`", f"`{digest}`"] for name, digest in card.artifacts.hashes.items()]
     return "\n\n".join(
         [
             format_rows(["stage", "from", "finished", "r1pipe at", f"SHA-256 of {LINEAGE}"], rows),
@@ -388,10 +375,10 @@ def describe_lineage(facts: CardFacts) -> str:
     )
 
 
-def write_dataset_card(facts: CardFacts, num_rows: dict[str, int]) -> str:
+def write_dataset_card(card: Card, num_rows: dict[str, int]) -> str:
     """README.md of the rollouts' repository. `num_rows`: by file or pattern of files."""
     metadata = DatasetCardData(
-        license=facts.licence,
+        license=card.origin.license,
         task_categories=["text-generation"],
         tags=["r1pipe", "reasoning", "rollouts"],
         configs=[
@@ -407,12 +394,12 @@ def write_dataset_card(facts: CardFacts, num_rows: dict[str, int]) -> str:
         "\n\n".join(
             [
                 f"---\n{metadata.to_yaml()}\n---",
-                f"# Rollouts of {facts.name}",
-                f"What the policies of the run `{facts.run.path.name}` sampled on the way to "
-                f"[{facts.repo_id}](https://huggingface.co/{facts.repo_id}), with the rewards of "
+                f"# Rollouts of {card.name}",
+                f"What the policies of the run `{card.run_folder.name}` sampled before "
+                f"[{card.repo_id}](https://huggingface.co/{card.repo_id}), with the rewards of "
                 "each sample; written by models, judged by rules.",
                 format_rows(["files", "rows"], rows),
-                describe_sources(facts),
+                describe_sources(card),
             ]
         )
         + "\n"

@@ -95,15 +95,15 @@ class Hub:
             by_path = {file.path: file for file in files if isinstance(file, RepoFile)}
         return Remote(info.sha, bool(info.private), by_path)
 
-    def find_licence(self, repo_id: str, repo_type: RepoType) -> str | None:
+    def find_license(self, repo_id: str, repo_type: RepoType) -> str | None:
         """What a repository's card says; None if it says nothing or cannot be read."""
         try:
             with one_line(repo_id):
                 info = self._api.repo_info(repo_id, repo_type=repo_type)
         except UserError:
             return None
-        licence = (info.card_data or {}).get("license")
-        return licence[0] if isinstance(licence, list) else licence
+        license = (info.card_data or {}).get("license")
+        return license[0] if isinstance(license, list) else license
 
     def read_text(self, repo_id: str, repo_type: RepoType, path: str, remote: Remote) -> str:
         with one_line(f"{repo_id}/{path}"):

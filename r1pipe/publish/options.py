@@ -1,24 +1,18 @@
-"""What `r1pipe publish` is asked for."""
+"""What the command line asks of `r1pipe publish`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
-
     target: Path
     repo_id: str
     public: bool = False
     dry_run: bool = False
     force: bool = False
     max_overlap: float = 0.0
-    licences: dict[str, str] = field(default_factory=dict)
+    licenses: dict[str, str] = field(default_factory=dict)
     """By source; the model's own under ""."""
     base_models: dict[str, str] = field(default_factory=dict)
     """Hub ids by the folders that the recipe names."""

@@ -24,7 +24,7 @@ from r1pipe.config.recipe import Recipe
 from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import save_checkpoint
-from r1pipe.publish.publish import find_objections
+from r1pipe.publish.candidate import Candidate
 from r1pipe.runs.folder import RunFolder
 from r1pipe.runs.reader import find_finished
 from r1pipe.serve import find_served
@@ -357,8 +357,7 @@ def test_overlap_above_the_limit(hub: FakeHub, tmp_path: Path, checkpoint: Path)
     assert "5.00% of arithmetic/test overlaps" in refuse(hub, run)
     assert not (run / "publish").exists()
     assert not (run / "publish").exists()
-    finished, stage = find_finished(run)
-    assert not find_objections(finished, stage, finished.evaluations("sft"), max_overlap=0.05)
+    assert not Candidate(*find_finished(run)).find_objections(max_overlap=0.05)
     assert publish(hub, run, "--force").returncode == 0
     metadata, text = read_card(hub.repos["model", "ana/mini"].files)
     assert "> [!WARNING]" in text
@@ -390,10 +389,10 @@ def test_a_lineage_that_does_not_verify(hub: FakeHub, run: Path) -> None:
 
 
 def test_base_model_and_its_terms(hub: FakeHub, tmp_path: Path, checkpoint: Path) -> None:
-    """Trained from a model of the hub: its licence and licence files go on with the derivative."""
+    """Trained from a model of the hub: its license and license files go on with the derivative."""
     stages = [{**STAGES[1], "from": "org/base", "data": {"recipe": "gsm8k"}}, STAGES[2]]
     run = make_run(tmp_path / "runs", checkpoint, stages, dtype="bfloat16")
-    assert "base model org/base: its licence is not known" in refuse(hub, run)
+    assert "base model org/base: its license is not known" in refuse(hub, run)
     hub.add_repo(
         "org/base", README__md="---\nlicense: llama3.1\n---\n", LICENSE="terms", USE_POLICY__md="no"
     )
@@ -414,19 +413,19 @@ def test_base_model_and_its_terms(hub: FakeHub, tmp_path: Path, checkpoint: Path
     assert json.loads(files["config.json"])["dtype"] == "bfloat16"
 
     line = refuse(hub, run, "--license", "gsm8k=cc-by-sa-4.0")
-    assert "licences clash: base model org/base is llama3.1, data gsm8k is cc-by-sa-4.0" in line
+    assert "licenses clash: base model org/base is llama3.1, data gsm8k is cc-by-sa-4.0" in line
 
 
-def test_licences_in_the_recipe(hub: FakeHub, tmp_path: Path, checkpoint: Path) -> None:
+def test_licenses_in_the_recipe(hub: FakeHub, tmp_path: Path, checkpoint: Path) -> None:
     stages = [{**STAGES[1], "from": "org/base"}, STAGES[2]]
-    licences = {"org/base": "cc-by-nc-4.0"}
-    run = make_run(tmp_path / "runs", checkpoint, stages, licenses=licences)
+    licenses = {"org/base": "cc-by-nc-4.0"}
+    run = make_run(tmp_path / "runs", checkpoint, stages, licenses=licenses)
     assert publish(hub, run).returncode == 0
     metadata, _ = read_card(hub.repos["model", "ana/mini"].files)
     assert metadata["license"] == "cc-by-nc-4.0"
 
 
-def test_licences_of_data(hub: FakeHub, tmp_path: Path, checkpoint: Path) -> None:
+def test_licenses_of_data(hub: FakeHub, tmp_path: Path, checkpoint: Path) -> None:
     """A recipe's own LICENSE is that of its own dataset; other rows have another, or none."""
     mine = tmp_path / "mine.csv"
     mine.touch()
@@ -439,7 +438,7 @@ def test_licences_of_data(hub: FakeHub, tmp_path: Path, checkpoint: Path) -> Non
             hub.add_repo(path, "dataset", README__md=f"---\nlicense: {found}\n---\n")
             assert publish(hub, run).returncode == 0
         else:
-            assert f"data {path}: its licence is not known" in refuse(hub, run)
+            assert f"data {path}: its license is not known" in refuse(hub, run)
             assert publish(hub, run, "--license", f"{path}=cc-by-nc-sa-4.0").returncode == 0
         files = hub.repos["model", "ana/mini"].files
         metadata, text = read_card(files)
