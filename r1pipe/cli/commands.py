@@ -217,7 +217,7 @@ COMMANDS: dict[str, Command] = {
                 action="append",
                 default=[],
                 metavar="[SOURCE=]ID",
-                help="of a base model or data whose licence is not known; without SOURCE: the "
+                help="of a base model or data whose license is not known; without SOURCE: the "
                 "model's own",
             ),
             argument(
