@@ -2,20 +2,15 @@
 
 from itertools import chain
 
-from mpmath import mp, mpf
+from mpmath import mp
 
 from rewards.math import real_sets
 from rewards.math.evaluate import (
     INTEGER_LETTERS,
     POINTS,
     Evaluator,
-    Point,
     Undefined,
-    Value,
-    divide,
     exact,
-    is_real,
-    to_mp,
 )
 from rewards.math.forms import (
     Item,
@@ -26,8 +21,9 @@ from rewards.math.forms import (
     spread_chain,
     ungroup,
 )
-from rewards.math.parser import Node, read_number, rows_of
-from rewards.math.scalars import DIGITS, close, points_for, same_scalars, strip_unit, unit_of
+from rewards.math.node import Node, read_number, rows_of
+from rewards.math.relations import FLIPPED, are_proportional, solves
+from rewards.math.scalars import DIGITS, points_for, same_scalars, strip_unit, unit_of
 from rewards.math.structure import free_names, names_quantity
 
 
@@ -274,7 +270,7 @@ def _same_values(gold: Node, answer: Node) -> bool:
     if kinds == {"relation"}:
         return _same_relations(gold, answer)
     if "relation" in kinds:
-        return gold.kind == "relation" and _solves(gold, answer)
+        return gold.kind == "relation" and solves(gold, answer)
     if _coordinates(gold) is not None or _coordinates(answer) is not None:
         return _same_sequences(gold, answer)
     if "matrix" in kinds:
@@ -391,17 +387,14 @@ def _is_zero(node: Node) -> bool:
     return node.kind == "number" and node.value.value == 0
 
 
-_FLIPPED = {"<": ">", ">": "<", "<=": ">=", ">=": "<=", "=": "=", "!=": "!=", "~": "~"}
-
-
 def _same_relations(gold: Node, answer: Node) -> bool:
     """Equations equal up to a factor, inequalities up to a positive one; chains part by part."""
     if len(gold.value) != len(answer.value):
         return False
-    if not set(gold.value) | set(answer.value) <= set(_FLIPPED):  # congruence, parallels, ...
+    if not set(gold.value) | set(answer.value) <= set(FLIPPED):  # congruence, parallels, ...
         pairs = zip(gold.args, answer.args, strict=True)
         return bool(gold.value == answer.value) and all(_same_values(g, a) for g, a in pairs)
-    flipped = tuple(_FLIPPED[op] for op in reversed(answer.value))
+    flipped = tuple(FLIPPED[op] for op in reversed(answer.value))
     for operators, args in ((answer.value, answer.args), (flipped, answer.args[::-1])):
         if operators == gold.value and all(
             _same_values(g, a) for g, a in zip(gold.args, args, strict=True)
@@ -409,55 +402,4 @@ def _same_relations(gold: Node, answer: Node) -> bool:
             return True
     if len(gold.value) > 1:
         return False
-    return _proportional(gold, answer)
-
-
-def _proportional(gold: Node, answer: Node) -> bool:
-    left, right = (Node("add", (n.args[0], Node("neg", (n.args[1],)))) for n in (gold, answer))
-    factors = []
-    for point in POINTS:
-        try:
-            bottom, top = (Evaluator(point).value(side) for side in (left, right))
-            factors.append(divide(top, bottom))
-        except Undefined:
-            continue
-    if len(factors) < 2 or factors[0] == 0 or not all(mp.isfinite(to_mp(f)) for f in factors):
-        return False
-    if not all(close(factor, factors[0]) for factor in factors):
-        return False
-    if gold.value[0] in ("=", "!="):
-        return bool(gold.value == answer.value)
-    if not is_real(factors[0]):
-        return False
-    operator = answer.value[0]
-    positive = to_mp(factors[0]).real > 0
-    return bool(gold.value[0] == (operator if positive else _FLIPPED[operator]))
-
-
-def _solves(equation: Node, answer: Node) -> bool:
-    """Say whether an expression is the explicit form of an equation in one more variable.
-
-    ``6/x`` for the gold ``xy = 6``: put in for y, which the equation holds once, linearly, it
-    satisfies it. The other way round an unsolved equation would pass for an answer.
-    """
-    if equation.value != ("=",) or len(free_names(equation)) < 2:
-        return False
-    missing = free_names(equation) - free_names(answer)
-    if len(missing) != 1 or "_index" in missing or not free_names(answer) < free_names(equation):
-        return False
-    name = missing.pop()
-    left, right = equation.args
-    difference = Node("add", (left, Node("neg", (right,))))
-    for point in POINTS[:2]:
-        root = Evaluator(point).value(answer)
-
-        def side(value: Value, point: Point = point) -> mpf:
-            return to_mp(Evaluator(point.with_value(name, value)).value(difference))
-
-        at_root, slopes = side(root), [side(2) - side(1), side(3) - side(2), side(8) - side(7)]
-        scale = max(abs(slope) for slope in slopes)
-        if not scale or abs(at_root) > scale * mpf(10) ** -20:
-            return False
-        if any(abs(slope - slopes[0]) > scale * mpf(10) ** -20 for slope in slopes):
-            return False
-    return True
+    return are_proportional(gold, answer)

@@ -7,7 +7,7 @@ have no value.
 """
 
 from rewards.math.evaluate import INTEGER_LETTERS, Undefined
-from rewards.math.parser import Node, read_number
+from rewards.math.node import Node, read_number
 from rewards.math.scalars import same_scalars
 
 _INDEX = "\0k"

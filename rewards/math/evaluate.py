@@ -19,7 +19,7 @@ from typing import TypeAlias, TypeGuard
 import mpmath
 from mpmath import mp, mpc, mpf
 
-from rewards.math.parser import Node
+from rewards.math.node import Node
 from rewards.math.vocabulary import ANALYTIC_FUNCTIONS
 
 MAX_BITS = 100_000  # of an exact number

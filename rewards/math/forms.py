@@ -5,7 +5,7 @@ from itertools import product
 
 from rewards.math.ellipses import resolve_ellipses, substitute
 from rewards.math.evaluate import Undefined
-from rewards.math.parser import Node, make_matrix, read_number, rows_of
+from rewards.math.node import Node, make_matrix, read_number, rows_of
 from rewards.math.scalars import same_scalars
 from rewards.math.structure import free_names, names_quantity
 

@@ -43,8 +43,9 @@ from itertools import product
 from rewards.math.compare import has_value, same_answer
 from rewards.math.evaluate import Undefined
 from rewards.math.lexer import ParseError
+from rewards.math.node import Node
 from rewards.math.normalize import normalize_text, normalize_words, spell, strip_dress
-from rewards.math.parser import Node, parse_answer
+from rewards.math.parser import parse_answer
 from rewards.math.vocabulary import CJK_DIRECTIONS, DIRECTIONS, FILLERS
 from rewards.text.units import find_unit
 

@@ -160,40 +160,11 @@ def _read_word(word: str, space: bool, before: Token | None, text: str, end: int
 _SAFE_UNITS = {"cm", "mm", "km", "kg", "ml", "mL", "dm", "Hz", "ft"}
 # Units that are products as often.
 _LETTERS_TOO = {
-    "hr",
-    "mg",
-    "am",
-    "pm",
-    "mi",
-    "lb",
-    "ha",
-    "oz",
-    "rs",
-    "ms",
-    "ns",
-    "yd",
-    "mA",
-    "mV",
-    "kN",
-}
+    "hr", "mg", "am", "pm", "mi", "lb", "ha", "oz", "rs", "ms", "ns", "yd", "mA", "mV", "kN",
+}  # fmt: skip
 _VERBS = {
-    "is",
-    "it",
-    "of",
-    "to",
-    "so",
-    "no",
-    "if",
-    "as",
-    "we",
-    "be",
-    "or",
-    "pi",
-    "ln",
-    "lg",
-    "tg",
-    "oo",
-}
+    "is", "it", "of", "to", "so", "no", "if", "as", "we", "be", "or", "pi", "ln", "lg", "tg", "oo",
+}  # fmt: skip
 _GLUED_OPERATOR = re.compile(
     r"[\^_]|[+*/](?=[\w\\({])|-(?=[a-zA-Z\\({])|\\(?:sin|cos|tan|frac|sqrt)"
 )
@@ -365,19 +336,9 @@ def _declares_domain(part: list[Token]) -> bool:
 
 
 _ORDER = {
-    "<",
-    ">",
-    "<=",
-    ">=",
-    "\\le",
-    "\\leq",
-    "\\ge",
-    "\\geq",
-    "\\lt",
-    "\\gt",
-    "\\leqslant",
+    "<", ">", "<=", ">=", "\\le", "\\leq", "\\ge", "\\geq", "\\lt", "\\gt", "\\leqslant",
     "\\geqslant",
-}
+}  # fmt: skip
 
 
 def _restricts(part: list[Token], tokens: list[Token]) -> bool:

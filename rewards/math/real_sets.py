@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mpmath import mp, mpf
 
 from rewards.math.evaluate import Evaluator, Undefined, Value, real_part, to_mp
-from rewards.math.parser import Node
+from rewards.math.node import Node
 from rewards.math.structure import free_names, names_quantity
 
 MAX_WHOLE = 1_000

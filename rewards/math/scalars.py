@@ -16,7 +16,7 @@ from rewards.math.evaluate import (
     is_real,
     to_mp,
 )
-from rewards.math.parser import Node, Number
+from rewards.math.node import Node, Number
 from rewards.math.structure import free_names
 from rewards.text.units import Unit, find_scales, is_rate_of, names_no_unit
 

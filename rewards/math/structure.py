@@ -2,7 +2,7 @@
 
 from itertools import chain
 
-from rewards.math.parser import Node, rows_of
+from rewards.math.node import Node, rows_of
 
 
 def free_names(node: Node) -> set[str]:

@@ -284,11 +284,6 @@ def is_worked_solution(gold: str) -> bool:
 
 
 __all__ = [
-    "Verdict",
-    "count_verdicts",
-    "extract_answer",
-    "grade_answer",
-    "judge_math",
-    "judge_pairs",
+    "Verdict", "count_verdicts", "extract_answer", "grade_answer", "judge_math", "judge_pairs",
     "math_correct",
-]
+]  # fmt: skip
