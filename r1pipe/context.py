@@ -1,4 +1,4 @@
-"""What every stage is given: the recipe, its folder, its inputs, the shared engine."""
+"""StageContext: the recipe, folder, inputs and shared engine that every stage is given."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -37,23 +37,22 @@ class StageContext:
     run: RunFolder
     stage_name: str
     folder: Path
-    """Where the stage writes; moved into its place when `run` returns. Of ranks but the first
-    thrown away."""
+    """The stage's output, moved into place when `run` returns; on other ranks than 0 deleted."""
     engines: "Engines"
     device: "torch.device"
     facts: dict[str, Any]
-    """Facts that shared steps add to the stage's record."""
+    """Facts for the stage's record, added by shared code."""
     ledger: Ledger
     listeners: Sequence[Callable[[dict[str, Any]], None]]
     """Functions that are given each step's metrics."""
     problem_sets: ProblemSets
-    """What this process has read for the run's other stages, too."""
+    """Problem sets that this process has loaded, shared with the run's other stages."""
 
     def open_log(self) -> MetricsLog:
         return MetricsLog(self.folder, self.listeners)
 
     def open_progress(self, label: str, num_steps: int) -> StageProgress:
-        """With what the stage costs beside the steps."""
+        """A progress bar that also shows the projected cost."""
         return StageProgress(label, num_steps, self.ledger.project)
 
     @property
@@ -66,7 +65,7 @@ class StageContext:
         return self.run.resolve_checkpoint(name, self.stage_name)
 
     def tokenizer(self, checkpoint: str) -> "PreTrainedTokenizerBase":
-        """Of a checkpoint's folder or hub id, with the recipe's chat template if it has none."""
+        """The tokenizer of a folder or hub id, with the recipe's chat template if it has none."""
         from r1pipe.models.tokenizer import load_tokenizer
 
         return load_tokenizer(checkpoint, self.recipe.chat_template)
@@ -146,7 +145,7 @@ class StageContext:
         return kept
 
     def _keep(self, problems: list[Problem]) -> None:
-        """Raises UserError if an interrupted run had other problems: it cannot go on exactly."""
+        """Raises UserError if an interrupted run had other problems: no exact resume."""
         path = self.folder / "problems.jsonl"
         text = "".join(f"{dump_row(problem)}\n" for problem in problems)
         if path.exists() and path.read_text(encoding="utf-8") != text:
@@ -159,8 +158,8 @@ class StageContext:
     def keep_out_heldout(
         self, problems: list[Problem], what: str = "training problems"
     ) -> list[Problem]:
-        """Without the rows whose prompt or trace overlaps with an evaluation set of the recipe;
-        how many that are is added to the stage's record."""
+        """Drop rows whose prompt or trace overlaps with a held-out set; the count goes into the
+        stage's record."""
         heldout = [
             problem
             for source in self.recipe.heldout_sets()
@@ -183,7 +182,7 @@ class StageContext:
         return result.kept
 
     def load_problems(self, source: ProblemSet) -> list[Problem]:
-        """The problems of `source`; says what became of its rows, and keeps it for stage.json."""
+        """The problems of `source`; what was dropped is printed and noted for stage.json."""
         loaded = self.load_set(source)
         place = f" ({source.options['path']})" if source.recipe == "columns" else ""
         name = f"{self.stage_name}: {source.recipe or source.stage}/{source.split}{place}"
@@ -205,6 +204,6 @@ class StageContext:
         return loaded
 
     def record_left(self, reason: str, num_left: int) -> None:
-        """How many rows a filter left, in the stage's record."""
+        """Note in the stage's record how many rows a filter left."""
         if sizes := self.facts.get("sizes"):
             sizes[0][reason] = num_left  # the data to train on is first

@@ -151,8 +151,8 @@ def run_stages(
     skip_doctor: bool = False,
     make: Callable | None = None,
 ) -> None:
-    """Those in `redone` from their beginning, the others from where they were interrupted; by
-    `make`, or by what their kind says."""
+    """Run the stages: those in `redone` from the start, the others from their last checkpoint.
+    `make` replaces the `run` of their kind."""
     if not stages:
         return
     silence_libraries()
@@ -200,8 +200,7 @@ def run_stages(
 def make_stage(
     stage: Stage, context: "StageContext", tracking: Tracking, make: Callable[..., dict]
 ) -> None:
-    """One stage, whose folder stands in its place afterwards; or else what it can be resumed from
-    stays."""
+    """Run one stage and put its folder in place; on failure keep what it can resume from."""
     started, run = time.monotonic(), context.run
     with context.ledger.stage(stage.name):
         try:
@@ -225,13 +224,13 @@ def is_critical(record: logging.LogRecord) -> bool:
 
 
 def find_full(folder: Path) -> Path:
-    """Which disk it is: the run's, or that of temporary files, where kernels are compiled."""
+    """The full disk: the run's, or that of temporary files, where kernels are compiled."""
     temporary = Path(tempfile.gettempdir())
     return min(folder, temporary, key=lambda place: shutil.disk_usage(place).free)
 
 
 def silence_libraries() -> None:
-    """Tell the libraries, before they are imported, to be quiet: our own bars say more."""
+    """Silence the libraries before they are imported: our own progress bars say more."""
     for name, value in {
         "TRANSFORMERS_VERBOSITY": "error",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
@@ -241,7 +240,7 @@ def silence_libraries() -> None:
     }.items():
         os.environ.setdefault(name, value)
     cache = find_ancestor(Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")))
-    if not os.access(cache, os.W_OK):  # vLLM would complain of it with a traceback, and go on
+    if not os.access(cache, os.W_OK):  # vLLM would print a traceback
         place = Path(tempfile.gettempdir(), f"vllm-{os.getuid()}")
         os.environ.setdefault("VLLM_CACHE_ROOT", str(place))
     for name in ("torch._library.triton", "matplotlib", "vllm.logging_utils.dump_input"):

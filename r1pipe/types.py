@@ -44,7 +44,7 @@ class Rollout:
     finish_reason: str
     routes: Any = field(default=None, repr=False, compare=False)
     num_tokens: int = -1
-    """Of the completion: what is left of `completion_ids` after `empty`."""
+    """Tokens of the completion, also after `empty` has dropped `completion_ids`."""
 
     def __post_init__(self) -> None:
         if self.num_tokens < 0:
@@ -75,7 +75,7 @@ class Score:
 
 
 def describe_rollout(problem: Problem, rollout: Rollout, score: Score) -> dict[str, Any]:
-    """What a person wants to read of a rollout."""
+    """The readable fields of a rollout."""
     return {
         "problem_id": problem.id,
         "sample": rollout.sample,

@@ -1,8 +1,8 @@
-"""What r1pipe can be asked to do: one entry of COMMANDS each.
+"""The table of commands.
 
-An entry has what the command's --help says, its arguments, an example that a test parses, what
-comes after it, and the function that does it. That function imports what it needs when it is
-called: the command line answers without torch.
+An entry has the help text, arguments, an example that a test parses, the next command, and a
+handler. Handlers import what they need when they are called, so that the command line answers
+without torch.
 """
 
 import argparse
@@ -37,7 +37,7 @@ DEFAULT_CONFIG = "configs/demo.yaml"
 
 @dataclass(frozen=True)
 class Argument:
-    """Of argparse's add_argument."""
+    """Arguments of argparse's add_argument."""
 
     names: tuple[str, ...]
     settings: dict[str, Any]
@@ -51,7 +51,7 @@ class Command:
     arguments: tuple[Argument, ...]
     example: str
     then: str
-    """A command that somebody may want next."""
+    """The next command."""
 
 
 def argument(*names: str, **settings: Any) -> Argument:
@@ -91,9 +91,7 @@ def recipe_arguments(default: str | None = DEFAULT_CONFIG) -> tuple[Argument, ..
 
 
 RUN = argument("run", metavar="RUN", help="its folder, or its name in runs/")
-SKIP_DOCTOR = argument(
-    "--skip-doctor", action="store_true", help="begin without looking for what would fail"
-)
+SKIP_DOCTOR = argument("--skip-doctor", action="store_true", help="start without the checks")
 SERVED = (
     argument("target", metavar="RUN[/STAGE]", help="or a folder, or a hub id"),
     argument("--max-model-len", type=number(int, 1), metavar="TOKENS", help="context"),
@@ -131,7 +129,7 @@ EVAL = (
 
 
 def stage_command(kind: str) -> Command:
-    """`r1pipe KIND`: the recipe's first stage of this kind that is not finished."""
+    """`r1pipe KIND`: runs the recipe's first unfinished stage of this kind."""
     stage = STAGE_TYPES[kind]
     run, more = run_stage, ()
     if stage.measures:
@@ -182,14 +180,14 @@ COMMANDS: dict[str, Command] = {
         then="r1pipe run configs/r1.yaml",
     ),
     "verify": Command(
-        "compute the hashes of a run's lineage again: is everything as it was?",
+        "check a run's files, data and code against the hashes of its lineage",
         verify,
         (RUN,),
         example="r1pipe verify runs/demo",
         then="r1pipe publish runs/demo --repo user/name --dry-run",
     ),
     "publish": Command(
-        "put a finished stage on the Hugging Face hub",
+        "publish a finished stage on the Hugging Face hub",
         publish,
         (
             argument("target", type=Path, metavar="RUN[/STAGE]"),
@@ -203,7 +201,7 @@ COMMANDS: dict[str, Command] = {
             argument(
                 "--force",
                 action="store_true",
-                help="in spite of objections, which the card then names",
+                help="publish despite objections, which the card lists",
             ),
             argument(
                 "--max-overlap",
@@ -243,14 +241,14 @@ COMMANDS: dict[str, Command] = {
         then="r1pipe publish runs/demo/distill --repo user/name",
     ),
     "cost": Command(
-        "what a run has cost, stage by stage, or costs so far",
+        "cost of a run, finished or running, by stage",
         show_cost,
         (RUN,),
         example="r1pipe cost runs/demo",
         then="r1pipe publish runs/demo --repo user/name --dry-run",
     ),
     "rollouts": Command(
-        "read what a stage has sampled to train on",
+        "print the rollouts that a stage trained on",
         show_rollouts,
         (
             RUN,
@@ -272,7 +270,7 @@ COMMANDS: dict[str, Command] = {
         then="r1pipe grpo configs/demo.yaml --redo --set stages.grpo.max_steps=24",
     ),
     "report": Command(
-        "write a run's report: one HTML file to look at it",
+        "write a run's report, one HTML file",
         report,
         (
             RUN,
@@ -283,14 +281,14 @@ COMMANDS: dict[str, Command] = {
                 nargs="?",
                 const=10.0,
                 metavar="SECONDS",
-                help="go on, and write it again when the run has gone on (looks every 10 seconds)",
+                help="keep running and rewrite it as the run advances (default: every 10 seconds)",
             ),
         ),
         example="r1pipe report runs/demo --watch",
         then="r1pipe compare runs/demo runs/seed1",
     ),
     "compare": Command(
-        "two runs: settings, curves, accuracy",
+        "compare two runs: settings, curves, accuracy",
         compare,
         (
             argument("a", metavar="RUN_A"),
@@ -301,7 +299,7 @@ COMMANDS: dict[str, Command] = {
         then="r1pipe eval configs/demo.yaml --compare sft grpo",
     ),
     "serve": Command(
-        "vLLM's OpenAI-compatible server for a stage; vLLM's own flags go after --",
+        "serve a checkpoint with vLLM's OpenAI-compatible server; vLLM's own flags go after --",
         serve,
         (
             *SERVED,
@@ -312,7 +310,7 @@ COMMANDS: dict[str, Command] = {
         then="r1pipe chat runs/demo/grpo",
     ),
     "chat": Command(
-        "talk to a stage here; or: echo QUESTION | r1pipe chat",
+        "chat with a checkpoint; or: echo QUESTION | r1pipe chat",
         chat,
         (
             *SERVED,
@@ -334,7 +332,7 @@ COMMANDS: dict[str, Command] = {
         then="r1pipe run configs/gsm8k_smollm2.yaml --set stages.sft.from=models/mine",
     ),
     "completion": Command(
-        "print a script that completes by TAB",
+        "print a shell completion script",
         complete,
         (argument("shell", choices=("bash", "zsh", "fish"), metavar="bash|zsh|fish"),),
         example="r1pipe completion bash >> ~/.bashrc",

@@ -26,7 +26,7 @@ first steps:
   r1pipe publish runs/demo --repo user/name --dry-run
 
 Each command has a --help with an example; README.md tells the rest."""
-"""What `r1pipe` alone tells a newcomer. A test parses each line."""
+"""Printed by `r1pipe` without a command. A test parses each line."""
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -1,4 +1,4 @@
-"""What every kind of stage shares: strict models, problem sets, sampling, rewards, training."""
+"""Settings shared by all kinds of stages: problem sets, sampling, rewards, training."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
@@ -20,7 +20,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 MAX_NAME = 100
-"""Bytes of a run's or a stage's name: it is a folder's, to which others add something."""
+"""Bytes in the name of a run or stage: it becomes a folder name, with affixes."""
 
 
 class Strict(BaseModel):
@@ -30,9 +30,12 @@ class Strict(BaseModel):
 
 
 def refuse_idle(settings: BaseModel, idle: Mapping[str, Any], prefix: str = "") -> None:
-    """Raises ValueError for a key that does nothing although it is set: to another value than its
-    default, because a recipe that is written down has all keys. `idle`: by key, the words that say
-    when it does nothing; false where it does something."""
+    """Reject keys that are set and have no effect.
+
+    `idle` maps a key to the words that say when it has none, or to a false value where it has one.
+    A key counts as set if it differs from its default: a recipe that was dumped has all keys.
+    Raises ValueError.
+    """
     for key, when in idle.items():
         if when and getattr(settings, key) != type(settings).model_fields[key].get_default():
             raise ValueError(f"{prefix}{key} does nothing {when}; leave it out")
@@ -49,7 +52,7 @@ class ProblemSet(Strict):
     options: dict[str, Any] = {}
     """Keyword arguments of the recipe's `load`."""
     on_broken_row: Literal["error", "skip"] = "error"
-    """What a row that is not as its dataset promises does: end the run, or be skipped, counted."""
+    """A row that its dataset's schema does not allow ends the run, or is skipped and counted."""
 
     @model_validator(mode="after")
     def name_one_source(self) -> "ProblemSet":
@@ -92,15 +95,15 @@ class Reward(Strict):
 
 
 class Saving(Strict):
-    """When a training stage saves what it needs to go on exactly where it was."""
+    """When a training stage saves the checkpoint that it can be resumed from exactly."""
 
     save_steps: PositiveInt | None = None
     """Every so many steps; None: only when the run is told to end."""
     save_total_limit: PositiveInt = 2
-    """How many checkpoints are kept while the stage runs, the newest, and besides the best one: of
-    grpo by reward, of on_policy_distill by divergence."""
+    """Newest checkpoints to keep while the stage runs, besides the best one (grpo: by reward;
+    on_policy_distill: by divergence)."""
     save_grace_s: NonNegativeFloat = 20.0
-    """After SIGTERM or Ctrl-C: seconds that the running step may take to end and be saved. A second
+    """Seconds that the running step has, after SIGTERM or Ctrl-C, to end and be saved. A second
     signal ends the run at once."""
 
     @model_validator(mode="after")
@@ -110,7 +113,7 @@ class Saving(Strict):
 
 
 class Optimization(Saving):
-    """What all training has in common: TRL's and transformers' names where they have the option."""
+    """The optimizer and its schedule, under the names that TRL and transformers use."""
 
     learning_rate: PositiveFloat
     min_lr: NonNegativeFloat = 0.0
@@ -128,8 +131,8 @@ class Optimization(Saving):
     offload_optimizer: bool = False
     """AdamW's moments stay in the CPU's memory (8 bytes a parameter, over all processes)."""
     bias_update_rate: NonNegativeFloat
-    """How far a router's bias moves at each optimizer step towards an even load of its experts
-    (DeepSeek-V3); nothing happens to models whose routers have none."""
+    """Step size of a router's bias, at each optimizer step, towards an even load of the experts
+    (DeepSeek-V3); no effect on routers without a bias."""
     seq_aux_loss_coef: NonNegativeFloat = 0.0
     """Weight of DeepSeek-V3's auxiliary loss, which evens the load out within each sequence.
     DeepSeek-V3: 1e-4."""
@@ -169,11 +172,11 @@ class Stage(Strict):
     module: ClassVar[str] = ""
     """Where `run` is; default: r1pipe.stages.KIND."""
     help: ClassVar[str] = ""
-    """Of `r1pipe KIND`."""
+    """Help text of `r1pipe KIND`."""
     example: ClassVar[str] = ""
     """A command line; default: `r1pipe KIND configs/demo.yaml`."""
     then: ClassVar[str] = ""
-    """A command that somebody may want next."""
+    """The next command."""
     how_made: ClassVar[str] = ""
     """A checkpoint's origin, for its model card."""
     makes_checkpoint: ClassVar[bool] = True
@@ -259,7 +262,7 @@ class Stage(Strict):
 
     @property
     def optimization(self) -> Optimization | None:
-        """How a model is trained; None if none is."""
+        """Settings of the optimizer; None if nothing is trained."""
         return None
 
     @property
@@ -268,7 +271,7 @@ class Stage(Strict):
         return None
 
     def remarks(self) -> list[str]:
-        """Settings that are allowed and yet hardly meant, for the doctor."""
+        """Warnings of the doctor: settings that are allowed and hardly meant."""
         return []
 
 
@@ -321,7 +324,7 @@ class TrainingStage(Stage):
 
 
 class PromptingStage(TrainingStage):
-    """What the stages have in common that sample answers to their problems."""
+    """A stage that samples answers to its problems."""
 
     max_prompt_length: PositiveInt | None = None
     """Tokens; problems with longer prompts are dropped and counted, never cut. Default: such a

@@ -14,7 +14,7 @@ Settings = TypeVar("Settings", bound="BreakerSettings")
 
 
 class Limit(Strict):
-    """Of one check of the circuit breaker; what a recipe leaves out is the check's own."""
+    """Limit and action of one check; what a recipe leaves out is the check's default."""
 
     limit: float
     action: Action
@@ -59,7 +59,7 @@ def with_limits(checks: dict[str, Check]) -> Callable[[type[Settings]], type[Set
 
 @with_limits(CHECKS)
 class Breaker(BreakerSettings):
-    """When training must not go on as it does: a Limit for each of checks.CHECKS."""
+    """The circuit breaker: a Limit for each of checks.CHECKS."""
 
 
 @with_limits(

@@ -1,8 +1,8 @@
 """The circuit breaker's checks: pure functions of what a step shows, and the table of them.
 
 A check is one function and one line in CHECKS; its limit and its action can then be set under
-`breaker:` in a stage that trains on its own samples. The function gets the facts of the step so far
-and those of the `breaker.window` steps before it, and returns a value to hold against the limit, or
+`breaker:` in a stage that trains on its own samples. The function gets the step's facts so far and
+those of the `breaker.window` steps before it, and returns a value to compare with the limit, or
 None where there is nothing to judge. Imports no torch.
 
 Facts are numbers by name: the step's metrics, and what `breaker.describe_batch` adds to them.
@@ -28,10 +28,10 @@ class Check:
     measure: Measure
     at: Moment
     limit: float
-    """What is allowed if the stage does not say otherwise."""
+    """Default limit."""
     action: Action
     says: str
-    """What has happened, with {value}."""
+    """The message, with {value}."""
     hint: str
     floor: bool = False
     """The limit is the least that is allowed, not the most."""
@@ -54,7 +54,7 @@ SIGNIFICANT = 4.0
 
 @dataclass(frozen=True)
 class Move:
-    """How a mean reward moved against the median of the steps before."""
+    """Change of a mean reward against the median of the previous steps."""
 
     size: float
     error: float
@@ -74,7 +74,7 @@ class Move:
 
 
 def measure_move(name: str, facts: Facts, past: Sequence[Facts]) -> Move | None:
-    """Of `reward` or `rewards/FUNCTION`; None without steps before, or if nothing was judged."""
+    """`name`: `reward` or `rewards/FUNCTION`. None without previous steps or judged rollouts."""
     now = facts.get(f"{name}/mean", math.nan)
     before = [row for row in past if not math.isnan(row.get(f"{name}/mean", math.nan))]
     if math.isnan(now) or not before:

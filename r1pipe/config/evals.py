@@ -19,7 +19,7 @@ from r1pipe.config.base import ProblemSet, Reward, Sampling, Share, Stage, as_li
 
 
 class EvalSet(ProblemSet):
-    """A set of held-out problems, and what it needs that the stage's other sets do not."""
+    """A set of held-out problems, with settings of its own where they differ from the stage's."""
 
     name: str = ""
     """In tables and summary.json; default: recipe/split."""
@@ -57,10 +57,10 @@ class Eval(Stage):
     reward: str = "rewards.math_correct"
     format_reward: str = "rewards.format"
     max_overlap: Share = 0.0
-    """Share of a set's problems that a checkpoint may have seen in training: above it the stage
-    ends before anything is sampled. Models from elsewhere, whose data nobody knows, pass."""
+    """Share of a set's problems that a checkpoint may have seen in training; above it the stage
+    ends before anything is sampled. Models with unknown training data pass."""
     summarizes: bool = True
-    """Whether the run's own summary.json, summary.md and curves.png are of this stage."""
+    """Whether this stage writes the run's summary.json, summary.md and curves.png."""
 
     makes_checkpoint: ClassVar[bool] = False
     measures: ClassVar[bool] = True
@@ -85,7 +85,7 @@ class Eval(Stage):
         return [Reward(function=name) for name in (self.reward, self.format_reward, *own)]
 
     def for_one(self, checkpoint: str) -> "Eval":
-        """The same for another checkpoint alone: a stage of its own, beside the recipe's."""
+        """A stage that evaluates another checkpoint alone by the same protocol."""
         digest = hashlib.sha256(checkpoint.encode()).hexdigest()[:6]
         words = re.sub(r"[^A-Za-z0-9]+", "-", Path(checkpoint).name).strip("-")[:40]
         own = {"name": f"{self.name}-{words}-{digest}", "checkpoints": [checkpoint]}

@@ -48,7 +48,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 
 
 class RecipeLoader(yaml.SafeLoader):
-    """A key that comes twice is a mistake: YAML would take the last one."""
+    """Rejects duplicate keys, of which YAML takes the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys: set[str] = set()
@@ -121,7 +121,7 @@ def describe_error(error: ValidationError, values: dict[str, Any]) -> str:
 
 
 def leave_out_numbers(location: list[str | int], given: Any) -> Iterator[str | int]:
-    """A place in what the user gave: where one thing may stand for a list of one, without its 0."""
+    """The location as the user wrote it: without the 0 where one item stands for a list of one."""
     for part in location:
         if isinstance(part, int) and not isinstance(given, list):
             continue
@@ -133,8 +133,8 @@ def leave_out_numbers(location: list[str | int], given: Any) -> Iterator[str | i
 
 
 def suggest_key(location: tuple[str | int, ...], values: dict[str, Any]) -> str:
-    """What the unknown key at `location` was meant to be: one with a similar name that is not
-    given yet, or one that another section has."""
+    """A hint for the unknown key at `location`: a similar name that is not given yet, or the
+    section that has the key."""
     key = str(location[-1])
     models: list[type[BaseModel]] = [Recipe]
     given: Any = values

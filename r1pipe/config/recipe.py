@@ -41,25 +41,25 @@ class Engine(Strict):
 
 
 class DoctorLimits(Strict):
-    """What `r1pipe doctor`, and the checks before a stage, put up with."""
+    """Limits of `r1pipe doctor` and of the checks before a stage."""
 
     min_gold_share: Share = 1.0
-    """Of a dataset's own golds that its rewards must give 1; with fewer it is refused."""
+    """Share of a dataset's own golds that its rewards must score 1, or the stage is refused."""
     gold_rows: PositiveInt = 500
-    """How many golds of each dataset are tried before a stage; `r1pipe doctor` tries all."""
+    """Golds of each dataset that are tried before a stage; `r1pipe doctor` tries all."""
     free_disk_gib: NonNegativeFloat = 1.0
-    """What must be left when the checkpoints are written."""
+    """Disk space that must be left after the checkpoints are written."""
 
 
 class KeptRollouts(Strict):
-    """How much is kept of what a stage samples that trains on its own samples; all of it can be
-    trained on again with --replay."""
+    """Rollouts that stay on disk, of stages that train on their own samples; `--replay` trains on
+    them again."""
 
     keep_gib: PositiveFloat = 10.0
-    """Per stage, compressed; beyond it the oldest steps go."""
+    """Per stage, compressed; beyond it the oldest steps are deleted."""
     routes: bool = True
-    """With routing_replay, the routes as well, which a replay needs. A large model's take more room
-    than all the rest: layers x experts per token bytes for each token."""
+    """Keep the routes of routing_replay as well, which a replay needs: layers x experts per token
+    bytes for each token, in a large model more than everything else."""
 
 
 class OfItsKind:
@@ -79,17 +79,17 @@ class Recipe(Strict):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     runs_dir: str = "runs"
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights in the sampler and in the trainer's forward."""
+    """Weights in the sampler and in the trainer's forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
     chat_template: str | None = None
-    """Of models from elsewhere whose tokenizer has none, as a base model's: Jinja, or a file of it.
-    Checkpoints that are made from them have it."""
+    """Jinja, or a file of it, for models whose tokenizer has no template, such as base models.
+    Checkpoints trained from them inherit it."""
     licenses: dict[str, str] = {}
-    """Licenses, by the hub's identifiers, of base models and data recipes that do not say their
-    own: `publish` needs them."""
+    """Hub identifiers of licenses, for base models and data recipes that do not state theirs;
+    `publish` needs them."""
     ngram: PositiveInt = 13
-    """Words that a training and an evaluation problem must share in a row to count as overlap."""
+    """Consecutive words that a training and an evaluation problem share to count as overlap."""
     phase_timeout_s: PositiveFloat | None = 1800.0
     """Seconds without a step of vLLM, a group judged, a micro-batch, a collective, after which the
     run counts as hung and ends. Starting vLLM is one such piece. null: never."""
@@ -97,7 +97,7 @@ class Recipe(Strict):
     doctor: DoctorLimits = DoctorLimits()
     rollouts: KeptRollouts = KeptRollouts()
     price_per_device_hour: NonNegativeFloat | None = None
-    """Of a GPU, or of a CPU core where there is none: what `r1pipe cost` reckons with."""
+    """Per GPU, or per CPU core where there is none; used by `r1pipe cost`."""
     currency: str = "USD"
     tracking: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = []
     """Where metrics go beside metrics.jsonl; each needs its package."""
@@ -123,7 +123,7 @@ class Recipe(Strict):
     @field_validator("chat_template")
     @classmethod
     def read_template(cls, template: str | None) -> str | None:
-        """The text itself, of which a finished stage's record then tells."""
+        """Replace a file name by the file's text, so that the stage's record has it."""
         if template is None or "{" in template:
             return template
         path = Path(template).expanduser()
@@ -164,12 +164,12 @@ class Recipe(Strict):
         return next((s for s in self.stages if s.name == name), None)
 
     def heldout_sets(self) -> list[ProblemSet]:
-        """What no stage may train on."""
+        """Problem sets that no stage may train on."""
         return [s for stage in self.stages if stage.measures for s in stage.problem_sets()]
 
     @classmethod
     def learn_kinds(cls) -> None:
-        """Know the kinds of stages that were defined after this class."""
+        """Accept kinds of stages that were defined after this class."""
         if set(STAGE_TYPES) != cls._kinds:
             cls._kinds = set(STAGE_TYPES)
             cls.model_rebuild(force=True)

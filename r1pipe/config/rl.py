@@ -35,20 +35,20 @@ that file imports torch."""
 
 
 class Difficulty(Strict):
-    """Which problems a policy is trained on, by how often it solves them."""
+    """Selection of problems by the policy's pass rate."""
 
     num_samples: PositiveInt = 8
-    """Of each problem, by the policy that the stage starts from, with the stage's own sampling."""
+    """Samples per problem for the pass rate at the start, with the stage's own sampling."""
     min_pass_rate: Share = 0.0
     max_pass_rate: Share = 1.0
-    """Problems outside of the limits are left out, and those that no reward could judge."""
+    """Problems outside these limits, or that no reward could judge, are left out."""
     reward: str | None = None
-    """What decides, where it is 1, that a sample has passed. Default: the stage's first reward."""
+    """The reward function for which a 1 means "passed". Default: the stage's first."""
     order: Literal["none", "easy_first"] = "none"
     """Within an epoch."""
     refresh_steps: PositiveInt | None = None
-    """Every so many steps the choice is made anew, from the rollouts of these steps and, for
-    problems that had none, from `num_samples` samples of the policy as it is then."""
+    """Steps after which the pass rates are renewed: from the rollouts since, and for problems
+    without any from `num_samples` samples of the current policy."""
 
     @model_validator(mode="after")
     def leave_something(self) -> "Difficulty":
@@ -58,11 +58,11 @@ class Difficulty(Strict):
 
 
 class OnPolicy(PromptingStage, Optimization):
-    """What the stages have in common that train a model on its own samples."""
+    """A stage that trains a model on its own samples."""
 
     save_steps: PositiveInt | None = 10
     rewards: list[Reward] = []
-    """Of the samples. In on_policy_distill for the log and the breaker: its loss does without."""
+    """Reward functions. on_policy_distill uses them for the log and the breaker only."""
     max_steps: PositiveInt
     prompts_per_step: PositiveInt
     num_generations: PositiveInt
@@ -70,7 +70,7 @@ class OnPolicy(PromptingStage, Optimization):
     temperature: PositiveFloat = 1.0
     max_completion_length: PositiveInt
     async_steps: Annotated[int, Field(ge=0, le=1)] = 0
-    """1: the next batch is sampled, by the policy of the step before, while this one trains."""
+    """1: the next batch is sampled by the previous policy while this one trains."""
     steps_per_generation: PositiveInt = 1
     """Optimizer steps (minibatches) per pass over a batch of rollouts."""
 
@@ -79,13 +79,13 @@ class OnPolicy(PromptingStage, Optimization):
     bias_update_rate: NonNegativeFloat = 0.0
 
     routing_replay: bool = False
-    """Of a mixture of experts: the trainer sends each token to the experts that the sampler chose
-    (R3). For a bf16 sampler; in float32 both choose the same."""
+    """The trainer sends each token to the experts that the sampler chose (R3). For bf16; in float32
+    both choose the same."""
 
     breaker: Breaker = Breaker()
     verify_sync: bool | None = None
-    """After each weight sync, sample a few tokens and hold them to breaker.logprob_diff at once.
-    Default: if async_steps; otherwise the next batch, all of it, is held to it anyway."""
+    """Sample a few tokens after each weight sync and hold them to breaker.logprob_diff. Default: if
+    async_steps; otherwise the whole next batch is held to it anyway."""
 
     @property
     def policy(self) -> str:
@@ -148,21 +148,21 @@ class Grpo(OnPolicy):
     dynamic_sampling: bool = False
     """Groups whose rewards are all equal are replaced by groups of further prompts (DAPO)."""
     max_sampling_rounds: PositiveInt = 4
-    """Rounds of sampling in a step before it goes on with the groups that it has."""
+    """Rounds of sampling in a step; then the groups that are there have to do."""
     difficulty: Difficulty | None = None
     """Default: all problems, in any order."""
 
     loss_type: str = "grpo"
     """One of LOSSES, or the dotted path of a loss of your own."""
     scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What the advantages are divided by: the group's std, the batch's, or nothing."""
+    """Divisor of the advantages: the group's std, the batch's, or none."""
     beta: NonNegativeFloat = 0.0
     """Weight of the KL term to the reference policy; 0 keeps no reference."""
     kl_estimator: Literal["k1", "k3"] = "k3"
     use_bias_correction_kl: bool = False
-    """KL term times pi / pi_old, so that its gradient is the KL's (DeepSeek-V3.2)."""
+    """Weigh the KL term by pi / pi_old, so that its gradient is that of the KL (DeepSeek-V3.2)."""
     reference_refresh_steps: PositiveInt | None = None
-    """Every so many steps the reference becomes the current policy."""
+    """Steps after which the reference becomes the current policy."""
     epsilon: PositiveFloat = 0.2
     epsilon_high: PositiveFloat | None = None
     """Upper clip range; default: epsilon. For cispo the largest weight itself."""
@@ -271,7 +271,7 @@ class OnPolicyDistill(OnPolicy):
     generalized Jensen-Shannon divergence. Not grpo's `beta`: there is no reference."""
     num_generations: PositiveInt = 1
     temperature: PositiveFloat = 1.0
-    """Of the samples, and of both distributions in the divergence."""
+    """Temperature of the samples and of both distributions in the divergence."""
     breaker: DistillBreaker = DistillBreaker()
 
     # What grpo can choose and this stage cannot: its samples are the student's own distribution,

@@ -25,7 +25,7 @@ class Supervised(Optimization):
     gradient_accumulation_steps: PositiveInt = 1
     """times per_device_train_batch_size: rows in each optimizer step, over all processes."""
     max_length: PositiveInt | None = None
-    """Rows of more tokens are dropped and counted, never cut."""
+    """Longer rows, in tokens, are dropped and counted, never cut."""
     learning_rate: PositiveFloat = 5e-5
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
     bias_update_rate: NonNegativeFloat = 1e-3
@@ -42,15 +42,15 @@ class Supervised(Optimization):
 
 
 class TraceFilters(Strict):
-    """Which traces are dropped for their chain of thought: what R1 drops, each only if asked for
+    """Filters of traces by their chain of thought, all off by default: those of R1
     (arXiv:2501.12948v1, section 2.3.3; the thresholds are not in the paper)."""
 
     min_language_share: Share = 0.0
-    """Of the words, in one language; below it the chain is mixed. 0: not looked at."""
+    """Least share of words in one language; below it the chain counts as mixed. 0: off."""
     language: str | None = None
-    """Which one: a code such as en. Default: the one that most of the chain's words are in."""
+    """The language, a code such as en. Default: that of most words of the chain."""
     max_paragraph_length: PositiveInt | None = None
-    """Characters between two blank lines."""
+    """Most characters between two blank lines."""
     drop_code_blocks: bool = False
     require_format: bool = False
     """One `<think>...</think>`, then an answer (rewards.format): for traces that are given."""
@@ -74,7 +74,7 @@ class Sft(TrainingStage):
 
     kind: Literal["sft"]
     filters: TraceFilters = TraceFilters()
-    """Which of the solutions are not trained on."""
+    """Solutions that are not trained on."""
     train: Supervised
 
     help = "cold start: supervised training on written-out reasoning"

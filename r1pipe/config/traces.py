@@ -24,8 +24,8 @@ from r1pipe.config.sft import Supervised, TraceFilters
 
 
 class FewShot(Strict):
-    """Worked examples before every problem, as earlier turns of the chat; the traces are without
-    them. For chat templates that keep the `<think>` of earlier turns, as a base model's do."""
+    """Worked examples as earlier turns of the chat, before every problem; not part of the traces.
+    Needs a chat template that keeps the `<think>` of earlier turns."""
 
     data: ProblemSet
     """The first ones with `solution`s are shown."""
@@ -33,7 +33,7 @@ class FewShot(Strict):
 
 
 class Traces(Strict):
-    """Samples of a policy or a teacher, the right ones kept."""
+    """Rejection sampling: which samples of a policy or teacher are kept."""
 
     num_generations: PositiveInt
     sampling: Sampling
@@ -44,12 +44,12 @@ class Traces(Strict):
     """A sample is accepted if every one of these gives it its full reward, 1."""
     min_pass_rate: Share = 0.0
     max_pass_rate: Share = 1.0
-    """Problems of whose samples fewer, or more, are accepted make no traces."""
+    """Problems with a share of accepted samples outside these limits yield no traces."""
     filters: TraceFilters = TraceFilters()
     max_per_problem: PositiveInt = 1
-    """Kept samples per problem; equal ones count once."""
+    """Samples kept per problem; duplicates count once."""
     choose: Literal["shortest", "diverse"] = "shortest"
-    """Which ones: the shortest, or the shortest and then those least like the ones kept."""
+    """Keep the shortest, or the shortest and then those least similar to the ones kept."""
     few_shot: FewShot | None = None
 
     @model_validator(mode="after")
@@ -67,17 +67,17 @@ class TeacherEndpoint(Strict):
     base_url: str
     """Such as http://localhost:8000/v1."""
     model: str
-    """The server's name of it."""
+    """The name that the server knows it by."""
     api_key_env: str | None = None
     """The environment variable that holds the key. The key itself is written nowhere."""
     max_concurrency: PositiveInt = 32
-    """Requests under way at a time."""
+    """Concurrent requests."""
     max_retries: Annotated[int, Field(ge=0)] = 8
-    """Of a request, each after a longer pause: connection errors, 408, 409, 429, 5xx."""
+    """Retries of a request, with growing pauses, after connection errors, 408, 409, 429 and 5xx."""
     timeout_s: PositiveFloat = 1800.0
-    """Of a request: the server sends nothing until the whole chain of thought is there."""
+    """Timeout of a request: the server answers only when the whole chain of thought is done."""
     extra_body: dict[str, Any] = {}
-    """More of the request, such as chat_template_kwargs."""
+    """Further fields of the request, such as chat_template_kwargs."""
 
     @field_validator("base_url")
     @classmethod
@@ -98,7 +98,7 @@ class Mix(Strict):
     data: ProblemSet
     """With `solution`s."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.25
-    """Of all rows of traces.jsonl."""
+    """Share of the rows of traces.jsonl."""
 
 
 class Reject(PromptingStage):
@@ -143,7 +143,7 @@ class Reject(PromptingStage):
             raise ValueError("give either from or teacher")
         if self.teacher and self.max_prompt_length:
             raise ValueError(
-                "max_prompt_length: nobody here has the tokenizer of a teacher's server"
+                "max_prompt_length: the tokenizer of a teacher's server is not known here"
             )
         return self
 

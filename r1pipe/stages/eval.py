@@ -212,7 +212,7 @@ def write_results(
 
 
 class TrainingOverlap:
-    """How much of the held-out problems a checkpoint may have seen in training."""
+    """Overlap between held-out problems and a checkpoint's training data."""
 
     def __init__(self, context: StageContext, problems: list[Problem]):
         self._context = context
@@ -221,8 +221,8 @@ class TrainingOverlap:
         self._ids_of_stage: dict[str, set[str]] = {}
 
     def share(self, checkpoint: str) -> float | None:
-        """Share of the problems that overlap with what the checkpoint, and all it comes from, was
-        trained on; None if part of that is a model from elsewhere, whose data nobody here knows."""
+        """Share of the problems that overlap with the training data of the checkpoint and its
+        ancestors; None if one of them is a model from elsewhere, whose data is unknown."""
         names = self._list_ancestors(checkpoint)
         if any(self._context.recipe.stage(name) is None for name in names):
             return None
@@ -230,8 +230,7 @@ class TrainingOverlap:
         return round(len(overlapping) / self._num_problems, 4)
 
     def num_dropped(self, checkpoint: str) -> int:
-        """How many rows were kept out of its training, and that of all it comes from, because they
-        overlap with the recipe's evaluation sets."""
+        """Rows dropped from its training, and its ancestors', for overlap with held-out sets."""
         records = map(self._context.run.read_record, self._list_ancestors(checkpoint))
         return sum(record.get("overlap_dropped", 0) for record in records if record)
 

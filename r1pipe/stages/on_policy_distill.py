@@ -8,8 +8,8 @@ distribution is pulled to the teacher's: GKD with lambda = 1, by the reverse KL 
 otherwise (trainer/divergence.py has papers and equation).
 
 In our loop and not TRL's DistillationTrainer (1.16), which has the same loss: that one pads, takes
-equal sizes of two vocabularies for equal vocabularies, and neither goes on bit by bit after a kill,
-nor compares sampler and trainer, nor replays the routes of a mixture of experts.
+equal sizes of two vocabularies for equal vocabularies, does not resume exactly after a kill, does
+not compare sampler and trainer, and does not replay the routes of a mixture of experts.
 """
 
 from pathlib import Path

@@ -35,7 +35,7 @@ def run(stage: Reject, context: StageContext) -> dict[str, Any]:
 
 
 def find_source(stage: Reject, context: StageContext) -> tuple[object, Callable[[], SampleSource]]:
-    """What tells its samples from another's, and how it is opened."""
+    """The source's identity, for the sample journal, and a function that opens it."""
     if stage.teacher is not None:
         teacher = TeacherClient(stage.teacher)
         return stage.teacher.model_dump(
