@@ -28,7 +28,7 @@ BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FILE = re.compile(r"# (\w+\.py)\n")
 NOT_OURS = re.compile("my|runs/|summary.md")
 TEST_COLUMNS = ("test_list", "test_setup_code", "test_imports")
-RUN_HERE = ("r1pipe completion bash",)
+RUN_HERE = ("r1pipe completion bash", "r1pipe doctor configs/demo.yaml --quick")
 """Commands of the documents that take seconds: they are run, not only parsed."""
 
 each_document = pytest.mark.parametrize(
