@@ -1,10 +1,15 @@
 """Models of a few thousand weights, problems and rollouts, for tests of the trainer's half."""
 
+import json
+from pathlib import Path
+
 from transformers import PreTrainedTokenizerBase
 
 from r1pipe.config.base import ProblemSet
 from r1pipe.data.problems import load_problems
+from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import encode_completion, encode_prompt
+from r1pipe.models.weights import save_checkpoint
 from r1pipe.types import Problem, Rollout
 
 TINY = {
@@ -50,6 +55,27 @@ MODELS = {
         "num_experts_per_tok": 2,
     },
 }
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+"""With one layer, for tests of files."""
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 64,
+}
+"""Sizes that most architectures know by these names."""
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16}
 PROBLEMS = load_problems(ProblemSet(recipe="arithmetic", options={"size": 50}))
 
 
@@ -71,3 +97,18 @@ def make_rollout(
         completion="",
         finish_reason=finish_reason,
     )
+
+
+def save_llama(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, end_ids: list[int] | None = None
+) -> Path:
+    model = build_model(LLAMA, tokenizer, 0)
+    if end_ids:
+        model.generation_config.eos_token_id = end_ids
+    save_checkpoint(model, tokenizer, folder)
+    return folder
+
+
+def change_json(path: Path, **changes: object) -> None:
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
