@@ -11,10 +11,11 @@ from typing import Any
 
 from r1pipe.evals.metrics import ProblemResult, compare_paired
 from r1pipe.evals.tables import draw_table
-from r1pipe.report.html import Rollouts, collect_curves, read_rows, render, write_page
+from r1pipe.report.html import Rollouts, collect_curves, render, write_page
 from r1pipe.runs.folder import flatten
-from r1pipe.runs.reader import StageFolder, find_stages
-from r1pipe.utils.jsonl import read_json, read_jsonl
+from r1pipe.runs.logs import read_metrics
+from r1pipe.runs.reader import StageFolder, find_stages, read_summary
+from r1pipe.utils.jsonl import read_jsonl
 
 
 def compare_runs(a: Path, b: Path, out: Path | None = None) -> str:
@@ -60,7 +61,7 @@ def compare_accuracy(
     """pass@1 of every checkpoint that both runs evaluated on the same set, and the difference over
     the problems that both were asked."""
     results = [read_results(stages) for stages in (stages_a, stages_b)]
-    summaries = (read_json(run / "summary.json", missing_ok=True) or [] for run in (a, b))
+    summaries = map(read_summary, (a, b))
     entries = [{(e["dataset"], e["stage"]): e for e in summary} for summary in summaries]
     for key in entries[0]:
         if key not in entries[1] or not all(key in found for found in results):
@@ -93,7 +94,7 @@ def compare_last_steps(
     a: dict[str, StageFolder], b: dict[str, StageFolder]
 ) -> Iterator[tuple[str, ...]]:
     for name in (name for name in a if name in b):
-        last = [(read_rows(run[name], "metrics.jsonl") or [{}])[-1] for run in (a, b)]
+        last = [(read_metrics(run[name].folder) or [{}])[-1] for run in (a, b)]
         for metric in LAST_STEP:
             values = [row.get(metric) for row in last]
             if values != [None, None]:

@@ -6,9 +6,9 @@ from typing import Any
 
 from r1pipe.evals.tables import draw_table, group_by_set
 from r1pipe.runs.ledger import LEDGER, summarize_run
-from r1pipe.runs.reader import StageFolder
+from r1pipe.runs.lineage import read_record
+from r1pipe.runs.reader import StageFolder, read_summary
 from r1pipe.utils.errors import UserError
-from r1pipe.utils.jsonl import read_json
 
 PAPER = {
     "what": "DeepSeek-R1, as its authors report it",
@@ -67,8 +67,8 @@ def find_gains(run_dir: Path, stages: list[str]) -> dict[str, float]:
     """Points of pass@1, on the first set of problems, that each stage has gained over the
     checkpoint that it trains, where both were evaluated; under "" the last checkpoint's over the
     first one's."""
-    summary = read_json(run_dir / "summary.json", missing_ok=True)
-    if summary is None:
+    summary = read_summary(run_dir)
+    if not summary:
         return {}
     summary = group_by_set(summary)[0]
     accuracy = {entry["stage"]: entry["pass_at_1"] for entry in summary}
@@ -84,7 +84,7 @@ def find_gains(run_dir: Path, stages: list[str]) -> dict[str, float]:
 
 def find_parent(stage_dir: Path) -> str | None:
     """The checkpoint that a finished stage has trained further; None where there was none."""
-    record = read_json(stage_dir / "stage.json", missing_ok=True)
+    record = read_record(stage_dir)
     if record is None:
         return None
     with contextlib.suppress(UserError):  # made by a version with other settings

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from r1pipe.rollout.store import list_steps, read_rollouts
-from r1pipe.runs.reader import StageFolder, find_stages
+from r1pipe.runs.ledger import SUMMARY
+from r1pipe.runs.logs import read_metrics, read_rows
+from r1pipe.runs.reader import StageFolder, find_stages, read_summary
 from r1pipe.utils.errors import FULL, UserError, is_disk_full
 from r1pipe.utils.jsonl import read_json, read_jsonl, write_text
 from r1pipe.utils.progress import log_line
@@ -93,30 +95,26 @@ def find_parents(stage: StageFolder) -> list[str]:
     return [name for name in named if isinstance(name, str)]
 
 
-def read_rows(stage: StageFolder, name: str) -> list[dict[str, Any]]:
-    """Of a JSONL file, which may still be growing, or not be there yet."""
-    return [row for _, row in read_jsonl(stage.folder / name, missing_ok=True, growing=True)]
-
-
 def collect(run: Path, stages: list[StageFolder]) -> dict[str, Any]:
     """All that the page shows; the rollouts packed."""
     rollouts = Rollouts()
     for stage in stages:
         for row in find_rollouts(stage):
             rollouts.add(**row)
-    summary = read_json(run / "summary.json", missing_ok=True) or []
     return {
         "name": run.resolve().name,
         "written": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "running": any(stage.is_running for stage in stages),
         "stages": [describe_stage(stage) for stage in stages],
-        "summary": summary,
+        "summary": read_summary(run),
         "curves": [curves for stage in stages if (curves := collect_curves(stage))],
         "experts": [load for stage in stages if (load := collect_expert_load(stage))],
         "events": [
-            {"stage": stage.name, **event} for stage in stages for event in read_rows(stage, EVENTS)
+            {"stage": stage.name, **event}
+            for stage in stages
+            for event in read_rows(stage.folder / EVENTS)
         ],
-        "cost": read_json(run / "ledger.json", missing_ok=True),
+        "cost": read_json(run / SUMMARY, missing_ok=True),
         "rollouts": rollouts.pack(),
     }
 
@@ -134,7 +132,7 @@ def describe_stage(stage: StageFolder) -> dict[str, Any]:
 
 def collect_curves(stage: StageFolder) -> dict[str, Any] | None:
     """`{"stage", "steps", "series": {name: values}}` with null where there is no number."""
-    rows = thin(read_rows(stage, "metrics.jsonl"), MAX_POINTS)
+    rows = thin(read_metrics(stage.folder), MAX_POINTS)
     if not rows:
         return None
     names = dict.fromkeys(
@@ -153,7 +151,7 @@ def collect_curves(stage: StageFolder) -> dict[str, Any] | None:
 
 def collect_expert_load(stage: StageFolder) -> dict[str, Any] | None:
     """Each layer's load over the steps, `load[layer][expert][step]`, as a share of an even one."""
-    rows = [row for row in read_rows(stage, "metrics.jsonl") if "experts/max_violation" in row]
+    rows = [row for row in read_metrics(stage.folder) if "experts/max_violation" in row]
     rows = thin(rows, MAX_POINTS // 4)
     names = [name for name in (rows[0] if rows else ()) if name.endswith("/load")]
     if not names:
@@ -188,7 +186,7 @@ def find_rollouts(stage: StageFolder) -> Iterator[dict[str, Any]]:
         for row in read_rollouts(stage.folder, steps):
             yield {"source": stage.name, "row": row}
     else:
-        entries = read_json(stage.folder / "summary.json", missing_ok=True) or []
+        entries = stage.read_summary()
         several = len({entry["dataset"] for entry in entries}) > 1
         for entry in entries:
             dataset = f" on {entry['dataset']}" if several else ""

@@ -25,10 +25,10 @@ from typing import Any, TextIO
 from r1pipe.config.base import Saving, Stage
 from r1pipe.config.recipe import Recipe
 from r1pipe.models.hub_cache import find_snapshot
-from r1pipe.runs.lineage import Lineage
+from r1pipe.runs.lineage import RECORD, Lineage, read_record
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError
-from r1pipe.utils.jsonl import read_json, write_text
+from r1pipe.utils.jsonl import write_text
 
 SHARED_KEYS = ("seed", "dtype", "attn_implementation", "ngram", "chat_template")
 """Settings of the recipe that change what a stage makes. The engine's bound only what fits."""
@@ -38,7 +38,6 @@ MOST_CHANGES = 3
 
 JOURNAL = "journal"
 """Where a stage keeps what it has sampled (sampling.py) until it is finished."""
-RECORD = "stage.json"
 CHECKPOINTS = "checkpoints"
 """Where it keeps what it can go on from (checkpoints.py) until then."""
 
@@ -317,7 +316,3 @@ def find_steps(checkpoints: Path) -> list[int]:
     """Of the checkpoints in a folder, whole or not, the oldest first."""
     names = (path.name.removeprefix("step-") for path in checkpoints.glob("step-*"))
     return sorted(int(name) for name in names if name.isdigit())
-
-
-def read_record(folder: Path) -> dict | None:
-    return read_json(folder / RECORD, missing_ok=True)

@@ -37,6 +37,7 @@ from r1pipe.utils.errors import UserError
 from r1pipe.utils.imports import import_named
 from r1pipe.utils.jsonl import read_json, write_text
 
+RECORD = "stage.json"
 FILE = "lineage.json"
 CHECKPOINT_FILES = (
     "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "config.json",
@@ -126,7 +127,7 @@ def list_stages(run: Path) -> list[str]:
     """The stages that stand in a run's folder, the first that was finished first."""
     if not run.is_dir():
         return []
-    folders = [path.parent for path in run.glob("[!.]*/stage.json")]
+    folders = [path.parent for path in run.glob(f"[!.]*/{RECORD}")]
     folders += [path.parent for path in run.glob(f"[!.]*/{FILE}") if path.parent not in folders]
     return [folder.name for folder in sorted(folders, key=finish_time)]
 
@@ -215,7 +216,7 @@ def list_checkpoints(settings: dict[str, Any]) -> list[str]:
 def find_checkpoint_files(name: str, run: Path) -> dict[str, Path] | None:
     """A checkpoint's files by name; None if it is not there (a hub id: not in the hub's cache)."""
     folder = run / name
-    if not (folder / "stage.json").exists():
+    if not (folder / RECORD).exists():
         folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = find_snapshot(name)
@@ -226,6 +227,11 @@ def find_checkpoint_files(name: str, run: Path) -> dict[str, Path] | None:
 
 
 # Records
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """A stage's `stage.json`; None if there is none. Raises UserError if it is broken."""
+    return read_json(folder / RECORD, missing_ok=True)
 
 
 def read_lineage(folder: Path) -> dict[str, Any] | None:
@@ -239,14 +245,6 @@ def read_lineage(folder: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, record: dict[str, Any]) -> None:
     write_text(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """A stage's settings with the paths that its lineage leaves out."""
-    try:
-        return read_json(folder / "stage.json")["settings"]
-    except (UserError, KeyError):
-        return {}
 
 
 def describe_source(source: ProblemSet) -> dict[str, Any]:

@@ -58,5 +58,10 @@ class MetricsLog(JsonlLog):
                 listener(row)
 
 
-def read_metrics(folder: Path) -> list[dict]:
-    return [row for _, row in read_jsonl(folder / "metrics.jsonl", missing_ok=True)]
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return read_rows(folder / "metrics.jsonl")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """A log's rows, also while it grows; none if there is no file."""
+    return [row for _, row in read_jsonl(path, missing_ok=True, growing=True)]

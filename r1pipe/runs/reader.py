@@ -17,7 +17,7 @@ from r1pipe import __version__
 from r1pipe.config.base import STAGE_TYPES, Stage
 from r1pipe.config.evals import EvalSet
 from r1pipe.runs.folder import SHARED_KEYS
-from r1pipe.runs.lineage import find_run, list_stages, read_lineage
+from r1pipe.runs.lineage import find_run, list_stages, read_lineage, read_record
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import read_json
 
@@ -77,8 +77,8 @@ class StageFolder:
         return list(dict.fromkeys(parent for parent in parents if parent is not None))
 
     def read_summary(self) -> list[dict[str, Any]]:
-        """Of an `eval` stage: one entry per checkpoint."""
-        return read_json(self.folder / "summary.json")
+        """An eval stage's."""
+        return read_summary(self.folder)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,14 @@ def find_stages(run: Path) -> list[StageFolder]:
 
 
 def read_stages(folders: Iterable[Path]) -> Iterator[StageFolder]:
-    return (StageFolder(folder, read_json(folder / "stage.json")) for folder in folders)
+    records = ((folder, read_record(folder)) for folder in folders)
+    return (StageFolder(folder, record) for folder, record in records if record is not None)
+
+
+def read_summary(folder: Path) -> list[dict[str, Any]]:
+    """`summary.json` of a run or an eval stage, an entry per checkpoint and set; empty if there is
+    none."""
+    return read_json(folder / "summary.json", missing_ok=True) or []
 
 
 def sort_stages(stages: dict[str, StageFolder], names: list[str]) -> list[StageFolder]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -143,7 +144,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "a parent's lineage": (
         lambda run: flip(run / "grpo/lineage.json"),
         [
-            "grpo: no lineage.json that can be read: nobody knows what it was made from",
+            "grpo: no lineage.json that can be read: what it was made from is unknown",
             "distill: its parent grpo: lineage.json changed since it was used",
         ],
     ),
@@ -248,6 +249,29 @@ def test_processes_that_were_interrupted_are_kept(project: Path) -> None:
         run.finish(stage, run.begin(stage, redo=True), {}, 1.0)
     assert read(run.path, "grpo")["interrupted"] == []
     assert find_problems(run.path / "grpo") == []
+
+
+def test_reward_code_that_has_moved_is_told_from_code_that_was_changed(project: Path) -> None:
+    """Lineages from before `rewards/` was split into packages name modules that are gone."""
+    _, run = make_run("stages.grpo.rewards=[{function: rewards.format}]")
+    record = read(run, "grpo")
+    record["inputs"]["code"] = {
+        "rewards": {"rewards/__init__.py": "0", "rewards/mathematics.py": "1"}
+    }
+    record["git"] = {"commit": "7ca6fba8d0ca6d2a", "dirty": False}
+    (run / "grpo/lineage.json").write_text(json.dumps(record))
+    (finding,) = verify_stage(run / "grpo")
+    assert not finding.is_problem
+    assert re.fullmatch(
+        r"code of its rewards not compared: the modules of rewards have moved since r1pipe "
+        r"[\d.]+ \(7ca6fba8d0ca\)",
+        finding.what,
+    )
+    del record["inputs"]["code"]["rewards"]["rewards/mathematics.py"]
+    (run / "grpo/lineage.json").write_text(json.dumps(record))
+    assert "code of its rewards: rewards/__init__.py changed since it was used" in find_problems(
+        run / "grpo"
+    )
 
 
 def find_problems(folder: Path) -> list[str]:
