@@ -99,7 +99,7 @@ class Judged(NamedTuple):
 
 
 def judge_rows(rows: list[Row], judge: Callable[[Row], str]) -> list[Judged]:
-    """Judge the rows one after another, each on its own clock."""
+    """Judge the rows one by one and time each."""
     judged = []
     for row in rows:
         start = time.perf_counter()
@@ -137,7 +137,7 @@ def summarize_by(judged: list[Judged], field: str | None) -> dict[str, dict[str,
 
 
 def is_no_verdict(judged: Judged) -> bool:
-    """Say whether the reward would be None. A program that is out of time is wrong."""
+    """Say whether the reward would be None. A program that timed out is wrong."""
     is_late = judged.verdict == "timed_out" and judged.row["kind"] != "code"
     return is_late or judged.verdict in NO_VERDICT
 
@@ -147,7 +147,7 @@ def _percentile(ordered: list[float], share: float) -> float:
 
 
 def warm_up(rows: list[Row]) -> None:
-    """Start the worker and what it may need, so that no row pays for that."""
+    """Start the worker and what it needs before the clock runs."""
     if any(row["kind"] == "code" for row in rows):
         sandbox_in_use()
     if all(row["kind"] == "code" for row in rows):

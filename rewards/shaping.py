@@ -19,7 +19,7 @@ from rewards.text.completions import (
 from rewards.text.languages import language_share
 
 _THINK_TAG = re.compile(r"<\s*/?\s*think\s*/?\s*>", re.IGNORECASE)
-_ANSWER_TAG = re.compile(r"</?answer>")  # of which a pair without content is no answer
+_ANSWER_TAG = re.compile(r"</?answer>")  # an empty pair is no answer
 _VISIBLE = re.compile(r"[^\s\x00-\x1f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u2064\ufeff]")
 _TOKEN = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W_]+|[^\w\s]")
 

@@ -38,7 +38,7 @@ from rewards.code.spec import JUDGE_SETUP
 from rewards.text.completions import split_thinking
 
 MAX_CHARS = 200_000
-MAX_TRIES = 24  # of parsing a part of the text, to find out where code begins or ends
+MAX_TRIES = 24  # attempts to parse a part of the text, to find where code begins or ends
 
 _FENCE = re.compile(r"`{3,}|~{3,}")
 _LINE_START = re.compile(r"[ \t]*(?:>[ \t]?)*[ \t]*")
@@ -95,18 +95,18 @@ def _find_code(text: str, entry_point: str | None, prompt: str) -> str | None:
 
 
 def _match(pattern: re.Pattern[str], text: str, start: int = 0) -> re.Match[str]:
-    """Match one of the patterns that match any text, if only nothing of it."""
+    """Match a pattern that always matches, if only the empty string."""
     return cast("re.Match[str]", pattern.match(text, start))
 
 
 class _Reader:
-    """Reads a text's fenced blocks, line by line: the work grows as the text does."""
+    """Reads a text's fenced blocks line by line, in linear time."""
 
     def __init__(self, text: str, prompt: str):
         self.lines = text.split("\n")
         self.prompt = prompt
         self.tries = MAX_TRIES
-        # For each line: how long a fence it or a later one begins with, to search no line twice.
+        # For each line, the longest fence that it or a later line starts with: linear time.
         self.longest = {"`": [0] * (len(self.lines) + 1), "~": [0] * (len(self.lines) + 1)}
         for sort, longest in self.longest.items():
             for index in range(len(self.lines) - 1, -1, -1):
@@ -145,7 +145,7 @@ class _Reader:
         if is_program(text := "\n".join(before).strip("\n") + "\n", self.prompt):
             return _Block("python", text)
         starts = [n for n, text in enumerate(before) if _CODE_START.match(text)]
-        for start in starts[:4]:  # behind words that announce it
+        for start in starts[:4]:  # after words that announce it
             if is_program(text := "\n".join(before[start:]).rstrip() + "\n"):
                 return _Block("python", text)
         return None
@@ -206,7 +206,7 @@ class _Reader:
         return body, len(self.lines)
 
     def _is_whole(self, body: list[str]) -> bool:
-        """Say whether a block may end here: what it holds is a program."""
+        """Say whether a block may end here: its body parses."""
         self.tries -= 1
         return self.tries >= 0 and is_program(_tidy("\n".join(body)), self.prompt)
 
@@ -267,17 +267,17 @@ def _find_missing(code: str) -> set[str]:
             bound.add(node.name)
     for node in ast.walk(tree) if "*" in bound else ():
         if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
-            if node.module not in sys.stdlib_module_names:  # whatever it brings
+            if node.module not in sys.stdlib_module_names:  # it may define anything
                 return set()
             bound |= set(_list_public_names(node.module))
     return {name.id for name in names} - bound - set(dir(builtins))
 
 
 def _add_setup(code: str, setup: str) -> str:
-    """Put in front of a program what it misses and ``setup`` has."""
+    """Prepend the statements of ``setup`` that define names the program lacks."""
     offered = _read_setup(setup)
     added: dict[str, None] = {}
-    for _ in range(4):  # what is added may need more
+    for _ in range(4):  # added statements may need others
         missing = _find_missing("\n".join([*added, code])) & offered.keys()
         if not missing:
             break
@@ -289,7 +289,7 @@ def _add_setup(code: str, setup: str) -> str:
         added = needed | added
     if not added:
         return code
-    tree, first = _parse(code), 1  # the line to put it on: behind imports from the future
+    tree, first = _parse(code), 1  # the line to insert at: after __future__ imports
     for statement in tree.body if tree else ():
         if isinstance(statement, ast.ImportFrom) and statement.module == "__future__":
             first = (statement.end_lineno or 0) + 1
@@ -349,7 +349,7 @@ def is_program(text: str, prompt: str = "") -> bool:
 
 
 def _is_idle(statement: ast.stmt) -> bool:
-    """Say whether a statement only mentions things, as a line of prose or an answer would."""
+    """Say whether a statement has no effect, like a line of prose or an answer."""
     if isinstance(statement, ast.AnnAssign):  # "Answer: 42"
         return statement.value is None
     if not isinstance(statement, ast.Expr):
@@ -385,7 +385,7 @@ def _bound_names(statement: ast.stmt) -> set[str]:
 
 
 def _join(prompt: str, code: str, entry_point: str | None) -> str:
-    """Return the code with what it needs of the prompt in front of it."""
+    """Prepend what the code needs of the prompt."""
     if not prompt:
         return code
     if entry_point and (defines(code, entry_point) or _has_method(code, entry_point)):

@@ -104,7 +104,7 @@ def judge_code(
     if min(limits.seconds, limits.memory_mb) <= 0:
         raise ValueError(f"limit_s and memory_mb must be positive, not {limit_s} and {memory_mb}")
     rows = [_read_row(c, t, row) for row, (c, t) in enumerate(zip(completions, tests))]
-    # Samples of one problem repeat each other; each is judged once.
+    # Samples of one problem repeat each other: duplicates are judged once.
     texts = list(dict.fromkeys(row for row in rows if isinstance(row, _Text)))
     programs = dict(zip(texts, _find_programs(texts), strict=True))
     jobs = list(dict.fromkeys(p for p in programs.values() if isinstance(p, _Program)))
@@ -141,7 +141,7 @@ def _read_row(completion: Completion, tests: object, row: int) -> _Text | CodeVe
 
 
 def _find_programs(texts: list[_Text]) -> list[_Program | CodeVerdict]:
-    """Extract the programs, in the workers: nobody knows what a hostile text does to a parser."""
+    """Extract the programs in the workers: a hostile text may hang or crash a parser."""
     items = [(text, tests.called, tests.prompt, tests.setup) for text, tests in texts]
     results = pool.run_task("rewards.code.extract:extract_code", items)
     programs: list[_Program | CodeVerdict] = []
@@ -180,7 +180,7 @@ def _make_item(job: _Program, limits: Limits, stop: bool) -> tuple[str, tuple[ob
     tests = job.tests
     if isinstance(tests, FunctionTests):
         given = tests._asdict()
-        del given["setup"]  # the program has what it needs of it
+        del given["setup"]  # extraction has already added it
         return "rewards.code.runs:judge_function", (
             job.code, given, tests.num_asserts, limits, stop,
         )  # fmt: skip

@@ -161,7 +161,7 @@ def judge_function(
         candidate = server.start("candidate", {"code": code}, most, channel=ours.fileno())
         runs.append(candidate)
         payload = {**tests, "stop_at_failure": stop}
-        # Its clock starts later: a candidate that hangs is found out first.
+        # Its limit ends later, so that a hanging candidate times out first.
         patient = most._replace(seconds=most.seconds + 0.5)
         checker = server.start("checker", payload, patient, channel=theirs.fileno(), report=writer)
         runs.append(checker)
@@ -172,7 +172,7 @@ def judge_function(
     try:
         ending = checker.wait(reader)
         report = _read_report(ending)
-        # One whose channel is closed has ended, or is about to be out of time.
+        # Its channel is closed: it has ended or is about to time out.
         candidate_ending = candidate.wait() if report.get("gone") else None
     finally:
         for run in runs:

@@ -1,4 +1,4 @@
-"""The ``tests`` column of a code dataset: what is accepted, read into one of two records."""
+"""The ``tests`` column of a code dataset: its forms, read into one of two records."""
 
 import ast
 import builtins
@@ -17,7 +17,7 @@ class BadTestsError(ValueError):
     """Tests that cannot be used. The message says why, in one line."""
 
 
-# What LeetCode, LiveCodeBench and APPS put in front of a solution, as far as it needs it.
+# The imports that LeetCode, LiveCodeBench and APPS put before a solution.
 _MODULES = "typing collections heapq bisect itertools functools math string operator re random copy"
 JUDGE_SETUP = "\n".join(f"from {m} import *\nimport {m}" for m in _MODULES.split()) + (
     "\nfrom datetime import *\nimport datetime, json, sys, statistics"
@@ -33,8 +33,8 @@ class FunctionTests(NamedTuple):
     entry_point: the function, if it is known: a name, which may be that of a method of a class
     ``Solution``, or an expression such as ``Solution().solve``. prompt: the code that the problem
     begins with, up to the function's body; "" if there is none. in_place: a call's changes to its
-    arguments reach the test even if the call returns a value. setup: code that a solution may
-    take what it does not define from.
+    arguments reach the test even if the call returns a value. setup: code with names that
+    a solution may use without defining them.
     """
 
     units: tuple[str, ...]
@@ -134,7 +134,7 @@ def _check_pairs(tests: Tests) -> tuple[Sequence[Any], Sequence[Any]]:
 
 def _read_call_tests(tests: Tests, name: str) -> FunctionTests:
     inputs, outputs = _check_pairs(tests)
-    # Many of APPS's and TACO's outputs are in a list of their own, and nothing says which.
+    # Many outputs of APPS and TACO are wrapped in a list, without a mark.
     may_unwrap = all(isinstance(i, list | tuple) for i in inputs) and all(
         isinstance(o, list | tuple) and len(o) == 1 for o in outputs
     )
@@ -180,14 +180,14 @@ def _read_value(text: object) -> object:
 
 
 def _restore_keys(value: object) -> object:
-    """Give a dict back the whole numbers that JSON made strings of, as APPS's own judge does."""
+    """Restore integer keys that JSON made strings, as APPS's own judge does."""
     if isinstance(value, dict) and all(re.fullmatch(r"-?[0-9]+", str(key)) for key in value):
         return {int(key): item for key, item in value.items()}
     return value
 
 
 def _write(value: object) -> str:
-    """Return Python for JSON data: one constant, as a list of a million is slow to be parsed."""
+    """Return Python source for JSON data: one string, since long lists parse slowly."""
     text = json.dumps(value)
     return repr(value) if json.loads(text) != value else f"json.loads({text!r})"
 
@@ -246,7 +246,7 @@ def _read_function_tests(tests: Tests) -> FunctionTests:
         if builtin is None:
             raise BadTestsError("the tests call nothing but what they define themselves")
         return read._replace(entry_point=builtin)
-    # The prompt's stub has the name, too, and must not be what is tested.
+    # The prompt's stub has the same name and must not be what is tested.
     return read._replace(entry_point=read.called) if prompt and not function else read
 
 

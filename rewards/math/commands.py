@@ -160,7 +160,7 @@ def _parse_environment(parser: "Parser") -> Node:
 def _drop_alignment(parser: "Parser") -> None:
     """Drop, up to the end of the environment, ``&`` beside a relation and what ends a row.
 
-    A row that begins with a relation goes on with the row before: ``x &= 6/2 \\\\ &= 3``.
+    A row that begins with a relation continues the row before: ``x &= 6/2 \\\\ &= 3``.
     """
     kept: list[Token] = []
     depth, at = 1, parser.at

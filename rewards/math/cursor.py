@@ -1,4 +1,4 @@
-"""A place in a list of tokens, and what is read from there without a tree: units and labels."""
+"""Reads tokens one by one; also units and labels, which need no tree."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class Cursor:
-    """Takes tokens one by one; past the last one there are end tokens."""
+    """A position in a list of tokens; beyond the last one there are ``END`` tokens."""
 
     def __init__(self, tokens: list[Token]):
         self.tokens = tokens
@@ -52,7 +52,7 @@ class Cursor:
             raise ParseError(f"unexpected {self.token.text[:20]!r}")
 
     def nested(self, parse: Callable[[], T]) -> T:
-        """Run ``parse`` one level deeper, with no enclosing bar or brace in force."""
+        """Run ``parse`` one level deeper, outside any enclosing bars or braces."""
         if self.depth >= MAX_DEPTH:
             raise ParseError("nested too deeply")
         saved = self.bars, self.in_braces

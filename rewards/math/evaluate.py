@@ -27,7 +27,7 @@ MAX_EXPONENT = 10**6  # |log| of an inexact number
 MAX_STEPS = 100_000
 MAX_TERMS = 1_000  # of a sum or product that is written out
 
-# Letters that stand for whole numbers by custom; all others are sampled between whole numbers.
+# Letters that conventionally stand for integers; all others are sampled between integers.
 INTEGER_LETTERS = frozenset("knmjNM")
 
 Value: TypeAlias = int | Fraction | mpf | mpc
@@ -71,7 +71,7 @@ class Point:
 # Reals between 0 and 1 (where roots and inverse functions are real), above 1, and below 0;
 # integers of all residues modulo 2 and 3, which floors and powers of -1 depend on.
 POINTS = (Point(1, 2, 20, 200), Point(2, 3, 230, 900), Point(3, 7, 230, 900, sign=-1))
-# Far from those, for functions that jump: near zero they take few values.
+# Far from zero, for floor, gcd and the like: near zero they take few values.
 FAR_POINTS = (Point(4, 11, 3_000, 20_000), Point(5, 10, 3_000, 20_000))
 
 
@@ -106,7 +106,7 @@ class Evaluator:
         self.point = point
         self.mode = mode or Mode()
         self.steps = 0
-        self.has_left_reals = False  # some value on the way was complex
+        self.has_left_reals = False  # an intermediate value was complex
 
     def value(self, node: Node) -> Value:
         """Return the value of a scalar expression; raise ``Undefined`` if it has none."""
@@ -278,7 +278,7 @@ class Evaluator:
         return self.point.sample(f"{name} {[self.key(arg) for arg in args]}")
 
     def key(self, node: Node) -> str:
-        """Name a node by its value, so that equal arguments of an unknown function look equal."""
+        """A key by value, so that equal arguments of an unknown function compare equal."""
         if node.kind == "text":
             return str(node.value)
         if node.kind == "name":

@@ -1,4 +1,4 @@
-"""math-verify, where our own grammar ends, and as the peer that the bench compares with.
+"""math-verify: for golds that our grammar cannot parse, and as the bench's baseline.
 
 Imported in worker processes only. Its own timeouts are signals, which are switched off here: the
 pool's clock is the limit.

@@ -113,7 +113,7 @@ def spread_chain(item: Item) -> list[Item]:
 
 
 def fold_matrices(node: Node) -> Node:
-    """Carry out what is often left undone with matrices and vectors: multiples and transposes."""
+    """Carry out multiples and transposes of matrices and vectors."""
     if not any(part.kind in ("matrix", "tuple") for part in _parts(node)):
         return node
     args = tuple(fold_matrices(a) if isinstance(a, Node) else a for a in node.args)
@@ -171,7 +171,7 @@ def _put_in(node: Node, values: dict[Node, str]) -> Node:
 
 
 def _parts(node: Node) -> Iterator[Node]:
-    """The node and its operands, as far as arithmetic reaches."""
+    """The node and, through arithmetic, its operands."""
     left = [node]
     while left:
         node = left.pop()
@@ -279,7 +279,7 @@ def _choose_sign(node: Node, upper: bool) -> Node:
 
 
 def _gather_groups(items: list[Item]) -> list[Item]:
-    """``p = 5, q = 2, p = 7, q = 2`` is two pairs: names that come round again make tuples."""
+    """``p = 5, q = 2, p = 7, q = 2`` is two pairs: repeated names make tuples."""
     names = [item.name for item in items]
     if None in names or len(set(names)) < 2:
         return items
@@ -323,7 +323,7 @@ def _mentions_pi(node: Node) -> bool:
 
 
 def _rename_constant(gold: Node, value: Node, argument: str, answer: Node) -> Node:
-    """``f(x) = kx`` and ``f(x) = cx``: one free constant, by whatever letter."""
+    """``f(x) = kx`` and ``f(x) = cx``: one free constant, under any letter."""
     ours, theirs = (free_names(node) - {argument} for node in (gold, value))
     if len(ours) == len(theirs) == 1 and ours != theirs and "_index" not in ours | theirs:
         return substitute(answer, theirs.pop(), Node("name", (), ours.pop()))

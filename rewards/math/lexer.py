@@ -8,7 +8,7 @@ from rewards.math import vocabulary as voc
 from rewards.text.units import BARE_SYMBOLS, LONGEST_CJK, POWER_WORDS, WORDS, find_unit
 
 MAX_TOKENS = 6_000
-MAX_TEXT_DEPTH = 5  # of \\text macros in each other
+MAX_TEXT_DEPTH = 5  # of nested \\text macros
 
 _TOKEN = re.compile(
     r"(?P<number>\d+\.(?=\\(?:overline|dot|bar)\b)"
@@ -44,7 +44,7 @@ def read_tokens(
     tokens: list[Token] = []
     position = environments = 0
     space = False
-    while match := _TOKEN.match(text, position):  # one character at least, whatever it is
+    while match := _TOKEN.match(text, position):  # always matches at least one character
         kind, part = str(match.lastgroup), match.group()
         position = match.end()
         if part.isspace() or (part == "." and tokens and tokens[-1].kind == "text"):
@@ -156,9 +156,9 @@ def _read_word(word: str, space: bool, before: Token | None, text: str, end: int
     return [Token("text", word, space)]
 
 
-# Units that nobody takes for a product of two letters, behind a fraction or a root.
+# Units that are never a product of two letters after a fraction or a root.
 _SAFE_UNITS = {"cm", "mm", "km", "kg", "ml", "mL", "dm", "Hz", "ft"}
-# Units that are products as often.
+# Units that are as often products.
 _LETTERS_TOO = {
     "hr", "mg", "am", "pm", "mi", "lb", "ha", "oz", "rs", "ms", "ns", "yd", "mA", "mV", "kN",
 }  # fmt: skip
@@ -251,7 +251,7 @@ def _is_short_word(word: str) -> bool:
 
 
 def tidy_tokens(tokens: list[Token]) -> list[Token]:
-    """Drop the prose around mathematics, where dropping it cannot change what is said.
+    """Drop the prose around mathematics, where that cannot change the meaning.
 
     In each part between separators, leading and trailing words go ("the answer 5", "5 apples");
     so do quantified tails ("for all integers n"). Words that change meaning ("not", "at least",

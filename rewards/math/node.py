@@ -12,8 +12,8 @@ class Node(NamedTuple):
     """One node: ``kind``, its children, and what else distinguishes it (name, operators, ...).
 
     ``value`` is a str (of a name, text or sign), a ``Number``, a ``Unit`` or, of a relation, its
-    operators. Three kinds' children are not all nodes: a matrix has rows (see ``rows_of``), and
-    None stands for the left side that a ``pm`` has not, and for bounds of a ``big`` operator.
+    operators. Children are nodes, but for the rows of a ``matrix`` (see ``rows_of``), and None for
+    the left side of a unary ``pm`` and for missing bounds of a ``big`` operator.
     """
 
     kind: str

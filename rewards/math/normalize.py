@@ -1,4 +1,4 @@
-"""Bring an answer's many spellings to one: Unicode, LaTeX dress, punctuation. Meaning untouched.
+"""Normalise an answer's spelling: Unicode, LaTeX markup, punctuation. The meaning stays.
 
 Everything here is linear in the length of the text.
 """
@@ -51,7 +51,7 @@ _SPACING = re.compile(
     r"|mathop|mathbin|mathrel|mathord|mathclose|mathopen|mathinner|smash|protect|relax"
     r"|underbrace|overbrace|framebox|boldmath|boxed|fbox|pmb|nonumber|notag)(?![a-zA-Z])"
 )
-# Marks of joy that stand beside an answer. A cross is none of them: "41 ❌" does not say 41.
+# Decoration beside an answer. Not a cross: "41 ❌" does not say 41.
 _ORNAMENT = re.compile(
     "[\u2611\u2705\u2713\u2714\u2728\u2b50\u2605\u2606\u220e\u25a0\u25a1\u25aa\u25ab\u25fb-\u25fe\u2b1b\u2b1c\u25b6\u27a1\u27a4"
     "\ufe0e\ufe0f\u20e3\U0001f300-\U0001f44d\U0001f44f-\U0001f594\U0001f597-\U0001f6aa\U0001f6ac-\U0001faff]"
@@ -116,8 +116,8 @@ _CHOOSE = re.compile(
     r"|(?:\{\})?\s*[\^_]\s*\{?(?P<n2>\d+)\}?\s*(?:\\(?:mathrm|text)\s*\{\s*C\s*\}|C)\s*_\s*\{?(?P<k2>\d+)\}?"
     r"|(?<![\w}])(?P<n3>\d+)\s*(?:C|choose|\\choose)\s*(?P<k3>\d+)(?![\w^])"
 )
-# What is written so in plain text, how LaTeX writes it, and a part that the text has then: a test
-# for it takes a tenth of the pattern's time.
+# A pattern of plain text, its LaTeX, and a substring that every match has: testing for that takes
+# a tenth of the pattern's time.
 _PLAIN_NOTATIONS = [
     ("10", re.compile(r"(?<=\d)\s*[xX]\s*(?=10\s*(?:\^|\*\*))"), r"\\times "),
     ("+/-", re.compile(r"\+/-"), r"\\pm "),
@@ -217,7 +217,7 @@ def strip_dress(text: str) -> str:
     in its own way (``+/-``, ``3 x 10^8``, ``40 base 9``) is written as LaTeX.
     """
     text = " ".join(text.split())
-    if _NUMBER.fullmatch(text):  # as most golds are
+    if _NUMBER.fullmatch(text):  # as in most golds
         return text
     if r"\\" in text:
         text = _ROW_SPACE.sub(r"\\\\", text)
@@ -268,7 +268,7 @@ def _read_numerals(text: str) -> str:
 
 
 def _overline_dots(match: re.Match[str]) -> str:
-    """``0.1\\dot{4}28\\dot{5}``: what recurs goes from the first dot to the last."""
+    """``0.1\\dot{4}28\\dot{5}``: the first dot to the last recurs."""
     whole, first, between, last = match.groups()
     if last is None:
         return rf"{whole}\overline{{{first}}}{between}"
@@ -276,7 +276,7 @@ def _overline_dots(match: re.Match[str]) -> str:
 
 
 def _overline_tail(match: re.Match[str]) -> str:
-    """``0.1666...`` recurs where its end does; ``3.1415...`` is 3.1415."""
+    """``0.1666...`` repeats its last digit; ``3.1415...`` is 3.1415."""
     number = match.group(1)
     whole, _, decimals = number.partition(".")
     for length in range(1, min(len(decimals) // 2, 40) + 1):
@@ -310,7 +310,7 @@ def _turn_brackets(match: re.Match[str]) -> str:
 
 
 def _read_units(text: str) -> str:
-    """Mark what is a unit, where its letters could be taken for variables."""
+    """Mark units whose letters could be read as variables."""
     if "\\" in text:
         text = _SIUNITX.sub(_read_siunitx, text)
         if "circ" in text:
@@ -335,7 +335,7 @@ def _join_micro(match: re.Match[str]) -> str:
     letters = match.group("a") or match.group("b") or match.group("c") or match.group("d") or ""
     if match.group("macro") or match.group("d"):
         return rf"\text{{ u{letters}}}"
-    return rf"\text{{ u{letters}"  # its brace is still to come
+    return rf"\text{{ u{letters}"  # its closing brace comes later
 
 
 def _read_siunitx(match: re.Match[str]) -> str:
@@ -354,7 +354,7 @@ def _join_minutes(match: re.Match[str]) -> str:
 
 
 def spell(text: str) -> str:
-    """Return ``text`` without what never counts: fonts, needless braces and spaces.
+    """Return ``text`` without fonts, needless braces and spaces, which never count.
 
     A space between two digits is kept: 1 8 is not 18.
     """

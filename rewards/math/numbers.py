@@ -5,12 +5,12 @@ from fractions import Fraction
 
 from rewards.math.normalize import normalize_text
 
-# A longer string is never a plain number worth a fast path, and the cap bounds the cost.
+# No plain number is longer, and the cap bounds the cost.
 MAX_CHARS = 200
 
 _DECIMAL = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _DRESS = re.compile(r"\\[,;!:> ]|\\(?:left|right|displaystyle)(?![a-zA-Z])|[$\s]|\{,\}")
-_SPACED = re.compile(r"\d(?:\s|\\[,;:!> ])+\d")  # 1 000 or 4 2: for the parser to tell
+_SPACED = re.compile(r"\d(?:\s|\\[,;:!> ])+\d")  # 1 000 or 4 2: left to the parser
 _PLAIN = re.compile(rf"([+-]?)({_DECIMAL})")
 _RATIO = re.compile(rf"([+-]?)({_DECIMAL})/({_DECIMAL})")
 _FRAC = re.compile(rf"([+-]?)\\[dtc]?frac\{{([+-]?)({_DECIMAL})\}}\{{({_DECIMAL})\}}")

@@ -24,8 +24,7 @@ from rewards.text.units import Unit, find_scales, is_rate_of, names_no_unit
 DIGITS, MORE_DIGITS = 40, 110
 
 # A decimal stands for an exact value that it is the correct rounding of, if it has at least so
-# many significant digits: more where the rounding is the answer's own idea than where the gold's
-# author chose it.
+# many significant digits: more where the answer rounds than where the gold's author did.
 GOLD_DIGITS, ANSWER_DIGITS = 2, 4
 # This many digits are a float printed in full, whose last digits may be noise.
 FLOAT_DIGITS = 12
@@ -59,7 +58,7 @@ def _features(node: Node) -> set[str]:
     if node.kind == "function" and node.value == "log" and len(node.args) == 1:
         features.add("log")
     if node.kind == "unit" and node.value == (("radian", 1),):
-        features.add("degree")  # says that angles are not in degrees: nothing is left open
+        features.add("degree")  # says that angles are in radians: not ambiguous
     for part in node.args:
         if isinstance(part, Node):
             features |= _features(part)
@@ -169,7 +168,7 @@ def close(a: Value, b: Value) -> bool:
         return bool(a == b)
     difference, scale = abs(a - b), max(abs(a), abs(b))
     if difference > scale * mpf(10) ** (18 - mp.dps):
-        # Only rounding error is left of something that cancelled, when more digits leave less.
+        # Cancellation leaves only rounding error, which shrinks with more digits.
         return bool(scale < mpf(10) ** (12 - mp.dps) and (a == 0 or b == 0))
     return True
 
@@ -224,7 +223,7 @@ def _is_power_of_ten(node: Node) -> bool:
 
 
 def _vanishes(node: Node, mode: Mode) -> bool:
-    """Tell zero from a tiny number: of zero, more digits leave less."""
+    """Tell zero from a tiny number: zero shrinks with more digits."""
     sizes = []
     for digits in (MORE_DIGITS, 2 * MORE_DIGITS):
         with mp.workdps(digits):

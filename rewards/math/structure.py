@@ -46,7 +46,7 @@ def names_quantity(node: Node) -> bool:
         return node.value == "juxtaposed" and all(_is_capital(part) for part in node.args)
     if node.kind == "abs":
         return _is_segment(node.args[0]) or node.value == "norm" or _is_vector(node.args[0])
-    if node.kind == "big":  # a limit, an integral or a sum says by its sign what it is
+    if node.kind == "big":  # a limit, an integral or a sum names itself
         return True
     if node.kind in ("union", "intersection", "difference"):
         return all(names_quantity(arg) for arg in node.args)

@@ -1,4 +1,4 @@
-"""Judge mathematical answers. What counts as equal is laid down in ``rewards.math.grading``."""
+"""Judge mathematical answers. ``rewards.math.grading`` defines what counts as equal."""
 
 import functools
 import logging
@@ -32,12 +32,12 @@ MAX_SYMBOLIC_CHARS = 400
 MAX_SYMBOLIC_DEPTH = 20
 
 _MARK_RUN = re.compile(r"([^\w\s])\1{15}")
-# What tells a worked solution from an answer: sentences, and where they end up.
+# Signs of a worked solution in place of an answer: sentences and a conclusion.
 _PROSE_WORD = re.compile(r"(?<![\\\w])[^\W\d_]{2,}")
 _SENTENCE_BREAK = re.compile(r"\n|[.!?]\s+\S|[。！？]\s*\S")
 _FINAL_MARK = re.compile(r"\\boxed|\banswer\b|\btherefore\b|\bhence\b|答案|所以", re.IGNORECASE)
 
-# Of texts and the golds that they were judged with.
+# Status by (text, gold).
 Statuses = dict[tuple[str, str], str]
 
 _logger = logging.getLogger(__name__)
@@ -130,7 +130,7 @@ def judge_math(
 
 
 def _judge_new(pairs: Statuses, rows: Iterable[tuple[Extraction, str, Sequence[str]]]) -> None:
-    """Judge the texts of each row with its gold; samples of one problem repeat each other's."""
+    """Judge the texts of each row against its gold, each pair once."""
     asked = dict.fromkeys((text, gold) for _, gold, texts in rows for text in texts)
     new = [pair for pair in asked if pair not in pairs]
     pairs.update(zip(new, judge_pairs(new), strict=True))
@@ -178,9 +178,9 @@ def _report_failure(message: str) -> None:
 
 
 def _judge_symbolically(pair: tuple[str, str], limit_s: float | None, spent_s: float) -> str:
-    """Ask math-verify about a gold that our grammar does not know, in what is left of the time.
+    """Ask math-verify about a gold that our grammar cannot parse, within the time left.
 
-    Only its yes counts: a gold that nobody can read makes no answer wrong.
+    Only its yes counts: an unreadable gold makes no answer wrong.
     """
     left_s = (limit_s or get_limit()) - spent_s
     gold = pair[1]

@@ -12,8 +12,6 @@ _logger = logging.getLogger(__name__)
 PROBE_LIMIT_S = 120.0
 
 
-# Which sandbox
-
 _choice = "auto"
 _found: dict[str, tuple[str, str]] = {}
 
@@ -22,7 +20,7 @@ def configure_sandbox(mechanism: str = "auto") -> None:
     """Choose how model code is confined from now on: one of ``rewards.sandbox.client.CHOICES``.
 
     ``REWARDS_SANDBOX`` in the environment takes the place of ``auto``. Raises ``ValueError`` for
-    another name. Whether it works here is found out when it is first needed.
+    another name. It is first tried when needed.
     """
     global _choice
     _choice = _check_choice(mechanism, "the sandbox")

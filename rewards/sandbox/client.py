@@ -31,7 +31,7 @@ MECHANISMS = ("namespaces", "bubblewrap", "landlock")
 CHOICES = ("auto", *MECHANISMS, "none")
 START_LIMIT_S = 60.0
 STACK_ROOM = 1 << 30  # bytes; a program's own limit is half of its memory
-GRACE_S = 20.0  # for forking and reporting, on a machine that is busy with other things
+GRACE_S = 20.0  # for forking and reporting on a busy machine
 _ROOT = Path(__file__).resolve().parents[2]
 _SERVER = "rewards/sandbox/server.py"
 
@@ -144,7 +144,7 @@ class Run:
         self.started = time.monotonic()
 
     def stop(self) -> None:
-        """Have it killed: the watcher sees that nobody reads its report."""
+        """Kill it: the watcher notices that its status pipe has no reader."""
         if self.status is not None:
             os.close(self.status)
             self.status = None
@@ -164,19 +164,19 @@ class Run:
                 os.close(listen_to)
 
     def _collect(self, fds: list[int]) -> tuple[list[bytes], bool]:
-        """Read the pipes to their ends; say, too, whether the output was more than allowed."""
+        """Read the pipes to their ends; return that and whether the output exceeded its limit."""
         poll = select.poll()
         for fd in fds:
             poll.register(fd, select.POLLIN)
         parts: dict[int, list[bytes]] = {fd: [] for fd in fds}
         open_fds = set(fds)
         left = self.limits.output_bytes
-        deadline = self.started + self.limits.seconds + GRACE_S  # the watcher's clock comes first
+        deadline = self.started + self.limits.seconds + GRACE_S  # the watcher's limit is shorter
         while open_fds and left >= 0:
             events = poll.poll(max(0.0, 1000 * (deadline - time.monotonic())))
             if not events and self.status in open_fds:
                 raise SandboxError("a program was not stopped in time")
-            if not events:  # unconfined, it left somebody behind who holds its output
+            if not events:  # unconfined: a child that it left behind holds the pipe
                 break
             for fd, _ in events:
                 part = os.read(fd, 1 << 16)
@@ -198,7 +198,7 @@ class Run:
         ended = [m for m in messages if "code" in m]
         if overflowed:
             return Ending(None, False, True, output)
-        if not messages[:1] or not messages[0].get("started"):  # not its fault, so no ending of its
+        if not messages[:1] or not messages[0].get("started"):  # not the program's fault
             raise SandboxError("a program did not start in time")
         if not ended:
             raise SandboxError("a program was lost: something has killed its watcher")
@@ -237,7 +237,7 @@ def make_memory_file(content: bytes) -> int:
 
 @contextlib.contextmanager
 def _large_stack() -> Iterator[None]:
-    """Let what is started in the meantime have room below its stack, which is set aside then."""
+    """Raise the stack limit for processes started within: it is reserved at start."""
     soft, hard = resource.getrlimit(resource.RLIMIT_STACK)
     room = STACK_ROOM if hard == resource.RLIM_INFINITY else min(STACK_ROOM, hard)
     if soft != resource.RLIM_INFINITY and soft < room:
@@ -279,7 +279,7 @@ def _make_bubblewrap(python: str, folders: Sequence[str]) -> list[str]:
         raise SandboxError("bwrap is not installed")
     options = ["--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     options += ["--die-with-parent", "--new-session"]
-    if os.geteuid() == 0:  # so that programs get a uid of their own
+    if os.geteuid() == 0:  # programs get a uid of their own
         for capability in ("SETUID", "SETGID", "KILL"):
             options += ["--cap-add", f"CAP_{capability}"]
     else:
@@ -291,7 +291,7 @@ def _make_bubblewrap(python: str, folders: Sequence[str]) -> list[str]:
         options += ["--ro-bind-try", path, path]
     for path in _list_package_folders():
         options += ["--tmpfs", path]
-    if folders:  # what is imported from them may want to write while it is
+    if folders:  # importing from them may write files
         options += ["--size", str(16 << 20), "--tmpfs", "/tmp"]
     for path in folders:
         for folder in reversed(Path(path).parents[:-1]):

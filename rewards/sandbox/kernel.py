@@ -1,4 +1,4 @@
-"""What the sandbox asks of the Linux kernel: namespaces, mounts, Landlock, capabilities, seccomp.
+"""The sandbox's system calls: namespaces, mounts, Landlock, capabilities, seccomp.
 
 Thin wrappers over system calls by ``ctypes``; every one raises ``OSError`` with the call's name.
 Numbers and constants are those of x86-64 (linux/uapi headers); other machines are refused.
@@ -38,7 +38,7 @@ _SCOPES = 0b11  # abstract unix sockets and signals, since version 6
 
 
 def check_machine() -> None:
-    """Raise ``OSError`` where the numbers in this module would mean something else."""
+    """Raise ``OSError`` unless this machine is x86-64 Linux, whose numbers these are."""
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         raise OSError(f"the sandbox is for Linux on x86-64, not {platform.machine()}")
 
@@ -99,7 +99,7 @@ def drop_capabilities() -> None:
     """Give up every capability, also those that could be had back."""
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
-            break  # past the last one, or not ours to drop: then there is nothing to get back
+            break  # past the last one, or not ours to drop
     header, nothing = struct.pack("=Ii", 0x20080522, 0), bytes(24)
     _syscall("capset", _SYS_CAPSET, header, nothing)
 
@@ -150,7 +150,7 @@ def apply_landlock(rules: int) -> None:
 
 
 def apply_seccomp(program: bytes) -> None:
-    """Install a filter, compiled by ``rewards.sandbox.seccomp``, in this process for good."""
+    """Install a filter compiled by ``rewards.sandbox.seccomp``; it cannot be removed."""
     code = ctypes.create_string_buffer(program, len(program))
     filter_pointer = struct.pack("@HP", len(program) // 8, ctypes.addressof(code))
     _syscall("seccomp", _SYS_SECCOMP, 1, 0, filter_pointer)

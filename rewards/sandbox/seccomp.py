@@ -81,7 +81,7 @@ def build_filter(pid: int, may_fork: bool = False) -> bytes:
         _when(_IOCTL, _allow_if_equal(1, _IOCTLS)),
         _when(_FCNTL, _allow_fcntl()),
         _when(_PRCTL, _allow_if_equal(0, _PRCTLS)),
-        _when(_PRLIMIT, _allow_if_equal(0, (0,))),  # one's own limits
+        _when(_PRLIMIT, _allow_if_equal(0, (0,))),  # its own limits
         _when(_SOCKETPAIR, _allow_if_equal(0, (_AF_UNIX,))),
         # Without an address: a datagram socket must not reach a service of the machine.
         _when(_SENDTO, _allow_if_equal(4, (0,), wide=True)),

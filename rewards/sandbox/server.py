@@ -43,7 +43,7 @@ from rewards.sandbox.seccomp import build_filter
 # Where descriptors end up: stdin, stdout, payload, channel, report and status are passed in this
 # order; the last tells the watcher that the process has started.
 FD_PLACES = (0, 1, *FDS, 6, 7)
-START_LIMIT_S = 10.0  # for a process to be confined, on a machine that is busy with other things
+START_LIMIT_S = 10.0  # for confining a process on a busy machine
 NUM_THREADS = 64
 THREAD_STACK = 8 << 20  # bytes; the C library would give each as much as the main thread may have
 INSIDE_ID = 1000  # uid and gid as an ordinary user's confined processes see them
@@ -181,7 +181,7 @@ def _list_package_folders() -> list[str]:
 
 def serve(control: socket.socket, confinement: Confinement) -> None:
     """Start a watcher for every request until the other end closes the socket."""
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for watchers
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # watchers are not waited for
     gc.collect()
     gc.freeze()
     while True:
@@ -198,7 +198,7 @@ def serve(control: socket.socket, confinement: Confinement) -> None:
 
 
 def watch(request: Message, fds: list[int], confinement: Confinement) -> None:
-    """Fork the process, kill it in time, and report how it ended on the status pipe."""
+    """Fork the process, enforce its time limit, and report how it ended on the status pipe."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     kernel.die_with_parent()
     status = fds[-1]
@@ -241,7 +241,7 @@ def _wait(pid: int, status: int, started: int, limit_s: float) -> bool:
     process = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(process, select.POLLIN)
-    poll.register(status, 0)  # errors are always told
+    poll.register(status, 0)  # errors are always reported
     poll.register(started, 0)
     deadline = time.monotonic() + START_LIMIT_S
     while (left_s := deadline - time.monotonic()) > 0:
@@ -318,7 +318,7 @@ def _give_up_root(uid: int) -> None:
         os.close(modules)
         return
     # The interpreter lies in root's home, say. Without a mount namespace its modules can only be
-    # had by a descriptor that was opened before.
+    # reached by a descriptor that was opened before.
     place = f"/proc/self/fd/{modules}"
     sys.path[:] = [path.replace(MODULES, place) for path in sys.path]
     for module in list(sys.modules.values()):
@@ -398,7 +398,7 @@ def _preload_package(module: str, folders: list[str]) -> None:
     # Namespaces are entered, and programs forked, by a process of one thread.
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["MPLCONFIGDIR"] = folder  # matplotlib, if it comes along, writes a cache
+        os.environ["MPLCONFIGDIR"] = folder  # matplotlib, if imported, writes a cache
         importlib.import_module(module)
     os.environ.clear()
 

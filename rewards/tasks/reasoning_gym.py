@@ -40,7 +40,7 @@ def reasoning_gym_score(
         raise ValueError(f"{len(completions)} completions but {len(tests)} tests")
     answers = [find_tagged_answer(completion_text(completion)) for completion in completions]
     tasks = [_read_tests(cell) for cell in tests]
-    # Samples of one problem repeat each other; each answer is judged once.
+    # Samples of one problem repeat each other: duplicates are judged once.
     items = list(
         dict.fromkeys((t, a) for t, a in zip(tasks, answers) if t is not None and a is not None)
     )

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from rewards.text.completions import split_thinking, strip_special_tokens
 
-# Final answers stand at the end: so much of a completion is searched, and so many boxes.
+# Final answers stand at the end: only so many characters and boxes are searched.
 MAX_CHARS = 100_000
 MAX_BOXES = 32
 MAX_BOX_CHARS = 4_000
@@ -24,7 +24,7 @@ _BRACKET = re.compile(r"\\.|[()\[\]]", re.DOTALL)
 # Escapes that were read once too often: JSON's and Python's \b, \f, \a and \v.
 _READ_ESCAPE = re.compile("[\x07\x08\x0b\x0c](?=[a-z])")
 _ESCAPES = {"\x07": "\\a", "\x08": "\\b", "\x0b": "\\v", "\x0c": "\\f"}
-# What a problem leaves in a box that is to be filled in.
+# The content of a box that a problem leaves to be filled in.
 _BLANK = re.compile(
     r"\\(?:[hv]?phantom|[hv]space\*?)\s*\{[^{}]*\}|\\rule\s*\{[^{}]*\}\s*\{[^{}]*\}"
     r"|\\(?:underline|text|mathrm|mbox)(?=\s*\{)"
@@ -37,7 +37,7 @@ _ANSWER_TAG = re.compile(
 )
 _JOINING_WORDS = {"and", "or", "for", "part", "case", "the", "with", "und", "et", "respectively"}
 _ARROW = re.compile(r"^(?:(?:\\(?:Rightarrow|Longrightarrow|implies|to)(?![a-zA-Z])|[⇒→])\s*)+")
-# Why it is so, after the answer in the box.
+# A reason after the answer in the box.
 _REASON = re.compile(r"[\s,;~]*(?:\\(?:text|mathrm)\s*\{)?[\s(]*\b(?:since|because)\b.*", re.DOTALL)
 
 # A minus sign that belongs to the box after it: nothing is subtracted from, no bullet.

@@ -63,7 +63,7 @@ def split_thinking(text: str) -> tuple[str, str]:
     Without any tag all of the text is answer. ``<thinking>``, ``<thought>``, ``<reasoning>`` and
     what other models write count like ``<think>`` where the text closes them.
     """
-    if "<" not in text and "[THINK]" not in text and "◁" not in text:  # the quick way for most
+    if "<" not in text and "[THINK]" not in text and "◁" not in text:  # fast path
         return "", text
     tags = [
         (tag["name"] or "thought", bool(tag["close"] or tag["end"]), tag)

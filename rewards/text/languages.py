@@ -7,7 +7,7 @@ whose function words ("the", "der", "que") it uses most.
 
 import re
 
-MAX_CHARS = 200_000  # of a text are looked at
+MAX_CHARS = 200_000  # of a text that are read
 
 _FUNCTION_WORDS = {
     "en": "the of and to is that it for this with we are as be on by so have from not can which "

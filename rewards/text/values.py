@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rewards.text.units import find_unit
 
-TAIL_CHARS = 2_000  # where a formula or a number may stand for an answer by being the last
+TAIL_CHARS = 2_000  # searched for a last formula or number
 NEAR_CHARS = 80
 MAX_SKIPPED = 8  # values that are denied or asked for, before the one that is stated
 
@@ -32,7 +32,7 @@ NUMBER = re.compile(
     r"|\s\d+\s?/\s?\d+|\s?/\s?\d+|(?::\d+)+|\s(?:in|out of)\s\d+(?=[.!)*]*(?:\s*$|\s*\n)))?"
     r"(?:\s?\\?%|\s?(?:π|\\pi\b))?"
     r"|(?<![\w.])[-−–]?\.\d+|\d+(?:\.\d+)?(?:[eE][-+−]?\d{1,3}(?!\d|\.\d)|/\d+)?)"
-    # thousands, and units that are formulas: m/s^2, cm^{2}
+    # thousands; units that are formulas: m/s^2, cm^{2}
     r"(?:\s?[kKMB](?![\w'’/^])|\s(?:hundred|thousand|million|billion|trillion|dozen)\b|[十百千万亿]+(?![克米瓦卡升分]))?"
     rf"(?P<unit>\s?{_UNIT_NAME}(?:[\s·]{_UNIT_NAME}(?={_POWER}))?(?:{_POWER}(?:\s?[/·]\s?{_UNIT_NAME}{_POWER}?)*"
     rf"|(?:/{_UNIT_NAME}{_POWER}?)+))?"
@@ -222,7 +222,7 @@ def find_last(text: str) -> str | None:
 
 
 def take_tail(text: str) -> str:
-    """Return the end of a text, from the start of a line: half a formula is none."""
+    """Return the end of a text from the start of a line, so that no formula is cut."""
     if len(text) <= TAIL_CHARS:
         return text
     tail = text[-TAIL_CHARS:]
@@ -329,7 +329,7 @@ def _read_link(text: str, before: Value, value: Value) -> str | None:
 def qualify(text: str, value: Value) -> str | None:
     """Return a number with the words before it that make it another answer than the number."""
     before, after = text[max(0, value.start - 200) : value.start], text[value.end :][:60]
-    near = before[-NEAR_CHARS:]  # enough for patterns that end where the value begins
+    near = before[-NEAR_CHARS:]  # enough for the patterns, which end at the value
     if _IN_FORMULA_BEFORE.search(near) or _IN_FORMULA_AFTER.match(after):
         return None
     number = _OUT_OF.sub("/", value.text)

@@ -27,7 +27,7 @@ from rewards.workers.worker import Message, encode_frame, read_frame
 
 DEFAULT_LIMIT_S = 5.0
 DEFAULT_MEMORY_MB = 1024
-START_LIMIT_S = 120.0  # importing, on a machine that is busy with other things
+START_LIMIT_S = 120.0  # for importing on a busy machine
 
 OK, TIMED_OUT, CRASHED, FAILED = "ok", "timed_out", "crashed", "failed"
 
@@ -93,7 +93,7 @@ class _Worker:
 class Pool:
     """Runs tasks in up to ``num_workers`` processes; safe to use from any number of threads.
 
-    ``preload``: modules that a worker imports when it starts, on nobody's clock.
+    ``preload``: modules that a worker imports at start, before any item's time limit runs.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class _Drive:
                     for place in list(self.item_of):  # still starting, and no longer needed here
                         self._release(place)
         except BaseException:
-            for place in list(self.item_of):  # a worker in the middle of an item is of no use
+            for place in list(self.item_of):  # a worker that is busy with an item cannot be reused
                 self._drop(place)
             raise
         finally:
@@ -205,7 +205,7 @@ class _Drive:
         return worker.started + (self.limit_s if worker.is_ready else START_LIMIT_S)
 
     def _feed(self, place: int) -> None:
-        """Give the worker in ``place`` its next item, starting the worker if need be."""
+        """Give the worker in ``place`` its next item; start the worker if needed."""
         if not self.waiting:
             return
         worker = self.workers[place]
@@ -224,7 +224,7 @@ class _Drive:
         try:
             self._running(place).send(self.path, self.items[index], self.limit_s)
             self.item_of[place] = index
-        except OSError:  # it died while idle, which is not this item's fault
+        except OSError:  # it died while idle; the item is not to blame
             self.waiting.appendleft(index)
             self._drop(place)
             self._count_failed_start()
@@ -300,7 +300,7 @@ _preload: list[str] = []
 def configure_workers(
     num_workers: int | None = None, limit_s: float | None = None, memory_mb: int | None = None
 ) -> None:
-    """Set how judging is run from now on; what is not given stays as it is.
+    """Configure the shared pool; what is not given stays as it is.
 
     num_workers: processes, by default one per usable CPU, 8 at most, or ``REWARDS_WORKERS``.
     limit_s: wall-clock limit per item in seconds (default 5).
@@ -323,7 +323,7 @@ def get_limit() -> float:
 
 
 def preload(module: str) -> None:
-    """Have the shared pool's workers, those started from now on, import a module at once."""
+    """Have workers that the shared pool starts from now on import a module first."""
     _preload.append(module)
 
 
@@ -346,7 +346,7 @@ def shut_down_workers() -> None:
 def _shared_pool() -> Pool:
     global _pool, _pool_pid
     with _lock:
-        if _pool is None or _pool_pid != os.getpid():  # a fork must not talk to its parent's pipes
+        if _pool is None or _pool_pid != os.getpid():  # not the parent's pipes
             num_workers = _settings.num_workers or _default_num_workers()
             _pool = Pool(num_workers, _settings.memory_mb, _preload)
             _pool_pid = os.getpid()

@@ -51,7 +51,7 @@ def main(memory_mb: int, preload: list[str]) -> None:
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # which kills; the parent may have ignored it
     try:
         _limit_memory(memory_mb)
-        for module in preload:  # now, not on the first item's time
+        for module in preload:  # now, not within the first item's time limit
             importlib.import_module(module)
     except BaseException:
         replies.write(encode_frame({"failed": traceback.format_exc()}))
@@ -66,9 +66,9 @@ def main(memory_mb: int, preload: list[str]) -> None:
 
 
 def _wait_for_hang_up() -> None:
-    """Return when the parent has gone, also while an item is being judged."""
+    """Return when the parent has exited, also while an item is being judged."""
     poll = select.poll()
-    poll.register(0, 0)  # that nobody can write any more is always told
+    poll.register(0, 0)  # a hang-up is always reported
     poll.poll()
 
 
@@ -92,7 +92,7 @@ def _serve(replies: IO[bytes]) -> None:
         try:
             frame = encode_frame({"value": find_task(task["path"])(*task["args"])})
         except MemoryError:
-            os._exit(3)  # its heap may be beyond use; the parent starts another
+            os._exit(3)  # its heap may be corrupt; the parent starts another worker
         except Exception as error:
             frame = encode_frame({"error": f"{type(error).__name__}: {error}"[:500]})
         _die_after(0)
@@ -100,7 +100,7 @@ def _serve(replies: IO[bytes]) -> None:
 
 
 def _die_after(seconds: float) -> None:
-    """Let the kernel end this process after ``seconds``; 0 takes the order back."""
+    """Have the kernel kill this process after ``seconds``; 0 cancels that."""
     signal.setitimer(signal.ITIMER_REAL, seconds)
 
 

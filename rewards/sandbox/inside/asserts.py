@@ -1,4 +1,4 @@
-"""What can be told from the tests' source: which asserts to count, what must not decide them."""
+"""Analyse the tests' source: wrap asserts so that they are counted, refuse undefined helpers."""
 
 import ast
 import importlib

@@ -88,7 +88,7 @@ def run_checker(
     if report["completed"] and not count.is_reached:
         report["completed"] = False
         count.error = "no assert was reached"
-        if not link.is_asked:  # if it was, they may be reached with another candidate
+        if not link.is_asked:  # if it was, another candidate may reach them
             report["bad_tests"] = "the tests reach no assert and never call the candidate"
     report["error"] = count.error
     with os.fdopen(REPORT_FD, "w") as file:
@@ -102,7 +102,7 @@ def _check(
     """Run the units one after another; say whether all of them ran to their end."""
     namespace = make_module("tests")
     trees = [ast.parse(unit) for unit in units]
-    if prompt:  # the problem's own helpers, which the tests may use; its stub is replaced below
+    if prompt:  # helpers that the tests may use; the stub is replaced below
         with contextlib.suppress(Exception):
             exec(compile(prompt, "<prompt>", "exec", dont_inherit=True), namespace)
     _bind_names(namespace, trees, link, entry_point)
@@ -140,10 +140,10 @@ def _is_failed_import(error: BaseException) -> bool:
 def _list_tests(
     namespace: dict[str, Any], trees: list[ast.Module], link: Link, entry_point: str | None
 ) -> Iterator[Callable[[], object]]:
-    """Find what is yet to be called: HumanEval's ``check``, and tests as pytest collects them."""
+    """Yield the calls still to make: HumanEval's ``check``, tests as pytest collects them."""
     if entry_point and defines_check(trees) and callable(namespace.get("check")):
         check, candidate = namespace["check"], CandidateFunction(link, entry_point)
-        yield functools.partial(check, candidate)  # whatever has its name by now
+        yield functools.partial(check, candidate)  # also if the tests have rebound its name
     nodes = [node for tree in trees for node in ast.walk(tree)]
     defined = [n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)]
     used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
@@ -189,7 +189,7 @@ def defines_check(trees: list[ast.Module]) -> bool:
 def _bind_names(
     namespace: dict[str, Any], trees: list[ast.Module], link: Link, entry_point: str | None
 ) -> None:
-    """Let the names that the tests use and nobody defines stand for the candidate's functions.
+    """Bind the names that the tests use and do not define to the candidate's functions.
 
     Modules are this process's own: a test's ``math.isclose`` must not be the candidate's.
     """

@@ -195,7 +195,7 @@ class CandidateObject:
 
 
 class CandidateIterator:
-    """Stands for a generator or the like of the candidate's: it can be gone through once."""
+    """Stands for a generator or the like of the candidate's: it can be iterated once."""
 
     def __init__(self, link: Link, number: int):
         self._link, self._number, self._ended = link, number, False

@@ -112,7 +112,7 @@ def run_program(code: str) -> int:
         atexit._run_exitfuncs()
     has_written = _flush(sys.stdout)
     sys.stdout = sys.__stdout__
-    # What is left ends now, and may have something to write: files, objects with __del__.
+    # Finalize what is left; files and __del__ may still write.
     for name in [n for n in namespace if n != "__builtins__"]:
         namespace[name] = None
     gc.collect()
@@ -123,7 +123,7 @@ def _flush(stream: Any) -> bool:
     try:
         if not stream.closed:
             stream.flush()
-    except AttributeError:  # a program's own, or none
+    except AttributeError:  # the program replaced it
         return True
     except BaseException:
         return False
