@@ -36,6 +36,13 @@ each_document = pytest.mark.parametrize(
 )
 
 
+def run(*command: str, folder: Path = ROOT) -> str:
+    environment = {"PYTHONPATH": f"{folder}:{ROOT}", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def find_blocks(document: Path, language: str) -> list[str]:
     return [text for kind, text in BLOCK.findall(document.read_text()) if kind == language]
 
@@ -48,9 +55,7 @@ def find_commands(document: Path) -> Iterator[str]:
     spans = re.findall(r"`([^`\n]+(?:\n[^`\n]+)?)`", BLOCK.sub("", text))
     for line in [*blocks.replace("\\\n", " ").splitlines(), *(s.replace("\n", " ") for s in spans)]:
         for part in re.split(r" \| | && ", line.strip().removeprefix("OMP_NUM_THREADS=1 ")):
-            command = (
-                part.partition("  #")[0].partition(" >>")[0].strip().removeprefix(".venv/bin/")
-            )
+            command = re.split("  #| >>", part)[0].strip().removeprefix(".venv/bin/")
             if re.match(r"(r1pipe|make|python -m|python \w+/) ?", command) and " " in command:
                 yield command
 
@@ -59,10 +64,7 @@ def test_cheap_commands_run() -> None:
     known = {command for document in DOCUMENTS for command in find_commands(document)}
     for command in RUN_HERE:
         assert command in known
-        done = subprocess.run(
-            [sys.executable, "-m", *command.split()], cwd=ROOT, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
+        run(sys.executable, "-m", *command.split())
 
 
 @each_document
@@ -92,16 +94,8 @@ def check_command(command: str) -> None:
 
 
 def expand_make(arguments: list[str]) -> list[str]:
-    """What make would run of r1pipe; raises where there is no such target."""
-    done = subprocess.run(
-        ["make", "-n", *arguments],
-        cwd=ROOT,
-        env={"PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.replace(".venv/bin/", "").splitlines()
+    """What make would run of r1pipe."""
+    lines = run("make", "-n", *arguments).replace(".venv/bin/", "").splitlines()
     return [line for line in lines if line.startswith(("r1pipe", "python"))]
 
 
@@ -109,33 +103,24 @@ def check_pytest(arguments: list[str]) -> None:
     """Every path holds tests, and each word after -k is in the name of one of them."""
     paths = [ROOT / word for word in arguments if word.startswith("tests")]
     assert all(path.exists() for path in paths), arguments
-    found = [
-        text for test, text in PYTHON.items() if not paths or set(paths) & {test, *test.parents}
-    ]
     if "-k" in arguments:
-        word = arguments[arguments.index("-k") + 1]
-        assert re.search(rf"def test_\w*{word.removeprefix('test_')}", "\n".join(found)), arguments
+        word = arguments[arguments.index("-k") + 1].removeprefix("test_")
+        found = (text for test, text in PYTHON.items() if {*paths} & {test, *test.parents})
+        assert re.search(rf"def test_\w*{word}", "\n".join(found)), arguments
 
 
 @pytest.mark.parametrize("page", ["docs/extending.md", "rewards/README.md"])
-def test_examples_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_examples_run(page: str, tmp_path: Path) -> None:
     blocks = find_blocks(ROOT / page, "python")
     assert len(blocks) >= 2
     program = []
     for block in blocks:
         if file := FILE.match(block):
-            Path(file.group(1)).write_text(block)
+            (tmp_path / file.group(1)).write_text(block)
         else:
             program.append(block)
-    Path("examples.py").write_text("\n".join(program))
-    done = subprocess.run(
-        [sys.executable, "examples.py"],
-        env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "examples.py").write_text("\n".join(program))
+    run(sys.executable, "examples.py", folder=tmp_path)
 
 
 @each_document
@@ -169,19 +154,14 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 @each_document
 def test_files_named_exist(document: Path) -> None:
-    """By their path from the root, or by the end of one."""
-    paths = [
-        path.relative_to(ROOT)
-        for folder in (*SOURCES, "configs", "docs")
-        for path in (ROOT / folder).rglob("*")
-    ]
-    known = "\n".join(f"/{path}" for path in [*paths, *(p.name for p in ROOT.iterdir())]) + "\n"
-    text = re.sub(r"\]\([^)]*\)|https?://\S+", "", document.read_text())
-    for name in re.findall(r"(?<![\w/.-])((?:[\w-]+/)*[\w-]+\.(?:py|yaml|sbatch|toml|md))\b", text):
+    """By their path from the root, the package, the configs or the document's own folder."""
+    places = (ROOT, ROOT / "r1pipe", ROOT / "configs", document.parent)
+    text = re.sub(r"\[[^\]]*\]\([^)]*\)|https?://\S+", "", document.read_text())
+    names = re.findall(r"(?<![\w/.-])((?:[\w-]+/)*[\w-]+\.(?:py|yaml|sbatch|toml|md))\b", text)
+    names += re.findall(r"`((?:r1pipe|rewards|tests|configs|docs|examples)/[\w/]*)`", text)
+    for name in names:
         if not NOT_OURS.match(name.removeprefix("configs/")):
-            assert f"/{name}\n" in known, name
-    for name in re.findall(r"`((?:r1pipe|rewards|tests|configs|docs|examples)/[\w/]*)`", text):
-        assert (ROOT / name).exists(), name
+            assert any((place / name).exists() for place in places), name
 
 
 @each_document
