@@ -312,7 +312,7 @@ def test_a_context_beyond_the_models_is_told(
     settings = SETTINGS.model_copy(update={"max_model_len": 4096})
     with pytest.raises(UserError, match=r"max_model_len 4096 is more than the context of .*, 256"):
         Sampler(str(tmp_path), settings, "float32", CPU)
-    monkeypatch.setattr("r1pipe.rollout.vllm_args.check_engine", lambda *arguments: None)
+    monkeypatch.setattr("r1pipe.rollout.engine.check_engine", lambda *arguments: None)
     with pytest.raises(UserError, match=r"vLLM cannot run it: .*max_model_len .*4096"):
         Sampler(str(tmp_path), settings, "float32", CPU)
 
