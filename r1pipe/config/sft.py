@@ -69,21 +69,10 @@ class TraceFilters(Strict):
         return self
 
 
-class Sft(TrainingStage):
-    """Cold start: supervised training on the problems' own solutions."""
+class SupervisedStage(TrainingStage):
+    """A stage that trains a model on traces."""
 
-    kind: Literal["sft"]
-    filters: TraceFilters = TraceFilters()
-    """Solutions that are not trained on."""
     train: Supervised
-
-    help = "cold start: supervised training on written-out reasoning"
-    then = "r1pipe grpo configs/demo.yaml"
-    how_made = "supervised training"
-
-    @property
-    def weights_from(self) -> str:
-        return self.from_
 
     @property
     def optimization(self) -> Supervised:
@@ -92,6 +81,21 @@ class Sft(TrainingStage):
     @property
     def longest_sequence(self) -> int | None:
         return self.train.max_length
+
+
+class Sft(SupervisedStage):
+    """Cold start: supervised training on the problems' own solutions."""
+
+    kind: Literal["sft"]
+    filters: TraceFilters = TraceFilters()
+    """Solutions that are not trained on."""
+    help = "cold start: supervised training on written-out reasoning"
+    then = "r1pipe grpo configs/demo.yaml"
+    how_made = "supervised training"
+
+    @property
+    def weights_from(self) -> str:
+        return self.from_
 
     def learnt_sets(self) -> list[ProblemSet]:
         return self.problem_sets()

@@ -20,7 +20,7 @@ from r1pipe.config.base import (
     Strict,
     refuse_idle,
 )
-from r1pipe.config.sft import Supervised, TraceFilters
+from r1pipe.config.sft import SupervisedStage, TraceFilters
 
 
 class FewShot(Strict):
@@ -148,7 +148,7 @@ class Reject(PromptingStage):
         return self
 
 
-class Distill(PromptingStage):
+class Distill(PromptingStage, SupervisedStage):
     """Rejection sampling from `from`, then supervised training of a dense student."""
 
     kind: Literal["distill"]
@@ -156,7 +156,6 @@ class Distill(PromptingStage):
     """An earlier stage, a folder or a hub id; or, as in `init`, a config for a student from random
     weights, which takes over the teacher's tokenizer."""
     traces: Traces
-    train: Supervised
 
     help = "teach a dense student the right samples of a policy"
     then = "r1pipe eval configs/demo.yaml"
@@ -173,14 +172,6 @@ class Distill(PromptingStage):
     @property
     def taught_by(self) -> str:
         return self.from_
-
-    @property
-    def optimization(self) -> Supervised:
-        return self.train
-
-    @property
-    def longest_sequence(self) -> int | None:
-        return self.train.max_length
 
     def parents(self) -> list[str]:
         student = [self.weights_from] if self.weights_from else []
