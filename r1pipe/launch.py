@@ -26,7 +26,7 @@ from torch.distributed.run import get_args_parser, run
 
 from r1pipe.config.recipe import STAGE_TYPES
 from r1pipe.utils.distributed import LAUNCHER
-from r1pipe.utils.errors import GOES_ON, HUNG, LOST
+from r1pipe.utils.errors import HUNG, LOST, RESUME_HINT
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         return explain(error.failures)
     except SignalException as error:
         if error.sigval != signal.SIGINT:  # which the ranks have got themselves, and told
-            print(f"r1pipe: interrupted; {GOES_ON}", file=sys.stderr)
+            print(f"r1pipe: interrupted; {RESUME_HINT}", file=sys.stderr)
         return 130
     return 0
 
@@ -69,12 +69,12 @@ def explain(failures: dict[int, ProcessFailure]) -> int:
         name = signal.Signals(-cause.exitcode).name
         why = f"{name}; out of memory?" if name == "SIGKILL" else name
         print(
-            f"r1pipe: rank {rank} was killed ({why}) and the others were ended; {GOES_ON}",
+            f"r1pipe: rank {rank} was killed ({why}) and the others were ended; {RESUME_HINT}",
             file=sys.stderr,
         )
         return 1
     if cause.exitcode == LOST:
-        print(f"r1pipe: rank {rank} lost a rank of another machine; {GOES_ON}", file=sys.stderr)
+        print(f"r1pipe: rank {rank} lost a rank of another machine; {RESUME_HINT}", file=sys.stderr)
         return 1
     return cause.exitcode
 

@@ -13,7 +13,7 @@ from r1pipe import __version__, put_working_folder_last
 from r1pipe.cli.commands import COMMANDS
 from r1pipe.config.base import STAGE_TYPES
 from r1pipe.utils.distributed import alone, has_launcher, speaks_first
-from r1pipe.utils.errors import FULL, GOES_ON, LOST, LostRank, UserError, is_disk_full
+from r1pipe.utils.errors import FULL, LOST, RESUME_HINT, LostRank, UserError, is_disk_full
 from r1pipe.utils.progress import Interrupt
 
 FIRST_STEPS = """\
@@ -95,12 +95,12 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except LostRank as error:
         if not has_launcher():  # which knows more of what happened, and tells
-            complain(f"{error}; {GOES_ON}")
+            complain(f"{error}; {RESUME_HINT}")
         return LOST
     except KeyboardInterrupt:
         makes_a_run = options.command in ("run", *STAGE_TYPES)
         if makes_a_run and (Interrupt.signal_number == signal.SIGINT or alone()):
-            complain(f"interrupted; {GOES_ON}")
+            complain(f"interrupted; {RESUME_HINT}")
         # Otherwise torchrun ends this process because another one has failed, and has told.
         return 130
     finally:

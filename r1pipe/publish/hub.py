@@ -229,7 +229,7 @@ def format_bytes(num_bytes: float) -> str:
     return f"{num_bytes:.3g} GB"
 
 
-AGAIN = "the same command goes on where it was"
+AGAIN = "run the same command again to resume"
 
 
 @contextmanager

@@ -1,10 +1,10 @@
-"""The processes of one run, as torchrun starts them: who this one is, what the others say.
+"""The processes of one run, as torchrun starts them: this rank, and messages between ranks.
 
-Every function does nothing, or answers for one process, in a run of one. Imports no torch until a
-run has several: who prints what must be known before anything heavy is loaded.
+In a run of one process every function is a no-op or answers for that process. Imports no torch
+until a run has several, because rank 0 prints before anything heavy is loaded.
 
-What the ranks decide, they decide together: a branch that holds collectives must be taken by all of
-them or by none, so anything that only one rank knows goes through `gather` or `on_first_rank`.
+A branch with collectives must be taken by all ranks or by none, so a decision on what only one rank
+knows goes through `gather` or `on_first_rank`.
 """
 
 import os
@@ -27,14 +27,14 @@ LAUNCHER = "R1PIPE_LAUNCHER"
 """Set in the environment of processes that r1pipe.launch starts."""
 
 LANES = ("main", "sampling")
-"""Sampling may run in a thread beside the training. Collectives of two threads in one group of
-processes would meet in another order on every rank."""
+"""Process groups by thread: sampling may run beside the training, and collectives of two threads in
+one group could be ordered differently on every rank."""
 _lanes: dict[str, Any] = {}
 
 PATIENCE_S = 60.0
-"""Seconds beyond the recipe's `phase_timeout_s` that a collective waits for a living but slower
-rank: the hang guard is to be the first, because it tells where each rank is. A dead one is noticed
-at once: its connections close, and torchrun ends the others."""
+"""Seconds beyond the recipe's `phase_timeout_s` that a collective waits for a slow rank: the hang
+guard must be first, because it says where each rank is. A dead rank is noticed at once: its
+connections close, and torchrun ends the others."""
 
 
 def rank() -> int:
@@ -68,10 +68,10 @@ def is_first() -> bool:
 
 @contextmanager
 def joined(device: str, phase_timeout_s: float | None = None) -> Iterator[None]:
-    """Within it, the ranks can talk to each other: gloo, and NCCL beside it for GPUs. Both are the
-    recipe's: "auto", "cpu" or "cuda", and how long nothing may go on (None: a year).
+    """Process groups of all ranks: gloo, and NCCL for GPUs. `device` ("auto", "cpu", "cuda") and
+    `phase_timeout_s` (None: a year) are the recipe's.
 
-    A collective that fails because another rank has gone raises LostRank.
+    Raises LostRank for a collective that fails because another rank is gone.
     """
     if alone():
         yield
@@ -87,7 +87,7 @@ def joined(device: str, phase_timeout_s: float | None = None) -> Iterator[None]:
                 "each needs one of its own"
             )
         torch.cuda.set_device(local_rank())
-    # Objects and numbers always go through gloo: they must not wait for a GPU's queue.
+    # Objects and numbers use gloo: they must not wait for a GPU's queue.
     timeout = timedelta(seconds=phase_timeout_s + PATIENCE_S if phase_timeout_s else 365 * 86400)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
     _lanes.update({lane: dist.new_group(backend="gloo", timeout=timeout) for lane in LANES})
@@ -98,21 +98,18 @@ def joined(device: str, phase_timeout_s: float | None = None) -> Iterator[None]:
             raise LostRank(f"rank {rank()}: the connection to another rank broke") from error
         raise
     else:
-        # Not after an error: with collectives still open it would wait for ranks that are gone.
+        # Not after an error: it would wait for lost ranks in open collectives.
         dist.destroy_process_group()
 
 
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone: gloo and NCCL tell by text only."""
+    """Whether a collective failed because another rank is gone: only the message says so."""
     signs = ("onnection closed by peer", "onnection reset", "gloo/", "Broken pipe", "NCCL error")
     return any(sign in str(error) for sign in signs)
 
 
 def gather(value: T, lane: str = "main") -> list[T]:
-    """What every rank gives, in the order of the ranks. Every rank must call it.
-
-    Two threads may do so at once if they have a lane of their own, one of LANES.
-    """
+    """Every rank's value, in rank order. Collective. Concurrent threads need lanes of their own."""
     if alone():
         return [value]
     import torch.distributed as dist
@@ -124,7 +121,7 @@ def gather(value: T, lane: str = "main") -> list[T]:
 
 
 def gather_to_first(value: T) -> list[T]:
-    """As `gather`, for what only rank 0 needs; the others get an empty list."""
+    """As `gather`, on rank 0 only; the others get an empty list."""
     if alone():
         return [value]
     import torch.distributed as dist
@@ -135,7 +132,7 @@ def gather_to_first(value: T) -> list[T]:
 
 
 def sum_counts(counts: dict[str, float]) -> dict[str, float]:
-    """Sums over ranks, name by name; a rank may lack a name. Every rank gets the same bits."""
+    """Sums over ranks by name; a rank may lack a name. Bit-equal on every rank."""
     total: dict[str, float] = {}
     for part in gather(counts):
         for name, value in part.items():
@@ -144,8 +141,7 @@ def sum_counts(counts: dict[str, float]) -> dict[str, float]:
 
 
 def exchange(parcels: list[T]) -> list[T]:
-    """A parcel for every rank, against one from each: point to point, so that no rank sees what is
-    not meant for it. Every rank must call it."""
+    """All-to-all of Python objects: entry i goes to rank i, one comes from each. Collective."""
     if alone():
         return parcels
     import torch
@@ -184,8 +180,8 @@ def on_first_rank(function: Callable[[], T]) -> T:
 
 
 def speaks_first() -> bool:
-    """Whether this rank is the first with something to say about the end of the run: an error that
-    all ranks meet is told once, one that a single rank meets by that rank."""
+    """Whether this rank is the first to report the end of the run: an error on all ranks is printed
+    once, an error on one rank by that rank."""
     if alone():
         return True
     import torch.distributed as dist
@@ -198,13 +194,13 @@ def speaks_first() -> bool:
 
 
 def cut(count: int, part: int, parts: int) -> slice:
-    """Where part number `part` of so many things lies, if they are cut into `parts` pieces that
-    differ by at most one."""
+    """Part number `part` of `count` items, cut into `parts` pieces whose sizes differ by at most
+    one."""
     return slice(count * part // parts, count * (part + 1) // parts)
 
 
 def make_mesh(device: "torch.device") -> "DeviceMesh":
-    """All ranks in one row."""
+    """One dimension over all ranks."""
     from torch.distributed.device_mesh import init_device_mesh
 
     return init_device_mesh(device.type, (world_size(),))

@@ -4,29 +4,28 @@ import errno
 
 FULL = (
     "the disk is full; checkpoints and finished stages are kept: make room, and the same command "
-    "goes on"
+    "resumes"
 )
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-
-GOES_ON = "the same command goes on from the last checkpoint or finished stage"
+RESUME_HINT = "the same command resumes from the last checkpoint or finished stage"
 LOST, HUNG = 3, 4
-"""Exit codes of a process that ends because another one of the run is gone, or because nothing went
-on for too long. What a user can put right is 2."""
+"""Exit codes of a process that has lost another rank, or that the hang guard ended. A UserError's
+is 2."""
 
 
 class UserError(Exception):
-    """What a user can put right: what is wrong, where (file, key, row), what to do. The CLI exits
+    """A fault that a user can fix: what is wrong, where (file, key, row), what to do. The CLI exits
     with 2."""
 
 
 class LostRank(Exception):
-    """Another process of the run is gone, so this one cannot go on. The CLI exits with 1."""
+    """Another process of the run is gone. The CLI exits with `LOST`."""
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a write failed for lack of room: safetensors tells by text only, and torch by the
-    error that it was busy with."""
+    """Whether a write failed for lack of space: safetensors says so in its text only, torch in the
+    error's cause."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             return True
@@ -37,8 +36,8 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 class Tripped(UserError):
-    """A check of the circuit breaker ends the run; `rollback`: with the newest checkpoint that made
-    good rollouts, not with the newest of all."""
+    """The circuit breaker ends the run. `rollback`: resume from the newest checkpoint with good
+    rollouts, not from the newest one."""
 
     def __init__(self, line: str, rollback: bool):
         super().__init__(line)

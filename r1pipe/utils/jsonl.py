@@ -13,7 +13,7 @@ from r1pipe.utils.errors import UserError
 
 
 def read_json(path: Path, missing_ok: bool = False) -> Any:
-    """What a JSON file holds; None if it is not there and that is `missing_ok`.
+    """The value in a JSON file; None if there is no file and `missing_ok`.
 
     Raises UserError if it cannot be read or is not JSON.
     """
@@ -29,9 +29,9 @@ def read_json(path: Path, missing_ok: bool = False) -> Any:
 def read_jsonl(
     path: Path, missing_ok: bool = False, growing: bool = False, begin: int = 0
 ) -> Iterator[tuple[int, dict]]:
-    """Yield (row number from 1, row); nothing if there is no file and that is `missing_ok`. Of a
-    file that is still `growing`, or whose writer was killed, the last line is left out unless it is
-    whole. `begin`: bytes to leave out; rows are counted from there.
+    """Yield (row number from 1, row); nothing if there is no file and `missing_ok`. `growing`: skip
+    a last line without its end, of a file that is being written or whose writer was killed.
+    `begin`: bytes to skip; rows are counted from there.
 
     Raises UserError if the file cannot be read or a line is not a JSON object.
     """
@@ -52,7 +52,7 @@ def read_jsonl(
 
 @contextmanager
 def open_to_read(path: Path, missing_ok: bool) -> Iterator[BinaryIO | None]:
-    """In bytes: text that is not UTF-8 then fails in json.loads, where the row is known."""
+    """As bytes: text that is not UTF-8 then fails in json.loads, where the row is known."""
     try:
         file = path.open("rb")
     except OSError as error:
@@ -65,13 +65,13 @@ def open_to_read(path: Path, missing_ok: bool) -> Iterator[BinaryIO | None]:
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
-    """Write records or dicts, whole or not at all."""
+    """Write records or dicts atomically."""
     write_lines(path, (f"{dump_row(row)}\n" for row in rows))
 
 
 def dump_row(row: Any) -> str:
-    """One record or dict as a JSON line, without the line's end. What is not a finite number, such
-    as the mean of no rewards, is null: JSON has no NaN."""
+    """One record or dict as a JSON line, without the line end. NaN, such as the mean of no rewards,
+    and infinity become null."""
     if not isinstance(row, dict):
         row = {k: v for k, v in asdict(row).items() if k != "extra" or v is not None}
     try:
@@ -90,12 +90,12 @@ def replace_nan(value: Any) -> Any:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all: temporary neighbour, fsync, rename. Raises OSError."""
+    """Write a file atomically: temporary neighbor, fsync, rename. Raises OSError."""
     write_lines(path, [text])
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """The same, of text that comes piece by piece."""
+    """As `write_text`, from an iterable."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("w", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""What each thread of this process is doing, and when work last went on: for the hang guard."""
+"""What each thread of this process is doing, and the last heartbeat: for the hang guard."""
 
 import threading
 import time
@@ -10,19 +10,19 @@ _last_beat = time.monotonic()
 
 
 def heartbeat() -> None:
-    """Say that work goes on: after each piece of it that cannot be cut smaller."""
+    """Report progress, after each smallest unit of work."""
     global _last_beat
     _last_beat = time.monotonic()
 
 
 def seconds_since_heartbeat() -> float:
-    """Of any thread: one may wait for another that works."""
+    """Over all threads: one may wait for another that works."""
     return time.monotonic() - _last_beat
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """Name what this thread does within it; beats at both ends. Also a decorator."""
+    """Name what this thread does; sends a heartbeat at both ends. Also a decorator."""
     names = _names.setdefault(threading.get_ident(), [])
     names.append(name)
     heartbeat()

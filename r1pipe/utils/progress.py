@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: a bar on a terminal, a line now and then elsewhere."""
+"""Progress of a stage: a bar on a terminal, a line every ten seconds elsewhere; and Ctrl-C."""
 
 import os
 import sys
@@ -25,13 +25,13 @@ console = Console(stderr=True, highlight=False)
 
 SECONDS_BETWEEN_LINES = 10.0
 ECHO_S = 3.0
-"""In a run of several processes: a signal that comes again within this time is the same one."""
+"""In a run of several processes, a second signal within this time is the same one."""
 
 
 class Interrupt:
-    """What Ctrl-C or a termination does: raise KeyboardInterrupt at once, and once more at the next
-    step if a library's callback has swallowed the first. Within `deferred` the first signal only
-    asks; the second, or the end of the grace period, does that."""
+    """Ctrl-C or SIGTERM: raise KeyboardInterrupt at once, and again at the next step if a library's
+    callback swallowed the first. Within `deferred` the first signal only sets `asked`; the second,
+    or the end of the grace period, raises."""
 
     asked = False
     signal_number: int | None = None
@@ -39,19 +39,19 @@ class Interrupt:
     _grace_s = 0.0
     _waiting = False
     _again: threading.Timer | None = None
-    """The second signal, for when the grace period is over."""
+    """Sends the second signal when the grace period is over."""
 
     @classmethod
     def handle(cls, signal_number: int, frame: FrameType | None) -> None:
         since_s = time.monotonic() - cls._asked_at
         if cls._waiting and not alone() and since_s < min(ECHO_S, cls._grace_s):
-            return  # a scheduler tells every process, and torchrun hands on what it was told
+            return  # from the scheduler, which signals every process, and from torchrun
         first, cls.asked, cls.signal_number = not cls.asked, True, signal_number
         cls._asked_at = time.monotonic()
         cls._waiting = first and cls._grace_s > 0
         if not cls._waiting:
             raise KeyboardInterrupt
-        # Not say(): the signal may have come in the middle of a print.
+        # Not log_line: the signal may have come in the middle of a print.
         if is_first():
             os.write(2, b"ending after this step, to save it; once more to end at once\n")
         cls._again = threading.Timer(cls._grace_s, os.kill, (os.getpid(), signal_number))
@@ -61,7 +61,7 @@ class Interrupt:
     @classmethod
     @contextmanager
     def deferred(cls, grace_s: float) -> Iterator[None]:
-        """Within it, whoever takes steps looks at `asked` after each, saves, and raises."""
+        """Within it, the training loop checks `asked` after each step, saves, and raises."""
         cls._grace_s = grace_s
         try:
             yield
@@ -72,7 +72,7 @@ class Interrupt:
 
     @classmethod
     def check(cls) -> None:
-        """Raise it again, for work that has swallowed it or runs in another thread."""
+        """Raise again, where a library swallowed the first or work runs in another thread."""
         if cls.asked and not cls._waiting:
             raise KeyboardInterrupt
 
@@ -80,8 +80,8 @@ class Interrupt:
 class StageProgress:
     """Progress of one stage over `total` steps. Use as a context manager.
 
-    `advance(reward=0.5)` counts a step and shows the given figures beside it; `note(seconds left)`
-    has a word to add.
+    `advance(reward=0.5)` counts a step and shows the given figures beside it. `note(seconds left)`
+    gives text to append.
     """
 
     def __init__(self, label: str, total: int, note: Callable[[float], str] | None = None):
@@ -117,7 +117,7 @@ class StageProgress:
             self._bar.stop()
 
     def start_at(self, done: int) -> None:
-        """These steps were done before: they say nothing about the time left."""
+        """Steps done before: not counted in the estimate of the time left."""
         self.done = self._done_before = done
         if self._bar:
             self._bar.update(self._task, completed=done, total=self.total)
@@ -148,7 +148,7 @@ def format_size(num_bytes: float) -> str:
 
 
 def log_line(text: str) -> None:
-    """A line for the person, on stderr: stdout is for results. Only rank 0 speaks."""
+    """Print a line on stderr (stdout is for results), on rank 0 only."""
     if not is_first():
         return
     console.print(text, markup=False, soft_wrap=True)

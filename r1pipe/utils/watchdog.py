@@ -1,16 +1,15 @@
-"""The hang guard: a run in which nothing goes on for `phase_timeout_s` ends, and says where it was.
+"""The hang guard: ends a run without progress for `phase_timeout_s`, and says where it hung.
 
-Whoever works beats (phases.py): each step of vLLM, each group judged, each micro-batch, each
-collective. A thread of every rank watches that, because a signal's handler does not run while its
-thread is inside a C call. When it has been silent for too long, the stacks of all threads of all
-ranks are written into the run folder, runs/<name>/.stacks/, the ranks tell each other by a file
-there, and the process ends at once with exit code 4. What was saved before is as good as after any
-other death of the run.
+Work sends heartbeats (phases.py): each step of vLLM, each group judged, each micro-batch, each
+collective. A thread of every rank watches them, because a signal's handler does not run while its
+thread is inside a C call. After too long a silence the stacks of all threads of all ranks are
+written to runs/<name>/.stacks/, a marker file there tells the other ranks, and the process ends at
+once with exit code 4. Checkpoints stay valid, as after any other kill.
 
-A thread of Python is blind where the interpreter itself is held, as by a regular expression that
-backtracks for ever. So each rank has a guardian besides, a small process that it ticks once a
-second. It asks the silent one for its stacks by SIGUSR1, which faulthandler answers without the
-interpreter (anyone may ask: `kill -USR1 PID`), and ends it by SIGALRM, exit code 142 in a shell.
+A Python thread does not run while the interpreter is held, as by a regular expression that
+backtracks forever. So each rank also has a guardian, a small process that it ticks once a second.
+The guardian asks a silent rank for its stacks by SIGUSR1, which faulthandler answers without the
+interpreter (`kill -USR1 PID` works by hand, too), and ends it by SIGALRM, exit code 142 in a shell.
 """
 
 import contextlib
@@ -28,19 +27,19 @@ from pathlib import Path
 from types import TracebackType
 
 from r1pipe.utils import distributed
-from r1pipe.utils.errors import GOES_ON, HUNG
+from r1pipe.utils.errors import HUNG, RESUME_HINT
 from r1pipe.utils.phases import describe_phases, heartbeat, seconds_since_heartbeat
 
 POLL_S = 1.0
 OTHERS_S = 5.0
 """How long the rank that noticed waits for the others' stacks."""
 MARKER = "hung"
-"""The file by which a rank tells the others; who makes it speaks."""
+"""Made by the first rank that notices, which then prints; the others end on seeing it."""
 
 
 class Watchdog:
-    """Within it, the process ends when nothing goes on for `limit_s` (None: never). Every rank has
-    one, with the same `folder`, which `clear_stacks` has emptied before."""
+    """Context manager: the process ends after `limit_s` without a heartbeat (None: never). Every
+    rank has one, with the same `folder`, which `clear_stacks` has emptied before."""
 
     def __init__(self, folder: Path, limit_s: float | None):
         self.folder, self.limit_s = folder, limit_s
@@ -82,14 +81,14 @@ class Watchdog:
         while not self._ended.wait(interval):
             now = time.monotonic()
             if now - last > 10 * interval:
-                heartbeat()  # all of the process slept, as after Ctrl-Z: that is no hang
+                heartbeat()  # the whole process slept, as after Ctrl-Z: no hang
             last = now
             tick(self._guardian)
             if (self.folder / MARKER).exists():
                 self._end()
             if seconds_since_heartbeat() > self.limit_s:
                 line = (
-                    f"rank {distributed.rank()}: nothing went on for {self.limit_s:g} s (in "
+                    f"rank {distributed.rank()}: no progress for {self.limit_s:g} s (in "
                     f"{describe_phases()})"
                 )
                 if claim(self.folder, line):
@@ -113,18 +112,18 @@ class Watchdog:
 
 
 def clear_stacks(folder: Path) -> None:
-    """Before any rank watches: what an earlier run has left would end this one."""
+    """Before any rank watches: an earlier run's marker would end this one."""
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def claim(folder: Path, line: str) -> bool:
-    """Tell the person and the other ranks, if none of them has; whether this one was first."""
+    """Print the line and mark the folder, unless another rank has; whether this rank was first."""
     try:
         (folder / MARKER).open("x").close()
     except FileExistsError:
         return False
-    # Not by print: another thread may hold the stream.
-    os.write(2, f"r1pipe: {line}; the stacks are in {folder}; {GOES_ON}\n".encode())
+    # Not by print: another thread may hold the stream's lock.
+    os.write(2, f"r1pipe: {line}; the stacks are in {folder}; {RESUME_HINT}\n".encode())
     return True
 
 
@@ -143,16 +142,16 @@ def start_guardian(folder: Path, limit_s: float) -> subprocess.Popen:
 
 
 def tick(guardian: subprocess.Popen) -> None:
-    # It may have ended, or sleep and have ticks enough.
+    # It may have ended, or its pipe may be full while it sleeps.
     with contextlib.suppress(OSError):
         os.write(guardian.stdin.fileno(), b".")
 
 
 def guard(pid: int, folder: str, limit_s: float) -> None:
-    """The guardian's life: until its process has ended or does not tick any more."""
+    """The guardian's main function: runs until its process ends or stops ticking."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    # Twice: if all of them slept, as after Ctrl-Z, the other has to wake up too.
+    # Twice: after Ctrl-Z both slept, and the other process needs time to wake up.
     while any(select.select([0], [], [], seconds)[0] for seconds in (limit_s, 2 * POLL_S)):
         if not os.read(0, 4096):
             return

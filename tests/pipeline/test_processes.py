@@ -155,7 +155,7 @@ def test_two_processes_go_on_bit_equal(case: str, both: tuple, recipe: Path) -> 
     assert process.returncode == (130 if number == signal.SIGTERM else -number), err
     if number == signal.SIGTERM:
         assert re.search(rf"{stage}: step [12] is saved", err), err  # the one that was running
-        assert "interrupted; the same command goes on" in err
+        assert "interrupted; the same command resumes" in err
     alone = run(*command)
     assert alone.returncode == 2
     assert "saved by 2 processes, and this run has 1" in alone.stderr.splitlines()[-1]

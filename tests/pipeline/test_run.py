@@ -284,7 +284,7 @@ def test_interrupted_run_saves_its_step_and_goes_on(tiny_recipe: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=900)
     assert process.returncode == 130
-    assert "interrupted; the same command goes on" in err
+    assert "interrupted; the same command resumes" in err
     assert "Traceback" not in err
     assert (folder / "random" / "stage.json").exists()
     assert not (folder / "sft").exists()

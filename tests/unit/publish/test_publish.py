@@ -298,7 +298,7 @@ REFUSALS = [
     ("PUT /lfs/", 403, "expired", ["403"]),
     ("/commit/", 412, "A commit has happened since", ["somebody else has changed it", "412"]),
     ("/commit/", 409, "conflict", ["somebody else has changed it", "409"]),
-    ("/commit/", 500, "", ["the hub fails (500", "the same command goes on where it was"]),
+    ("/commit/", 500, "", ["the hub fails (500", "run the same command again to resume"]),
     ("/validate-yaml", 400, "bad card", ["README.md"]),
 ]
 

@@ -95,7 +95,7 @@ def test_a_hang_ends_with_the_stacks(case: str, tmp_path: Path) -> None:
     assert lines[0].startswith("r1pipe: rank 0: ")
     assert words in lines[0]
     assert str(tmp_path / "stacks") in lines[0]
-    assert "the same command goes on" in lines[0]
+    assert "the same command resumes" in lines[0]
     written = (tmp_path / "stacks" / "rank-0.txt").read_text()
     assert re.search(stacks, written), written
 
