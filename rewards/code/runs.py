@@ -85,8 +85,7 @@ def judge_program(
             break
         num_bytes = len(expected.encode("utf-8", "surrogatepass"))
         one = most._replace(
-            seconds=min(most.seconds, left_s),
-            output_bytes=max(most.output_bytes, 2 * num_bytes),
+            seconds=min(most.seconds, left_s), output_bytes=max(most.output_bytes, 2 * num_bytes)
         )
         failure = _compare(run_program(server, code, text, one), expected)
         passed += failure is None

@@ -5,13 +5,7 @@ from itertools import chain
 from mpmath import mp
 
 from rewards.math import real_sets
-from rewards.math.evaluate import (
-    INTEGER_LETTERS,
-    POINTS,
-    Evaluator,
-    Undefined,
-    exact,
-)
+from rewards.math.evaluate import INTEGER_LETTERS, POINTS, Evaluator, Undefined, exact
 from rewards.math.forms import (
     Item,
     read_items,

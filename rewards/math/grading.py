@@ -74,7 +74,7 @@ _LETTER = re.compile(r"\s*<?\(?([a-jA-J])\)?>?\s*")
 _NAMED_LETTER = re.compile(r"\s*(?:option|choice|answer)\W+\(?([a-j])\)?\W*", re.IGNORECASE)
 # (a), (1), a), (ii): the label of a part, where the parts begin with the first of its kind.
 _LABEL = re.compile(
-    r"(?:^|(?<=[\s;,.:、)}\d]))(?:part\s*|第)?(?:\(\s*([a-h]|[1-9]|[ivIV]{1,4})\s*\)|([a-h]|[1-9])\))\s*[:.]?",
+    r"(?:^|(?<=[\s;,.:、)}\d]))(?:part\s*|第)?(?:\(\s*([a-h]|[1-9]|[ivIV]{1,4})\s*\)|([a-h]|[1-9])\))\s*[:.]?"
 )
 _LABEL_ORDERS = (
     "abcdefgh",

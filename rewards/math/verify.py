@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from rewards.math.normalize import spell
 from rewards.math.numbers import parse_number
-from rewards.text.answers import Extraction, extract_answer, find_answer
+from rewards.text.answers import Extraction, find_answer
 from rewards.text.completions import Completion, completion_text
 from rewards.workers.pool import (
     CRASHED,
@@ -281,9 +281,3 @@ def is_worked_solution(gold: str) -> bool:
     if num_words < 5 or not _SENTENCE_BREAK.search(gold):
         return False
     return num_words >= 12 or bool(_FINAL_MARK.search(gold))
-
-
-__all__ = [
-    "Verdict", "count_verdicts", "extract_answer", "grade_answer", "judge_math", "judge_pairs",
-    "math_correct",
-]  # fmt: skip

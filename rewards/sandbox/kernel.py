@@ -117,10 +117,7 @@ def make_landlock_rules(read: Sequence[str], write: Sequence[str]) -> int:
     version = landlock_version()
     fs_rights = (1 << _LAST_FS_RIGHT.get(version, _LATEST_FS_RIGHT) + 1) - 1
     attributes = struct.pack(
-        "=QQQ",
-        fs_rights,
-        _NET_RIGHTS if version >= 4 else 0,
-        _SCOPES if version >= 6 else 0,
+        "=QQQ", fs_rights, _NET_RIGHTS if version >= 4 else 0, _SCOPES if version >= 6 else 0
     )
     size = 8 if version < 4 else 16 if version < 6 else 24
     rules = _syscall("landlock", _SYS_LANDLOCK_CREATE, attributes[:size], size, 0)

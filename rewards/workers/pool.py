@@ -97,10 +97,7 @@ class Pool:
     """
 
     def __init__(
-        self,
-        num_workers: int,
-        memory_mb: int = DEFAULT_MEMORY_MB,
-        preload: Sequence[str] = (),
+        self, num_workers: int, memory_mb: int = DEFAULT_MEMORY_MB, preload: Sequence[str] = ()
     ):
         if num_workers < 1:
             raise ValueError(f"num_workers must be at least 1, not {num_workers}")

@@ -155,10 +155,7 @@ _ENCODERS: tuple[tuple[type, Encoder], ...] = (
     (range, lambda value, refer: {"range": [value.start, value.stop, value.step]}),
     (deque, _items(deque, "deque")),
     (Decimal, lambda value, refer: {"Decimal": Decimal.__str__(value)}),
-    (
-        Fraction,
-        lambda value, refer: {"Fraction": [value.numerator, value.denominator]},
-    ),
+    (Fraction, lambda value, refer: {"Fraction": [value.numerator, value.denominator]}),
     (datetime, lambda value, refer: {"datetime": datetime.isoformat(value)}),
     (date, lambda value, refer: {"date": date.isoformat(value)}),
     (time, lambda value, refer: {"time": time.isoformat(value)}),
