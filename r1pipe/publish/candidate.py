@@ -21,7 +21,7 @@ class Candidate:
 
     @cached_property
     def lineage(self) -> list[StageFolder]:
-        """The stage and all that it comes from, each after what it comes from itself."""
+        """The stage and its ancestors, each after its parents."""
         return self.run.lineage(self.stage.name)
 
     @cached_property

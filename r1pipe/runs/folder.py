@@ -3,8 +3,8 @@
     runs/<name>/
       <stage>/            a finished stage: checkpoint, metrics.jsonl, problems.jsonl, stage.json,
                           lineage.json
-      .<stage>.partial/   a stage that is being made; what an interrupted run left there that can
-                          be gone on from is kept: checkpoints/ (checkpoints.py), journal/
+      .<stage>.partial/   a stage in progress; after an interruption, what it can resume from:
+                          checkpoints/ (trainer/checkpoints.py), journal/ (rollout/journal.py)
       summary.json        one object per evaluated checkpoint
 
 A stage's folder appears by one rename, after everything in it is written.
@@ -31,22 +31,22 @@ from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import write_text
 
 SHARED_KEYS = ("seed", "dtype", "attn_implementation", "ngram", "chat_template")
-"""Settings of the recipe that change what a stage makes. The engine's bound only what fits."""
+"""Recipe settings that change a stage's result. The engine's only bound what fits."""
 
-MOST_CHANGES = 3
+MAX_CHANGES = 3
 """Changed keys that an error names."""
 
 JOURNAL = "journal"
-"""Where a stage keeps what it has sampled (sampling.py) until it is finished."""
+"""A stage's samples (rollout/journal.py), until it is finished."""
 CHECKPOINTS = "checkpoints"
-"""Where it keeps what it can go on from (checkpoints.py) until then."""
+"""What a training stage resumes from (trainer/checkpoints.py), until it is finished."""
 
 
 class RunFolder:
     """The folder of one run, held by one process at a time. Use as a context manager.
 
-    In a run of several processes rank 0 holds it and writes; what the stages of the others write
-    goes into folders that are thrown away. All must see the folder, to read from it.
+    In a run of several processes rank 0 holds and writes it; the other ranks write to temporary
+    folders, and must be able to read it.
 
     Raises UserError if another process holds it or it cannot be written.
     """
@@ -55,7 +55,7 @@ class RunFolder:
         self.recipe = recipe
         self.path = recipe.run_dir
         self.lineages: dict[str, Lineage] = {}
-        """Of the stages that have begun, by name."""
+        """By name of the stages that have begun."""
         self._held: TextIO | None = None
 
     def __enter__(self) -> "RunFolder":
@@ -90,13 +90,13 @@ class RunFolder:
         return self.path / name
 
     def partial_dir(self, name: str) -> Path:
-        """Where a stage is being made: the same for every rank."""
+        """The folder of a stage in progress, the same on every rank."""
         return self.path / f".{name}.partial"
 
     def begin(self, stage: Stage, redo: bool = False) -> Path:
-        """A folder to write the stage into: what an interrupted run has left, or an empty one.
+        """The stage's partial folder: an interrupted run's, or, also with `redo`, an empty one.
 
-        `redo` throws the former away. Raises UserError if it was left by other settings.
+        Raises UserError if it was left by other settings.
         """
         lineage = self.lineages[stage.name] = Lineage(self.recipe, stage)
         distributed.on_first_rank(lambda: self._begin(stage, redo))
@@ -112,18 +112,18 @@ class RunFolder:
             if record is None:
                 raise UserError(
                     f"{partial}: {RECORD} is gone, so the settings of its checkpoints are not "
-                    "known; put it back to go on there, or add --redo to throw that work away"
+                    "known; put it back to resume, or add --redo to discard that work"
                 )
             if change := self._find_change(stage, record):
                 raise UserError(
                     f"{partial}: interrupted with {change} than the recipe has now; put it back to "
-                    "go on there, add --redo to throw that work away, or change the run's name"
+                    "resume, add --redo to discard that work, or change the run's name"
                 )
             return
         partial.mkdir(exist_ok=True)
         for path in partial.iterdir():
             if path.name == JOURNAL and not redo:
-                continue  # it knows by itself what it is good for
+                continue  # it checks its own settings
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -131,16 +131,15 @@ class RunFolder:
         write_text(partial / RECORD, json.dumps(self._describe(stage), indent=2) + "\n")
 
     def abandon(self, partial: Path, keep: bool = False) -> int:
-        """Nothing half-written stays behind a stage that failed or was interrupted; what it can go
-        on from stays, or, with `keep`, what a person is to look at. Returns the step of the newest
-        checkpoint, 0 if there is none."""
-        if not can_go_on(partial) and not (keep and distributed.is_first()):
+        """After a failure: delete the partial folder unless resumable, or `keep`. Returns
+        the step of the newest checkpoint, 0 if there is none."""
+        if not can_resume(partial) and not (keep and distributed.is_first()):
             shutil.rmtree(partial, ignore_errors=True)
         return max(find_steps(partial / CHECKPOINTS), default=0)
 
     def finish(self, stage: Stage, partial: Path, facts: dict[str, Any], wall_s: float) -> None:
         """Put a stage's folder in its place, replacing an older one."""
-        distributed.barrier()  # a stage that a rank has not finished is not finished
+        distributed.barrier()  # finished on every rank
         distributed.on_first_rank(lambda: self._place(stage, partial, facts, wall_s))
         if not distributed.is_first():
             shutil.rmtree(partial, ignore_errors=True)
@@ -154,13 +153,13 @@ class RunFolder:
         }
         write_text(partial / RECORD, json.dumps(record, indent=2) + "\n")
         shutil.rmtree(partial / JOURNAL, ignore_errors=True)
-        # Those who may read the record may read the weights: safetensors keeps them to their owner.
+        # safetensors makes its files readable by their owner only.
         for path in partial.glob("*.safetensors"):
             path.chmod((partial / RECORD).stat().st_mode)
         self.lineages[stage.name].write(partial, self.path)
         target = self.stage_dir(stage.name)
         if target.exists():
-            # A folder cannot be replaced in one step: the old one steps aside first.
+            # A folder cannot be replaced in one step.
             old = self.path / f".{stage.name}.old"
             shutil.rmtree(old, ignore_errors=True)
             target.rename(old)
@@ -183,9 +182,8 @@ class RunFolder:
         return read_record(self.stage_dir(name))
 
     def settings(self, stage: Stage) -> dict[str, Any]:
-        """What the stage is made from: its own section and the shared keys, resolved. Not when it
-        is saved, nor when it must stop: a run that the circuit breaker has ended can go on with
-        other limits."""
+        """The stage's own section and the shared keys, resolved, without how often it saves and the
+        breaker's limits, which a resumed run may change."""
         shared = self.recipe.model_dump(mode="json", include=set(SHARED_KEYS), exclude_none=True)
         saving = set(Saving.model_fields)
         left_out = {"train": saving} | dict.fromkeys({*saving, "breaker"}, True)
@@ -206,25 +204,23 @@ class RunFolder:
         return not self._is_being_redone(stage)
 
     def _is_being_redone(self, stage: Stage) -> bool:
-        """Whether --redo has begun to make it again, and was interrupted."""
+        """Whether an interrupted --redo can be resumed."""
         partial = self.partial_dir(stage.name)
-        begun = read_record(partial) if can_go_on(partial) else None
+        begun = read_record(partial) if can_resume(partial) else None
         return begun is not None and not self._find_change(stage, begun)
 
     def _find_change(self, stage: Stage, record: dict[str, Any]) -> str:
-        """What is not as it was when the stage was begun; empty if nothing."""
+        """What differs from when the stage was begun; "" if nothing."""
         now, then = (dict(flatten(s)) for s in (self.settings(stage), record["settings"]))
         changed = sorted(key for key in {**now, **then} if now.get(key) != then.get(key))
-        # A key that is younger than the record, and not set: the stage was made with its default.
+        # A key newer than the record, and not set: the stage was made with its default.
         own = dict(flatten(stage.model_dump(mode="json", by_alias=True, exclude_defaults=True)))
         younger = {key for key in changed if key not in then and key not in own}
         changed = [key for key in changed if key not in younger]
         if changed:
             values = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in changed}
-            shown = [f"{key}: {old}, now {new}" for key, (old, new) in values.items()][
-                :MOST_CHANGES
-            ]
-            more = f", and {len(changed) - MOST_CHANGES} more" if changed[MOST_CHANGES:] else ""
+            shown = [f"{key}: {old}, now {new}" for key, (old, new) in values.items()][:MAX_CHANGES]
+            more = f", and {len(changed) - MAX_CHANGES} more" if changed[MAX_CHANGES:] else ""
             return f"other settings ({', '.join(shown)}{more})"
         parents = self._find_parents(stage)
         known = record.get("parents") or parents
@@ -237,8 +233,7 @@ class RunFolder:
         return ""
 
     def _find_parents(self, stage: Stage) -> dict[str, str]:
-        """When the stages that this one starts from were finished: one that was made again since
-        is another parent."""
+        """When each parent was finished, by name: made again, it is another parent."""
         records = {
             name: self.read_record(name) for name in stage.parents() if self.recipe.stage(name)
         }
@@ -278,8 +273,8 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def find_mistake(name: str, recipe: Recipe) -> str:
-    """What is wrong with `from` or another name of a checkpoint that no stage of the recipe has;
-    nothing if it is a checkpoint's folder, or may be a hub id."""
+    """What is wrong with a checkpoint's name that is no stage's; "" for a checkpoint folder or a
+    possible hub id."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         if (folder / "config.json").exists():
@@ -307,12 +302,12 @@ def find_mistake(name: str, recipe: Recipe) -> str:
     return f'"{name}" is neither a stage nor a checkpoint folder; {hint}'
 
 
-def can_go_on(partial: Path) -> bool:
-    """Whether an interrupted stage has left something that need not be made again."""
+def can_resume(partial: Path) -> bool:
+    """Whether an interrupted stage has left checkpoints or samples."""
     return bool(find_steps(partial / CHECKPOINTS)) or (partial / JOURNAL).exists()
 
 
 def find_steps(checkpoints: Path) -> list[int]:
-    """Of the checkpoints in a folder, whole or not, the oldest first."""
+    """Steps of the checkpoints in a folder, complete or not, oldest first."""
     names = (path.name.removeprefix("step-") for path in checkpoints.glob("step-*"))
     return sorted(int(name) for name in names if name.isdigit())

@@ -9,11 +9,9 @@ from pathlib import Path
 from r1pipe.data.problems import COLUMNS
 from r1pipe.types import Problem
 
-# Hashes
-
 
 def hash_file(path: Path) -> str:
-    """SHA-256 of a file, read once per process unless it changes: two stages may start from the
+    """SHA-256, computed once per process unless the file changes: two stages may start from the
     same 60 GB."""
     facts = path.stat()
     return hash_version(path, facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns)
@@ -34,7 +32,7 @@ def hash_tree(hashes: dict[str, str]) -> str:
 
 
 def hash_rows(problems: Iterable[Problem]) -> str:
-    """Of problems as they were loaded, whatever made them and in whatever form they were stored."""
+    """Of problems as loaded, whatever file they come from."""
     digest = hashlib.sha256()
     for problem in problems:
         row = [getattr(problem, column) for column in COLUMNS]

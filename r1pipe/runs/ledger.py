@@ -1,12 +1,11 @@
-"""What a run costs: time, devices and money of everything that was done for it.
+"""What a run costs: time, devices and money, lost work included.
 
-`runs/<name>/ledger.jsonl` is a journal that only grows: a line when a stage begins, one for each
-step, one when it ends. So it knows what no checkpoint knows: attempts that were killed, steps that
-were done twice, stages that were made again. From it each stage's folder gets `ledger.jsonl` (a
-line per step) and `ledger.json`, and the run `ledger.json`.
+`runs/<name>/ledger.jsonl` is append-only: a line when a stage begins, for each step, and when it
+ends. So it also has killed attempts, steps done twice and stages made again. Each stage's folder
+gets its own `ledger.jsonl` (a line per step) and `ledger.json`, and the run a `ledger.json`.
 
-A killed attempt writes no end. While one runs the journal's modification time is kept current, and
-whoever opens it next takes that for the end. Imports no torch.
+A killed attempt writes no end: a thread keeps the file's modification time current, and the next
+attempt takes that as the end. Imports no torch.
 """
 
 import json
@@ -23,14 +22,14 @@ from r1pipe.config.recipe import Recipe
 from r1pipe.utils import distributed
 from r1pipe.utils.jsonl import dump_row, read_jsonl, write_jsonl, write_text
 
-SECONDS_BETWEEN_SIGNS = 5.0
-"""Of life: how exactly the end of a killed attempt is known."""
+SECONDS_BETWEEN_TOUCHES = 5.0
+"""How exactly the end of a killed attempt is known."""
 LEDGER, SUMMARY = "ledger.jsonl", "ledger.json"
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the run occupies, over all its processes: so many GPUs, or CPU cores."""
+    """What the run occupies, over all its processes: GPUs, or CPU cores."""
 
     unit: str
     count: int
@@ -47,14 +46,14 @@ class Hardware:
 
 
 def count_cores() -> int:
-    """Cores that this process computes on: those that it may use, but no more than its threads."""
+    """Cores that this process may use, but no more than its threads."""
     allowed = len(os.sched_getaffinity(0))
     threads = os.environ.get("OMP_NUM_THREADS", "")
     return min(allowed, int(threads)) if threads.isdigit() and int(threads) else allowed
 
 
 class Ledger:
-    """Keeps a run's journal. On other ranks than the first it does nothing."""
+    """Writes a run's ledger. A no-op on ranks other than 0."""
 
     def __init__(self, run_dir: Path, recipe: Recipe, hardware: Hardware):
         self.run_dir, self.hardware = run_dir, hardware
@@ -67,7 +66,7 @@ class Ledger:
 
     @contextmanager
     def stage(self, name: str) -> Iterator["Ledger"]:
-        """Within it `name` is what time is spent on. `finish` makes it a finished one."""
+        """Books time to the stage `name`; without `finish`, as a stopped attempt."""
         if not distributed.is_first():
             yield self
             return
@@ -92,8 +91,8 @@ class Ledger:
                     self._end("stopped", {})
 
     def finish(self, facts: dict[str, Any], folder: Path) -> None:
-        """The stage is made: close its account, and put what it cost into its folder. Of `facts`
-        (its record's), `tokens_sampled` and `tokens_trained` count where no step has told."""
+        """End the attempt and write the stage's ledger to its folder. `tokens_sampled` and
+        `tokens_trained` of `facts`, its record's, count beyond what the steps have logged."""
         if not distributed.is_first():
             return
         name = self._stage
@@ -104,8 +103,8 @@ class Ledger:
         write_text(self.run_dir / SUMMARY, dump(summarize_run(self.run_dir)))
 
     def note_step(self, metrics: dict[str, Any]) -> None:
-        """A row of metrics.jsonl: a step. An attempt's first one tells its own seconds, for the
-        stage's start-up came before it."""
+        """A step, from a row of metrics.jsonl. The first one of an attempt takes its seconds from
+        there, since the time since `stage` includes the start-up."""
         if not distributed.is_first():
             return
         now = time.monotonic()
@@ -138,8 +137,7 @@ class Ledger:
         self._stage = ""
 
     def project(self, left_s: float) -> str:
-        """What the stage has cost, all attempts, and will have when another `left_s` have passed:
-        for the progress line."""
+        """The stage's cost now and in `left_s`, all attempts: for the progress line."""
         spent_s = self._spent_before_s + time.monotonic() - self._began
         hours = [s * self.hardware.count / 3600 for s in (spent_s, spent_s + left_s)]
         text = f"{hours[0]:.3g} of about {hours[1]:.3g} {self.hardware.unit}-hours"
@@ -149,11 +147,11 @@ class Ledger:
 
 
 def find_idle_seconds(metrics: dict[str, Any]) -> float | None:
-    """Seconds of a step in which rank 0's device neither samples nor trains: it waits for rewards
-    or for other ranks. None if the phases are not measured.
+    """Seconds of a step in which rank 0's device neither samples nor trains but waits for rewards
+    or other ranks. None if the phases are not measured.
 
-    A batch that was sampled beside the training of the one before is waited for only in part, and
-    nobody knows which: then at most the time that its rewards took.
+    Of a batch sampled beside the training of the one before, the wait is partly sampling: an upper
+    bound is the time that its rewards took.
     """
     wait = metrics.get("seconds/wait")
     if wait is None:
@@ -168,7 +166,7 @@ def dump(value: Any) -> str:
 
 
 class LedgerFile:
-    """The lines of a run's ledger, each on disk as soon as it is written."""
+    """The file of a run's ledger, opened for each line."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -178,7 +176,7 @@ class LedgerFile:
             file.write(dump_row({"time": round(time.time(), 2), **row}) + "\n")
 
     def close_last_attempt(self) -> None:
-        """Write the end that a killed attempt could not write."""
+        """Write the end of a killed attempt."""
         if not self.path.exists():
             return
         cut_torn_line(self.path)
@@ -189,11 +187,11 @@ class LedgerFile:
 
     @contextmanager
     def kept_current(self) -> Iterator[None]:
-        """Within it the file's time says that the run is alive."""
+        """Keep the file's modification time current."""
         stop = threading.Event()
 
         def touch() -> None:
-            while not stop.wait(SECONDS_BETWEEN_SIGNS):
+            while not stop.wait(SECONDS_BETWEEN_TOUCHES):
                 os.utime(self.path)
 
         thread = threading.Thread(target=touch, name="ledger", daemon=True)
@@ -206,7 +204,7 @@ class LedgerFile:
 
 
 def cut_torn_line(path: Path) -> None:
-    """A line that a full disk or a power cut has left half written; the file keeps its time."""
+    """Drop a last line cut by a full disk or a power cut, keeping the file's times."""
     text = path.read_bytes()
     if text and not text.endswith(b"\n"):
         times = path.stat()
@@ -216,7 +214,7 @@ def cut_torn_line(path: Path) -> None:
 
 @dataclass
 class Attempt:
-    """One start of a stage, as the journal tells it."""
+    """One start of a stage."""
 
     stage: str
     began: float
@@ -240,7 +238,7 @@ class Attempt:
 
 
 def read_attempts(run_dir: Path) -> list[Attempt]:
-    """All that were ever made of the run's stages, the last of them perhaps still running."""
+    """All attempts of the run's stages; the last one may still be running."""
     path = run_dir / LEDGER
     attempts: list[Attempt] = []
     for _, row in read_jsonl(path, missing_ok=True, growing=True):
@@ -260,8 +258,8 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
 
 
 def kept_steps(attempts: Iterable[Attempt]) -> list[dict]:
-    """The steps that the stage's result is made of: an attempt replaces all from its first step on,
-    because it went back to the checkpoint before that."""
+    """The steps in the stage's result: an attempt replaces the earlier ones from its first step on,
+    because it resumed from the checkpoint before that."""
     kept: dict[int, dict] = {}
     for attempt in attempts:
         if attempt.steps:
@@ -272,10 +270,9 @@ def kept_steps(attempts: Iterable[Attempt]) -> list[dict]:
 
 
 def summarize(stage: str, attempts: list[Attempt]) -> dict[str, Any]:
-    """What a stage has cost, all its attempts together.
+    """What a stage has cost in all its attempts.
 
-    `lost_s` is what it would not have taken without kills and repetitions: all but the steps of its
-    result and the last attempt's start and end.
+    `lost_s`: wall time of all but the steps in its result and the last attempt's start and end.
     """
     kept = kept_steps(attempts)
     last = attempts[-1]
@@ -306,7 +303,7 @@ def summarize(stage: str, attempts: list[Attempt]) -> dict[str, Any]:
 
 
 def summarize_run(run_dir: Path) -> list[dict[str, Any]]:
-    """Each stage's summary, in the order in which they were first begun."""
+    """Each stage's summary, in the order of their first attempts."""
     by_stage: dict[str, list[Attempt]] = {}
     for attempt in read_attempts(run_dir):
         by_stage.setdefault(attempt.stage, []).append(attempt)

@@ -1,19 +1,19 @@
-"""Lineage: what a stage was made from, with what, and what it made; `r1pipe verify` looks again.
+"""Lineage: hashes of a stage's inputs and outputs, checked again by `r1pipe verify`.
 
 Each stage's folder holds `lineage.json`, written last, before the folder takes its place:
 
     config     the stage's settings and the recipe's shared ones, resolved
-    inputs     hashes: each parent checkpoint's files, the data's rows as they were loaded and the
-               source of their recipe, the source of the reward functions
-    parents    the lineage.json of every parent stage, by hash: a chain back to the first stage
-    outputs    hashes of all files of the folder
-    r1pipe, packages, git, machine, seed, started, finished: of the process that finished it
-    interrupted   the same of those that worked on it before
+    inputs     hashes: each parent checkpoint's files, the rows as loaded and the source of their
+               recipe, the source of the reward functions
+    parents    hash of every parent stage's lineage.json: a chain back to the first stage
+    outputs    hashes of all files in the folder
+    r1pipe, packages, git, machine, seed, started, finished   of the process that finished it
+    interrupted   the same of the processes before
 
-Every hash is SHA-256. `inputs` holds nothing that depends on time or place: equal runs have equal
-ones. Paths outside the run are cut to their last part, and nothing is read from the environment:
-the file can be published. What it cannot show is that it was not written by hand itself, unless a
-later stage names its hash. Imports no torch.
+Every hash is SHA-256. `inputs` does not depend on time or place: equal runs have equal inputs.
+Paths outside the run are cut to their last part and nothing is read from the environment, so the
+file can be published. It proves nothing about itself unless a later stage has its hash. Imports no
+torch.
 """
 
 import fnmatch
@@ -44,16 +44,15 @@ CHECKPOINT_FILES = (
     "generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
     "chat_template*", "vocab*", "merges.txt", "*.model", "*.py",
 )  # fmt: skip
-"""What of a folder is the model: the other files of a stage differ from run to run."""
+"""The model's files: a stage's other files differ from run to run."""
 NOT_OUTPUTS = (FILE, "checkpoints")
-"""Of a stage's folder: this record itself, and what an interrupted stage goes on from, which is
-thrown away when it is finished."""
+"""Not hashed: this record, and what the stage resumes from, deleted when it is finished."""
 ELSEWHERE = "..."
-"""In place of the folders of a path that lies outside the run."""
+"""Replaces the folders of a path outside the run."""
 
 
 class Lineage:
-    """Of one stage while it runs. Code is looked at when it begins: a person may go on editing."""
+    """One stage's, while it runs. Code is hashed at its begin: it may be edited meanwhile."""
 
     def __init__(self, recipe: Recipe, stage: Stage):
         self.recipe, self.stage = recipe, stage
@@ -69,8 +68,7 @@ class Lineage:
         self._data: dict[str, dict[str, Any]] = {}
 
     def enter(self, folder: Path) -> None:
-        """Note in the folder which process works there, beside those that were interrupted: their
-        part of the stage was made with what they had."""
+        """Write this process to the folder's record, after the interrupted ones."""
         left = read_lineage(folder) or {}
         if "process" in left:
             self._interrupted = [*left["interrupted"], left["process"]]
@@ -79,7 +77,7 @@ class Lineage:
         write_json(folder / FILE, present)
 
     def add_data(self, source: ProblemSet, problems: list[Problem]) -> None:
-        """Note rows that the stage has loaded, to train on, to sample from or to hold out."""
+        """Record rows that the stage has loaded: to train on, to sample from or held out."""
         entry = {
             "source": describe_source(source),
             "rows": len(problems),
@@ -90,7 +88,7 @@ class Lineage:
         self._data[json.dumps(entry["source"])] = entry
 
     def write(self, folder: Path, run: Path) -> None:
-        """lineage.json of the stage whose files lie in `folder`; finished stages lie in `run`."""
+        """Write lineage.json of the stage in `folder`. `run`: the folder of finished stages."""
         shared = self.recipe.model_dump(mode="json", exclude={"stages", "runs_dir"}, by_alias=True)
         settings = self.stage.model_dump(mode="json", by_alias=True)
         checkpoints = list_checkpoints(settings)
@@ -124,7 +122,7 @@ def find_run(name: str) -> Path:
 
 
 def list_stages(run: Path) -> list[str]:
-    """The stages that stand in a run's folder, the first that was finished first."""
+    """Finished stages in a run's folder, in the order in which they were finished."""
     if not run.is_dir():
         return []
     folders = [path.parent for path in run.glob(f"[!.]*/{RECORD}")]
@@ -133,20 +131,20 @@ def list_stages(run: Path) -> list[str]:
 
 
 def finish_time(folder: Path) -> tuple[str, int]:
-    """To the second, then by the clock of the disk."""
+    """In seconds, then by the file system's clock."""
     record = read_lineage(folder) or {}
     return record.get("finished", ""), (folder / FILE).stat().st_mtime_ns if record else 0
 
 
 def hash_folder(folder: Path) -> dict[str, str]:
-    """Of every file that the stage has made, by path from its folder."""
+    """By relative path, of every file that the stage has made."""
     files = {p.relative_to(folder): p for p in folder.rglob("*") if p.is_file()}
     return hash_files({str(n): p for n, p in files.items() if n.parts[0] not in NOT_OUTPUTS})
 
 
 def hash_checkpoint(name: str, run: Path) -> dict[str, Any]:
-    """The files of a model that a stage has read: of an earlier stage as its own lineage has them,
-    unless they are newer than that."""
+    """The files of a model that a stage has read. An earlier stage's hashes are taken from its own
+    lineage, unless the files are newer."""
     files = find_checkpoint_files(name, run) or {}
     record = read_lineage(run / name)
     known, written = {}, 0
@@ -170,8 +168,8 @@ def hash_checkpoint(name: str, run: Path) -> dict[str, Any]:
 
 
 def hash_code(stage: Stage) -> dict[str, dict[str, str]]:
-    """Sources of the stage's reward functions, and of a loss of the user's own, by package: a
-    function's verdict may come from any of its package's modules."""
+    """Source hashes of the stage's reward functions and custom loss, by package: all modules of a
+    function's package, since it may call any of them."""
     names = stage.functions_used()
     packages = {package for name in names for package in list_packages(name)}
     return {package: find_sources(package) for package in sorted(packages)}
@@ -188,7 +186,7 @@ def list_packages(function_name: str) -> set[str]:
 
 
 def find_sources(package: str) -> dict[str, str]:
-    """Hashes of a package's or module's Python files, found without importing anything."""
+    """Hashes of a package's or module's Python files. Imports nothing."""
     name, *rest = package.split(".")
     spec = importlib.util.find_spec(name)
     for part in rest:
@@ -204,7 +202,7 @@ def find_sources(package: str) -> dict[str, str]:
     return {name: digest for folder in folders for name, digest in hash_sources(folder).items()}
 
 
-# Where things lie
+# Files
 
 
 def list_checkpoints(settings: dict[str, Any]) -> list[str]:
@@ -235,7 +233,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 
 
 def read_lineage(folder: Path) -> dict[str, Any] | None:
-    """None if there is none, or nothing that is one."""
+    """None if it is missing or broken."""
     try:
         record = read_json(folder / FILE)
     except UserError:
@@ -248,12 +246,12 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 
 def describe_source(source: ProblemSet) -> dict[str, Any]:
-    # Not what an eval stage adds to it, which is no matter of the rows.
+    # Without what an eval stage adds: that does not change the rows.
     return hide_places(source.model_dump(mode="json", include=set(ProblemSet.model_fields)))
 
 
 def hide_places(value: Any) -> Any:
-    """`value` with every path that leaves the working folder cut to its last part."""
+    """`value` with every path outside the working folder cut to its last part."""
     if isinstance(value, dict):
         return {key: hide_places(part) for key, part in value.items()}
     if isinstance(value, list):

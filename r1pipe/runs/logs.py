@@ -9,8 +9,8 @@ from r1pipe.utils.jsonl import dump_row, read_jsonl
 
 
 class JsonlLog:
-    """A file of a stage that only grows: rows are on disk as soon as they are written, and can be
-    cut back to a checkpoint."""
+    """An append-only file of a stage. Rows are flushed when written, and can be cut back to a
+    checkpoint."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -21,13 +21,13 @@ class JsonlLog:
         self._file.flush()
 
     def position(self) -> int:
-        """Bytes so far, all of them safe on the disk."""
+        """Bytes so far, synced to disk."""
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def cut(self, position: int | None) -> None:
-        """Forget what came after `position`; None: everything. Raises ValueError if the file is
-        shorter than that: its whole rows stay."""
+        """Drop what came after `position`; None: everything. Raises ValueError if the file is
+        shorter, after dropping its last row if that is cut."""
         size = position or 0
         if lost := size > self._file.tell():
             size = self.path.read_bytes().rfind(b"\n") + 1
@@ -41,10 +41,8 @@ class JsonlLog:
 
 
 class MetricsLog(JsonlLog):
-    """`metrics.jsonl` of a stage: one object per step. Figures that there are not, such as the
-    reward of a step that nothing could judge, are null.
-
-    `listeners` are given each step's metrics after that.
+    """`metrics.jsonl` of a stage: one object per step, null for figures that do not exist, such as
+    the reward of a step without a judged rollout. `listeners` are called with each step's metrics.
     """
 
     def __init__(self, folder: Path, listeners: Sequence[Callable[[dict[str, Any]], None]] = ()):

@@ -1,7 +1,6 @@
-"""A run as it lies on the disk: its stages' folders, what each comes from, how each was measured.
+"""A run read from disk: stage folders, what each comes from, how each was evaluated.
 
-For commands that look at what a run has left, without its recipe and without holding it. Imports no
-torch.
+For commands that read a run without its recipe and without locking it. Imports no torch.
 """
 
 import difflib
@@ -24,7 +23,7 @@ from r1pipe.utils.jsonl import read_json
 
 @dataclass(frozen=True)
 class StageFolder:
-    """A stage's folder, finished or being made, and its `stage.json`."""
+    """A stage's folder, finished or in progress, and its `stage.json`."""
 
     folder: Path
     record: dict[str, Any]
@@ -39,7 +38,7 @@ class StageFolder:
 
     @property
     def is_running(self) -> bool:
-        """Whether it is being made, or was when its process ended."""
+        """In progress, or interrupted."""
         return self.folder.name.startswith(".")
 
     @property
@@ -49,8 +48,8 @@ class StageFolder:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The recipe as the stage saw it, from its lineage: without paths that lead elsewhere, and
-        so fit to be published. Empty if it has no lineage."""
+        """The recipe as the stage saw it, from its lineage: without outside paths, so it can be
+        published. Empty if it has no lineage."""
         return (read_lineage(self.folder) or {}).get("config", {})
 
     @cached_property
@@ -68,7 +67,7 @@ class StageFolder:
 
     @property
     def parents(self) -> list[str]:
-        """What the stage's result comes from: of one that measures, nothing."""
+        """Stages, folders and hub ids that its result comes from; none of a stage that measures."""
         section = self.section
         if section.measures:
             return []
@@ -83,7 +82,7 @@ class StageFolder:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """One entry of an `eval` stage's summary, a checkpoint on a set of problems, and the stage."""
+    """An entry of an eval stage's summary: a checkpoint on a set of problems."""
 
     stage: StageFolder
     entry: dict[str, Any]
@@ -97,17 +96,17 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """The finished stages of a run, in the order in which they were made."""
+    """The finished stages of a run, each after its parents."""
 
     path: Path
     stages: dict[str, StageFolder]
 
     def lineage(self, name: str) -> list[StageFolder]:
-        """The stage and all that it comes from, each after what it comes from itself."""
+        """The stage and its ancestors, each after its parents."""
         return sort_stages(self.stages, [name])
 
     def base_model(self, name: str) -> str | None:
-        """The folder or hub id whose weights the stage's go back to; None if they were random."""
+        """The folder or hub id that the stage's weights descend from; None: random weights."""
         while (stage := self.stages.get(name)) is not None:
             if stage.section.weights_from is None:
                 return None
@@ -115,8 +114,7 @@ class FinishedRun:
         return name
 
     def evaluations(self, name: str) -> list[Evaluation]:
-        """How the stage's checkpoint was measured. What was measured before the checkpoint was last
-        made does not count."""
+        """Of the stage's checkpoint, since it was last made."""
         made = self.stages[name].record["finished"]
         return [
             Evaluation(stage, entry)
@@ -138,15 +136,14 @@ def read_run(path: Path) -> FinishedRun:
 
 
 def find_stages(run: Path) -> list[StageFolder]:
-    """Those that are finished and those being made, each after those that it starts from: these
-    were finished before it. Raises UserError if there is none."""
+    """Finished and in progress, each after its parents. Raises UserError if there is none."""
     folders = [run / name for name in list_stages(run)]
     folders += [path.parent for path in sorted(run.glob(".*.partial/stage.json"))]
     stages = list(read_stages(folders))
     if not stages:
         raise UserError(f"{run}: no such run, in {Path.cwd()} or its runs/: a folder with stages")
     stages.sort(key=lambda stage: "~" if stage.is_running else stage.record.get("finished", ""))
-    # One being made again replaces the old one.
+    # A stage being made again replaces the old one.
     return list({stage.name: stage for stage in stages}.values())
 
 
@@ -162,7 +159,7 @@ def read_summary(folder: Path) -> list[dict[str, Any]]:
 
 
 def sort_stages(stages: dict[str, StageFolder], names: list[str]) -> list[StageFolder]:
-    """The named stages in this order, each after all that it comes from."""
+    """The named stages in this order, each after its ancestors."""
     found: dict[str, StageFolder] = {}
 
     def visit(name: str) -> None:
@@ -177,8 +174,8 @@ def sort_stages(stages: dict[str, StageFolder], names: list[str]) -> list[StageF
 
 
 def find_finished(target: Path) -> tuple[FinishedRun, StageFolder]:
-    """The run and the stage that RUN or RUN/STAGE names, in runs/ if not here; of a run, the last
-    stage that made a checkpoint.
+    """The run and the stage named by RUN or RUN/STAGE, here or in runs/. RUN alone: its last stage
+    with a checkpoint.
 
     Raises UserError for a stage that is not finished or has no checkpoint.
     """

@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker
 
 LOGIN_TIMEOUT_S = 60
-"""For whom W&B asks for a key that nobody is there to give."""
+"""W&B would otherwise wait for a key to be typed."""
 
 
 def check_tracking(recipe: Recipe) -> None:
-    """Raises UserError for a tracker whose package is missing: not after the first stage."""
+    """Raises UserError for a tracker whose package is missing."""
     for name in recipe.tracking:
         if importlib.util.find_spec(name) is None:
             raise UserError(
@@ -33,15 +33,15 @@ def check_tracking(recipe: Recipe) -> None:
 
 
 class Tracking:
-    """The trackers of one stage, opened with its first metrics; a context manager. What goes wrong
-    in one is said, and the run goes on without it. Other ranks than the first have none."""
+    """The trackers of one stage, opened with its first metrics; a context manager. A tracker that
+    fails is dropped with a warning. Rank 0 only."""
 
     def __init__(self, recipe: Recipe, stage: Stage):
         self.recipe, self.stage = recipe, stage
         self._trackers: dict[str, GeneralTracker] | None = None
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """A row of metrics.jsonl, under its names. Figures that there are not are left out."""
+        """A row of metrics.jsonl, under the same names, without nulls."""
         if not self.recipe.tracking or not distributed.is_first():
             return
         if self._trackers is None:
@@ -69,7 +69,7 @@ class Tracking:
         except Exception as error:  # whatever a network or a service comes up with
             self._trackers.pop(name, None)
             what = str(error).strip().splitlines() or [type(error).__name__]
-            log_line(f"{self.stage.name}: warning: tracking goes on without {name}: {what[0]}")
+            log_line(f"{self.stage.name}: warning: tracking continues without {name}: {what[0]}")
 
     def _open(self, name: str, first_step: int) -> None:
         from accelerate import PartialState
@@ -80,7 +80,7 @@ class Tracking:
         kind, project = LOGGER_TYPE_TO_CLASS[name], self.recipe.tracking_project
         run_name = f"{self.recipe.name}-{self.stage.name}"
         if name == "tensorboard":
-            # After a resume, the steps that are made again take the place of the old ones.
+            # After a resume, repeated steps replace the old ones.
             folder = self.recipe.run_dir / name
             tracker = kind(self.stage.name, folder, purge_step=first_step)
         elif name == "wandb":
@@ -96,7 +96,7 @@ class Tracking:
 
 
 def describe_settings(recipe: Recipe, stage: Stage) -> dict[str, str | int | float | bool]:
-    """What the stage is made from, flat: `stage.train.learning_rate`, `engine.max_num_seqs`."""
+    """The recipe and the stage, flat: `stage.train.learning_rate`, `engine.max_num_seqs`."""
     values = recipe.model_dump(mode="json", by_alias=True, exclude={"stages"})
     values["stage"] = stage.model_dump(mode="json", by_alias=True)
     return flatten(values)

@@ -1,4 +1,4 @@
-"""`r1pipe verify`: whether a run's files, parents, data and code are what its record says."""
+"""`r1pipe verify`: compares a run's files, parents, data and code with its lineage."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Finding:
 
 
 def verify_run(run: Path) -> Iterator[tuple[str, list[Finding]]]:
-    """Each stage of a run with what is wrong with it."""
+    """Each stage of a run with its findings."""
     for name in list_stages(run):
         yield name, verify_stage(run / name)
 
@@ -103,8 +103,8 @@ def verify_parents(folder: Path, record: dict, settings: dict) -> Iterator[Findi
 
 
 def verify_data(name: str, entries: list[dict], settings: dict) -> Iterator[Finding]:
-    """Load the stage's own rows again, if their recipe is still the same. Held-out rows are the
-    own ones of an eval stage."""
+    """Load the stage's rows again, if their recipe is unchanged. Held-out rows are compared for the
+    eval stage that owns them."""
     own = settings.get("data") or settings.get("tokenizer", {}).get("data") or []
     for values in own if isinstance(own, list) else [own]:
         known = ProblemSet.model_fields
@@ -125,7 +125,7 @@ def verify_rows(name: str, entry: dict, source: ProblemSet) -> Iterator[Finding]
 
 
 def list_differences(then: dict[str, str], now: dict[str, str]) -> Iterator[str]:
-    """What became of files: "a.json changed"."""
+    """Such as "a.json changed"."""
     for name in sorted({*then, *now}):
         if name not in now:
             yield f"{name} missing"

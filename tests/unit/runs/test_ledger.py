@@ -58,7 +58,7 @@ def clock_and_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     def touch(path: Path, times: None = None, *, ns: tuple[int, int] | None = None) -> None:
         set_times(path, **({"ns": ns} if ns else {"times": (clock.time(), clock.time())}))
 
-    monkeypatch.setattr(ledger, "SECONDS_BETWEEN_SIGNS", 0.01)
+    monkeypatch.setattr(ledger, "SECONDS_BETWEEN_TOUCHES", 0.01)
     monkeypatch.setattr(ledger, "time", clock)
     monkeypatch.setattr(os, "utime", touch)
 
