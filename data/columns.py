@@ -31,9 +31,10 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
+from r1pipe.data.formats import BrokenRow
 from r1pipe.data.problems import check_extra
 from r1pipe.data.rows import ask, describe_missing, last_boxed, load_rows, write_value
-from r1pipe.data.tables import BrokenRow, read_table
+from r1pipe.data.tables import read_table
 
 COLUMNS = ("id", "prompt", "messages", "answer", "tests", "solution", "source", "category")
 KINDS = {"answer": "math", "tests": "code", "solution": "text", "messages": "text"}

@@ -1,4 +1,4 @@
-"""The problem sets of a recipe, each loaded once a process."""
+"""The problem sets of a recipe, each loaded once."""
 
 from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
@@ -9,18 +9,18 @@ from r1pipe.data.problems import Loaded, load_set, load_traces
 
 
 class ProblemSets:
-    """The sets of problems of a run, each read once by a process and kept until no stage needs it:
-    200,000 rows take minutes to read, and every stage that trains looks at every held-out set."""
+    """A run's problem sets, each read once by a process and kept until no stage needs it: reading
+    200,000 rows takes minutes, and every training stage needs every held-out set."""
 
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir
         self._loaded: dict[str, tuple[Hashable, Loaded]] = {}
 
     def load(self, source: ProblemSet) -> Loaded:
-        """Callers must not change what they get. Raises UserError."""
+        """Shared between callers, who must not change it. Raises UserError."""
         key, version = describe_rows(source), None
         if source.stage is not None:
-            # Made anew when their stage is.
+            # Traces change when their stage is run again.
             path = self.run_dir / source.stage / "traces.jsonl"
             version = find_version(path)
         if key not in self._loaded or self._loaded[key][0] != version:
@@ -35,12 +35,12 @@ class ProblemSets:
 
 
 def describe_rows(source: ProblemSet) -> str:
-    """What decides which rows are read; not what an eval stage adds to it."""
+    """The fields that decide which rows are read; an eval stage's set has more."""
     return source.model_dump_json(include=set(ProblemSet.model_fields))
 
 
 def find_version(path: Path) -> tuple[int, ...] | None:
-    """Another one for every file that was put there; None for none."""
+    """Changes when the file is replaced; None without a file."""
     try:
         facts = path.stat()
     except OSError:
@@ -49,8 +49,8 @@ def find_version(path: Path) -> tuple[int, ...] | None:
 
 
 def list_needed(stages: Iterable[Stage], recipe: Recipe) -> Iterator[ProblemSet]:
-    """The sets that these stages read: a stage that trains is kept apart from every held-out set of
-    the recipe."""
+    """The sets that these stages read; a training stage also reads the recipe's held-out sets,
+    to drop rows that overlap."""
     for stage in stages:
         yield from stage.problem_sets()
         if not stage.measures:

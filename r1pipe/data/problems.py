@@ -1,7 +1,7 @@
-"""Problems: loads the recipes in data/ by path and checks every row.
+"""Problems: loads a recipe in data/ and checks every row.
 
 A recipe is a file with `load(split, **options)` that yields dicts (data/README.md has the schema).
-Recipes are loaded by path, never imported by name, so a user's own file is as good as ours.
+It is loaded by path, not imported by name, so a user's own file works like one of ours.
 """
 
 import ast
@@ -20,18 +20,19 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from r1pipe.config.base import ProblemSet
+from r1pipe.data.formats import BrokenRow, find_format
 from r1pipe.data.rows import FilteredRow
-from r1pipe.data.tables import BrokenRow, describe_here, find_format, first_line, hint_at
+from r1pipe.data.tables import describe_here, hint_at
 from r1pipe.types import Problem
-from r1pipe.utils.errors import UserError
+from r1pipe.utils.errors import UserError, first_line
 from r1pipe.utils.jsonl import read_jsonl
 
 PACKAGE = Path(__file__).resolve().parents[1]
 _IN_WHEEL = PACKAGE / "data_recipes"
 SHIPPED = _IN_WHEEL if _IN_WHEEL.is_dir() else PACKAGE.parent / "data"
-"""Our own recipes: in a wheel part of the package, in a clone beside it."""
+"""Our own recipes: inside the package in a wheel, beside it in a clone."""
 DATA_DIRS = (Path("data"), SHIPPED)
-"""Where a recipe's bare name is looked up: here, then among ours."""
+"""Where a recipe's bare name is looked up: the working folder's data/, then ours."""
 
 COLUMNS = tuple(f.name for f in fields(Problem) if f.name != "extra")
 TEXTS = ("id", "kind", "answer", "solution", "source", "category")
@@ -39,21 +40,21 @@ TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 NEEDED = {"math": "answer", "code": "tests", "task": "tests", "text": "solution"}
-"""The kinds of problems, and the column that each cannot do without."""
+"""The kinds of problems, and the column that each needs."""
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A recipe's problems, and what became of its other rows."""
+    """A recipe's problems, and its broken and filtered rows."""
 
     problems: list[Problem]
     num_rows: int
     broken: list[BrokenRow]
     filtered: Counter[str]
-    """Rows that the recipe did not want, by reason."""
+    """Number of filtered rows by reason."""
 
     def steps(self) -> list[tuple[str, int]]:
-        """How many rows were left after each filter, all of them first."""
+        """Number of rows in all, then after each filter."""
         left = self.num_rows
         steps = [("rows", left)]
         for name, dropped in {"broken rows": len(self.broken), **self.filtered}.items():
@@ -73,10 +74,10 @@ def load_problems(source: ProblemSet) -> list[Problem]:
 
 
 def load_set(source: ProblemSet) -> Loaded:
-    """All problems of a recipe, each row checked, and how many rows there were.
+    """All problems of a recipe, each row checked.
 
-    Raises UserError naming the recipe and the row for a broken one, unless `on_broken_row` is skip;
-    also if no row is left, or the recipe's options are wrong.
+    Raises UserError naming recipe and row for a broken row, unless `on_broken_row` is skip; also if
+    no row is left, or an option is wrong.
     """
     path = find_recipe(source.recipe)
     name = describe_recipe(source)
@@ -113,24 +114,24 @@ def load_set(source: ProblemSet) -> Loaded:
 
 
 def describe_recipe(source: ProblemSet) -> str:
-    """Our own by its name, a user's by its file."""
+    """Ours by name, a user's own by its file."""
     is_file = source.recipe.endswith(".py")
     return source.recipe if is_file else f"recipe {source.recipe}"
 
 
 def describe_error(error: BaseException, path: Path, number: int) -> str:
-    """In one line; what was not written for a reader, with the line of the recipe's file and the
-    number of rows that it had given."""
+    """In one line. Errors other than OSError and ValueError come with the line in the recipe's file
+    and the number of rows before."""
     if isinstance(error, OSError | ValueError) and str(error).strip():
         return first_line(error)
     file = str(path.absolute())
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
     line = f"line {lines[-1]}, " if lines else ""
-    return f"{line}after {number} rows: {type(error).__name__}: {first_line(error)}"
+    return f"{line}after {number} rows: {first_line(error, with_type=True)}"
 
 
 def load_traces(path: Path) -> Loaded:
-    """The traces that an earlier stage has written."""
+    """The traces of an earlier stage."""
     problems = []
     for number, row in read_jsonl(path):
         try:
@@ -141,8 +142,8 @@ def load_traces(path: Path) -> Loaded:
 
 
 def read_row(row: object, number: int, seen: dict[str, str]) -> Problem | BrokenRow:
-    """A row as a Problem, its id added to `seen` with its place; a broken one if it is none, or if
-    the id was there."""
+    """A row as a Problem; a BrokenRow if it is none, or if its id is in `seen` already. Adds the id
+    and its place to `seen`."""
     place = getattr(row, "place", "") or f"row {number}"
     try:
         problem = check_row(row)
@@ -171,7 +172,7 @@ def find_recipe(name: str) -> Path:
 
 
 def read_constants(recipe: str) -> dict[str, str]:
-    """LICENSE and HUB_ID of a data recipe, which is read and not run."""
+    """LICENSE and HUB_ID of a data recipe, without running it."""
     try:
         tree = ast.parse(find_recipe(recipe).read_text(encoding="utf-8"))
     except (UserError, OSError, SyntaxError):
@@ -193,7 +194,7 @@ def load_function(path: Path) -> Callable[..., Iterable[dict]]:
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        what = f"{type(error).__name__}: {first_line(error)}"
+        what = first_line(error, with_type=True)
         raise UserError(f"{path}: cannot be imported: {what}") from error
     if not callable(getattr(module, "load", None)):
         raise UserError(f"{path}: a data recipe defines load(split, **options)")
@@ -201,8 +202,8 @@ def load_function(path: Path) -> Callable[..., Iterable[dict]]:
 
 
 def check_options(load: Callable, options: dict, name: str, is_ours: bool) -> None:
-    """An option that `load` does not take is an error that names the nearest one it does; of our
-    own recipes, one of another type as well."""
+    """Raises UserError for an option that `load` does not take or a needed one that is missing; for
+    our own recipes, also for one of the wrong type."""
     _, *parameters = inspect.signature(load).parameters.values() or (None,)
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return
@@ -253,7 +254,7 @@ def check_row(row: object) -> Problem:
 
 
 def check_writable(values: dict) -> None:
-    """Raises ValueError for what cannot be kept as JSON in UTF-8."""
+    """Raises ValueError for values that cannot be written as JSON in UTF-8."""
     texts = [*(values.get(column) for column in TEXTS), *(m["content"] for m in values["prompt"])]
     others = [values.get("tests"), values["extra"], *(m for m in values["prompt"] if len(m) > 2)]
     try:
@@ -270,8 +271,8 @@ def check_writable(values: dict) -> None:
 
 @functools.cache
 def check_extra(column: object) -> None:
-    """Raises ValueError for the name of a further column that looks like a misspelt one of ours, or
-    that rewards are given something else by."""
+    """Raises ValueError if the name of a further column looks like a misspelt one of ours, or is
+    another argument of rewards."""
     near = difflib.get_close_matches(str(column), COLUMNS, n=1, cutoff=0.7)
     if near:
         raise ValueError(f'unknown column "{column}"; did you mean {near[0]}?')
@@ -280,7 +281,7 @@ def check_extra(column: object) -> None:
 
 
 def check_prompt(prompt: object) -> None:
-    """Raises ValueError for what is no conversation that an assistant would answer now."""
+    """Raises ValueError unless it is a conversation that the assistant answers next."""
     if not isinstance(prompt, list) or not all(isinstance(m, dict) for m in prompt):
         raise ValueError('"prompt" is a list of messages, each with role and content')
     for number, message in enumerate(prompt, 1):

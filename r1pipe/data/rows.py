@@ -1,7 +1,7 @@
-"""How recipes in data/ turn the rows of tables into problems.
+"""What recipes in data/ share: mapping the rows of a table to problems.
 
-A row that cannot be mapped does not end the reading: it becomes a `BrokenRow` with its place, and
-`problems.load_set` stops or goes on, as the recipe's YAML says.
+A row that cannot be mapped becomes a `BrokenRow` with its place; `problems.load_set` stops at it or
+skips it, as the recipe's YAML says.
 """
 
 import inspect
@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from r1pipe.data.tables import BrokenRow, first_line, hint_at, place_row, read_table
+from r1pipe.data.formats import BrokenRow, place_row
+from r1pipe.data.tables import hint_at, read_table
+from r1pipe.utils.errors import first_line
 from rewards.text.answers import find_boxes
 
 MATH_INSTRUCTION = (
@@ -24,18 +26,18 @@ CODE_INSTRUCTION = (
 NO_VALUE = frozenset(
     "nan NaN -nan -NaN null NULL None none <NA> NA N/A n/a #N/A #NA NaT nat".split()  # noqa: SIM905
 )
-"""What other programs write into a table where a value is missing."""
+"""What other programs write for a missing value."""
 
 
 @dataclass(frozen=True)
 class FilteredRow:
-    """A row in order that the recipe does not want, such as a proof without an answer."""
+    """A valid row that the recipe leaves out, such as a proof without an answer."""
 
     reason: str
 
 
 class Unwanted(Exception):
-    """Raised by a recipe's mapping for a row that it filters out; the message says which kind."""
+    """Raised by `make_problem` for a row that is filtered out; the message is the filter's name."""
 
 
 def load_rows(
@@ -50,13 +52,12 @@ def load_rows(
     skip: int = 0,
     source: str,
 ) -> Iterator[dict | BrokenRow | FilteredRow]:
-    """What most recipes are: each row of a table (what `read_table` takes for a path, or rows)
-    through `make_problem`.
+    """Rows of a table (a path for `read_table`, or the rows) mapped by `make_problem`.
 
-    One item per row, in order: a problem with `id` and `source` filled in, or a BrokenRow where
-    `make_problem` finds a column missing or of a wrong type, or a FilteredRow where it raises
-    `Unwanted`. `size` problems (default: all) after the first `skip`; what is broken or filtered
-    counts for neither.
+    Yields one item per row, in order: a problem with `id` and `source` filled in, a BrokenRow where
+    a column is missing or of a wrong type, a FilteredRow where `make_problem` raises `Unwanted`.
+    Yields `size` problems (default: all) after the first `skip`; broken and filtered rows count
+    for neither.
     """
     for option, value, least in (("size", size, 1), ("skip", skip, 0)):
         if value is not None and (type(value) is not int or value < least):
@@ -83,7 +84,7 @@ def load_rows(
             yield BrokenRow(number, first_line(error), place)
             continue
         except (TypeError, AttributeError, IndexError) as error:
-            yield BrokenRow(number, f"{type(error).__name__}: {first_line(error)}", place)
+            yield BrokenRow(number, first_line(error, with_type=True), place)
             continue
         num_wanted += 1
         if num_wanted <= skip:
@@ -146,13 +147,13 @@ def make_load(
 
 
 def describe_missing(column: str, row: Iterable[str]) -> str:
-    """That a table lacks a column, with the nearest that it has."""
+    """A missing column, and the nearest one that is there."""
     return f'no column "{column}"; {hint_at(column, row)}'
 
 
 def write_value(value: Any, what: str) -> str:
-    """A cell as text, a number in plain decimals. Raises ValueError if there is nothing in it, or
-    nothing that has one way to be written: "2024-01-01" is 2022 to whoever computes."""
+    """A cell as text, a number in plain decimals. Raises ValueError if it is empty, or if its value
+    can be written in several ways: as an answer, "2024-01-01" may be read as 2022."""
     if isinstance(value, bytes):
         value = value.decode()
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
@@ -195,11 +196,11 @@ def map_conversation(messages: list[dict]) -> dict:
 
 
 def write_trace(steps: str, answer: str) -> str:
-    """Worked steps as a trace: inside <think>, with the answer boxed after it."""
+    """A trace: the steps inside <think>, then the answer in a box."""
     return f"<think>\n{steps.strip()}\n</think>\n\\boxed{{{answer}}}"
 
 
 def last_boxed(text: str) -> str | None:
-    """What is in the last `\\boxed{}` of a worked solution: its answer."""
+    """The content of a solution's last `\\boxed{}`."""
     boxes = find_boxes(text)
     return boxes[-1].content if boxes else None

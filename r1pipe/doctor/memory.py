@@ -209,7 +209,7 @@ def make_estimate(stage: Stage, recipe: Recipe, devices: Devices) -> Estimate | 
     except (OSError, ValueError, UserError) as error:
         return f"{stage.name}: no memory estimate: {error}"
     except Exception as error:  # the formulas know no config but those of decoders
-        return f"{stage.name}: no memory estimate: {type(error).__name__}: {first_line(error)}"
+        return f"{stage.name}: no memory estimate: {first_line(error, with_type=True)}"
 
 
 def describe_estimate(estimate: Estimate, stage: Stage, recipe: Recipe) -> str:

@@ -44,10 +44,11 @@ class Tripped(UserError):
         self.rollback = rollback
 
 
-def first_line(error: BaseException) -> str:
+def first_line(error: BaseException, *, with_type: bool = False) -> str:
+    name = type(error).__name__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
-        return type(error).__name__
+        return name
     text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     # A KeyError's text is the key alone.
-    return f"{type(error).__name__}: {text}" if isinstance(error, LookupError) else text
+    return f"{name}: {text}" if with_type or isinstance(error, LookupError) else text
