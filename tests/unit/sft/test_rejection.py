@@ -153,7 +153,9 @@ def make_problem(name: str, system: str = "Think.") -> Problem:
 
 
 def test_examples_come_before_the_problem_and_not_into_the_trace() -> None:
-    context = SimpleNamespace(load_problems=lambda source: [make_problem(n) for n in ("a", "b", "c")])
+    context = SimpleNamespace(
+        load_problems=lambda source: [make_problem(n) for n in ("a", "b", "c")]
+    )
     few_shot = FewShot(data=ProblemSet(recipe="arithmetic"), num_examples=2)
     settings = make_settings(few_shot=few_shot)
     problems = [make_problem("a", "Own."), make_problem("z", "Own.")]
