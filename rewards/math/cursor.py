@@ -39,7 +39,10 @@ class Cursor:
         return token
 
     def accept(self, *texts: str) -> Token | None:
-        return self.take() if self.token.text in texts and self.token.kind != "end" else None
+        if self.at < len(self.tokens) and (token := self.tokens[self.at]).text in texts:
+            self.at += 1
+            return token
+        return None
 
     def expect(self, *texts: str) -> Token:
         found = self.accept(*texts)

@@ -5,12 +5,14 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from typing import NamedTuple
 
 from rewards.math.normalize import spell
 from rewards.math.numbers import parse_number
 from rewards.text.answers import Extraction, find_answer
 from rewards.text.completions import Completion, completion_text
+from rewards.text.units import WORDS
 from rewards.workers.pool import (
     CRASHED,
     FAILED,
@@ -39,6 +41,8 @@ _FINAL_MARK = re.compile(r"\\boxed|\banswer\b|\btherefore\b|\bhence\b|答案|所
 
 # Status by (text, gold).
 Statuses = dict[tuple[str, str], str]
+
+_AMOUNT = re.compile(r"(-?\d[\d,]*(?:\.\d+)?) ([a-z]{3,})")
 
 _logger = logging.getLogger(__name__)
 
@@ -215,13 +219,25 @@ def judge_quickly(answer: str, gold: str) -> str | None:
         return UNPARSEABLE
     if spell(answer) == spell(gold):
         return RIGHT
-    wanted, given = parse_number(gold), parse_number(answer)
-    if wanted is None or given is None:
+    wanted = parse_number(gold)
+    if wanted is None:
+        return None
+    given = parse_number(answer)
+    if given is None and "$" not in gold:
+        given = _read_amount(answer)
+    if given is None:
         return None
     if wanted == given:
         return RIGHT
     # A fraction may have been rounded to the other: that takes a closer look at both.
     return WRONG if "/" not in gold + answer and "frac" not in gold + answer else None
+
+
+def _read_amount(text: str) -> Fraction | None:
+    """Return the number of an amount in words ("18 dollars"): its unit alone never counts."""
+    amount = _AMOUNT.fullmatch(text)
+    is_unit = amount and amount[2] not in ("percent", "pct") and amount[2] in WORDS
+    return parse_number(amount[1]) if amount and is_unit else None
 
 
 def _read_gold(gold: object, row: int) -> str:

@@ -24,7 +24,10 @@ from rewards.text.values import (
 MAX_SENTENCE_CHARS = 2_000
 MAX_MARKERS = 8
 _LONG_GAP = re.compile(r"(\s)\1{2,}")  # patterns with \s* are quadratic in its length
-_EMPHASIS = re.compile(r"(?<![\w*])(\*{1,3}|__)(?=[^*_\s])([^*\n]{0,200}?[^*_\s])\1(?![\w*])")
+_LONG_GAPS = tuple(3 * chr(code) for code in range(0x3001) if chr(code).isspace())
+_EMPHASIS = re.compile(
+    r"(\*(?<![\w*]\*)\*{0,2}|_(?<![\w*]_)_)(?=[^*_\s])([^*\n]{0,200}?[^*_\s])\1(?![\w*])"
+)
 _PROSE_WORD = re.compile(r"(?<![\\\w])(?!(?:sin|cos|tan|ln|log|exp|sqrt|pi|and|or)\b)[^\W\d_]{2,}")
 _WORD = re.compile(rf"{_PROSE_WORD.pattern}|[\u4e00-\u9fff]{{2}}")
 _THOUSANDS = re.compile(
@@ -71,12 +74,14 @@ _MARKER = re.compile(
 _SUPPOSED = re.compile(
     r"\b(?:if|whether|suppose|assum\w+|unless|were)\s+(?:that\s+)?(?:\w+\s+)?$", re.I
 )
+_SUPPOSED_STEMS = ("if", "whether", "suppose", "assum", "unless", "were")
 _WRONG_NOUN = re.compile(
     r"\b(?:wrong|incorrect|false|not (?:the|an?))\s+(?:final\s+)?(?=\w+[^\Ws]\W)"
     r"|(?:n['’]t|\bnot|\bnever)\s+(?:think|believe|say|claim|agree|sure|certain|true)\b[^.\n]*$"
     r"|\b(?:doubt|deny|false|untrue)\s+(?:that\s+)?(?:the\s+)?(?:\w+\s+)?$",
     re.IGNORECASE,
 )
+_WRONG_STEMS = ("wrong", "correct", "false", "not", "n't", "n’t", "never", "doubt", "deny", "true")
 _ANOTHER = re.compile(r"\b(?:another|other|alternative|possible|plausible)\s+(?:\w+\s+)?$", re.I)
 # 41 is the answer.
 _REVERSED = re.compile(
@@ -96,6 +101,7 @@ _CLAIM = re.compile(
     rf"{_LETTER.format('c')}(?=[*_\s]*(?:[.,;!)]|$|\n|because|since))"
     r"|(?<![A-Za-z])(?P<d>[A-J])\s*(?:选?项)?\s*(?:是|为)?正确(?:的|答案|选项)*(?=[。．.,，;；\s]|$)"
 )
+_LETTER_END = re.compile(r"[A-J][.\s]*$")
 _LAST_LETTER = re.compile(
     r"\b(?:option|choice|therefore|thus|hence|so|(?:it|this)(?:['’]s| is| must be| has to be))"
     r"[,:]?\s+\(?((?-i:[A-J]))\)?[.\s]*$",
@@ -152,7 +158,10 @@ _CORRECTED = re.compile(
 
 def find_statement(text: str) -> str | None:
     """Return the answer that a text states without a box, as ``extract_answer`` says (3 to 5)."""
-    text = _EMPHASIS.sub(r"\2", _LONG_GAP.sub(r"\1\1", text))
+    if find_any(text, _LONG_GAPS) is not None:
+        text = _LONG_GAP.sub(r"\1\1", text)
+    if "*" in text or "__" in text:
+        text = _EMPHASIS.sub(r"\2", text)
     answer = _find_stated(text) or _find_option(text) or _find_bare(text) or find_last(text)
     return _THOUSANDS.sub(_spell_thousands, answer) if answer else None
 
@@ -173,7 +182,7 @@ def _find_stated(text: str) -> str | None:
         marker = markers[index]
         before = text[max(0, marker.start() - 80) : marker.start()]
         sentence, end = _take_sentence(text, marker.end())
-        if text[end : end + 1] in ("?", "？") or _SUPPOSED.search(before):
+        if text[end : end + 1] in ("?", "？") or _is_supposed(before):
             continue
         answer = _clean_statement(sentence)
         if not answer:
@@ -182,8 +191,8 @@ def _find_stated(text: str) -> str | None:
         is_denied = (
             marker["no"]
             or marker["zh_no"]
-            or _WRONG_NOUN.search(before + marker.group())
-            or _WRONG_NOUN.search(before)
+            or _has_wrong_noun(before + marker.group())
+            or _has_wrong_noun(before)
         )
         if is_denied or answer.startswith("not ") or RETRACTED.match(after):
             answer = answer.removeprefix("not ")
@@ -203,6 +212,14 @@ def _find_stated(text: str) -> str | None:
             return f"{earlier} or {answer}" if earlier != answer else answer
         return answer
     return _find_reversed(text)
+
+
+def _is_supposed(before: str) -> bool:
+    return find_any(before, _SUPPOSED_STEMS) is not None and bool(_SUPPOSED.search(before))
+
+
+def _has_wrong_noun(text: str) -> bool:
+    return find_any(text, _WRONG_STEMS) is not None and bool(_WRONG_NOUN.search(text))
 
 
 def _find_reversed(text: str) -> str | None:
@@ -302,7 +319,8 @@ def _find_option(text: str) -> str | None:
             letters[claim["a"] or claim["b"] or claim["c"] or claim["d"]] = None
     if letters:
         return ", ".join(letters)
-    last = _LAST_LETTER.search(tail, max(0, len(tail) - 60))
+    last = _LETTER_END.search(tail, max(0, len(tail) - 60))
+    last = last and _LAST_LETTER.search(tail, max(0, len(tail) - 60))
     if last and not _UNCLAIMED.search(take_clause(tail[: last.start()][-100:])):
         return last[1]
     first = (_OPTION_FIRST.match(text) or _YES_FIRST.match(text)) if len(text) < 300 else None

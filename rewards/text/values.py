@@ -10,6 +10,7 @@ from typing import NamedTuple
 from rewards.text.units import find_unit
 
 TAIL_CHARS = 2_000  # searched for a last formula or number
+MIN_LISTED_CHARS = 80
 NEAR_CHARS = 80
 MAX_SKIPPED = 8  # values that are denied or asked for, before the one that is stated
 
@@ -37,11 +38,11 @@ NUMBER = re.compile(
     rf"(?P<unit>\s?{_UNIT_NAME}(?:[\s·]{_UNIT_NAME}(?={_POWER}))?(?:{_POWER}(?:\s?[/·]\s?{_UNIT_NAME}{_POWER}?)*"
     rf"|(?:/{_UNIT_NAME}{_POWER}?)+))?"
 )
-# An inequality, a tuple or an interval that stands in the text without dollars.
-_PLAIN_FORMULA = re.compile(
-    r"\b[A-Za-z]\s?(?:[<>≤≥≠]=?|!=)\s?[-−]?\d+(?:\.\d+)?(?:/\d+)?"
-    r"|(?<![\w)])[\[(]\s*[-−]?[\d.][^()\[\]\n]{0,80},[^()\[\]\n]{1,80}[)\]]"
+# An inequality after its letter, a tuple or an interval that stand in the text without dollars.
+_INEQUALITY = re.compile(
+    r"[<>≤≥≠!](?:(?<=\b[A-Za-z].)|(?<=\b[A-Za-z]\s.))(?:(?<!!)=?|=)\s?[-−]?\d+(?:\.\d+)?(?:/\d+)?"
 )
+_TUPLE = re.compile(r"[\[(](?<![\w)].)\s*[-−]?[\d.][^()\[\]\n]{0,80},[^()\[\]\n]{1,80}[)\]]")
 _UNIT_AFTER = re.compile(
     r"\s?(?!in\b)((?:(?:square|cubic|sq|cu)\s(?!in\b)(?=[a-zA-Z]))?[a-zA-Z]{2,12})\b(?:\s+per\s+(?:second|minute|hour|day|week|month|year)\b)?"
 )
@@ -57,6 +58,11 @@ _CLAUSE = re.compile(
     r"|(?<!all )(?<!thing )\bbut\b|\b(?:so|then|thus|hence|therefore|because|since|leaving)\b",
     re.IGNORECASE,
 )
+_DENIED_STEMS = (
+    "no", "nt", "n't", "n’t", "ne", "hardly", "scarcely", "instead", "from", "than", "unequal",
+    "unlike", "but", "rul", "reject", "exclud", "discard", "doubt", "false", "wrong", "correct",
+    "true", "impossible", "pas", "nicht", "não", "не", "if", "不", "非", "除", "≠",
+)  # fmt: skip
 _COPULA = r"\b(?:is|are|was|were|equals|gives|makes|leaves|totals|becomes|has)\b|="
 DENIED = re.compile(
     r"\b(?:never|nothing|nobody|none|no (?:one|value|number|answer))\b[^\d,;]*$|"
@@ -92,7 +98,7 @@ _CONDITIONAL = re.compile(
 )
 _CONDITIONAL_STEMS = ("if", "unless", "不", "否则")
 DENIED_AFTER = re.compile(
-    r"[\s)*'\"”\]$]{0,4}(?:"
+    r"[\s)*'\"”\]$]{0,4}+(?:"
     r"\s*\b(?:is|was|are|were|would be|(?:can|must|should) be|ha(?:s|ve) been|seems|looks)\s+"
     r"(?:\w+ly\s+|also\s+)*"
     rf"(?:{_BE_WRONG}"
@@ -126,6 +132,11 @@ _BOUNDED_AFTER = re.compile(
 _LISTED = re.compile(
     r"(?:[-−–]?\$?[\d.,/]*\d%?\s*(?:,|\bor\b|\band\b|\b(?:to|through)\b|/|[或到至])\s*(?:or|and|maybe|perhaps)?\s*)+$"
 )
+_BOUND_ENDS = (
+    "not", "never", "least", "most", "than", "over", "under", "above", "below", "exceed", "exceeds",
+    "either", "without", "except", "to", "n't", "equal", "be", "exactly",
+    *"少多于过足到是为有",
+)  # fmt: skip
 _LIST_ENDS = ("or", "and", "to", "through", "maybe", "perhaps", ",", "/", "或", "到", "至")
 # --- several values ---
 
@@ -159,6 +170,10 @@ _IN_FORMULA_BEFORE = re.compile(
 _IN_FORMULA_AFTER = re.compile(
     r"\s(?:squared|cubed|factorial)\b|\s?[\^!}|)\]\\('\"]|\s[-+*/]\s|\s(?:if|else|for)\s\S*\("
 )
+_FORMULA_ENDS = (
+    "sin", "cos", "tan", "ln", "log", "lg", "sqrt", "exp", "twice", "half", "double", "triple",
+    "of", "or", *"或者是√–−{^_\\([|!-+*/",
+)  # fmt: skip
 _QUESTION = re.compile(r"[^.!?。！？\n]{0,200}[?？]")
 
 
@@ -197,12 +212,19 @@ def _as_value(number: re.Match[str]) -> Value:
 def find_last(text: str) -> str | None:
     """Return the last formula or number that the text does not deny, with what qualifies it."""
     text = take_tail(text)
-    values = _list_values(text)
-    if (guesses := _read_guesses(text, values)) is not None:
+    if (guesses := _read_guesses(text)) is not None:
         return guesses
+    start = max(0, text.rfind(".\n", 0, -MIN_LISTED_CHARS))  # no number goes beyond that
+    answer, first = _find_last(text, _list_values(text, start))
+    return answer if first or not start else _find_last(text, _list_values(text))[0]
+
+
+def _find_last(text: str, values: list[Value]) -> tuple[str | None, int]:
+    """Return the last value that is not denied, and the index of the first that was looked at."""
     denied: list[str] = []
+    first = len(values)
     for index in range(len(values) - 1, max(-1, len(values) - 1 - MAX_SKIPPED), -1):
-        value = values[index]
+        value, first = values[index], index
         if _QUESTION.match(text, value.end):
             continue
         first, joined = _join_values(text, values, index)
@@ -210,15 +232,16 @@ def find_last(text: str) -> str | None:
         clause, after = take_clause(text[max(0, start - 200) : start]), text[value.end :][:160]
         if value.text in denied:
             break
-        if DENIED.search(clause) or DENIED_AFTER.match(after) or RETRACTED.match(after):
+        is_denied = find_any(clause, _DENIED_STEMS) is not None and DENIED.search(clause)
+        if is_denied or DENIED_AFTER.match(after) or RETRACTED.match(after):
             denied.append(value.text)
             continue
         if not joined and is_conditional(text[max(0, start - 200) : start]):
-            return f"otherwise {value.text}"
+            return f"otherwise {value.text}", first
         if joined or not value.is_number:
-            return joined or value.text
-        return qualify(text, value)
-    return f"not {denied[0]}" if denied else None
+            return joined or value.text, first
+        return qualify(text, value), first
+    return f"not {denied[0]}" if denied else None, first
 
 
 def take_tail(text: str) -> str:
@@ -237,27 +260,37 @@ def is_conditional(before: str) -> bool:
     return bool(_CONDITIONAL.search(before, end))
 
 
-def _read_guesses(text: str, values: list[Value]) -> str | None:
+def _read_guesses(text: str) -> str | None:
     """Return all values that the text puts up ("guess 1: 41, guess 2: 42"), None if it does not."""
     if find_any(text, _GUESS_STEMS) is None:
         return None
     ends = [guess.end() for guess in _GUESS.finditer(text)]
+    values = _list_values(text) if len(ends) > 1 else []
     if len(ends) < 2 or sum(value.start >= ends[-1] for value in values) != 1:
         return None  # something is worked out from them
     first = (next((v.text for v in values if v.start >= end), None) for end in ends[:MAX_SKIPPED])
     return " or ".join(text for text in first if text) or None
 
 
-def _list_values(text: str) -> list[Value]:
-    """Return formulas that hold more than a name, and the numbers outside of them, in order."""
+def _list_values(text: str, start: int = 0) -> list[Value]:
+    """Return formulas that hold more than a name, and the numbers outside of them, in order.
+
+    From ``start`` on; from the beginning if that is within a formula.
+    """
+    spans = list(MATH_SPAN.finditer(text)) if "$" in text or "\\" in text else []
+    if any(span.start() < start < span.end() for span in spans):
+        start = 0
     found = [
         Value(*span.span(), content, False)
-        for span in MATH_SPAN.finditer(text)
-        if (content := _formula(span))
+        for span in spans
+        if span.start() >= start and (content := _formula(span))
     ]
-    found += [Value(*m.span(), m.group(), False) for m in _PLAIN_FORMULA.finditer(text)]
-    labels = {label.start(1) for label in _LABEL.finditer(text)}
-    found += [_as_value(m) for m in NUMBER.finditer(text) if m.start() not in labels]
+    for match in _INEQUALITY.finditer(text, start):
+        at = match.start() - (1 if text[match.start() - 1].isalpha() else 2)
+        found.append(Value(at, match.end(), text[at : match.end()], False))
+    found += [Value(*m.span(), m.group(), False) for m in _TUPLE.finditer(text, start)]
+    labels = {label.start(1) for label in _LABEL.finditer(text, start)}
+    found += [_as_value(m) for m in NUMBER.finditer(text, start) if m.start() not in labels]
     values: list[Value] = []
     for value in sorted(found, key=lambda v: (v.start, v.is_number)):
         if not values or values[-1].end <= value.start:
@@ -275,22 +308,25 @@ def _formula(span: re.Match[str]) -> str | None:
 
 def take_clause(before: str) -> str:
     """Return what stands before a value in its own clause."""
-    end = 0
-    for match in _CLAUSE.finditer(before):
+    line = before.rfind("\n")
+    end = 0 if before[:line].rstrip().endswith(",") else line + 1
+    for match in _CLAUSE.finditer(before, end):
         end = match.end()
     return before[end:]
 
 
 def _join_values(text: str, values: list[Value], index: int) -> tuple[int, str | None]:
     """Return the first of the values that the text lists or offers up to this one, and all."""
-    unit = _UNIT_AFTER.match(text, values[index].end)
-    first, joined = index, _with_name(text, values[index])
-    joined += unit.group() if unit and _is_unit(unit[1]) else ""
+    first, joined = index, ""
     while first:
         before, value = values[first - 1], values[first]
         link = _read_link(text, before, value)
         if not link:
             break
+        if first == index:
+            unit = _UNIT_AFTER.match(text, value.end)
+            joined = _with_name(text, value)
+            joined += unit.group() if unit and _is_unit(unit[1]) else ""
         first -= 1
         if _only_number(before) != _only_number(value):
             joined = _with_name(text, before) + link + joined  # 5 rings, or 5 years
@@ -330,13 +366,14 @@ def qualify(text: str, value: Value) -> str | None:
     """Return a number with the words before it that make it another answer than the number."""
     before, after = text[max(0, value.start - 200) : value.start], text[value.end :][:60]
     near = before[-NEAR_CHARS:]  # enough for the patterns, which end at the value
-    if _IN_FORMULA_BEFORE.search(near) or _IN_FORMULA_AFTER.match(after):
+    words = before.rstrip().lower()
+    may_go_on = words.endswith(_FORMULA_ENDS) or "\\" in near or "__" in near
+    if (may_go_on and _IN_FORMULA_BEFORE.search(near)) or _IN_FORMULA_AFTER.match(after):
         return None
     number = _OUT_OF.sub("/", value.text)
     if not _UNIT_AFTER.match(after) and (letters := _LETTERS_AFTER.match(after)):
         return number + letters.group()  # 5x, 3i
-    words = before.rstrip()
-    if words[-8:].lower().endswith(_MINUS_WORDS) and _MINUS.search(before):
+    if words.endswith(_MINUS_WORDS) and _MINUS.search(before):
         number = "-" + number
     unit = _UNIT_AFTER.match(after)
     if unit and _is_unit(unit[1]):
@@ -344,5 +381,6 @@ def qualify(text: str, value: Value) -> str | None:
     if bound := _BOUNDED_AFTER.match(after):
         return number + bound.group()
     is_listed = words.endswith(_LIST_ENDS)
-    qualifier = _BOUNDED.search(near) or (_LISTED.search(before) if is_listed else None)
+    qualifier = words.endswith(_BOUND_ENDS) and _BOUNDED.search(near)
+    qualifier = qualifier or (_LISTED.search(before) if is_listed else None)
     return (qualifier.group() if qualifier else "") + number
