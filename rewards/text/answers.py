@@ -64,7 +64,8 @@ _SCALE = re.compile(
     r"|\^\s?(?:\{[^{}]*\}|\\circ\b|\d)|/\d+)(?!\s*[=\d])"
 )
 
-_NOTABLE = re.compile(r"[-−±≠不非]|\\pm|\\ne|not|n['’]t|never", re.IGNORECASE)
+_CLOSING_MARKS = "\\])$. \n"
+_NOTABLE = ("-", "not", "n't", "n’t", "never", "\\ne", "\\pm", *"−±≠不非")
 _DENIED = re.compile(
     r"(?:(?:\bnot|n['’]t|\bnever|\bcannot)(?:\s+(?:be|equal|to|exactly|the))*[\s:*(]*"
     r"(?:\$+|\\[(\[])?\s*(?:[A-Za-z]\s*=\s*)?|(?:≠|\\neq?)\s*|(?:不是|不等于|不为|并非)[\s$]*)$",
@@ -194,6 +195,9 @@ def _read_content(text: str, start: int) -> tuple[int, str]:
 
 def find_closing_brace(text: str, start: int) -> int | None:
     """Return the index of the brace that closes the one at ``start``, None if there is none."""
+    end = text.find("}", start, start + MAX_BOX_CHARS)
+    if end > 0 and "{" not in (content := text[start + 1 : end]) and "\\" not in content:
+        return end
     return _find_closing(text, start, _BRACE, "{")
 
 
@@ -236,7 +240,9 @@ def _find_option(text: str, box: Box) -> str:
     if before.endswith((".", ":", ")")) and (letter := _LETTER_BEFORE.search(before)):
         return letter[1]
     after = text[box.end : box.end + 300]
-    if not _ANY_LETTER.search(after) or _LETTER.fullmatch(box.content):
+    if not (after.strip(_CLOSING_MARKS) and _ANY_LETTER.search(after)):
+        return ""
+    if _LETTER.fullmatch(box.content):
         return ""
     stated = _find_statement(after) or ""
     letter = _LETTER.match(stated)
@@ -264,14 +270,17 @@ def _read_box(text: str, box: Box) -> str:
     if before.rfind("{") > before.rfind("}") and _ENCLOSED.search(before):
         return _read_side(before, content, after) or content
     near = before[-40:]
-    is_notable = _NOTABLE.search(near)
+    lower = near.lower()
+    is_notable = any(mark in lower for mark in _NOTABLE)
     if is_notable and (sign := _SIGN.search(near)) and not _BULLET.search(near):
         return (sign["sign"] or sign["touching"]) + content
-    if scale := _SCALE.match(after) or _FACTOR_AFTER.match(after):
+    is_last = not after.strip(_CLOSING_MARKS)
+    if not is_last and (scale := _SCALE.match(after) or _FACTOR_AFTER.match(after)):
         content += scale.group()
     if near[-1:].isdigit() and (factor := _FACTOR_BEFORE.search(near)):
         content = rf"{factor.group()}\cdot {content}"
-    is_denied = (is_notable and _DENIED.search(near)) or _DENIED_AFTER.match(after)
+    is_denied = is_notable and _DENIED.search(near)
+    is_denied = is_denied or (not is_last and _DENIED_AFTER.match(after))
     return f"not {content}" if is_denied else content
 
 
