@@ -1,7 +1,7 @@
-"""All tests, in two halves side by side: what drives vLLM and the command line beside the rest.
+"""Run all tests in two processes: those that drive vLLM and the command line, and the rest.
 
-Either half keeps one core busy. What the second one says follows when both have ended; the exit
-code is pytest's, the first that is not 0.
+Each keeps one core busy. The second one's output is printed at the end; the exit code is the first
+of pytest's that is not 0.
 """
 
 import os
@@ -14,7 +14,7 @@ SECOND = ["tests", *(f"--ignore={folder}" for folder in FIRST)]
 
 
 def main() -> int:
-    # Threads that wait for each other sleep: spinning, they would take the other half's core.
+    # Waiting threads sleep: spinning, they would take the other half's core.
     environment = {"OMP_WAIT_POLICY": "passive", **os.environ}
     first, second = ([sys.executable, "-m", "pytest", *paths] for paths in (FIRST, SECOND))
     with tempfile.TemporaryFile("w+", encoding="utf-8") as kept:
@@ -22,7 +22,7 @@ def main() -> int:
         try:
             codes = subprocess.call(first, env=environment), beside.wait()
         finally:
-            beside.terminate()  # after Ctrl-C; nothing happens to one that has ended
+            beside.terminate()  # after Ctrl-C; no effect if it has ended
             beside.wait()
             kept.seek(0)
             print(kept.read(), end="", flush=True)

