@@ -10,6 +10,7 @@ Cost is bounded: sizes of exact numbers, magnitudes of arguments and the number 
 caps; beyond them a value is ``Undefined``.
 """
 
+import functools
 import random
 from collections.abc import Callable, Mapping
 from fractions import Fraction
@@ -62,10 +63,14 @@ class Point:
     def sample(self, name: str) -> Value:
         if name in self.given:
             return self.given[name]
-        rng = random.Random(f"{self.seed}:{name}")
         if name in INTEGER_LETTERS:
-            return 6 * rng.randint(1, 3) + self.residue
-        return self.sign * Fraction(rng.randint(self.low, self.high), 211)
+            return 6 * _draw(self.seed, name, 1, 3) + self.residue
+        return self.sign * Fraction(_draw(self.seed, name, self.low, self.high), 211)
+
+
+@functools.lru_cache(maxsize=256)  # seeding costs as much as parsing a short answer
+def _draw(seed: int, name: str, low: int, high: int) -> int:
+    return random.Random(f"{seed}:{name}").randint(low, high)
 
 
 # Reals between 0 and 1 (where roots and inverse functions are real), above 1, and below 0;

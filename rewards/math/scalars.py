@@ -139,7 +139,7 @@ def _jumps(node: Node) -> bool:
 
 
 def _mentions_i(node: Node) -> bool:
-    if node == Node("name", (), "i"):
+    if node.kind == "name" and node.value == "i" and not node.args:
         return True
     return any(_mentions_i(arg) for arg in node.args if isinstance(arg, Node))
 
