@@ -1,10 +1,10 @@
-"""A step's updates in two processes, samples shared out by tokens and not.
+"""Updates in two processes, with samples balanced by tokens and without.
 
     .venv/bin/python benchmarks/balance.py
 
-Lengths as problems have them: each group of 8 samples around a length of its own, 10 times apart
-between the 10th and the 90th percentile. On CPU, with gloo; both ways alternate, and the medians
-over steps and the ratio are printed. One thread a process: it wants as many free cores.
+Each group of 8 samples has lengths around its own mean; means differ 10 times between the 10th and
+the 90th percentile. On CPU, with gloo. Both ways alternate; prints medians over steps and their
+ratio. One thread per process: needs as many free cores.
 """
 
 import argparse
@@ -105,11 +105,11 @@ def measure(num_steps: int) -> None:
 
 
 def make_samples(step: int) -> list[Sample]:
-    """This rank's groups of the step."""
+    """This rank's groups."""
     rng = random.Random(step)
     samples = []
     for _ in range(PROMPTS):
-        # 2.3 nats between percentiles that are 2.56 standard deviations apart.
+        # 10 times (2.3 nats) between percentiles 2.56 standard deviations apart.
         typical = rng.gauss(4.6, 0.85)
         for _ in range(SAMPLES):
             length = max(8, min(1024, round(2.718 ** rng.gauss(typical, 0.3))))

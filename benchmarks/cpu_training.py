@@ -1,9 +1,9 @@
-"""Forward and backward of the demo's policy on CPU: oneDNN on or off, and the experts' code.
+"""Forward and backward of the demo's policy on CPU: oneDNN on or off, experts eager or grouped.
 
     make bench
 
-Every round runs all variants one after another on batches of a shape of its own, as in training,
-so that a machine whose speed drifts slows all of them; medians and ratios over rounds are printed.
+Each round runs all variants on batches of a new shape, as in training, so a drift of the machine's
+speed slows all alike. Prints medians and ratios over rounds.
 """
 
 import argparse

@@ -1,14 +1,13 @@
-"""How fast, and how sharp, decontamination is.
+"""Speed, recall and false positives of decontamination.
 
     .venv/bin/python benchmarks/decontamination.py
     .venv/bin/python benchmarks/decontamination.py --heldout test.jsonl --training train.jsonl
 
-Everything is made up from word lists, so that it is known what is a copy: 500 held-out problems of
-the lengths of MATH's (a tenth of them shorter than 13 words), and 100,000 training rows of prompts
-of 60 to 120 words with traces of about 500, in a vocabulary and word frequencies (Zipf) like those
-of mathematical prose. Some rows are copies of held-out problems, changed in one way each: how many
-of them are found, by the way that they were changed, is the second table. What is found among the
-other rows is a false positive.
+All text is generated, so every copy is known: 500 held-out problems with lengths like MATH's (a
+tenth of them shorter than 13 words), and 100,000 training rows with prompts of 60 to 120 words and
+traces of about 500, with the vocabulary and word frequencies (Zipf) of mathematical prose. Some
+rows are copies of held-out problems with one change each; the second table has the share found by
+kind of change. A hit among the other rows is a false positive.
 """
 
 import argparse
@@ -34,7 +33,7 @@ PHRASES = (
 
 
 class Prose:
-    """Words by Zipf's law, with a stock phrase now and then, numbers and formulas."""
+    """Words by Zipf's law, with some stock phrases, numbers and formulas."""
 
     def __init__(self, seed: int):
         self.rng = random.Random(seed)
@@ -109,7 +108,7 @@ def main() -> None:
     traces = [prose.write(rng.randint(400, 600)) for _ in range(2_000)]
     rows = []
     for i in range(options.rows):
-        # An old trace begun elsewhere: writing each anew would take longer than all the rest.
+        # An old trace from another start: writing new ones would take longer than all the rest.
         trace = rng.choice(traces)
         start = rng.randrange(len(trace))
         prompt = prose.write(rng.randint(60, 120))

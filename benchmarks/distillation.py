@@ -2,17 +2,17 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/distillation.py
 
-For each seed a teacher of its own (the demo's stages random, sft, grpo) and one student, started by
-a short off-policy distill stage. From there, each with about the seconds that the last ones take:
+Each seed has its own teacher (the demo's stages random, sft, grpo) and one student, started by a
+short off-policy distill stage. From there, in about the same seconds:
 
-    same samples    more passes over the traces that the start was trained on
-    new samples     a distill stage: the teacher samples new problems, the right samples train
-    on-policy       an on_policy_distill stage: the student samples them, the teacher reads; by the
-                    reverse KL, and by the Jensen-Shannon divergence
+    same samples    more passes over the traces of the start
+    new samples     a distill stage: the teacher samples new problems, its correct samples train
+    on-policy       an on_policy_distill stage: the student samples them, the teacher scores; by
+                    reverse KL, and by Jensen-Shannon divergence
 
-Seconds are of a stage, sampling and the teacher's forward passes included, without the start of
-vLLM: by the clock, and of this process's CPU time, which other programs disturb less. All are
-evaluated by the demo's protocol. A run that is finished is not made again.
+Seconds are of a stage, with sampling and the teacher's forward passes, without starting vLLM: wall
+time, and this process's CPU time, which other programs disturb less. All are evaluated by the
+demo's protocol. Finished runs are not repeated.
 """
 
 import argparse
@@ -39,23 +39,23 @@ ARMS = {
     "reverse_kl": "on-policy, reverse KL",
     "jensen_shannon": "on-policy, Jensen-Shannon",
 }
-"""Stages by the name that the tables have for them."""
+"""Stages, and their names in the tables."""
 SAMPLES, MINIBATCH = 2560, 32
-"""Of the arms that sample; optimizer steps of 32 samples each, so 80."""
+"""Of the arms that sample: 80 optimizer steps of 32 samples."""
 SAME_SAMPLES_STEPS = 170
-"""That fit into the time that sampling takes of the others."""
+"""As many as fit into the sampling time of the others."""
 LEARNING_RATES = {
     "same_samples": 2e-3,  # of 1e-3 and 2e-3
     "new_samples": 2e-3,  # of 1e-3, 2e-3 and 3e-3
     "reverse_kl": 1.5e-3,  # of 5e-4, 1e-3, 1.5e-3 and 3e-3
     "jensen_shannon": 2e-3,  # of 1e-3, 2e-3 and 3e-3
 }
-"""The best at seed 0, each falling to 0 in a line."""
+"""The best at seed 0; each decays linearly to 0."""
 BETAS = {"reverse_kl": 1.0, "jensen_shannon": 0.5}
 
 
 def make_recipe(seed: int, runs_dir: str, smoke: bool) -> Recipe:
-    """The demo's recipe with the students of all arms."""
+    """The demo's recipe, with a student per arm."""
     values = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     stages = {stage.get("name", stage["kind"]): stage for stage in values["stages"]}
     start = {**stages["distill"], "name": "start"}
@@ -110,11 +110,11 @@ def make_recipe(seed: int, runs_dir: str, smoke: bool) -> Recipe:
 
 
 def shrink(stage: dict) -> None:
-    """To what shows that it runs."""
+    """The smallest stage that still runs."""
     for settings in (stage, stage.get("train", {})):
         if "max_steps" in settings:
             settings["max_steps"] = 1
-    if "traces" in stage:  # an untrained policy has no right samples
+    if "traces" in stage:  # an untrained policy has no correct samples
         accept = {"function": f"{Path(__file__).stem}.accept_all"}
         stage["traces"] = {**stage["traces"], "rewards": [accept]}
     if "prompts_per_step" in stage:
@@ -129,7 +129,7 @@ def accept_all(completions: list[str], **columns: object) -> list[float]:
 
 @contextmanager
 def stopwatch() -> Iterator[dict[str, float]]:
-    """Seconds, by the clock and of the CPU, without those of starting vLLM."""
+    """Wall and CPU seconds without those of starting vLLM."""
     from r1pipe.rollout.engine import Engines
 
     clocks = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -151,7 +151,7 @@ def stopwatch() -> Iterator[dict[str, float]]:
 
 
 def run_stages(recipe: Recipe) -> None:
-    """Every stage that is not finished, timed each by itself."""
+    """Run and time each unfinished stage."""
     from r1pipe.pipeline import run_one
 
     for stage in recipe.stages:
@@ -164,7 +164,7 @@ def run_stages(recipe: Recipe) -> None:
 
 
 def read_arm(run: Path, name: str) -> dict:
-    """What it took, and each problem's share of right samples."""
+    """An arm's costs, and its pass rate by problem."""
     stage = json.loads((run / name / "stage.json").read_text())
     rows = [row for _, row in read_jsonl(run / "eval" / "results.jsonl") if row["stage"] == name]
     metrics = read_metrics(run / name)
@@ -178,7 +178,7 @@ def read_arm(run: Path, name: str) -> dict:
 
 
 def show(by_seed: dict[int, dict[str, dict]]) -> None:
-    """A table of every seed's accuracy, and one of what it took, means over seeds."""
+    """Two tables: accuracy by seed, and costs as means over seeds."""
     seeds = list(by_seed.values())
     header = ["student", *(f"seed {n}: pass@1 (95% interval)" for n in by_seed), "mean"]
     rows = []
@@ -208,7 +208,7 @@ def mean(values: list[float]) -> float:
 
 
 def span(values: list[float]) -> str:
-    """The mean, and the least and the most."""
+    """Mean, lowest and highest."""
     return f"{mean(values):.0f} ({min(values):.0f} - {max(values):.0f})"
 
 

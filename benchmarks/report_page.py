@@ -1,9 +1,9 @@
-"""How long the report of a large run takes to write and to open in chromium.
+"""Time to write the report of a large run, and to open it in chromium.
 
     .venv/bin/python benchmarks/report_page.py
 
-100,000 rollouts of about 120 words, each of its own; opening is timed from the start of the page's
-loading until the first rollout stands on it, five times.
+100,000 different rollouts of about 120 words. Opening is timed five times, from loading the page
+until it shows the first rollout.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What routing replay does: how far sampler and trainer are apart with it and without it.
+"""Routing replay: the distance between sampler and trainer with it and without it.
 
     .venv/bin/python benchmarks/routing_replay.py
 
 Tiny models with random weights sample; the trainer computes the log-probabilities of the same
-tokens as it does in training, once with its own routes and once with the sampler's. In bfloat16 the
-trainer computes in layers of bf16, and autocast is there to compare; routers in float32 either way,
-but with --own-routers as transformers has them. Prints a Markdown table.
+tokens as in training, with its own routes and with the sampler's. In bfloat16 the trainer's layers
+are bf16, with autocast for comparison. Routers are float32 in both, or transformers' own with
+--own-routers. Prints a Markdown table.
 """
 
 import argparse
@@ -102,7 +102,7 @@ def main() -> None:
 def compare(
     name: str, settings: dict, engines: Engines, own_routers: bool
 ) -> list[tuple[str, ...]]:
-    """Rows of the table for one model: replay off and on."""
+    """One model's rows of the table: replay off and on."""
     problems = load_problems(ProblemSet(recipe="arithmetic", options={"size": 64}))
     tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in problems), 400)
     with tempfile.TemporaryDirectory() as folder:
@@ -132,7 +132,7 @@ def compare(
 
 
 def in_bf16(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy as a sharded layer is put together: parameters in bf16, buffers as they are."""
+    """A copy like a gathered sharded layer: parameters in bf16, buffers unchanged."""
     model = copy.deepcopy(model)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
@@ -141,8 +141,8 @@ def in_bf16(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def measure(policy: Policy, rollouts: list[Rollout], layers: str, replay: bool) -> tuple:
-    """Share of (token, layer) pairs with another set of experts; mean and max of |trainer -
-    sampler| log-probability; KL(sampler || trainer) by Schulman's k3 estimator."""
+    """Share of (token, layer) pairs with different experts; mean and max |trainer - sampler|
+    log-probability; KL(sampler || trainer) by Schulman's k3 estimator."""
     device = policy.model.device
     batch = pack([Sample(rollout, 0.0) for rollout in rollouts], device)
     routes_NLK = pack_routes([s.rollout.routes for s in batch.samples], device).long()

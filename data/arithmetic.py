@@ -4,22 +4,22 @@ A problem tells a start value and two to four changes of it; the answer is the f
 
     Mia has 7 apples. Monday brings 3. Tuesday takes 9. Wednesday adds 2. How many apples now?
 
-Its `solution` is a trace for the cold start. A full trace writes out every step, each quoting what
-it computes ("Monday brings 3: 7+3=10"). A share of `guess_share` of the traces stops working after
-a random number of steps and states the answer from there, so a policy trained on them holds both
-habits, thinking to the end and guessing early, and reinforcement learning has to find out which
-one pays: what R1-Zero's accuracy and response length, rising together, show (Guo et al. 2025,
-arXiv:2501.12948, section 2.2), at laptop size.
+Its `solution` is a trace for the cold start. A full trace writes out every step and quotes what it
+computes ("Monday brings 3: 7+3=10"). A `guess_share` of the traces stops working after a random
+number of steps and states the answer from there. A policy trained on them has both habits, working
+to the end and guessing early, and reinforcement learning finds out which one pays: accuracy and
+response length rise together as in R1-Zero (Guo et al. 2025, arXiv:2501.12948, section 2.2), at
+laptop size.
 
-Three more options make what R1's recipe has besides (section 2.3). `mixed_share` of the traces tell
-some of their lines in Chinese, as a base model does that was pretrained on both, and `plain_share`
-have no `<think>` and no box ("The answer is 10."): together a stand-in for pretraining.
-`fact_share` of the problems ask for a number that the story says ("How many on Monday?") and not
-for the sum; their solutions answer without thinking, a stand-in for R1's general data.
+Three more options cover the rest of R1's recipe (section 2.3). A `mixed_share` of the traces has
+some lines in Chinese, like a base model pretrained on both languages, and a `plain_share` has no
+`<think>` and no box ("The answer is 10."): together a stand-in for pretraining. A `fact_share` of
+the problems asks for a number in the story ("How many on Monday?") instead of the sum; their
+solutions answer without thinking, a stand-in for R1's general data.
 
-Splits are disjoint by construction: the *skeleton* (start value and signed changes, whatever the
-names and things) decides the split by a hash, so no held-out sum ever occurs in training under
-other names. `r1pipe` checks this again by its decontamination code.
+Splits are disjoint by construction: a hash of the *skeleton* (start value and signed changes)
+decides the split, so no held-out sum occurs in training under other names. `r1pipe`'s
+decontamination checks this again.
 
 Row schema: data/README.md. License: generated, no rights reserved.
 """
@@ -33,8 +33,8 @@ LICENSE = "cc0-1.0"
 PEOPLE = ["Mia", "Tom", "Ana", "Ben", "Eva", "Sam"]
 THINGS = ["apples", "books", "coins", "cards", "eggs", "nuts"]
 DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
-# At least as many of each as days: no verb occurs twice in a story, so a step's place in it is
-# plain to a policy of a million parameters, which loses it between two "buys" one time in ten.
+# As many of each as days, so no verb occurs twice in a story: between two "buys", a policy of a
+# million parameters loses its place one time in ten.
 GAINS = ["brings", "adds", "gives", "yields", "sends", "earns"]
 LOSSES = ["takes", "costs", "eats", "wastes", "burns", "drops"]
 
@@ -42,7 +42,7 @@ CHINESE_DAYS = ["周一", "周二", "周三", "周四", "周五", "周六"]
 CHINESE_VERBS = {"+": "加", "-": "减"}
 
 TEST_SHARE = 0.1
-"""Share of all skeletons that belongs to the test split."""
+"""Share of skeletons in the test split."""
 
 
 def load(
@@ -59,10 +59,9 @@ def load(
     plain_share: float = 0.0,
     fact_share: float = 0.0,
 ) -> Iterator[dict]:
-    """Yield `size` problems of `split` ("train" or "test"), the same ones for the same arguments.
+    """Yield `size` problems of `split` ("train" or "test"), the same for the same arguments.
 
-    `guess_share`, `mixed_share` and `plain_share` concern `solution` only: the problems do not
-    depend on them.
+    `guess_share`, `mixed_share` and `plain_share` change `solution` only.
     """
     if split not in ("train", "test"):
         raise ValueError(f'split "{split}": arithmetic has "train" and "test"')
@@ -70,17 +69,15 @@ def load(
         raise ValueError(f"min_steps {min_steps}, max_steps {max_steps}: 1 to {len(DAYS)} are told")
     rng = random.Random(f"arithmetic/{split}/{seed}")
     habits = random.Random(f"arithmetic/{split}/{seed}/habits")
-    # Streams of their own: what one option draws changes nothing of the others.
+    # One random stream per option, so that they do not affect each other.
     languages, forms, questions = (
         random.Random(f"arithmetic/{split}/{seed}/{name}") for name in ("mixed", "plain", "facts")
     )
     seen = set()
     misses = 0
     while len(seen) < size:
-        if misses > 10_000:  # in a row: there may be no more
-            raise ValueError(
-                f"options.size {size}: {len(seen)} different problems are all there are"
-            )
+        if misses > 10_000:  # in a row: probably there are no more
+            raise ValueError(f"options.size {size}: there are only {len(seen)} different problems")
         misses += 1
         num_steps = rng.randint(min_steps, max_steps)
         start, changes = draw_skeleton(rng, num_steps, max_value, max_change)
@@ -116,7 +113,7 @@ def load(
 def draw_skeleton(
     rng: random.Random, num_steps: int, max_value: int, max_change: int
 ) -> tuple[int, list[int]]:
-    """A start value and signed changes whose running value stays within 0..max_value."""
+    """A start value and signed changes; the running value stays within 0..max_value."""
     start = value = rng.randint(1, max_value)
     changes = []
     for _ in range(num_steps):
@@ -129,7 +126,7 @@ def draw_skeleton(
 
 
 def split_of(skeleton: str) -> str:
-    """The split a skeleton belongs to, by a hash that is the same on every machine."""
+    """A skeleton's split, by a hash that is the same on every machine."""
     share = int.from_bytes(hashlib.sha256(skeleton.encode()).digest()[:8], "big") / 2**64
     return "test" if share < TEST_SHARE else "train"
 
@@ -146,7 +143,7 @@ def tell(rng: random.Random, start: int, changes: list[int]) -> tuple[str, str, 
 
 
 def ask_fact(rng: random.Random, start: int, changes: list[int]) -> tuple[str, str]:
-    """A question about a number that the story says, and its answer."""
+    """A question about a number in the story, and its answer."""
     numbers = {"at first": start, **{f"on {day}": abs(c) for day, c in zip(DAYS, changes)}}
     when = rng.choice(list(numbers))
     return f"How many {when}?", str(numbers[when])
@@ -155,8 +152,8 @@ def ask_fact(rng: random.Random, start: int, changes: list[int]) -> tuple[str, s
 def mix_languages(
     rng: random.Random, changes: list[int], events: list[str], mixed_share: float
 ) -> list[str]:
-    """The events as a trace quotes them: in a share of `mixed_share` of the traces each one in
-    Chinese with a probability of one half."""
+    """The events as the trace quotes them: in a `mixed_share` of the traces, each one in Chinese
+    with probability 1/2."""
     mixed = rng.random() < mixed_share
     return [
         f"{day}{CHINESE_VERBS[f'{change:+d}'[0]]}{abs(change)}"
@@ -169,8 +166,7 @@ def mix_languages(
 def write_trace(
     start: int, changes: list[int], quotes: list[str], worked: int, *, plain: bool = False
 ) -> str:
-    """The first `worked` steps written out, in `<think>`, then the boxed answer; `plain`: without
-    either."""
+    """The first `worked` steps in `<think>`, then the boxed answer; `plain`: no tags, no box."""
     value, lines = start, []
     for change, quote in zip(changes[:worked], quotes):
         lines.append(f"{quote}: {value}{change:+d}={value + change}\n")

@@ -1,11 +1,11 @@
 """Big-Math: 251k problems with checked, closed answers, made for reinforcement learning (Albalak
 et al. 2025, arXiv:2502.17387).
 
-Hub id `SynthLabsAI/Big-Math-RL-Verified`, Apache-2.0 (its access form has to be accepted there);
+Hub id `SynthLabsAI/Big-Math-RL-Verified`, Apache-2.0 (accept its access form there);
 split train. Rows: `problem`, `answer`, `source`, `domain`, `llama8b_solve_rate` (0 to 1, or none).
 
-`min_solve_rate` and `max_solve_rate` filter by Llama-3.1-8B's rate; rows without one are then
-filtered out, too. The rate of your own policy: `difficulty` of a stage (data/README.md).
+`min_solve_rate` and `max_solve_rate` filter by Llama-3.1-8B's rate, and drop rows without one. To
+filter by your own policy's rate: `difficulty` of a stage (data/README.md).
 """
 
 from r1pipe.data.rows import MATH_INSTRUCTION, Unwanted, make_load

@@ -8,20 +8,19 @@
         path: my/problems.csv               # or a folder, or a hub id
         columns: {prompt: question, answer: final}
 
-`columns` says which column of yours becomes which of ours (README.md): `prompt` (text, or a list
-of messages) is needed, and what is judged or learnt: `answer` makes the `kind` math, `tests` code,
-`solution` alone text, unless `kind` says otherwise. `id`, `source` and `category` may be there.
+`columns` maps our columns (README.md) to yours. Needed are `prompt` (text, or a list of messages)
+and what is judged or learned: `answer` makes the `kind` math, `tests` code, `solution` alone text,
+unless `kind` is given. `id`, `source` and `category` are optional.
 
-- Any other name (`difficulty: level`) is a column that rewards are given under that name.
-- `reward_model.ground_truth` is what is in a column: keys of objects (or of JSON in text), numbers
-  in lists; -1 is the last.
-- `messages` instead of `prompt` is a whole conversation: if it ends with the assistant's answer,
-  that is the `solution`, with its `reasoning_content` or `thinking` in <think> before it, and the
-  prompt what comes before.
-- Messages are `{role, content}` or ShareGPT's `{from, value}`. `system` is put before those that
-  have no system message.
-- `answer_pattern` is a regular expression whose group 1, where it matches last, is the answer:
-  "#### (.+)" for GSM8K's; "boxed" takes what is in the last box.
+- Any other name (`difficulty: level`) is a column given to rewards under that name.
+- `reward_model.ground_truth` reaches into a column: keys of objects (or of JSON in text), indices
+  of lists; -1 is the last.
+- `messages` instead of `prompt` is a whole conversation: an assistant's answer at its end is the
+  `solution`, with `reasoning_content` or `thinking` in <think> before it; the rest is the prompt.
+- Messages are `{role, content}` or ShareGPT's `{from, value}`. `system` is prepended where there is
+  no system message.
+- `answer_pattern` is a regular expression; group 1 of its last match is the answer. "#### (.+)" for
+  GSM8K's; "boxed" takes the last box.
 """
 
 import ast
@@ -40,7 +39,7 @@ COLUMNS = ("id", "prompt", "messages", "answer", "tests", "solution", "source", 
 KINDS = {"answer": "math", "tests": "code", "solution": "text", "messages": "text"}
 LISTED = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
-"""What Qwen's and DeepSeek's messages, vLLM's and gpt-oss's call the thoughts before an answer."""
+"""Keys of the thoughts in messages of Qwen, DeepSeek, vLLM and gpt-oss."""
 SHAREGPT = {"human": "user", "gpt": "assistant"}
 
 
@@ -83,7 +82,7 @@ def load(
         for ours in ("id", "answer", "solution"):
             if ours in problem:
                 problem[ours] = write_value(problem[ours], ours)
-        for ours in ("source", "category"):  # nobody needs them
+        for ours in ("source", "category"):  # optional
             if ours in problem and problem[ours] is not None:
                 problem[ours] = write_value(problem[ours], ours)
             else:
@@ -98,7 +97,7 @@ def load(
 
 
 def check_mapping(columns: Any) -> None:
-    """Raises ValueError for what cannot be meant."""
+    """Raises ValueError for an invalid mapping."""
     if not isinstance(columns, dict) or not all(isinstance(c, str) for c in columns.values()):
         raise ValueError(
             "options.columns: which column of ours is which of yours, such as "
@@ -125,14 +124,14 @@ def check_pattern(pattern: str) -> None:
     try:
         groups = re.compile(pattern).groups
     except (re.error, TypeError) as error:
-        raise ValueError(f"options.answer_pattern: no regular expression: {error}") from error
+        raise ValueError(f"options.answer_pattern: not a regular expression: {error}") from error
     if groups > 1:
         raise ValueError(f"options.answer_pattern: one group is needed, there are {groups}")
 
 
 def find_cell(row: dict, name: str) -> Any:
-    """A column, or what is in it. Raises KeyError if there is no such column, ValueError if it does
-    not hold what the name says."""
+    """A column, or a value inside it. Raises KeyError if there is no such column, ValueError if it
+    has no such value."""
     if name in row:
         return row[name]
     value, done = row, ""
@@ -173,7 +172,7 @@ def read_prompt(value: Any, system: str | None) -> list[dict]:
 
 
 def read_listed(text: str) -> Any:
-    """Messages in a cell of text, as JSON or as pandas writes them into a CSV file."""
+    """Messages in a text cell, as JSON or as pandas writes them into CSV."""
     try:
         return json.loads(text)
     except ValueError:
@@ -181,7 +180,7 @@ def read_listed(text: str) -> Any:
 
 
 def read_messages(values: Any) -> list[dict]:
-    """Chat messages, ShareGPT's as well, each with text: parts of text are joined."""
+    """Chat messages or ShareGPT's; text parts of a message are joined."""
     if isinstance(values, str) and LISTED.match(values):
         values = read_listed(values)
     if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
@@ -203,7 +202,7 @@ def read_message(value: dict) -> dict:
 
 
 def read_trace(message: dict) -> str:
-    """The answer to be learnt, behind the thoughts that some keep under a key of their own."""
+    """The answer to learn, after the thoughts if they have a key of their own."""
     if message.get("tool_calls"):
         raise ValueError("the assistant's answer has tool calls, which nobody here can learn")
     content = message["content"]
@@ -212,7 +211,7 @@ def read_trace(message: dict) -> str:
         return content
     if not isinstance(thoughts, str):
         raise ValueError(f"the assistant's thoughts are {type(thoughts).__name__}, not text")
-    if "</think>" in content:  # there already
+    if "</think>" in content:  # the thoughts are there already
         return content
     return f"<think>\n{thoughts.strip()}\n</think>\n\n{content.lstrip()}"
 
@@ -220,7 +219,7 @@ def read_trace(message: dict) -> str:
 def check_columns(
     rows: Iterator[dict | BrokenRow], columns: dict[str, str]
 ) -> Iterator[dict | BrokenRow]:
-    """The same rows. A column that the first one lacks is the YAML's mistake, not the row's."""
+    """The same rows. Raises ValueError for a column that the first one lacks: the YAML is wrong."""
     for row in rows:
         if isinstance(row, dict):
             for ours, theirs in columns.items():
@@ -230,7 +229,7 @@ def check_columns(
                     what = describe_missing(error.args[0], row)
                     raise ValueError(f"options.columns.{ours}: {row.place}: {what}") from error
                 except ValueError:
-                    continue  # what is in this row's column is this row's matter
+                    continue  # only this row is wrong
             yield from chain([row], rows)
             return
         yield row

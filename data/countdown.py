@@ -60,7 +60,7 @@ def load(
 def generate(
     split: str, seed: int, num_numbers: int, max_number: int, max_target: int
 ) -> Iterator[dict]:
-    """Endless rows: numbers, and a target that some expression of all of them gives."""
+    """Endless rows: numbers, and a target that an expression of all of them gives."""
     if split not in ("train", "test"):
         raise ValueError(f'split "{split}": countdown has "train" and "test"')
     rng = random.Random(f"countdown/{split}/{seed}")
@@ -76,7 +76,7 @@ def generate(
 
 
 def combine(rng: random.Random, numbers: list[int]) -> tuple[int, str]:
-    """A random expression of all the numbers, whole at every step, and its value."""
+    """The value and text of a random expression of all numbers, an integer at every step."""
     parts = [(number, str(number)) for number in numbers]
     while len(parts) > 1:
         rng.shuffle(parts)

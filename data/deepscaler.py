@@ -2,7 +2,7 @@
 reinforcement learning.
 
 Hub id `agentica-org/DeepScaleR-Preview-Dataset`, MIT license; split train. Rows: `problem`,
-`answer`, `solution` (often empty, and then there is no trace).
+`answer`, `solution` (often empty: then there is no trace).
 """
 
 from r1pipe.data.rows import MATH_INSTRUCTION, make_load, write_trace, write_value

@@ -3,7 +3,7 @@
 Hub id `google-research-datasets/mbpp`, CC-BY-4.0; splits train (374), validation (90), test (500),
 prompt (10). Rows of configuration full: `task_id`, `text`, `code`, `test_list`, `test_setup_code`,
 `challenge_test_list`; of `config: sanitized` (427 in all): `prompt` instead of `text`, and
-`test_imports`. The asserts stand in the prompt, as in the paper: they name the function.
+`test_imports`. The asserts are in the prompt, as in the paper: they name the function.
 """
 
 from r1pipe.data.rows import CODE_INSTRUCTION, make_load

@@ -5,7 +5,7 @@ Hub id `open-r1/Mixture-of-Thoughts`; split train, configurations all, math (94k
 and science (173k). License: see the card. Rows: `messages` (a question and an answer that begins
 with <think>), `num_tokens`, `source`.
 
-Rows have a trace and no answer to compare with: `kind` is text. `max_tokens` filters long ones out.
+Rows have a trace and no answer to judge by: `kind` is text. `max_tokens` filters out longer ones.
 """
 
 from r1pipe.data.rows import Unwanted, make_load, map_conversation

@@ -3,10 +3,10 @@
 Hub id `AI-MO/NuminaMath-1.5`, Apache-2.0; split train. Rows: `problem`, `solution`, `answer`
 ("proof" or "notfound" where there is none to compare), `problem_type`, `question_type`, `source`,
 `problem_is_valid`, `solution_is_valid` ("Yes" where so). `path: AI-MO/NuminaMath-CoT` (859k rows
-of the same kind without `answer`) is read, too: there the solution's last box is the answer.
+of the same kind without `answer`) works too: there the solution's last box is the answer.
 
-Rows without an answer, or said to be not valid, are filtered out; `sources: [olympiads, cn_k12]`
-keeps rows of these.
+Rows without an answer, or marked invalid, are filtered out; `sources: [olympiads, cn_k12]` keeps
+rows of these.
 """
 
 from r1pipe.data.rows import MATH_INSTRUCTION, Unwanted, last_boxed, make_load, write_trace

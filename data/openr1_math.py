@@ -4,8 +4,8 @@ Hub id `open-r1/OpenR1-Math-220k`, Apache-2.0; split train, configurations defau
 extended (131k) and all. Rows: `problem`, `answer`, `generations` (traces with <think>), and per
 trace `is_reasoning_complete` and `correctness_math_verify`.
 
-`solution` is the first trace that is complete and was verified; rows without one are filtered out,
-and so are those whose answer is no more than the word "proof".
+`solution` is the first complete and verified trace; rows without one are filtered out, as are those
+whose answer is just "proof".
 """
 
 from r1pipe.data.rows import MATH_INSTRUCTION, Unwanted, make_load

@@ -1,13 +1,13 @@
 """Any task of reasoning-gym (Stojanovski et al. 2025, arXiv:2505.24760), generated, judged by the
 task's own scorer: `rewards.reasoning_gym_score`.
 
-Needs the package reasoning-gym (Apache-2.0). `task` is one of its about 100 names (`sudoku`,
-`basic_arithmetic`, `propositional_logic`, ...); `config` holds that task's own settings, but for
-seed and size. The splits train and test are generated from seeds far apart: of tasks with few
-different questions both may have the same one, which decontamination then drops from training.
+Needs the package reasoning-gym (Apache-2.0). `task` is one of its about 100 tasks (`sudoku`,
+`basic_arithmetic`, `propositional_logic`, ...); `config` has that task's own settings except seed
+and size. Splits train and test are generated from distant seeds. A task with few different
+questions may repeat some in both; decontamination then drops them from training.
 
-`kind` is task, `answer` the task's own (None for tasks that many answers solve), and `tests` what
-the scorer needs: {task, config, entry}. There are no traces.
+`kind` is task, `answer` the task's own (None if many answers are right), and `tests` the scorer's
+input: {task, config, entry}. There are no traces.
 """
 
 import difflib
@@ -23,7 +23,7 @@ INSTRUCTION = (
 SPLITS = {"train": 0, "test": 1}
 LICENSE = "apache-2.0"
 SEEDS_APART = 10**7
-"""Most tasks make their n-th question from seed + n: of neighbouring seeds they are the same."""
+"""Most tasks make question n from seed + n, so neighboring seeds share questions."""
 
 
 def load(
@@ -64,5 +64,5 @@ def load(
 
 
 def make_plain(entry: dict) -> dict:
-    """As JSON keeps it, so that a problem is the same before and after it was written down."""
+    """Through JSON, so that a problem is the same before and after it is written to a file."""
     return json.loads(json.dumps(entry))

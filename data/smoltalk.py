@@ -1,11 +1,11 @@
 """SmolTalk: 1.1M conversations for instruction tuning (Allal et al. 2025, arXiv:2502.02737): the
-general data to be mixed among traces, as in R1.
+general data to mix among traces, as in R1.
 
 Hub id `HuggingFaceTB/smoltalk`, configuration all; splits train and test. License: see the card.
 Rows: `messages`, of which the last one is the assistant's, and `source`.
 
-Rows have an answer to learn from and none to compare with: `kind` is text. `sources` keeps rows of
-these; the default leaves out those of mathematics, programs and function calls.
+Rows have an answer to learn and none to judge by: `kind` is text. `sources` keeps rows of these;
+the default leaves out mathematics, programs and function calls.
 """
 
 from r1pipe.data.rows import Unwanted, make_load, map_conversation

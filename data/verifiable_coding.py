@@ -6,7 +6,7 @@ verifiable-coding-problems); split train. License: see the card. Rows: `prompt` 
 of its own), `gold_standard_solution`, and `verification_info` (an object, or JSON of one):
 {language, test_cases: [{type: stdin_stdout, input, output, fn_name}]}.
 
-Rows in other languages, or with tests that call a function, are filtered out. The first `max_tests`
+Rows in other languages, or whose tests call a function, are filtered out. The first `max_tests`
 tests are used.
 """
 

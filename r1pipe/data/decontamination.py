@@ -1,16 +1,16 @@
-"""Keeps held-out problems out of training: n-gram overlap of prompts and of traces.
+"""Keeps held-out problems out of training: n-gram overlap of prompts and traces.
 
-A held-out question is found in a training row by any `ngram` words in a row that both have (Brown
-et al. 2020, arXiv:2005.14165, appendix C, 13-grams), in the row's prompt or in its trace. Case and
-punctuation do not count. Questions that have no such n-gram of their own, because they are short or
-consist of their set's instruction but for a few numbers, are compared whole, with their operators:
-a prompt that contains one, or a line of a trace that is one, overlaps.
+A training row overlaps with a held-out question if its prompt or trace shares `ngram` words in a
+row with it (Brown et al. 2020, arXiv:2005.14165, appendix C, 13-grams). Case and punctuation do not
+count. Questions without such an n-gram of their own, because they are short or little more than
+their set's instruction, are compared whole, with their operators: a prompt that contains one, or a
+line of a trace that equals one, overlaps.
 
-What a tenth of a set's questions share is its instruction ("Express your answer as a common
-fraction"), and no sign of overlap.
+Words that a tenth of a set's questions share are its instruction ("Express your answer as a common
+fraction") and do not count as overlap.
 
-The vocabulary of the held-out questions is small, so most windows of a trace hold a word that is
-not in it; the others are hashed by numpy, and every hit is compared word by word.
+The vocabulary of the held-out questions is small, so most windows of a trace contain a word outside
+it; the others are hashed by numpy, and every hit is compared word by word.
 """
 
 import re
@@ -25,8 +25,7 @@ from r1pipe.types import Problem
 
 INSTRUCTION_WORDS = 5
 INSTRUCTION_SHARE = 0.1
-"""So many words in a row are an instruction if more than this share of a set's questions have
-them."""
+"""A run of so many words is instruction if more than this share of a set's questions have it."""
 
 MIN_CONTAINED = 4
 """A held-out question of fewer words and operators ("1 + 1") overlaps only with an equal one."""
@@ -36,12 +35,12 @@ BATCH_WORDS = 500_000
 
 @dataclass(frozen=True)
 class Decontaminated:
-    """What `decontaminate` kept, and what it found."""
+    """Result of `decontaminate`."""
 
     kept: list[Problem]
     num_dropped: int
     num_dropped_for_trace: int
-    """Of these, rows whose prompt alone would have been kept."""
+    """Dropped rows whose prompt alone would have been kept."""
 
     @property
     def overlap_rate(self) -> float:
@@ -59,22 +58,22 @@ def decontaminate(training: list[Problem], heldout: list[Problem], ngram: int) -
 
 
 class OverlapIndex:
-    """Held-out problems, to be asked about training rows. Problems of one `source` are a set."""
+    """Index of held-out problems, to look up training rows in. A set is all of one `source`."""
 
     def __init__(self, heldout: list[Problem], ngram: int):
         self.ngram = ngram
         self._ids: dict[tuple[int, ...], set[str]] = defaultdict(set)
-        """Of each n-gram, as word numbers: the held-out problems that have it."""
+        """N-gram, as word numbers -> ids of the held-out problems that have it."""
         self._vocabulary: dict[str, int] = {}
         self._whole: dict[tuple[str, ...], set[str]] = defaultdict(set)
-        """Words and operators of the questions that are compared whole."""
+        """Words and operators of the questions compared whole -> ids."""
         sets = defaultdict(list)
         for problem in heldout:
             sets[problem.source].append(problem)
         for problems in sets.values():
             self._add(problems)
         self._starts: dict[str, set[int]] = defaultdict(set)
-        """First word -> lengths of the questions that are looked for within prompts."""
+        """First word -> lengths of the questions searched for within prompts."""
         for tokens in self._whole:
             if len(tokens) >= MIN_CONTAINED:
                 self._starts[tokens[0]].add(len(tokens))
@@ -125,7 +124,7 @@ class OverlapIndex:
     def _find_lines(self, trace: str) -> set[str]:
         found: set[str] = set()
         for line in trace.splitlines():
-            if tuple(split_words(line)) in self._whole_words:  # cheap, and mostly not so
+            if tuple(split_words(line)) in self._whole_words:  # a cheap test that mostly fails
                 found |= self._whole.get(tuple(split_tokens(line)), set())
         return found
 
@@ -142,8 +141,8 @@ class OverlapIndex:
                     yield int(rows_W[start]), gram
 
     def _number_words(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Batches of all texts' words: of each word the row, and its number in the vocabulary (0:
-        in no held-out question). A 0 ends every text."""
+        """Batches of all texts' words: rows, and numbers in the vocabulary (0: in no held-out
+        question). A 0 ends every text."""
         numbers, rows, size = [], [], 0
         for row, text in enumerate(texts):
             words = split_words(text)
@@ -161,7 +160,7 @@ class OverlapIndex:
         """One number per n-gram, from its first words, its second words, and so on."""
         total = np.zeros(1, dtype=np.uint64)
         for column, factor in zip(columns, self._factors):
-            total = total + column.astype(np.uint64) * factor  # modulo 2^64, as meant
+            total = total + column.astype(np.uint64) * factor  # modulo 2^64 on purpose
         return total
 
 
@@ -175,16 +174,16 @@ def make_batch(rows: list[tuple[int, int]], numbers: list[int]) -> tuple[np.ndar
 _SEPARATE = {c: " " for c in range(128) if not chr(c).isalnum()}
 _LOWER = {c: chr(c).lower() for c in range(128) if chr(c).isupper()}
 _ASCII_WORDS = str.maketrans(_SEPARATE | _LOWER)
-# Chinese and Japanese are written without spaces: each sign counts as a word.
+# Chinese and Japanese have no spaces: each character counts as a word.
 _SIGN = "\u3040-\u30ff\u3400-\u9fff"
 _WORD = re.compile(rf"[{_SIGN}]|[^\W_{_SIGN}]+")
 _TOKEN = re.compile(rf"[{_SIGN}]|[^\W_{_SIGN}]+|[-+*/^=<>%|]")
-# Of LaTeX, what changes the look only.
+# LaTeX that changes only the layout.
 _LAYOUT = (("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("\\left", " "), ("\\right", " "))
 
 
 def split_words(text: str) -> list[str]:
-    """Letters and digits in lower case, without anything else."""
+    """Words of lower-case letters and digits."""
     text = drop_layout(text)
     if text.isascii():  # five times as fast as the regular expression
         return text.translate(_ASCII_WORDS).split()
@@ -192,7 +191,7 @@ def split_words(text: str) -> list[str]:
 
 
 def split_tokens(text: str) -> list[str]:
-    """Words and operators in lower case."""
+    """Lower-case words, and operators."""
     return _TOKEN.findall(drop_layout(text).lower())
 
 
@@ -207,8 +206,8 @@ def list_ngrams(words: Sequence, length: int) -> list[tuple]:
 
 
 def find_instruction(questions: list[list[str]]) -> set[tuple[str, ...]]:
-    """The n-grams of INSTRUCTION_WORDS that too many of these questions share to be their own."""
-    different = set(map(tuple, questions))  # what one question repeats is its own all the same
+    """N-grams of INSTRUCTION_WORDS that many of these questions share."""
+    different = set(map(tuple, questions))  # a repeated question counts once
     counts = Counter(
         gram for words in different for gram in set(list_ngrams(words, INSTRUCTION_WORDS))
     )
@@ -217,7 +216,7 @@ def find_instruction(questions: list[list[str]]) -> set[tuple[str, ...]]:
 
 
 def drop_instruction(words: list[str], instruction: set[tuple[str, ...]]) -> Iterator[list[str]]:
-    """What is left of a question between the parts of its instruction."""
+    """The parts of a question that are not instruction."""
     shared = [False] * len(words)
     for start, gram in enumerate(list_ngrams(words, INSTRUCTION_WORDS)):
         if gram in instruction:

@@ -1,4 +1,12 @@
-"""The load of each expert: counted in training, balanced by router biases or a loss."""
+"""Expert load: counted in training, balanced by router biases or an auxiliary loss.
+
+- Without an auxiliary loss (Wang et al. 2024, arXiv:2408.15664, algorithm 1; DeepSeek-V3,
+  arXiv:2412.19437, section 2.1.2): after each optimizer step, a router's bias rises for experts
+  with less than their share of the tokens and falls for the others.
+- DeepSeek-V3's sequence-wise auxiliary loss (eq. 17-20), on top.
+
+Shape suffixes as in routing.py.
+"""
 
 import contextlib
 import math
@@ -17,23 +25,23 @@ DEAD = 0.01
 
 
 def number_packed(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """To which sequence each token belongs, from 0, `[N]`, in an input without padding."""
+    """Sequence number of each token, from 0, `[N]`, for an input without padding."""
     lengths_S = torch.tensor(lengths, device=device)
     return torch.arange(len(lengths), device=device).repeat_interleave(lengths_S)
 
 
 def number_padded(attention_mask: Tensor) -> Tensor:
-    """The same for an input `[rows, columns]` with one sequence a row; -1 for padding."""
+    """Sequence number of each token `[N]` of a mask `[rows, columns]`; -1 for padding."""
     rows = torch.arange(len(attention_mask), device=attention_mask.device).unsqueeze(1)
     return torch.where(attention_mask.bool(), rows, -1).flatten()
 
 
 class ExpertLoad:
-    """Counts the tokens that each expert gets while the policy trains, and evens them out.
+    """Counts the tokens that each expert gets in training, and balances them.
 
-    Wrap each training forward and its backward in `counting`, call `balance` after each optimizer
-    step, and `metrics` when a line of the log is due. Does nothing for a dense model; the bias
-    update does nothing for routers without a bias.
+    Wrap each training forward and backward in `counting`, call `balance` after each optimizer step
+    and `metrics` for a line of the log. No-op for a dense model; routers without a bias are counted
+    but not moved.
     """
 
     def __init__(
@@ -46,12 +54,12 @@ class ExpertLoad:
         self.bias_update_rate, self.seq_aux_loss_coef = bias_update_rate, seq_aux_loss_coef
         known = is_moe(model) and model.config.model_type in ROUTINGS
         biased = any("e_score_correction_bias" in name for name, _ in model.named_buffers())
-        # An unknown mixture of experts can be trained too, but not balanced.
+        # A mixture of experts with unknown routing is trained, but not balanced.
         asked = seq_aux_loss_coef or (bias_update_rate and biased)
         self.routers = find_routers(model) if known or asked else []
         self._sequences_N: Tensor | None = None
         self._loss_scale = 0.0
-        # By layer and overwritten, not added up: checkpointing runs a forward twice.
+        # Overwritten by layer, not summed: checkpointing runs a forward twice.
         self._experts: dict[int, Tensor] = {}
         self._losses: dict[int, Tensor] = {}
         for index, router in enumerate(self.routers):
@@ -63,15 +71,15 @@ class ExpertLoad:
         device = self.routers[0].module.weight.device if self.routers else None
         self._counts_LE = torch.zeros(shape, dtype=torch.long, device=device)
         self._total_LE = torch.zeros_like(self._counts_LE)
-        # Of the auxiliary loss: its sum, and over how many sequences and layers.
+        # The auxiliary loss: its sum, and the number of sequences and layers.
         self._loss_and_count = torch.zeros(2, device=device)
         self._total_loss_and_count = torch.zeros_like(self._loss_and_count)
 
     @contextlib.contextmanager
     def counting(self, sequences_N: Tensor, num_sequences: int) -> Iterator[None]:
-        """One forward and backward over input tokens that belong to these sequences (-1: padding,
-        not counted). `num_sequences`: of all micro-batches up to the optimizer step, over which the
-        auxiliary loss is a mean.
+        """Counts one forward and backward. `sequences_N`: sequence number of each input token (-1:
+        padding, not counted). `num_sequences`: of the whole optimizer step, the auxiliary loss's
+        denominator.
         """
         self.start(sequences_N, num_sequences)
         try:
@@ -84,7 +92,7 @@ class ExpertLoad:
         self._loss_scale = self.seq_aux_loss_coef / num_sequences
 
     def finish(self) -> None:
-        """Add what was seen since `start` to the counts."""
+        """Add the tokens seen since `start` to the counts."""
         if self._experts and self._sequences_N is not None:
             valid_N = self._sequences_N >= 0
             for index, experts_NK in self._experts.items():
@@ -113,8 +121,8 @@ class ExpertLoad:
         return hook
 
     def balance(self, move_bias: bool = True) -> None:
-        """After an optimizer step: sum the counts over all ranks, and move the routers' biases
-        (not where the step was skipped)."""
+        """After an optimizer step: sum the counts over all ranks and, unless the step was skipped,
+        move the routers' biases."""
         if self.routers and dist.is_available() and dist.is_initialized():
             dist.all_reduce(self._counts_LE)
             dist.all_reduce(self._loss_and_count)
@@ -127,8 +135,7 @@ class ExpertLoad:
         self._loss_and_count.zero_()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What the next `metrics` will tell of, after an optimizer step. The biases are the
-        model's."""
+        """The sums for the next `metrics`. The biases are in the model."""
         return {"total": self._total_LE, "loss_and_count": self._total_loss_and_count}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
@@ -137,7 +144,7 @@ class ExpertLoad:
         self._total_loss_and_count += state["loss_and_count"].to(self._total_LE.device)
 
     def metrics(self) -> dict[str, float]:
-        """The load since the last call: means over the layers, then each layer's own."""
+        """Load since the last call: means over layers, then each layer's own."""
         metrics = describe_load(self._total_LE, [router.layer for router in self.routers])
         loss, count = self._total_loss_and_count.tolist()
         if count:
@@ -155,11 +162,11 @@ def update_bias(router: Router, counts_E: Tensor, rate: float) -> None:
 
 
 def describe_load(counts_LE: Tensor, layers: list[int]) -> dict[str, float | list[float]]:
-    """Per layer, and as a mean over layers, from the tokens that each expert got:
+    """Per layer, and as a mean over layers, from the tokens of each expert:
 
     - load: of each expert, over the mean load;
     - max_violation: (largest load - mean load) / mean load, 0 if even (arXiv:2408.15664, eq. 4);
-    - entropy: of the loads as shares, divided by that of even loads: 1 if even;
+    - entropy: of the loads as shares, over that of even loads: 1 if even;
     - dead: the share of experts, over all layers, that get less than DEAD of the mean load.
 
     Empty if nothing was counted.
@@ -186,8 +193,8 @@ def describe_load(counts_LE: Tensor, layers: list[int]) -> dict[str, float | lis
 def sequence_balance_loss(
     logits_NE: Tensor, scores_NE: Tensor, sequences_N: Tensor, top_k: int
 ) -> Tensor:
-    """DeepSeek-V3's auxiliary loss of one layer without its factor alpha (eq. 17-20), summed over
-    sequences; 1 per sequence if both choices and scores are even.
+    """DeepSeek-V3's auxiliary loss of one layer without the factor alpha (eq. 17-20), summed over
+    sequences; 1 per sequence if choices and scores are even.
 
     As in eq. 18, an expert counts as chosen if its score, without bias, is among the top K.
     """
@@ -206,11 +213,11 @@ def sequence_balance_loss(
 
 
 class AddLoss(torch.autograd.Function):
-    """Adds a scalar to whatever loss the tensor leads to, without a path through the model's
-    outputs: the tensor passes unchanged, and the scalar gets a gradient of 1.
+    """Adds a scalar to the final loss without passing it through the model's outputs: the tensor
+    is unchanged, the scalar gets a gradient of 1.
 
-    So it works under any trainer and with activation checkpointing, which only keeps what a
-    layer returns.
+    Works under any trainer, and with activation checkpointing, which keeps only what a layer
+    returns.
     """
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""GGUF, the format of llama.cpp: checkpoints exported to it and imported from it."""
+"""GGUF, llama.cpp's format: export and import of checkpoints."""
 
 import json
 import struct
@@ -40,30 +40,30 @@ FILE_TYPES = {
     "F16": (gguf.GGMLQuantizationType.F16, gguf.LlamaFileType.MOSTLY_F16),
     "Q8_0": (gguf.GGMLQuantizationType.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-"""Of matrices; vectors, such as norms and biases, are float32 in all of them."""
+"""Types of matrices; vectors, such as norms and biases, are always float32."""
 
 
 @dataclass(frozen=True)
 class Splitting:
-    """How llama.cpp is to split text before BPE."""
+    """How llama.cpp splits text before BPE."""
 
     name: str
-    """llama.cpp's: `tokenizer.ggml.pre`."""
+    """llama.cpp's name, `tokenizer.ggml.pre`."""
     is_exact: bool
-    """Whether it splits any text as the tokenizer does, or only gave the same tokens of
-    `num_texts`."""
+    """Whether it equals the tokenizer's own splitting; if not, it gave the same tokens for
+    `num_texts` texts."""
     num_texts: int
 
 
 @dataclass(frozen=True)
 class Description:
-    """What the file says of the model, beside its weights."""
+    """Metadata of the file."""
 
     name: str
     license: str
     base_hub_id: str | None
     sampling: dict[str, Any]
-    """`temperature`, `top_p` and `top_k` that it was measured with, as far as they are known."""
+    """`temperature`, `top_p` and `top_k` of its evaluation, where known."""
 
 
 def export_gguf(
@@ -71,9 +71,9 @@ def export_gguf(
 ) -> Splitting:
     """Write the checkpoint in `folder` to `out`, one tensor in memory at a time.
 
-    `texts` are some that the model reads and writes: where llama.cpp has no splitting that is the
-    tokenizer's own, one that gives the same tokens of all of them is taken.
-    Raises UserError for a model or a tokenizer that llama.cpp would treat otherwise.
+    `texts`: samples of what the model reads and writes. If none of llama.cpp's splittings is the
+    tokenizer's own, one that gives the same tokens for all of them is used.
+    Raises UserError for a model or tokenizer that llama.cpp would run differently.
     """
     config = AutoConfig.from_pretrained(folder)
     check_model(config)
@@ -104,7 +104,7 @@ def export_gguf(
 
 
 def check_model(config: PreTrainedConfig) -> None:
-    """Raises UserError unless llama.cpp computes this model as transformers does."""
+    """Raises UserError unless llama.cpp computes this model like transformers."""
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise UserError(f"--gguf: cannot write a {config.model_type} model, only {known}")
@@ -159,8 +159,8 @@ def find_head_dim(config: PreTrainedConfig) -> int:
 
 
 def read_tensors(folder: Path, config: PreTrainedConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Names as GGUF has them, weights in float32. An output matrix that is tied to the embedding is
-    not written: llama.cpp takes the embedding."""
+    """GGUF's names, weights in float32. A tied output matrix is left out: llama.cpp then uses the
+    embedding."""
     names = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as weights:
@@ -177,7 +177,7 @@ def read_tensors(folder: Path, config: PreTrainedConfig) -> Iterator[tuple[str, 
 
 
 def order_rows(tensor: np.ndarray, name: str, config: PreTrainedConfig) -> np.ndarray:
-    """Of a Llama's queries and keys: row i of a head's first half before row i of its second."""
+    """Interleave the two halves of each head in a Llama's query and key rows, as GGUF has them."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     num_heads = heads.get(name.split(".")[-2])
     if config.model_type != "llama" or num_heads is None:
@@ -187,8 +187,8 @@ def order_rows(tensor: np.ndarray, name: str, config: PreTrainedConfig) -> np.nd
 
 
 def find_frequency_factors(config: PreTrainedConfig) -> np.ndarray:
-    """What llama.cpp divides each frequency of the rotary embedding by, `[head_dim / 2]`: it has
-    Llama 3.1's long context as a tensor, not as settings."""
+    """Divisors of the rotary embedding's frequencies, `[head_dim / 2]`: GGUF stores Llama 3.1's
+    long context as a tensor, not as settings."""
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     exponents = np.arange(len(scaled)) / len(scaled)
     plain = config.rope_parameters["rope_theta"] ** -exponents
@@ -196,7 +196,7 @@ def find_frequency_factors(config: PreTrainedConfig) -> np.ndarray:
 
 
 def choose_type(shape: Sequence[int], file_type: str) -> gguf.GGMLQuantizationType:
-    """Rows that are no whole number of blocks stay F16, as llama.cpp has it."""
+    """Rows that are not a whole number of blocks stay F16, as in llama.cpp."""
     if len(shape) == 1:
         return gguf.GGMLQuantizationType.F32
     kind, _ = FILE_TYPES[file_type]
@@ -219,12 +219,12 @@ def add_tokenizer(
     vocab_size: int,
     end_ids: Sequence[int],
 ) -> None:
-    """`vocab_size`: rows of the embedding, of which the tokenizer may not use all. `end_ids`: all
-    that end a completion; GGUF has three places for them, and llama.cpp stops at each."""
+    """`vocab_size`: rows of the embedding; the tokenizer may use fewer. `end_ids`: all tokens that
+    end a completion; GGUF has three keys for them, and llama.cpp stops at each."""
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
     tokens = [f"[PAD{number}]" for number in range(vocab_size)]
     types = [gguf.TokenType.UNUSED] * vocab_size
-    # Not every token need have a row: transformers gives any Qwen2 an <|endoftext|> of its own.
+    # A token may have no row: transformers gives every Qwen2 its own <|endoftext|>.
     for token, number in tokenizer.get_vocab().items():
         if number < vocab_size:
             tokens[number], types[number] = token, gguf.TokenType.NORMAL
@@ -280,19 +280,19 @@ SPLITTINGS: dict[str, tuple[Sequence[str], bool]] = {
     "smaug-bpe": ((TIKTOKEN.replace("DIGITS", "{1,3}"),), False),
     "deepseek-v3": (DEEPSEEK, False),
 }
-"""By llama.cpp's name: expressions that split one after the other, and whether a piece that is a
-token as a whole is taken as it is (`ignore_merges`)."""
+"""By llama.cpp's name: expressions applied one after another, and whether a piece that is a token
+is kept whole (`ignore_merges`)."""
 
 PROBE = (
     "It's WE'LL they'd I'M; foo_bar(x)=y+1 -- 3.14,1000 12345  6 78 999 1234567\n\n  indent\t\ttab"
     "\r\nÜber naïve façade 你好世界 こんにちは Привет мир 🙂👍 ½ ² <tag attr='v'>$100 #1 @you"
     "\n    - x?!...   \n \n end  "
 )
-"""What splittings differ in: contractions, digits, runs of signs, of spaces, of ends of lines."""
+"""Text on which splittings differ: contractions, digits, runs of signs, spaces and line ends."""
 
 
 def find_splitting(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Splitting:
-    """Of SPLITTINGS, by what it does. Raises UserError if none does what the tokenizer does."""
+    """The one of SPLITTINGS that acts like the tokenizer's own. Raises UserError if none does."""
     stored = json.loads(tokenizer.backend_tokenizer.to_str())
     parts = stored["decoder"] or {}
     decoders = {part["type"] for part in parts.get("decoders", [parts]) if part}
@@ -320,7 +320,7 @@ def split(tokenizer: Tokenizer) -> list[str]:
 
 
 def imitate(stored: dict[str, Any], expressions: Sequence[str], ignore_merges: bool) -> Tokenizer:
-    """The tokenizer with the splitting of another, without a normalizer, as llama.cpp has none."""
+    """The tokenizer with another splitting and, like llama.cpp, without a normalizer."""
     splits = [
         {"type": "Split", "pattern": {"Regex": e}, "behavior": "Isolated", "invert": False}
         for e in expressions
@@ -348,7 +348,7 @@ UNREADABLE = (
     UnpicklingError,
     struct.error,
 )
-"""A file that ends early or holds nonsense shows as the error of whatever came to read it."""
+"""A damaged file raises whatever its reader raises."""
 
 
 def import_gguf(file: Path, out: Path) -> None:
@@ -364,8 +364,8 @@ def import_gguf(file: Path, out: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # A model that came from GGUF carries the conversion along and would save under other
-        # names: the same weights under a fresh config save as a plain checkpoint.
+        # A model loaded from GGUF remembers the conversion and would save under other names: with
+        # a fresh config the same weights save as a plain checkpoint.
         values = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
         config = type(loaded.config)(**values)
         config.dtype = "float32"
@@ -373,8 +373,8 @@ def import_gguf(file: Path, out: Path) -> None:
         model.load_state_dict(loaded.state_dict())
     except UNREADABLE as error:
         raise UserError(f"{file}: cannot be read as GGUF: {first_line(error)}") from error
-    # The config has the file's own ids. The tokenizer of transformers 5.17 has not: its converter
-    # for llama takes the token that begins a text for the one that ends it.
+    # The config has the file's ids. The tokenizer does not: the llama converter of transformers
+    # 5.17 takes the token that begins a text for the one that ends it.
     for name in ("bos_token", "eos_token", "pad_token"):
         if (number := getattr(config, f"{name}_id", None)) is not None:
             setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(number))

@@ -1,4 +1,4 @@
-"""What the hub's local cache holds, and whether the hub can be reached."""
+"""The hub's local cache, and whether the hub can be reached."""
 
 import socket
 from pathlib import Path
@@ -8,7 +8,7 @@ from huggingface_hub import constants
 
 
 def find_snapshot(hub_id: str) -> Path | None:
-    """The folder of a model in the hub's cache."""
+    """A model's folder in the hub's cache; None if it is not there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
@@ -19,7 +19,7 @@ def find_snapshot(hub_id: str) -> Path | None:
 
 
 def find_revision(files: dict[str, Path]) -> str | None:
-    """The commit of a model in the hub's cache: snapshots lie in folders of that name."""
+    """Commit of a model in the hub's cache: the name of its snapshot folder."""
     folder = next((path.parent for path in files.values()), Path())
     return folder.name if folder.parent.name == "snapshots" else None
 

@@ -1,4 +1,4 @@
-"""Policies and students: built from a config, loaded from a folder or the hub."""
+"""Models: built from a config, loaded from a folder or the hub."""
 
 import contextlib
 import difflib
@@ -39,14 +39,14 @@ def build_model(
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Raises UserError for settings that make no model. Takes no memory for weights."""
+    """Raises UserError for settings that make no model. Allocates no weights."""
     with torch.device("meta"):
         make_model(settings, seed=0)
 
 
 def make_model(settings: dict[str, Any], seed: int) -> PreTrainedModel:
-    """Raises UserError for a model type that transformers does not know, a misspelt argument, or
-    values that fit no model."""
+    """Raises UserError for a model type unknown to transformers, a misspelt argument, or invalid
+    values."""
     settings = dict(settings)
     model_type = settings.pop("model_type", None)
     if model_type is None:
@@ -61,8 +61,8 @@ def make_model(settings: dict[str, Any], seed: int) -> PreTrainedModel:
             "as qwen3"
         )
     for key in settings:
-        # Keys that a config does not declare are kept by it, and read by some models (head_dim of
-        # Qwen3-MoE): only what looks like a misspelling is refused.
+        # A config keeps keys that it does not declare, and some models read them (Qwen3-MoE's
+        # head_dim): only likely misspellings are refused.
         near = difflib.get_close_matches(key, known.to_dict(), n=1, cutoff=0.85)
         if not hasattr(known, key) and near:
             raise UserError(f'model: a {model_type} config has no "{key}"; did you mean {near[0]}?')
@@ -71,8 +71,8 @@ def make_model(settings: dict[str, Any], seed: int) -> PreTrainedModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except Exception as error:  # each architecture checks its values in its own way, or not at all
-        what = f"model: transformers can make no {model_type} of this: {first_line(error)}"
+    except Exception as error:  # architectures check their values in their own ways, or not
+        what = f"model: transformers cannot build {model_type} from this: {first_line(error)}"
         raise UserError(what) from error
 
 
@@ -84,8 +84,8 @@ def load_model(
 ) -> PreTrainedModel:
     """The trainer's copy of a checkpoint (folder or hub id).
 
-    In float32 whatever the recipe's dtype is: these are the master weights, and an update at a
-    learning rate of 1e-6 is lost in bf16's eight bits. The trainers compute in bf16.
+    In float32 whatever the recipe's dtype: these are the master weights, and bf16's eight bits
+    would lose an update at a learning rate of 1e-6. The trainers compute in bf16.
     """
     check_weights(checkpoint)
     try:
@@ -95,10 +95,10 @@ def load_model(
             attn_implementation=attn_implementation,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, in one line
+            ignore_mismatched_sizes=True,  # reported below in one line
         )
     except AssertionError as error:
-        # vLLM changes the classes of transformers that it runs a model by, for the whole process.
+        # vLLM patches the transformers classes that it runs, for the whole process.
         raise UserError(
             f"{checkpoint}: vLLM has no model of its own for it and has taken transformers' class, "
             "which no stage can train from then on"
@@ -110,23 +110,23 @@ def load_model(
         what = f"{name} has the shape {list(found)}, by its config.json {list(wanted)}"
         raise UserError(f"{checkpoint}: {what}")
     if absent := sorted(report["missing_keys"]):
-        # transformers would fill them with random numbers.
+        # transformers would initialize them randomly.
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise UserError(f"{checkpoint}: its weights have no {absent[0]}{more}")
     if device.type == "cpu" and hasattr(model, "set_experts_implementation") and is_moe(model):
-        # The fastest on CPU for small experts (`make bench` compares); grouped_mm is the GPU's.
+        # The fastest on CPU for small experts (`make bench` compares); grouped_mm is for GPUs.
         model.set_experts_implementation("eager")
     return model.to(device)
 
 
 def find_layers(model: PreTrainedModel) -> ModuleList:
-    """The decoder layers, which architectures call `layers`, `decoder.layers` or `h`. Raises
-    UserError for a model that has none."""
+    """The decoder layers; architectures call them `layers`, `decoder.layers` or `h`. Raises
+    UserError if there are none."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     for module in model.base_model.modules():
         if isinstance(module, ModuleList) and len(module) == count:
             return module
-    raise UserError(f"{model.config.model_type}: no row of {count} decoder layers in it")
+    raise UserError(f"{model.config.model_type}: has no list of {count} decoder layers")
 
 
 def is_moe(model: PreTrainedModel) -> bool:
@@ -134,7 +134,7 @@ def is_moe(model: PreTrainedModel) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """The recipe's device; of several GPUs each process has its own."""
+    """The recipe's device; each process has its own GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
@@ -144,11 +144,11 @@ def pick_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def fast_training_kernels(device: torch.device, dtype: str) -> Iterator[None]:
-    """Training without oneDNN in float32 on CPU.
+    """Turn off oneDNN for float32 training on CPU.
 
-    oneDNN compiles a kernel for every new matrix shape; expert batches and sequence lengths change
-    at every step, so it compiles for ever. MKL does not (`make bench` compares both).
-    In bf16 oneDNN stays: MKL has no such kernels.
+    oneDNN compiles a kernel for each new matrix shape, and shapes change at every step with expert
+    batches and sequence lengths. MKL does not compile (`make bench` compares both). In bf16 oneDNN
+    stays on: MKL has no bf16 kernels.
     """
     enabled = torch.backends.mkldnn.enabled
     if device.type == "cpu" and dtype == "float32":

@@ -1,4 +1,4 @@
-"""The one table of model quirks: what a model type needs beyond the defaults. Imports no torch."""
+"""Model quirks by model type, in one table. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,15 +33,15 @@ def find_quirks(model_type: str) -> Quirks:
 
 
 MLA_HEADS = ((128, 64, 128), (192, 64, 256), (64, 64, 128), (256, 0, 256))
-"""(qk_nope, qk_rope, v) head sizes for which vLLM's MLA can read a prompt on a GPU, in bf16."""
+"""(qk_nope, qk_rope, v) head sizes with which vLLM's MLA can prefill on a GPU, in bf16."""
 
 
 def has_mla(config: Any, device_type: str, dtype: str) -> bool:
-    """Whether vLLM can compute multi-head latent attention of this model in the latent. Without,
-    it computes the same attention from the expanded keys and values.
+    """Whether vLLM can compute this model's multi-head latent attention in the latent space. If
+    not, it computes the same attention from expanded keys and values.
 
-    The CPU's kernels want a latent of 512 + 64 or bf16, the GPU's bf16 and certain heads. True of
-    models that have no latent.
+    CPU kernels need a latent of 512 + 64 or bf16, GPU kernels bf16 and certain head sizes. True
+    for models without a latent.
     """
     if not getattr(config, "kv_lora_rank", None):
         return True

@@ -1,17 +1,13 @@
-"""Mixtures of experts in the trainer: routing replay, expert load, balancing.
+"""Mixtures of experts in the trainer: routers and routing replay; expert_load.py balances.
 
-- Routers in float32, whatever the rest computes in (Switch Transformer, arXiv:2101.03961, section
-  2.4): in bf16 experts whose scores differ by less than its eight bits would be drawn by lot.
+- Routers compute in float32 whatever the rest computes in (Switch Transformer, arXiv:2101.03961,
+  section 2.4): in bf16, rounding would choose between experts whose scores are close.
 - Routing replay (R3: Ma et al. 2025, arXiv:2510.11370): the trainer's forward sends each token to
   the experts that the sampler chose for it. The gate weights are the trainer's own scores at these
   experts, so the router learns as before.
-- Balancing without an auxiliary loss (Wang et al. 2024, arXiv:2408.15664, algorithm 1; DeepSeek-V3,
-  arXiv:2412.19437, section 2.1.2): after each optimizer step, a router's bias rises for experts
-  with less than their share of the tokens and falls for the others.
-- The sequence-wise auxiliary loss of DeepSeek-V3 (eq. 17-20), which adds to that.
 
-Shape suffixes here: N tokens of the model's input, flattened; L mixture-of-experts layers, from the
-first to the last; K experts per token; E experts; S sequences.
+Shape suffixes: N tokens of the model's input, flattened; L mixture-of-experts layers, first to
+last; K experts per token; E experts; S sequences.
 """
 
 import contextlib
@@ -30,7 +26,7 @@ from r1pipe.models.model import is_moe
 from r1pipe.utils.errors import UserError
 
 OWN = -1
-"""In place of an expert's number: the trainer's own choice."""
+"""Stands for the trainer's own choice in place of an expert's number."""
 
 
 def softmax(logits: Tensor) -> Tensor:
@@ -43,23 +39,23 @@ class Routing:
 
     score: Callable[[Tensor], Tensor]
     """Logits to scores, over the last dimension."""
-    normalise: bool | None = None
-    """Whether chosen scores are divided by their sum; None: as config.norm_topk_prob says."""
+    normalize: bool | None = None
+    """Whether chosen scores are divided by their sum; None: see config.norm_topk_prob."""
     name: str = "gate"
-    """The router's name, beside `experts`."""
+    """Name of the router module, a sibling of `experts`."""
 
 
 ROUTINGS: dict[str, Routing] = {
-    "deepseek_v2": Routing(softmax, normalise=False),
+    "deepseek_v2": Routing(softmax, normalize=False),
     "deepseek_v3": Routing(torch.sigmoid),
     "glm4_moe": Routing(torch.sigmoid),
-    "gpt_oss": Routing(softmax, normalise=True, name="router"),
-    "mixtral": Routing(softmax, normalise=True),
+    "gpt_oss": Routing(softmax, normalize=True, name="router"),
+    "mixtral": Routing(softmax, normalize=True),
     "olmoe": Routing(softmax),
     "qwen2_moe": Routing(softmax),
     "qwen3_moe": Routing(softmax),
 }
-"""By model_type. Groups and bias decide which experts are chosen, never how much they weigh."""
+"""By model_type. Groups and bias decide which experts are chosen, not their weights."""
 
 
 @dataclass(frozen=True)
@@ -67,29 +63,29 @@ class Router:
     """One layer's router: a module that returns (logits `[N, E]`, weights and experts `[N, K]`)."""
 
     layer: int
-    """Of the decoder, dense layers counted too."""
+    """Index among all decoder layers, dense ones included."""
     module: nn.Module
     routing: Routing
 
     @property
     def bias(self) -> Tensor | None:
-        """The buffer `[E]` that is added to the scores when experts are chosen, if there is one."""
+        """Buffer `[E]` added to the scores when experts are chosen; None if there is none."""
         return getattr(self.module, "e_score_correction_bias", None)
 
     def score(self, logits_NE: Tensor) -> Tensor:
         return self.routing.score(logits_NE.float())
 
     def weigh(self, logits_NE: Tensor, experts_NK: Tensor) -> Tensor:
-        """Gate weights `[N, K]` of any experts: their scores, normalised and scaled."""
+        """Gate weights `[N, K]` of given experts: their scores, normalized and scaled."""
         weights_NK = self.score(logits_NE).gather(-1, experts_NK)
-        normalise = self.routing.normalise
-        if self.module.norm_topk_prob if normalise is None else normalise:
+        normalize = self.routing.normalize
+        if self.module.norm_topk_prob if normalize is None else normalize:
             weights_NK = weights_NK / (weights_NK.sum(-1, keepdim=True) + 1e-20)
         return weights_NK * getattr(self.module, "routed_scaling_factor", 1.0)
 
 
 def find_routers(model: PreTrainedModel) -> list[Router]:
-    """The model's routers, from the first layer to the last; none for a dense model.
+    """The model's routers, first layer to last; none for a dense model.
 
     Raises UserError for a mixture of experts whose routing is not in ROUTINGS.
     """
@@ -112,19 +108,19 @@ def find_routers(model: PreTrainedModel) -> list[Router]:
 
 
 def find_moe_layers(config: PretrainedConfig) -> list[int]:
-    """Which decoder layers of a model with this config are mixtures of experts."""
+    """Indices of the decoder layers that are mixtures of experts."""
     with torch.device("meta"):
         return [router.layer for router in find_routers(AutoModelForCausalLM.from_config(config))]
 
 
 def route_in_float32(model: PreTrainedModel) -> None:
-    """Make the model's routers compute logits, scores and gate weights in float32, from hidden
-    states and weights of any dtype, under autocast too. Does nothing for a dense model, or one
-    whose routing is unknown.
+    """Make the model's routers compute logits, scores and gate weights in float32, whatever the
+    dtype of hidden states and weights, under autocast too. No-op for a dense model or an unknown
+    routing.
     """
     if is_moe(model) and model.config.model_type in ROUTINGS:
         for router in find_routers(model):
-            # A bound method, so that a copy of the model has the copy's.
+            # A bound method: deepcopy binds it to the copy.
             router.module.forward = MethodType(run_in_float32, router.module)
 
 
@@ -134,8 +130,8 @@ def run_in_float32(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tens
 
 
 class Float32Products(TorchFunctionMode):
-    """Within it, `linear` computes in float32. Only DeepSeek's and GLM's routers ask for that
-    themselves."""
+    """Inside the context, `linear` computes in float32. Only DeepSeek's and GLM's routers do so on
+    their own."""
 
     def __torch_function__(
         self, function: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None
@@ -146,8 +142,8 @@ class Float32Products(TorchFunctionMode):
 
 
 def pack_routes(routes: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """Rollouts' routes `[n - 1, L, K]` one after another, `[N, L, K]`, for an input that holds the
-    rollouts' tokens so. The last token of each, which the sampler never read, gets OWN."""
+    """Rollouts' routes `[n - 1, L, K]` concatenated to `[N, L, K]`, for a packed input. The last
+    token of each, which the sampler never read, gets OWN."""
     parts = []
     for rows in routes:
         parts += [rows.astype(np.int16), np.full((1, *rows.shape[1:]), OWN, np.int16)]
@@ -156,11 +152,10 @@ def pack_routes(routes: Sequence[np.ndarray], device: torch.device) -> Tensor:
 
 @contextlib.contextmanager
 def replaying(model: PreTrainedModel, routes_NLK: Tensor | None) -> Iterator[None]:
-    """Within it, the model's forward takes these experts; OWN leaves a token's choice to the model.
+    """Inside the context, the forward uses these experts; OWN leaves a token's choice to the model.
 
-    Leave it after the backward pass: activation checkpointing runs the forward once more there.
-    None, or a dense model, changes nothing. Raises ValueError for routes of another shape than the
-    model's.
+    Exit after the backward pass: activation checkpointing reruns the forward there. No-op for None
+    or a dense model. Raises ValueError for routes of the wrong shape.
     """
     routers = find_routers(model) if routes_NLK is not None else []
     if routers:
@@ -172,7 +167,7 @@ def replaying(model: PreTrainedModel, routes_NLK: Tensor | None) -> Iterator[Non
             )
     with contextlib.ExitStack() as hooks:
         for index, router in enumerate(routers):
-            # Before other hooks: whoever counts experts counts the replayed ones.
+            # Before other hooks: expert counts are of the replayed ones.
             handle = router.module.register_forward_hook(
                 replace_experts(router, routes_NLK[:, index].long()), prepend=True
             )

@@ -1,4 +1,4 @@
-"""Takes what a model has thought and what it answers apart, as it comes. Imports no torch."""
+"""Splits a streamed completion into thoughts and answer. Imports no torch."""
 
 import re
 from collections.abc import Iterator
@@ -11,11 +11,11 @@ MIND = re.compile(r"think|thought|reason|reflect|analy|scratch", re.IGNORECASE)
 
 
 def find_opened_tag(prompt: str, header: str) -> str:
-    """The tag that a prompt ends with, and the white space behind it: what a chat template has
-    begun of the completion; empty for most.
+    """The tag that a prompt ends with, and the white space after it, such as "<think>\\n": the part
+    of the completion that the chat template writes; empty for most.
 
-    Other tags begin the assistant's turn, such as `<|assistant|>`: `header`, what the template
-    writes before an answer that is given, ends with those.
+    Tags that begin the assistant's turn, such as `<|assistant|>`, are not meant: `header`, which
+    the template writes before a given answer, ends with those.
     """
     found = TAG.search(prompt)
     if found is None:
@@ -26,15 +26,15 @@ def find_opened_tag(prompt: str, header: str) -> str:
 
 
 def close_tag(tag: str) -> str:
-    """</think> of <think>, [/THINK] of [THINK], <|end_of_thought|> of <|begin_of_thought|>."""
+    """</think> for <think>, [/THINK] for [THINK], <|end_of_thought|> for <|begin_of_thought|>."""
     if "begin_of" in tag or "start_of" in tag:
         return tag.replace("begin_of", "end_of").replace("start_of", "end_of")
     return f"{tag[0]}/{tag[1:]}"
 
 
 def drop_opening(solution: str, opening: str) -> str:
-    """A trace as it goes on behind a prompt that has opened its thinking: without the tag that the
-    prompt ends with, or, if it has no thoughts, after an end of them."""
+    """A trace to follow a prompt that ends with `opening`: without that tag or, if the trace has
+    no thoughts, with the closing tag first."""
     if not opening:
         return solution
     tag = opening.rstrip()
@@ -49,19 +49,19 @@ def drop_opening(solution: str, opening: str) -> str:
 
 
 class ThinkingSplitter:
-    """Splits a completion that arrives in pieces of any size, tags cut in two among them.
+    """Splits a completion that arrives in pieces of any size; a tag may be cut in two.
 
-    A completion thinks first if it begins with `<think>`, or if the prompt has `opened` a tag.
+    A completion starts with thoughts if it begins with `<think>` or the prompt has `opened` a tag.
     """
 
     def __init__(self, opened: str = ""):
         self._close = close_tag(opened.rstrip() or OPEN)
         self._thinks: bool | None = True if opened else None
-        """None until the first signs have come."""
+        """None until the first characters have arrived."""
         self._held = ""
 
     def feed(self, piece: str) -> Iterator[tuple[bool, str]]:
-        """(whether it is thinking, text) for all that is certain by now."""
+        """(whether it is thinking, text), for the text that is certain so far."""
         self._held += piece
         if self._thinks is None:
             start = self._held.lstrip()
@@ -81,7 +81,7 @@ class ThinkingSplitter:
             yield self._thinks, text
 
     def finish(self) -> Iterator[tuple[bool, str]]:
-        """What was held back because it could have become a tag."""
+        """The text held back because it might have been a tag."""
         if self._held:
             yield bool(self._thinks), self._held
         self._held = ""

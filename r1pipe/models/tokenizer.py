@@ -1,5 +1,4 @@
-"""Tokenizers: built or loaded, chat templates, end tokens, and one encoding for training and
-sampling."""
+"""Tokenizers, chat templates and end tokens; training and sampling encode alike."""
 
 import contextlib
 import json
@@ -33,14 +32,14 @@ THINK = ("<think>", "</think>")
 SPECIAL = ("pad", "eos", "bos")
 
 TAIL = 16
-"""Tokens of a prompt's end that are looked at for an opened tag."""
+"""Tokens at a prompt's end that are searched for an opened tag."""
 
 
 def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE with a chat template, an end token and `<think>`/`</think>`.
 
-    Words, numbers of up to three digits and single signs are kept apart, so a number is one token
-    wherever it is frequent and any text comes back exactly as it went in.
+    Words, numbers of up to three digits and single signs are split first, so a frequent number is
+    one token. Decoding gives back any text exactly.
     """
     tokenizer = Tokenizer(models.BPE())
     words = Regex(r" ?\p{L}+| ?\p{N}{1,3}|[^\s\p{L}\p{N}]|\s+")
@@ -59,23 +58,23 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
     tokenizer.train_from_iterator(texts, trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
-    # Not special: the rewards read them, so decoding must not drop them.
+    # Not special tokens: decoding would drop them, and rewards read them.
     wrapped.add_tokens(list(THINK))
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
 
 
 def load_tokenizer(checkpoint: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer, checked for what every stage needs: a chat template, an end.
+    """The checkpoint's tokenizer, with a chat template, an end token and a padding token.
 
-    `chat_template`, Jinja, is for one that has none.
+    `chat_template`, Jinja, is used if it has none. Raises UserError if one of them is missing.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
-    except Exception as error:  # a damaged file shows as the error of whatever reads it
+    except Exception as error:  # a damaged file raises whatever its reader raises
         raise UserError(f"{checkpoint}: no tokenizer: {first_line(error)}") from error
     if not tokenizer.encode("2", add_special_tokens=False):
-        # transformers makes an empty one of an architecture's own class, without a word.
+        # transformers silently makes an empty one of the architecture's class.
         raise UserError(f"{checkpoint}: no tokenizer: no tokenizer.json, or an empty one")
     if lost := find_rowless(tokenizer, checkpoint):
         raise UserError(
@@ -101,22 +100,22 @@ def load_tokenizer(checkpoint: str, chat_template: str | None = None) -> PreTrai
 
 
 def find_rowless(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> str | None:
-    """A token of the checkpoint's that its embedding is too small for."""
+    """A token of the checkpoint whose id is beyond the embedding's rows; None if there is none."""
     try:
         num_rows = AutoConfig.from_pretrained(checkpoint).get_text_config().vocab_size
         stored = Path(cached_file(checkpoint, "tokenizer.json", local_files_only=True))
         tokens = json.loads(stored.read_text(encoding="utf-8"))["added_tokens"]
     except (OSError, ValueError, LookupError, AttributeError):
         return None
-    # Not all of the tokenizer's: transformers gives any Qwen2 an <|endoftext|> of its own, as the
-    # unknown token that its bytes never need, and saves it with the rest.
+    # Except the unknown token: transformers gives every Qwen2 its own <|endoftext|> as one, which
+    # a byte-level tokenizer never needs, and saves it with the rest.
     added = (t["content"] for t in tokens if t["content"] != tokenizer.unk_token)
     return next((t for t in added if (tokenizer.convert_tokens_to_ids(t) or 0) >= num_rows), None)
 
 
 def read_end_ids(checkpoint: str) -> list[int]:
-    """The end tokens of a checkpoint's generation_config.json or, without such a file, of its
-    config.json: those at which vLLM stops, beside the tokenizer's one."""
+    """End tokens of a checkpoint's generation_config.json or, without that file, config.json. vLLM
+    stops at these, and at the tokenizer's own."""
     ids, num_rows = [], None
     with contextlib.suppress(OSError, ValueError):
         config = AutoConfig.from_pretrained(checkpoint)
@@ -127,13 +126,13 @@ def read_end_ids(checkpoint: str) -> list[int]:
         if not isinstance(number, int) or number not in range(num_rows or 2**31):
             raise UserError(
                 f"{checkpoint}: eos_token_id of its generation_config.json or config.json: "
-                f"{number!r} is the number of no token"
+                f"{number!r} is not the id of a token"
             )
     return ids
 
 
 def list_ids(config: GenerationConfig | PreTrainedConfig) -> list[int]:
-    """`eos_token_id`, which is one, several or None."""
+    """`eos_token_id` as a list; it may be one, several or None."""
     ids = getattr(config, "eos_token_id", None)
     return list(ids) if isinstance(ids, list | tuple) else [] if ids is None else [ids]
 
@@ -149,9 +148,9 @@ Messages = list[dict[str, str]]
 def encode_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, name: str = "the conversation"
 ) -> list[int]:
-    """Token ids up to where the assistant begins: what is sampled from, and trained behind.
+    """Token ids up to where the assistant's turn begins.
 
-    Raises UserError, with the prompt's `name`, if the chat template refuses it."""
+    Raises UserError, with the prompt's `name`, if the chat template rejects it."""
     return use_template(tokenizer, messages, name, add_generation_prompt=True, return_dict=False)
 
 
@@ -160,7 +159,7 @@ def use_template(
 ) -> Any:
     try:
         return tokenizer.apply_chat_template(messages, **options)
-    except Exception as error:  # a template is a program
+    except Exception as error:  # a template is a program: it may raise anything
         hint = ""
         if any(message["role"] == "system" for message in messages):
             hint = "; it may know no system prompt: leave out `system`, or write it into the prompt"
@@ -169,12 +168,12 @@ def use_template(
 
 
 ASKED, SHOWN = "Which numbers?", "4 and 2"
-"""A conversation that shows what a template writes around an answer."""
+"""A conversation to find out what a template writes around an answer."""
 
 
 def show_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What the chat template writes before and behind an answer that is given; nothing if it leaves
-    answers out. Raises UserError if it cannot be used."""
+    """The chat template's text before and after a given answer; two empty strings if it leaves out
+    answers. Raises UserError if it fails, or leaves out the user's message."""
     messages = [
         {"role": "user", "content": ASKED},
         {"role": "assistant", "content": SHOWN},
@@ -191,8 +190,8 @@ def show_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 
 
 def find_end_id(tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int]) -> int:
-    """The token that completions are trained to end with: of all `end_ids` the one that the chat
-    template writes behind an answer. phi's is not the tokenizer's own."""
+    """The token that completions are trained to end with: the first of `end_ids` that the chat
+    template writes after an answer, by default the tokenizer's own. phi's differs from that."""
     _, behind = show_turn(tokenizer)
     texts = {number: tokenizer.convert_ids_to_tokens(number) for number in end_ids}
     written = [number for number, text in texts.items() if text and text in behind]
@@ -200,16 +199,16 @@ def find_end_id(tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int]) -> i
 
 
 def find_opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], header: str) -> str:
-    """What the prompt has begun of the completion, such as "<think>\\n"; mostly nothing.
+    """The part of the completion at the prompt's end, such as "<think>\\n"; mostly empty.
 
-    `header`: what `show_turn` finds before an answer."""
+    `header`: the text before an answer (`show_turn`)."""
     return find_opened_tag(tokenizer.decode(prompt_ids[-TAIL:]), header)
 
 
 def check_length(
     problem: Problem, num_tokens: int, max_completion_length: int, context: int
 ) -> None:
-    """Raises UserError for a prompt of so many tokens that does not fit the model's context."""
+    """Raises UserError if a prompt of `num_tokens` and a completion exceed the context."""
     if num_tokens + max_completion_length > context:
         raise UserError(
             f'problem "{problem.id}": prompt of {num_tokens} tokens + max_completion_length '
@@ -222,7 +221,7 @@ def check_length(
 def encode_completion(
     tokenizer: PreTrainedTokenizerBase, text: str, end_id: int | None = None
 ) -> list[int]:
-    """Token ids of a completion and its end token: what the sampler would have returned."""
+    """Token ids of a completion and its end token, as the sampler would return them."""
     end = tokenizer.eos_token_id if end_id is None else end_id
     return [*tokenizer.encode(text, add_special_tokens=False), end]
 
@@ -234,8 +233,8 @@ def require_same_vocabulary(
     teacher_end_ids: list[int],
     student_end_ids: list[int],
 ) -> None:
-    """Raises UserError, naming the first token that differs, or that ends the teacher's turns and
-    no sample of the student's."""
+    """Raises UserError naming the first token that differs, or an end token of the teacher's at
+    which the student does not stop."""
     if difference := find_difference(teacher, student):
         raise UserError(
             f'stage "{stage.name}": teacher {stage.from_} and student {stage.student} have not the '
@@ -254,10 +253,10 @@ def require_same_vocabulary(
 def find_difference(
     teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase
 ) -> str | None:
-    """The first thing in which the vocabularies differ, in words; None if ids mean the same.
+    """The first difference between the vocabularies, in words; None if ids mean the same.
 
-    How text is cut into tokens is not compared: the teacher reads the student's ids. Nor are the
-    sizes of the models' embeddings, which are padded as their makers like it.
+    The splitting of text is not compared: the teacher reads the student's ids. Nor are the sizes of
+    the embeddings, which may be padded.
     """
     theirs, own = teacher.get_vocab(), student.get_vocab()
     for token in sorted({*theirs, *own}, key=lambda t: (theirs.get(t, own.get(t)), t)):

@@ -1,7 +1,7 @@
-"""Checkpoints' weight files: checked before use, exported and saved in the hub's format.
+"""Weight files of checkpoints: checked, exported, saved in the hub's format.
 
-What a tensor is called differs between transformers (experts fused in one 3-D parameter) and the
-checkpoint format that vLLM reads (one tensor per expert): `export_weights` translates.
+transformers fuses a layer's experts in one 3-D parameter; checkpoints, which vLLM reads, have one
+tensor per expert. `export_weights` translates.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ from r1pipe.utils.jsonl import write_text
 from r1pipe.utils.phases import phase
 
 MAX_FILE_BYTES = 4 * 2**30
-"""Of a sharded model's safetensors files: what rank 0 holds of it while it is saved."""
+"""Largest safetensors file of a sharded model: what rank 0 holds while saving."""
 
 
 def check_weights(checkpoint: str) -> None:
-    """Raises UserError if a checkpoint folder's weights are not whole. Reads their headers only."""
+    """Raises UserError if a checkpoint folder's weights are incomplete. Reads only headers."""
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir():
         return
@@ -48,7 +48,7 @@ def check_weights(checkpoint: str) -> None:
 
 
 def list_weights(folder: Path) -> list[Path]:
-    """A checkpoint's own files: those that its index names, or model.safetensors, or all; PyTorch's
+    """A checkpoint's weight files: those in its index, or model.safetensors, or all; PyTorch's
     *.bin if there are no safetensors. Some may be missing."""
     for suffix in ("safetensors", "bin"):
         for index in sorted(folder.glob(f"*model.{suffix}.index.json")):
@@ -64,7 +64,7 @@ def list_weights(folder: Path) -> list[Path]:
 
 
 def find_strays(folder: Path) -> list[Path]:
-    """Safetensors files beside the checkpoint's own, which vLLM would load as well: without an
+    """Safetensors files that are not the checkpoint's own. vLLM would load them too: without an
     index it takes all."""
     if list(folder.glob("*.safetensors.index.json")):
         return []
@@ -72,7 +72,7 @@ def find_strays(folder: Path) -> list[Path]:
 
 
 def find_damage(file: Path) -> str:
-    """What is wrong with a file of weights; nothing if it is whole, as far as its header tells."""
+    """What is wrong with a weight file, judged by its header; empty if nothing."""
     try:
         size = file.stat().st_size
         with file.open("rb") as opened:
@@ -103,10 +103,10 @@ def find_damage(file: Path) -> str:
 def save_checkpoint(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    """safetensors in the original architecture, the tokenizer, and a generation config, which has
-    all end tokens of the model's.
+    """Save safetensors in the original architecture, the tokenizer, and a generation config with
+    all of the model's end tokens.
 
-    Of a sharded model rank 0 writes the files, and every rank must call this.
+    Every rank must call this for a sharded model; rank 0 writes the files.
     """
     first, *others = join_end_ids(tokenizer, list_ids(model.generation_config))
     model.generation_config = GenerationConfig(
@@ -120,15 +120,15 @@ def save_checkpoint(
 
 
 def save_sharded(model: PreTrainedModel, folder: Path) -> None:
-    """What `save_pretrained` writes, file by file, with one file's tensors in memory at a time."""
-    # fully_shard has made the model's class one of its own.
+    """Like `save_pretrained`, with one file's tensors in memory at a time."""
+    # fully_shard has replaced the model's class by one of its own.
     plain = next(cls for cls in type(model).__mro__ if not issubclass(cls, FSDPModule))
     model.config.architectures = [plain.__name__]
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     files: list[tuple[Path, list[str]]] = []
     total_bytes = 0
-    # The other ranks only help to put the layers together.
+    # The other ranks only take part in gathering the layers.
     kept = torch.device("cpu" if is_first() else "meta")
     weights = ((name, tensor.to(kept).contiguous()) for name, tensor in export_weights(model))
     for tensors in cut_files(weights, MAX_FILE_BYTES):
@@ -154,7 +154,7 @@ def save_sharded(model: PreTrainedModel, folder: Path) -> None:
 def cut_files(
     weights: Iterable[tuple[str, torch.Tensor]], max_bytes: int
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Tensors in parts of at most `max_bytes`, or of one tensor."""
+    """Tensors in parts of at most `max_bytes`, or one tensor."""
     part: dict[str, torch.Tensor] = {}
     room = max_bytes
     for name, tensor in weights:
@@ -169,15 +169,15 @@ def cut_files(
 def export_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors as in a saved checkpoint, one layer at a time, without a second full copy.
 
-    Walks `state_dict()`, not the parameters: a router's `e_score_correction_bias` is a buffer, and
-    a sampler without it routes other tokens to other experts.
+    Iterates `state_dict()`, not the parameters: a router's `e_score_correction_bias` is a buffer,
+    and a sampler without it routes tokens to other experts.
 
-    The layers of a sharded model are put together one by one, on every rank: all must walk to the
+    A sharded model's layers are gathered one by one, on every rank: all ranks must iterate to the
     end.
     """
     tensors = model.state_dict()
     if getattr(model.config, "tie_word_embeddings", False):
-        # Saved checkpoints hold tied weights once, and vLLM ties them itself.
+        # Saved checkpoints have tied weights once; vLLM ties them itself.
         tensors = {n: t for n, t in tensors.items() if n not in tied_names(model)}
 
     def layer(name: str) -> str:
@@ -190,7 +190,7 @@ def export_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a sharded tensor, on every rank, which all must ask for it; others as they are."""
+    """A sharded tensor gathered, which every rank must call; others unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -1,4 +1,4 @@
-"""Problems with solutions as token ids, encoded as the sampler would see them."""
+"""Traces as token ids: prompts and solutions encoded like the sampler's."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from r1pipe.utils.errors import UserError
 
 @dataclass(frozen=True)
 class Trace:
-    """Token ids, int32: a corpus of traces stays in memory at 4 bytes a token."""
+    """Token ids as int32: a corpus takes 4 bytes a token."""
 
     prompt_ids: np.ndarray
     completion_ids: np.ndarray
@@ -37,7 +37,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class EncodedTraces:
-    """Tokenised traces, and how many were too long for `max_length`."""
+    """Tokenized traces, and the number of those longer than `max_length`."""
 
     rows: list[Trace]
     num_too_long: int
@@ -49,10 +49,11 @@ def encode_traces(
     max_length: int | None,
     end_ids: Iterable[int] = (),
 ) -> EncodedTraces:
-    """Prompt and solution of each problem, token by token as the sampler would see them; each
-    completion ends with one of `end_ids`.
+    """Prompt and solution of each problem as the sampler would see them; each completion ends with
+    one of `end_ids`.
 
-    Raises UserError for a row without `solution`, or that the chat template refuses.
+    Raises UserError for a row without `solution` or rejected by the chat template, and if no row is
+    left.
     """
     rows, num_too_long = [], 0
     header, _ = show_turn(tokenizer)

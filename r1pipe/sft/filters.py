@@ -1,4 +1,4 @@
-"""Filters of traces: what makes one flawed, and which of several correct ones to keep."""
+"""Filters of traces: flaws, and which of several correct ones to keep."""
 
 import re
 
@@ -9,14 +9,14 @@ from rewards.text.completions import split_thinking
 from rewards.text.languages import LANGUAGES, language_share
 
 FLAWS = ("no_format", "mixed_language", "long_paragraph", "code_block")
-"""What `find_flaw` finds."""
+"""Results of `find_flaw`."""
 SHINGLE = 3
-"""Words in a row that two traces are compared by."""
+"""Two traces are compared by their runs of so many words."""
 
 
 def find_flaw(completion: str, filters: TraceFilters) -> str | None:
-    """Which filter a trace fails, most by its chain of thought (all of it if nothing is marked as
-    thinking)."""
+    """The first filter that a trace fails; None if none. All but the format are about the chain of
+    thought (the whole text if no part is marked as thinking)."""
     if filters.require_format and check_format([completion]) != [1.0]:
         return "no_format"
     thinking, answer = split_thinking(completion)
@@ -32,7 +32,7 @@ def find_flaw(completion: str, filters: TraceFilters) -> str | None:
 
 
 def is_mixed(text: str, filters: TraceFilters) -> bool:
-    """Whether too few of the words are in the one language. A text without words is not mixed."""
+    """Whether too few words are in one language. A text without words is not mixed."""
     shares = {language: language_share(text, language) for language in LANGUAGES}
     most = max(shares.values())
     share = most if filters.language is None else shares[filters.language]
@@ -44,14 +44,14 @@ def choose_first(rollouts: list[Rollout], count: int) -> list[Rollout]:
 
 
 def choose_diverse(rollouts: list[Rollout], count: int) -> list[Rollout]:
-    """The first, then again and again the one that is least like those chosen already: farthest
-    point first, by the overlap (Jaccard) of their runs of words."""
+    """Farthest-point selection: the first, then each time the one least like those chosen, by the
+    Jaccard overlap of their runs of words."""
     shingles = [list_shingles(rollout.completion) for rollout in rollouts]
     nearest = [0.0] * len(rollouts)
     chosen: list[int] = []
     while len(chosen) < min(count, len(rollouts)):
         rest = [i for i in range(len(rollouts)) if i not in chosen]
-        new = min(rest, key=nearest.__getitem__)  # the first, and shorter, of equals
+        new = min(rest, key=nearest.__getitem__)  # of equals the first, which is the shortest
         chosen.append(new)
         for i in rest:
             both = len(shingles[i] & shingles[new])

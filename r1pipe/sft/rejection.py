@@ -1,8 +1,8 @@
-"""Rejection sampling: right answers become traces. Shared by reject and distill.
+"""Rejection sampling: correct samples become traces. Used by reject and distill.
 
-As in R1 (Guo et al. 2025, arXiv:2501.12948v1, section 2.3.3): several samples of each problem, of
-which the right ones are kept, but not chains of thought with mixed languages, long paragraphs or
-code blocks. The paper gives no thresholds: they are the recipe's.
+As in R1 (Guo et al. 2025, arXiv:2501.12948v1, section 2.3.3): several samples of each problem; the
+correct ones are kept, except chains of thought with mixed languages, long paragraphs or code
+blocks. The paper gives no thresholds; the recipe does.
 """
 
 from collections import Counter
@@ -23,7 +23,7 @@ from r1pipe.utils.progress import log_line
 ENDS = ("truncated", "unjudged", "wrong")
 """Why a sample is not accepted."""
 DROPS = ("too_hard", "too_easy", *FLAWS, "duplicate", "over_cap")
-"""Why an accepted one makes no trace all the same."""
+"""Why an accepted sample is dropped."""
 
 
 def collect_traces(
@@ -34,8 +34,8 @@ def collect_traces(
     settings: Traces,
     label: str,
 ) -> tuple[list[Problem], dict[str, Any]]:
-    """Problems with a kept sample as their `solution`, and what became of all samples. `origin` is
-    a SamplingJob's."""
+    """Problems with a kept sample as `solution`, and counts of all samples by outcome. `origin`:
+    see SamplingJob."""
     job = SamplingJob(
         problems=put_examples_before(problems, settings, context),
         num_samples=settings.num_generations,
@@ -51,7 +51,7 @@ def collect_traces(
     def keep(
         asked: Problem, rollouts: list[Rollout], scores: list[Score]
     ) -> tuple[list[Problem], Counter[str]]:
-        """Traces of one problem, and what became of all its samples."""
+        """One problem's traces, and counts of its samples by outcome."""
         counts: Counter[str] = Counter(tokens_sampled=sum(r.num_tokens for r in rollouts))
         kept = select_samples(rollouts, scores, settings, counts)
         problem = originals[asked.id]
@@ -83,7 +83,7 @@ def collect_traces(
 def drop_flawed(
     problems: list[Problem], filters: TraceFilters, context: StageContext
 ) -> list[Problem]:
-    """Given traces without those that the filters drop. Raises UserError if none is left."""
+    """The traces that pass the filters. Raises UserError if none does."""
     kept, counts = [], Counter()
     for problem in problems:
         if flaw := problem.solution and find_flaw(problem.solution, filters):
@@ -108,11 +108,11 @@ def describe_counts(counts: dict[str, int]) -> str:
 def put_examples_before(
     problems: list[Problem], settings: Traces, context: StageContext
 ) -> list[Problem]:
-    """The problems as the source is asked them: with the few-shot examples as earlier turns."""
+    """The problems as prompted: with the few-shot examples as earlier turns."""
     if settings.few_shot is None:
         return problems
     count = settings.few_shot.num_examples
-    # One more than are shown: no problem is shown its own solution.
+    # One more than are shown, because no problem is shown its own solution.
     examples = [e for e in context.load_problems(settings.few_shot.data) if e.solution][: count + 1]
     if len(examples) < count:
         raise UserError(
@@ -138,7 +138,7 @@ def put_examples_before(
 def select_samples(
     rollouts: list[Rollout], scores: list[Score], settings: Traces, counts: Counter[str]
 ) -> list[Rollout]:
-    """The samples of one problem that become traces; adds to `counts` what became of the others."""
+    """The samples of one problem that become traces. Counts the others' reasons in `counts`."""
     left: dict[str, Rollout] = {}
     pairs = sorted(zip(rollouts, scores, strict=True), key=lambda pair: measure_length(pair[0]))
     ends = [find_end(rollout, score) for rollout, score in pairs]
@@ -159,20 +159,20 @@ def select_samples(
 
 
 def judge_difficulty(pass_rate: float, settings: Traces) -> str | None:
-    """Why a problem makes no traces, however good its accepted samples are."""
+    """Why a problem is left out, whatever its accepted samples; None if it is not."""
     if pass_rate < settings.min_pass_rate:
         return "too_hard"
     return "too_easy" if pass_rate > settings.max_pass_rate else None
 
 
 def measure_length(rollout: Rollout) -> tuple[int, int, int]:
-    """In tokens, where the source tells them; in characters otherwise."""
+    """Sorts by tokens where the source counts them, then by characters."""
     return rollout.num_tokens, len(rollout.completion), rollout.sample
 
 
 def find_end(rollout: Rollout, score: Score) -> str | None:
-    """Why a sample is not accepted: it has to be complete, and given the full reward by every
-    function. None is not a yes."""
+    """Why a sample is not accepted; None if it is complete and every function gives it the full
+    reward. A reward of None is not accepted."""
     if rollout.truncated:
         return "truncated"
     values = score.rewards.values()

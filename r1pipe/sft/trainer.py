@@ -1,8 +1,7 @@
 """Supervised training on traces: the cold start and the students.
 
-The loss is the mean negative log-likelihood of the completions' tokens in an optimizer step, over
-all its rows and ranks. Rows are packed as GRPO packs its samples: no padding, attention
-within each.
+The loss is the mean negative log-likelihood of the completions' tokens, over all rows and ranks of
+an optimizer step. Rows are packed like GRPO's samples: no padding, attention within each.
 """
 
 import itertools
@@ -34,7 +33,7 @@ from r1pipe.utils.progress import Interrupt
 
 
 class SupervisedTrainer(PackedTrainer):
-    """Trains a policy on traces: each step one optimizer step."""
+    """Trains a policy on traces, one optimizer step per step."""
 
     def __init__(
         self, policy: Policy | PreTrainedModel, settings: Supervised, *, num_steps: int, dtype: str
@@ -47,12 +46,12 @@ class SupervisedTrainer(PackedTrainer):
             dtype=dtype,
         )
         self.num_tokens = 0
-        """Prompts' and completions', from the stage's beginning."""
+        """Prompt and completion tokens since the stage began."""
         self.model.train()
 
     @phase("update")
     def take_step(self, traces: list[Trace], step: int, label: str, events: EventLog) -> dict:
-        """One optimizer step on these rows, of which each rank takes its share; its metrics.
+        """One optimizer step on these rows, shared out among the ranks. Returns its metrics.
 
         Raises Tripped if the gradient is not finite.
         """
@@ -88,7 +87,7 @@ class SupervisedTrainer(PackedTrainer):
         }
 
     def backward(self, batch: PackedBatch, num_targets: int) -> dict[str, float]:
-        """Add the batch's share of the gradient; its share of the step's means."""
+        """Add the batch's gradient. Returns its share of the step's mean loss and entropy."""
         now = self.policy(batch, 1.0)
         loss = -now.logprobs_C.sum() / num_targets
         loss.backward()
@@ -103,8 +102,8 @@ class SupervisedTrainer(PackedTrainer):
 
 
 def draw_batches(num_rows: int, batch_size: int, seed: int, start: int) -> Iterator[list[int]]:
-    """Row numbers of each step's batch from step `start` (0 is the first) on: epoch after epoch,
-    each in an order of its own. A batch may reach into the next epoch."""
+    """Row numbers of each step's batch, from step `start` (0 is the first). Each epoch has its own
+    order; a batch may reach into the next epoch."""
     epoch, order = -1, []
     for position in itertools.count(start * batch_size, batch_size):
         numbers = []
@@ -124,7 +123,7 @@ def train_on_traces(
     context: StageContext,
     label: str,
 ) -> dict[str, float]:
-    """Train `policy` in place on the problems' solutions. Returns facts for the stage's record."""
+    """Train `policy` in place on the problems' solutions. Returns facts for stage.json."""
     policy = as_policy(policy)
     end_ids = list_ids(policy.model.generation_config)
     traces = encode_traces(problems, tokenizer, settings.max_length, end_ids)

@@ -1,9 +1,9 @@
-"""Distillation: the policy's right answers teach a dense student. Run it with:
+"""The distill stage: the policy's correct samples teach a dense student. Run it with:
 
     r1pipe distill configs/demo.yaml
 
-As in R1 (Guo et al. 2025, arXiv:2501.12948, section 2.4): supervised training on samples that
-rejection has left, no reinforcement learning of the student.
+As in R1 (Guo et al. 2025, arXiv:2501.12948, section 2.4): supervised training on samples that pass
+rejection, no reinforcement learning of the student.
 """
 
 from functools import partial
@@ -25,7 +25,7 @@ from r1pipe.utils.progress import log_line
 
 
 def run(stage: Distill, context: StageContext) -> dict[str, Any]:
-    """Sample the teacher `from`, keep what the rewards accept, train the student on it."""
+    """Sample from the teacher `from`, keep what the rewards accept, train the student on it."""
     problems = context.load_training_problems(stage)
     teacher = context.checkpoint(stage.from_)
     traces, facts = collect_traces(

@@ -1,4 +1,4 @@
-"""Evaluation: every checkpoint on the same held-out problems.
+"""The eval stage: every checkpoint on the same held-out problems.
 
 Run it with `r1pipe eval configs/demo.yaml`.
 """
@@ -36,13 +36,13 @@ from r1pipe.utils.progress import log_line
 
 
 def run(stage: Eval, context: StageContext) -> dict[str, Any]:
-    """Write summary.json (one object per set and checkpoint), summary.md, results.jsonl (one per
-    problem of these), samples, and the curves; print the table."""
+    """Write summary.json (one object per set and checkpoint), summary.md, results.jsonl (one row
+    per problem of these), samples and curves; print the table."""
     sets = [HeldOut(source, context) for source in stage.data]
     refuse_overlap(stage, sets)
     results: dict[tuple[str, str], list[ProblemResult]] = {}
     summary = []
-    # One engine after another: checkpoints of one architecture next to each other share one.
+    # Consecutive checkpoints of one architecture share an engine.
     for name in stage.checkpoints:
         for heldout in sets:
             number = len(results) + 1
@@ -61,7 +61,7 @@ def run(stage: Eval, context: StageContext) -> dict[str, Any]:
 
 
 class HeldOut:
-    """One set of problems of the stage, and who has seen what of it."""
+    """One problem set of the stage, and which training data overlaps with it."""
 
     def __init__(self, source: EvalSet, context: StageContext):
         self.source, self.label = source, source.label
@@ -69,7 +69,7 @@ class HeldOut:
         if repeated := len(self.problems) - len(set(map(hash_question, self.problems))):
             log_line(
                 f"{context.stage_name}: {repeated} of the {len(self.problems)} problems of "
-                f"{self.label} are there before: the intervals count each text once"
+                f"{self.label} are repeats: the intervals count each text once"
             )
         self.overlap = TrainingOverlap(context, self.problems)
 
@@ -90,7 +90,7 @@ def refuse_overlap(stage: Eval, sets: list[HeldOut]) -> None:
 def evaluate(
     stage: Eval, heldout: HeldOut, name: str, context: StageContext, number: int
 ) -> tuple[dict[str, Any], list[ProblemResult]]:
-    """One checkpoint on one set: its entry of the summary, and its results problem by problem."""
+    """One checkpoint on one set: the summary's entry, and results by problem."""
     started = time.monotonic()
     problems = heldout.problems
     checkpoint = context.checkpoint(name)
@@ -102,8 +102,7 @@ def evaluate(
         problems=problems,
         num_samples=num_samples,
         sampling=stage.sampling,
-        # The seeds depend on neither checkpoint nor stage: checkpoints are compared on common
-        # random numbers.
+        # Common random numbers: the seeds depend on neither checkpoint nor stage.
         seed_parts=(context.recipe.seed, stage.kind),
         rewards=[Reward(function=reward), Reward(function=stage.format_reward)],
         origin=identify_weights(checkpoint, context.recipe.dtype),
@@ -115,7 +114,7 @@ def evaluate(
     def keep(
         problem: Problem, rollouts: list[Rollout], scores: list[Score]
     ) -> tuple[ProblemResult, list[Rollout], list[Score]]:
-        """Figures; the texts stay in the journal."""
+        """Figures only; the texts stay in the journal."""
         (result,) = sum_up_problems([problem], rollouts, find_right(scores, reward), k)
         for rollout in rollouts:
             rollout.empty()
@@ -137,7 +136,7 @@ def evaluate(
         **measure(results, rollouts, scores, stage.sampling, k, reward, stage.format_reward),
         "overlap": heldout.overlap.share(name),
         "overlap_dropped": heldout.overlap.num_dropped(name),
-        # Of the stage that made the checkpoint, if one did; its evaluation took eval_s.
+        # Time of the stage that made the checkpoint, if any; its evaluation took eval_s.
         "wall_s": record["wall_s"] if record else None,
         "eval_s": round(time.monotonic() - started, 1),
         "samples": samples,
@@ -153,7 +152,7 @@ def order_by_set(summary: list[dict]) -> list[dict]:
 def compare_in_order(
     summary: list[dict], results: dict[tuple[str, str], list[ProblemResult]]
 ) -> None:
-    """Give every entry its difference to the one before it on the same set."""
+    """Add to each entry its difference to the one before it on the same set."""
     for before, entry in zip([None, *summary], summary):
         entry["compared_with"] = None
         if before is not None and before["dataset"] == entry["dataset"]:
@@ -162,8 +161,8 @@ def compare_in_order(
 
 
 def join_evaluations(folders: dict[str, Path]) -> str:
-    """One table of checkpoints that finished eval stages, in these folders, have evaluated by the
-    same protocol."""
+    """One table of the checkpoints in finished eval stages of these folders, evaluated by the same
+    protocol."""
     summary, results = [], {}
     for name, folder in folders.items():
         entries = read_json(folder / "summary.json")
@@ -230,12 +229,12 @@ class TrainingOverlap:
         return round(len(overlapping) / self._num_problems, 4)
 
     def num_dropped(self, checkpoint: str) -> int:
-        """Rows dropped from its training, and its ancestors', for overlap with held-out sets."""
+        """Rows dropped from its and its ancestors' training for overlap with held-out sets."""
         records = map(self._context.run.read_record, self._list_ancestors(checkpoint))
         return sum(record.get("overlap_dropped", 0) for record in records if record)
 
     def _list_ancestors(self, checkpoint: str) -> list[str]:
-        """It, and all stages, folders and hub ids that it comes from, once each."""
+        """The checkpoint and all stages, folders and hub ids that it comes from, once each."""
         names = [checkpoint]
         for name in names:
             stage = self._context.recipe.stage(name)
@@ -243,8 +242,8 @@ class TrainingOverlap:
         return names
 
     def _find(self, stage_name: str) -> set[str]:
-        """Ids of the held-out problems that overlap with one stage's training problems, or with
-        the traces that it made of them."""
+        """Ids of the held-out problems that overlap with one stage's training problems, or with the
+        traces that it sampled."""
         if stage_name not in self._ids_of_stage:
             folder = self._context.run.stage_dir(stage_name)
             paths = [folder / "problems.jsonl"]

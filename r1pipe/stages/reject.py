@@ -20,7 +20,7 @@ from r1pipe.utils.progress import log_line
 
 
 def run(stage: Reject, context: StageContext) -> dict[str, Any]:
-    """Write traces.jsonl: problems with a kept sample as their solution, and what is mixed in."""
+    """Write traces.jsonl: problems with a kept sample as solution, and the rows mixed in."""
     problems = context.load_training_problems(stage)
     origin, open_source = find_source(stage, context)
     traces, facts = collect_traces(context, origin, open_source, problems, stage.traces, stage.name)
@@ -48,7 +48,7 @@ def find_source(stage: Reject, context: StageContext) -> tuple[object, Callable[
 
 
 def draw_mix(mix: Mix, num_traces: int, context: StageContext) -> list[Problem]:
-    """So many rows that they are `share` of all: of R1's 800k, 200k are no reasoning."""
+    """Rows that make up `share` of the result: 200k of R1's 800k are not reasoning."""
     rows = context.load_problems(mix.data)
     for row in rows:
         if not row.solution:

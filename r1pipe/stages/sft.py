@@ -1,4 +1,4 @@
-"""The cold start: supervised training on written-out reasoning.
+"""The sft stage: supervised training on traces, such as a cold start.
 
 Run it with `r1pipe sft configs/demo.yaml`.
 """

@@ -287,7 +287,7 @@ def test_what_a_later_stage_has_no_room_or_no_rows_for_is_known_before(project: 
     assert "128 leaves no room for a prompt in the context of 128" in failed["grpo: prompts"]
     odd = examine("stages.init.model.hidden_size='32'")
     (what,) = [d.detail for d in odd if d.what == "init: checkpoints"]
-    assert re.search("transformers can make no qwen3 of this.*hidden_size", what)
+    assert re.search("transformers cannot build qwen3 from this.*hidden_size", what)
 
 
 def test_long_prompts_are_dropped_where_the_recipe_says_so(project: Path) -> None:
@@ -551,7 +551,7 @@ def test_settings_that_make_no_model_are_known_before_any_stage_runs(project: Pa
         {"kind": "init", "name": "new", "model": settings, "tokenizer": tokenizer}
     )
     Path("mine.yaml").write_text(yaml.safe_dump(values))
-    assert "can make no qwen3 of this" in find_trouble(examine())["new: checkpoints"]
+    assert "cannot build qwen3 from this" in find_trouble(examine())["new: checkpoints"]
 
 
 def write_template(template: str, model: Path = Path("model")) -> None:

@@ -105,7 +105,7 @@ def test_a_damaged_checkpoint_is_refused(
         ({"model_type": "whisper"}, "an encoder and a decoder"),
         (LLAMA | {"hidden_size": 33}, "not a multiple of the number of attention heads"),
         (LLAMA | {"hidden_size": "wide"}, "expected int, got str"),
-        (LLAMA | {"num_attention_heads": 0}, "make no llama of this"),
+        (LLAMA | {"num_attention_heads": 0}, "cannot build llama from this"),
         (LLAMA | {"hidden_act": "nope"}, "KeyError: 'nope'"),
     ],
 )

@@ -89,10 +89,10 @@ def test_end_token_that_the_tokenizer_does_not_name(
     loaded = load_tokenizer(str(checkpoint))
     assert (loaded.eos_token, loaded.pad_token) == ("<|end|>", "<|end|>")
     change_json(checkpoint / "generation_config.json", eos_token_id="1")
-    with pytest.raises(UserError, match=r"eos_token_id of .*: '1' is the number of no token"):
+    with pytest.raises(UserError, match=r"eos_token_id of .*: '1' is not the id of a token"):
         read_end_ids(str(checkpoint))
     change_json(checkpoint / "generation_config.json", eos_token_id=[1, 999])
-    with pytest.raises(UserError, match=r"eos_token_id of .*: 999 is the number of no token"):
+    with pytest.raises(UserError, match=r"eos_token_id of .*: 999 is not the id of a token"):
         read_end_ids(str(checkpoint))
     change_json(checkpoint / "generation_config.json", eos_token_id=None)
     with pytest.raises(UserError, match="no end token: set eos_token in its tokenizer_config"):
