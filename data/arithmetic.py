@@ -66,26 +66,17 @@ def load(
     if split not in ("train", "test"):
         raise ValueError(f'split "{split}": arithmetic has "train" and "test"')
     if not 1 <= min_steps <= max_steps <= len(DAYS):
-        raise ValueError(f"min_steps {min_steps}, max_steps {max_steps}: 1 to {len(DAYS)} are told")
+        raise ValueError(
+            f"min_steps {min_steps}, max_steps {max_steps}: there are 1 to {len(DAYS)} steps"
+        )
     rng = random.Random(f"arithmetic/{split}/{seed}")
     habits = random.Random(f"arithmetic/{split}/{seed}/habits")
     # One random stream per option, so that they do not affect each other.
     languages, forms, questions = (
         random.Random(f"arithmetic/{split}/{seed}/{name}") for name in ("mixed", "plain", "facts")
     )
-    seen = set()
-    misses = 0
-    while len(seen) < size:
-        if misses > 10_000:  # in a row: probably there are no more
-            raise ValueError(f"options.size {size}: there are only {len(seen)} different problems")
-        misses += 1
-        num_steps = rng.randint(min_steps, max_steps)
-        start, changes = draw_skeleton(rng, num_steps, max_value, max_change)
-        skeleton = f"{start}{''.join(f'{c:+d}' for c in changes)}"
-        if split_of(skeleton) != split or skeleton in seen:
-            continue
-        seen.add(skeleton)
-        misses = 0
+    skeletons = draw_distinct(rng, split, size, (min_steps, max_steps), max_value, max_change)
+    for number, (start, changes) in enumerate(skeletons):
         worked = len(changes)
         if habits.random() < guess_share:
             worked = habits.randrange(len(changes))
@@ -100,7 +91,7 @@ def load(
             category, solution = "fact", f"The answer is {answer}."
         sentences = [f"{person} has {start} {thing}", *events, question]
         yield {
-            "id": f"arithmetic-{split}-{seed}-{len(seen) - 1}",
+            "id": f"arithmetic-{split}-{seed}-{number}",
             "kind": "math",
             "prompt": [{"role": "user", "content": ". ".join(sentences)}],
             "answer": answer,
@@ -108,6 +99,29 @@ def load(
             "source": "arithmetic",
             "category": category,
         }
+
+
+def draw_distinct(
+    rng: random.Random,
+    split: str,
+    size: int,
+    num_steps: tuple[int, int],
+    max_value: int,
+    max_change: int,
+) -> Iterator[tuple[int, list[int]]]:
+    """`size` different skeletons of the split, of `num_steps` (least, most) changes."""
+    seen = set()
+    misses = 0
+    while len(seen) < size:
+        if misses > 10_000:  # in a row: probably there are no more
+            raise ValueError(f"options.size {size}: there are only {len(seen)} different problems")
+        misses += 1
+        start, changes = draw_skeleton(rng, rng.randint(*num_steps), max_value, max_change)
+        skeleton = f"{start}{''.join(f'{c:+d}' for c in changes)}"
+        if split_of(skeleton) == split and skeleton not in seen:
+            seen.add(skeleton)
+            misses = 0
+            yield start, changes
 
 
 def draw_skeleton(
