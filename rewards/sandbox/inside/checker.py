@@ -149,10 +149,12 @@ def _list_tests(
     used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
     for name in dict.fromkeys(defined):
         value = namespace.get(name)
-        if name in used or getattr(value, "__module__", None) != "tests":
+        if getattr(value, "__module__", None) != "tests":
             continue
         if isinstance(value, type):
-            yield from _list_methods(value)
+            yield from _list_methods(value, name in used)
+        elif name in used:
+            continue
         elif isinstance(value, types.FunctionType) and name.startswith("test"):
             wanted = [
                 p.name for p in inspect.signature(value).parameters.values()
@@ -162,13 +164,19 @@ def _list_tests(
                 yield functools.partial(value, *(namespace[name] for name in wanted))
 
 
-def _list_methods(cls: type) -> Iterator[Callable[[], object]]:
+def _list_methods(cls: type, is_used: bool) -> Iterator[Callable[[], object]]:
     unittest = sys.modules.get("unittest")
     if unittest and issubclass(cls, unittest.TestCase):
-        yield unittest.defaultTestLoader.loadTestsFromTestCase(cls).debug
-    elif cls.__name__.startswith("Test") and cls.__init__ is object.__init__:  # type: ignore[misc]  # not called
+        for test in unittest.defaultTestLoader.loadTestsFromTestCase(cls):
+            yield functools.partial(_run_case, unittest, test)
+    elif not is_used and cls.__name__.startswith("Test") and cls.__init__ is object.__init__:  # type: ignore[misc]  # not called
         for name in [n for n in dir(cls) if n.startswith("test") and callable(getattr(cls, n))]:
             yield functools.partial(_call_method, cls, name)
+
+
+def _run_case(unittest: types.ModuleType, test: object) -> None:
+    with contextlib.suppress(unittest.SkipTest):
+        unittest.TestSuite([test]).debug()  # its class's and module's fixtures, too
 
 
 def _call_method(cls: type, name: str) -> None:

@@ -339,7 +339,30 @@ CALLED = [
     "import unittest\nclass Case(unittest.TestCase):\n    def setUp(self): self.x = 3\n"
     "    def test_f(self):\n        self.assertEqual(f(self.x), 9)\n        assert f(2) == 4",
     "if f(3) != 9: raise ValueError('no square')",
-]
+    *[f"import unittest\n{code}" for code in (
+        "class T(unittest.TestCase):\n    def test_a(self): self.assertEqual(f(3), 9)",
+        "from unittest import TestCase\nclass T(TestCase):\n    n = 3\n"
+        "    def test_a(self): self.assertTrue(f(self.n) == 9)",
+        "class T(unittest.TestCase):\n    def test_a(self): self.assertEqual(f(3), 9)\n"
+        "unittest.main()",
+        "class T(unittest.TestCase):\n    def test_a(self): self.assertEqual(f(3), 9)\n"
+        "unittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromTestCase(T))",
+        "class T(unittest.TestCase):\n    def setUp(self): super(T, self).setUp()\n"
+        "    def test_a(self): self.assertEqual(f(3), 9)",
+        "class Base(unittest.TestCase): pass\nclass T(Base):\n"
+        "    def test_a(self): self.assertEqual(f(3), 9)",
+        "class T(unittest.TestCase):\n    def runTest(self): self.assertIn(f(3), [9])",
+        "class T(unittest.IsolatedAsyncioTestCase):\n"
+        "    async def test_a(self): self.assertEqual(f(3), 9)",
+        "def setUpModule():\n    global n\n    n = 3\nclass T(unittest.TestCase):\n"
+        "    @classmethod\n    def setUpClass(cls): cls.goal = 9\n"
+        "    def test_a(self): self.assertEqual(f(n), self.goal)",
+        "class T(unittest.TestCase):\n    @unittest.skip('slow')\n"
+        "    def test_a(self): self.assertEqual(f(3), 8)\n"
+        "    def test_b(self): self.assertEqual(f(3), 9)",
+        "class T(unittest.TestCase):\n    def test_a(self):\n        if f(3) != 9: self.fail()",
+    )],
+]  # fmt: skip
 # Tests of the exception that ROOT raises, in which no assert may be reached.
 EXPECTING = [
     "try:\n    f(-1)\nexcept ValueError:\n    pass\nelse:\n    assert False",
@@ -364,6 +387,29 @@ VERDICTS = [
         "if __name__ == '__main__':\n    assert f(3) == 9", "if False: assert f(3) == 9",
         "class Checks:\n    def run(self): assert f(3) == 9",
         "def test_f(fixture): assert f(fixture) == 9")],
+    # nor behind a call
+    *[(program, code, None) for program in (SQUARE, ZERO, EXIT) for code in (
+        "def check(candidate):\n    candidate(3)\n    return\n    assert candidate(3) == 9",
+        "def check(candidate):\n    candidate(3)\n    if False: assert candidate(3) == 9",
+        "def test_f():\n    return f(3)\n    assert f(3) == 9",
+        "for x in [3]:\n    f(x)\n    continue\n    assert f(x) == 9",
+        "while f(3) > -1:\n    break\n    assert f(3) == 9",
+        "f(3)\nwhile 0: assert f(3) == 9", "f(3)\nfor x in (): assert f(x) == 9",
+        "f(3)\nif not True: assert f(3) == 9", "f(3)\nif not __debug__: assert f(3) == 9",
+        "f(3)\nif __name__ == '__main__': assert f(3) == 9",
+        "SLOW = False\nf(3)\nif SLOW: assert f(3) == 9",
+        "f(3)\nif False: raise ValueError", "f(3)\nif True: pass\nelse: assert f(3) == 9",
+        "def verify(): assert f(3) == 9\nf(3)", "async def test_f(): assert f(3) == 9\nf(3)",
+        "class Checks:\n    def run(self): assert f(3) == 9\nf(3)")],
+    *[(program, code, score) for program, score in ((SQUARE, 1.0), (ZERO, 0.0)) for code in (
+        "def check(candidate):\n    if not candidate: return\n    assert candidate(3) == 9",
+        "SLOW = False\nSLOW = f(3) == 9\nif not SLOW: assert False",
+        "for x in [3]:\n    if x == 4: continue\n    assert f(x) == 9",
+        "def helper(): assert f(3) == 9\nglobals()['helper']()",
+        "if False: pass\nelse: assert f(3) == 9", "while True:\n    assert f(3) == 9\n    break")],
+    ("import unittest\ndef f(x): raise unittest.SkipTest('x')", "import unittest\n"
+     "class T(unittest.TestCase):\n    def test_a(self):\n        y = f(3)\n"
+     "        self.assertEqual(y, 9)", 0.0),
     ("def f(x): return []", "for y in f(3): assert y == 9", 0.0),
     ("def f(x): return [9]", "for y in f(3): assert y == 9", 1.0),
     ("def f(x): return x", "def called(y): assert y == 9\nf(called)", 0.0),
