@@ -12,8 +12,9 @@ from r1pipe.rl.advantages import compute_advantages, find_silent_groups
 from r1pipe.rl.batch import Batch, Group, gather_groups
 from r1pipe.rl.curriculum import PassRates, Prompts, compute_pass_rate, find_reward
 from r1pipe.rollout.engine import Sampler
-from r1pipe.rollout.scoring import Scorer
-from r1pipe.types import Problem, Rollout, Score
+from r1pipe.rollout.groups import SampleGroup
+from r1pipe.rollout.scoring import Scorer, ScoringThread
+from r1pipe.types import Problem
 from r1pipe.utils import distributed
 from r1pipe.utils.progress import Interrupt
 
@@ -128,41 +129,26 @@ class Collector:
         with_routes: bool = False,
     ) -> list[Group]:
         """Groups of this rank's share of these problems, each judged as soon as it is complete."""
-        part = self.sampler.own_part(len(problems))
-        problems_here = problems[part]
-        kept = range(len(problems_here))[self.sampler.kept_part(len(problems_here))]
-        started = time.perf_counter()
-        scores: dict[int, Future[list[Score]]] = {}
         state = self._describe_state(step)
-        with ThreadPoolExecutor(1, "judge") as judge:
 
-            def on_group(index: int, rollouts: list[Rollout]) -> None:
-                Interrupt.check()
-                if index in kept:
-                    owners = [problems_here[index]] * len(rollouts)
-                    scores[index] = judge.submit(self.scorer.score, owners, rollouts, state)
-
-            rollouts = self.sampler.generate(
-                problems,
-                num_samples,
-                self.sampling,
-                seed_parts,
-                on_group,
-                with_routes=with_routes,
-                part=part,
-            )
-            sampled = time.perf_counter()
-            groups = [
-                Group(
-                    problems_here[i],
-                    rollouts[i * num_samples : (i + 1) * num_samples],
-                    scores[i].result(),
-                )
-                for i in kept
+        def score(sampled: list[SampleGroup]) -> list[Group]:
+            (one,) = sampled
+            owners = [one.problem] * num_samples
+            return [
+                Group(one.problem, one.rollouts, self.scorer.score(owners, one.rollouts, state))
             ]
+
+        started = time.perf_counter()
+        with ScoringThread(score, batched=False) as scoring:
+            for group in self.sampler.generate_groups(
+                problems, num_samples, self.sampling, seed_parts, with_routes=with_routes
+            ):
+                Interrupt.check()
+                scoring.add(group)
+            sampled = time.perf_counter()
         seconds["sample"] += sampled - started
         seconds["score"] += time.perf_counter() - sampled  # what was left of it
-        return groups
+        return [scoring.results[index] for index in sorted(scoring.results)]
 
 
 class Prefetcher:

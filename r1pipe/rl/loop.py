@@ -233,12 +233,12 @@ def measure_mismatch(
     seed_parts: tuple,
 ) -> float:
     """Mean |sampler - trainer| log-probability of one fresh sample per problem."""
-    part = sampler.own_part(len(problems))
-    rollouts = sampler.generate(
-        problems, 1, sampling, seed_parts, with_routes=stage.routing_replay, part=part
+    groups = sampler.generate_groups(
+        problems, 1, sampling, seed_parts, with_routes=stage.routing_replay
     )
-    rollouts = rollouts[sampler.kept_part(len(rollouts))]
-    metrics = updater.evaluate([Sample(rollout, 0.0) for rollout in rollouts]).metrics()
+    in_order = sorted(groups, key=lambda group: group.index)
+    samples = [Sample(rollout, 0.0) for group in in_order for rollout in group.rollouts]
+    metrics = updater.evaluate(samples).metrics()
     return metrics["sampler/logprob_diff_mean"]
 
 

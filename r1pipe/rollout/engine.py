@@ -5,12 +5,13 @@ and in-process weights move without a copy through the network.
 """
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from array import array
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
@@ -32,6 +33,8 @@ from r1pipe.models.tokenizer import (
     show_turn,
 )
 from r1pipe.models.weights import list_weights
+from r1pipe.rollout.groups import SampleGroup, plan_groups
+from r1pipe.rollout.journal import SampleJournal
 from r1pipe.rollout.route_capture import RouteCapture
 from r1pipe.rollout.vllm_args import (
     available_memory,
@@ -49,7 +52,8 @@ from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError, first_line
 from r1pipe.utils.phases import heartbeat, phase
 from r1pipe.utils.progress import log_line
-from r1pipe.utils.seeds import derive_seed
+
+T = TypeVar("T")
 
 PROBE_PROMPTS = ("What is 3 + 4?", "Count to 5.", "Why is the sky blue?", "x + 2 = 9. x = ?")
 PROBE_TOKENS = 16
@@ -111,6 +115,8 @@ class Sampler:
         self.end_ids = join_end_ids(self.tokenizer, read_end_ids(checkpoint))
         self._unsaid = {*self.end_ids, self.tokenizer.pad_token_id}
         self._header, _ = show_turn(self.tokenizer)
+        self._prompts: dict[tuple, array] = {}
+        """Token ids by the prompt's messages."""
 
     def prepare_routes(self) -> None:
         """Get ready to return routes. Raises UserError where there are none to return."""
@@ -122,72 +128,66 @@ class Sampler:
             self._capture = RouteCapture(runner)
 
     def encode(self, problems: Iterable[Problem], max_completion_length: int) -> list[list[int]]:
-        """Prompt token ids. Raises UserError for a problem that does not fit the context."""
+        """Prompt token ids, tokenized once per checkpoint. Raises UserError for a problem that does
+        not fit the context."""
         encoded = []
         for problem in problems:
-            ids = encode_prompt(self.tokenizer, problem.prompt, f'problem "{problem.id}"')
+            key = tuple(text for message in problem.prompt for text in message.items())
+            if key not in self._prompts:
+                ids = encode_prompt(self.tokenizer, problem.prompt, f'problem "{problem.id}"')
+                self._prompts[key] = array("i", ids)
+            ids = self._prompts[key].tolist()
             check_length(problem, len(ids), max_completion_length, self.max_model_len)
             encoded.append(ids)
         return encoded
 
-    @phase("sampling")
     def generate(
         self,
         problems: list[Problem],
         num_samples: int,
         sampling: Sampling,
         seed_parts: tuple[object, ...],
-        on_group: Callable[[int, list[Rollout]], None] | None = None,
         with_routes: bool = False,
-        part: slice = slice(None),
-        on_sample: Callable[[Rollout], None] | None = None,
-        have: Mapping[tuple[str, int], Rollout] | None = None,
     ) -> list[Rollout]:
-        """`num_samples` rollouts per problem, those of one problem next to each other.
+        """`num_samples` rollouts per problem, in order, all by this rank's engine. `with_routes`
+        needs a sampler that was opened with them."""
+        groups = self._plan(problems, num_samples, sampling, seed_parts)
+        for _ in self._sample(groups, sampling, with_routes):
+            pass
+        return [rollout for group in groups for rollout in group.rollouts]
 
-        Each sample has a seed of its own, from `seed_parts`, the problem's id and the sample's
-        number, so it does not depend on what else is in the batch or came before.
-        `on_group(i, rollouts)` is called as soon as the samples of `problems[i]` are finished,
-        while others are still being sampled; routes come at the end. `with_routes` needs a sampler
-        that was opened with them. With a `part` only those of the problems are sampled, and
-        counted: the samples are the same as among all the others. `on_sample` is called for each
-        new sample; what is in `have`, by the problem's id and the sample's number, is taken from
-        there, without routes.
+    def generate_groups(
+        self,
+        problems: list[Problem],
+        num_samples: int,
+        sampling: Sampling,
+        seed_parts: tuple[object, ...],
+        *,
+        with_routes: bool = False,
+        journal: SampleJournal | None = None,
+    ) -> Iterator[SampleGroup]:
+        """The groups of this rank's `share` of the problems, each as soon as it is finished, while
+        others are still being sampled. The samples are those of `generate`.
+
+        On CPU routes come with the last group. Samples in the `journal` are taken from there,
+        without routes, and new ones are added to it.
         """
-        problems_here = range(len(problems))[part]
-        plan = self._plan(problems, num_samples, sampling, seed_parts)
-        plan = plan[problems_here.start * num_samples : problems_here.stop * num_samples]
-        finished = [(have or {}).get((problem.id, number)) for problem, _, number, _ in plan]
-        new = [place for place, rollout in enumerate(finished) if rollout is None]
-        requests = (
-            (place, plan[place][1], self._parameters(sampling, plan[place][3], with_routes))
-            for place in new
-        )
-        missing = [0] * len(problems_here)
-        for place in new:
-            missing[place // num_samples] += 1
-
-        def tell(group: int) -> None:
-            if on_group and not missing[group]:
-                on_group(group, finished[group * num_samples : (group + 1) * num_samples])
-
-        for group in range(len(missing)):
-            tell(group)
-        with self._capture.recording() if with_routes and self._capture else nullcontext():
-            for place, result in self._run(requests):
-                problem, ids, number, _ = plan[place]
-                rollout = finished[place] = self._read(result, problem, ids, number)
-                if with_routes and self._capture is None:
-                    rollout.routes = self._take_routes(result)
-                if on_sample:
-                    on_sample(rollout)
-                missing[place // num_samples] -= 1
-                tell(place // num_samples)
-        if with_routes and self._capture is not None:
-            routes = self._capture.collect({str(i): count_routes(finished[i]) for i in new})
-            for place in new:
-                finished[place].routes = routes[str(place)]
-        return finished
+        groups = self._plan(problems, num_samples, sampling, seed_parts)
+        own = {group.index for group in self.share(groups)}
+        groups = self._engine_share(groups)
+        if journal:
+            for group in groups:
+                group.rollouts = journal.find_samples(group.problem.id, num_samples)
+        yield from [group for group in groups if group.index in own and not group.missing]
+        for group, rollout in self._sample(groups, sampling, with_routes):
+            if group.index not in own:  # that of another rank of this engine
+                if journal:
+                    rollout.empty()
+                continue
+            if journal:
+                journal.add_sample(rollout)
+            if not group.missing:
+                yield group
 
     def _plan(
         self,
@@ -195,20 +195,36 @@ class Sampler:
         num_samples: int,
         sampling: Sampling,
         seed_parts: tuple[object, ...],
-    ) -> list[tuple[Problem, list[int], int, int]]:
-        """Problem, prompt, number and seed of every sample."""
-        plan = []
-        times: dict[str, int] = {}
+    ) -> list[SampleGroup]:
+        groups = plan_groups(problems, num_samples, seed_parts)
         prompts = self.encode(problems, sampling.max_completion_length)
-        for problem, ids in zip(problems, prompts, strict=True):
-            # A problem that comes twice in a batch gets other samples the second time.
-            again = (times[problem.id],) if problem.id in times else ()
-            times[problem.id] = times.get(problem.id, 0) + 1
-            plan += [
-                (problem, ids, number, derive_seed(*seed_parts, *again, problem.id, number))
-                for number in range(num_samples)
-            ]
-        return plan
+        for group, ids in zip(groups, prompts, strict=True):
+            group.prompt_ids = ids
+        return groups
+
+    def _sample(
+        self, groups: list[SampleGroup], sampling: Sampling, with_routes: bool
+    ) -> Iterator[tuple[SampleGroup, Rollout]]:
+        """Every missing sample of the groups as it is finished, already in its group."""
+        missing = [(group, number) for group in groups for number in group.missing]
+        requests = (
+            (group.prompt_ids, self._parameters(sampling, group.seeds[number], with_routes))
+            for group, number in missing
+        )
+        capture = self._capture if with_routes else None
+        with phase("sampling"), capture.recording() if capture else nullcontext():
+            for place, result in self._run(requests):
+                group, number = missing[place]
+                rollout = self._read(result, group, number)
+                if with_routes and capture is None:
+                    rollout.routes = self._take_routes(result)
+                group.rollouts[number] = rollout
+                yield group, rollout
+        if capture:
+            rollouts = [group.rollouts[number] for group, number in missing]
+            routes = capture.collect({str(i): count_routes(r) for i, r in enumerate(rollouts)})
+            for place, rollout in enumerate(rollouts):
+                rollout.routes = routes[str(place)]
 
     def _parameters(self, sampling: Sampling, seed: int, with_routes: bool) -> Any:
         from vllm import SamplingParams
@@ -231,16 +247,16 @@ class Sampler:
             skip_reading_prefix_cache=with_routes and self._capture is not None,
         )
 
-    def _run(self, requests: Iterable[tuple[int, list[int], Any]]) -> Iterator[tuple[int, Any]]:
-        """vLLM's results as they come, each with its request's place. `requests`: places, prompts
+    def _run(self, requests: Iterable[tuple[list[int], Any]]) -> Iterator[tuple[int, Any]]:
+        """vLLM's results as they come, each with its request's place among the `requests`: prompts
         and parameters, of which the engine gets so many at a time that it never waits for more."""
         from vllm.inputs import tokens_input
 
         engine = self.llm.llm_engine
-        coming, waiting = iter(requests), set()
+        coming, waiting = enumerate(requests), set()
         try:
             while True:
-                for place, ids, wanted in islice(coming, self._queue_size - len(waiting)):
+                for place, (ids, wanted) in islice(coming, self._queue_size - len(waiting)):
                     engine.add_request(str(place), tokens_input(ids), wanted)
                     waiting.add(str(place))
                 if not engine.has_unfinished_requests():
@@ -284,21 +300,21 @@ class Sampler:
         parameters.max_tokens = min(parameters.max_tokens, remaining)
         parameters.output_kind = RequestOutputKind.DELTA
         parameters.detokenize = True
-        for _, result in self._run([(0, ids, parameters)]):
+        for _, result in self._run([(ids, parameters)]):
             yield result.outputs[0].text
 
-    def _read(self, result: Any, problem: Problem, prompt_ids: list[int], number: int) -> Rollout:
+    def _read(self, result: Any, group: SampleGroup, number: int) -> Rollout:
         output = result.outputs[0]
         tokens = list(output.token_ids)
         # Special tokens stay: <think> may be one, and a policy that writes <|user|> has done so.
         said = self.tokenizer.decode([token for token in tokens if token not in self._unsaid])
         return Rollout(
-            problem_id=problem.id,
+            problem_id=group.problem.id,
             sample=number,
-            prompt_ids=prompt_ids,
+            prompt_ids=group.prompt_ids,
             completion_ids=tokens,
             logprobs=list(output.logprobs.logprobs),
-            completion=self.find_opening(prompt_ids) + said,
+            completion=self.find_opening(group.prompt_ids) + said,
             finish_reason=output.finish_reason,
         )
 
@@ -316,18 +332,23 @@ class Sampler:
         # It has a column for every decoder layer, those of the dense ones unused.
         return rows[:length, self._moe_layers]
 
-    def own_part(self, num_problems: int) -> slice:
-        """Which of so many problems this rank's engine samples. The ranks of a tensor-parallel
-        group are one engine, and all sample the same."""
-        size = 1 if distributed.alone() else self.settings.tensor_parallel_size
-        return distributed.cut(
-            num_problems, distributed.rank() // size, distributed.world_size() // size
-        )
+    @property
+    def _num_ranks(self) -> int:
+        """Ranks of one engine: a tensor-parallel group, which samples together."""
+        return 1 if distributed.alone() else self.settings.tensor_parallel_size
 
-    def kept_part(self, num_problems: int) -> slice:
-        """Which of the problems that its engine samples this rank then judges and trains on."""
-        size = 1 if distributed.alone() else self.settings.tensor_parallel_size
-        return distributed.cut(num_problems, distributed.rank() % size, size)
+    def _engine_share(self, items: list[T]) -> list[T]:
+        """What this rank's engine samples: the same on all of the engine's ranks."""
+        number, count = (
+            n // self._num_ranks for n in (distributed.rank(), distributed.world_size())
+        )
+        return items[distributed.cut(len(items), number, count)]
+
+    def share(self, items: list[T]) -> list[T]:
+        """This rank's part of all ranks' problems: those that it judges and trains on."""
+        items = self._engine_share(items)
+        number = distributed.rank() % self._num_ranks
+        return items[distributed.cut(len(items), number, self._num_ranks)]
 
     @phase("sync")
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -361,7 +382,9 @@ class Sampler:
         length = min(PROBE_TOKENS, self.max_model_len // 2)
         try:
             sampling = Sampling(max_completion_length=length)
-            own = self.generate(problems, 1, sampling, ("probe", distributed.rank()))
+            own = self.generate(
+                problems, 1, sampling, ("probe", distributed.rank() // self._num_ranks)
+            )
         except UserError:  # a context too short for these prompts
             own = []
         by_rank = distributed.gather_to_first(own)

@@ -15,9 +15,6 @@ from r1pipe.utils.jsonl import dump_row
 Place = tuple[str, int]
 """Of a line in the journal: its file's name, and where in it the line begins."""
 
-Samples = dict[tuple[str, int], Rollout]
-"""By the problem's id and the sample's number."""
-
 
 class SampleJournal:
     """Samples and their scores on disk, a line each, as soon as they are there; a file per rank.
@@ -29,13 +26,21 @@ class SampleJournal:
     def __init__(self, folder: Path, digest: str):
         self.folder = folder
         self._header = {"journal": digest}
+        self.places: dict[tuple[str, int], Place] = {}
+        self.scores: dict[str, list[Score]] = {}
+        self.num_added = 0
         self._lock = threading.Lock()
         self._file: TextIO | None = None
 
-    def read(self) -> tuple[dict[tuple[str, int], Place], dict[str, list[Score]]]:
-        """Where the samples are, and by the problem's id the scores of all its samples; the same on
-        all ranks."""
-        return distributed.on_first_rank(self.find)
+    def read(self) -> None:
+        """Find out `places`, where the samples are, and `scores`, by the problem's id those of all
+        its samples; the same on all ranks."""
+        self.places, self.scores = distributed.on_first_rank(self.find)
+
+    def find_samples(self, problem_id: str, num_samples: int) -> list[Rollout | None]:
+        """A problem's samples by number, None for those that are missing."""
+        keys = [(problem_id, number) for number in range(num_samples)]
+        return [self.load(self.places[key]) if key in self.places else None for key in keys]
 
     def find(self) -> tuple[dict[tuple[str, int], Place], dict[str, list[Score]]]:
         places: dict[tuple[str, int], Place] = {}
@@ -71,6 +76,7 @@ class SampleJournal:
         self._file.close()
 
     def add_sample(self, rollout: Rollout) -> None:
+        self.num_added += 1
         self._write(
             {
                 "problem_id": rollout.problem_id,

@@ -19,20 +19,27 @@ import functools
 import inspect
 import math
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 from difflib import get_close_matches
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from r1pipe.config.base import Reward
+from r1pipe.rollout.groups import SampleGroup
 from r1pipe.types import Problem, Rollout, Score
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.imports import describe_failure, find_reward
 from r1pipe.utils.phases import phase
 from rewards import SandboxError
 from rewards.workers.pool import WorkerError
+
+T = TypeVar("T")
+
+MAX_WAITING = 256
+"""Groups that may wait for their scores before sampling waits for the graders."""
 
 COLUMNS = tuple(f.name for f in fields(Problem) if f.name not in ("prompt", "extra"))
 
@@ -208,6 +215,45 @@ class Call:
             ) from error
         metrics = scores[0].metrics or {}
         scores[0].metrics = {**metrics, name: [*metrics.get(name, ()), number]}
+
+
+class ScoringThread(Generic[T]):
+    """Scores groups in a thread while others are being sampled. Use as a context manager, which
+    waits for the last one; `results` then has, by the group's index, what `score` gave for it.
+
+    `score` is called with one group at a time; `batched`, with all that have piled up, so that the
+    graders' processes always have work.
+    """
+
+    def __init__(self, score: Callable[[list[SampleGroup]], Iterable[T]], *, batched: bool):
+        self._score, self._batched = score, batched
+        self.results: dict[int, T] = {}
+        self._waiting: deque[SampleGroup] = deque()
+        self._thread = ThreadPoolExecutor(1, "judge")
+        self._running: deque[Future[None]] = deque()
+
+    def __enter__(self) -> "ScoringThread[T]":
+        return self
+
+    def add(self, group: SampleGroup) -> None:
+        """Raises what an earlier call of the rewards has raised."""
+        self._waiting.append(group)
+        self._running.append(self._thread.submit(self._score_waiting))
+        # A batched call takes all that wait: those behind it find little or nothing.
+        while self._running and (self._running[0].done() or len(self._running) > MAX_WAITING):
+            self._running.popleft().result()
+
+    def _score_waiting(self) -> None:
+        count = len(self._waiting) if self._batched else 1
+        groups = [self._waiting.popleft() for _ in range(count)]
+        for group, result in zip(groups, self._score(groups), strict=True):
+            self.results[group.index] = result
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            for call in self._running:
+                call.result()
 
 
 def is_infinite(value: float | None) -> bool:

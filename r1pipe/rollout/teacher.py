@@ -8,18 +8,22 @@ that heeds seeds gives the same samples each time. The client library retries wh
 
 import asyncio
 import os
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncIterator, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from r1pipe.config.base import Sampling
 from r1pipe.config.traces import TeacherEndpoint
+from r1pipe.rollout.groups import SampleGroup, plan_groups
+from r1pipe.rollout.journal import SampleJournal
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError
-from r1pipe.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
+
+T = TypeVar("T")
 
 
 class TeacherClient:
@@ -29,54 +33,59 @@ class TeacherClient:
         self.settings = settings
         self._key = find_key(settings)
 
-    def own_part(self, num_problems: int) -> slice:
+    def share(self, items: list[T]) -> list[T]:
         """All, and of several ranks the first's: the server is one, however many ask it."""
-        return slice(0, num_problems if distributed.is_first() else 0)
+        return items if distributed.is_first() else []
 
-    def kept_part(self, num_problems: int) -> slice:
-        return slice(0, num_problems)
-
-    def generate(
+    def generate_groups(
         self,
         problems: list[Problem],
         num_samples: int,
         sampling: Sampling,
         seed_parts: tuple[object, ...],
-        on_group: Callable[[int, list[Rollout]], None],
         *,
-        part: slice,
-        on_sample: Callable[[Rollout], None],
-        have: Mapping[tuple[str, int], Rollout],
-    ) -> list[Rollout]:
-        """As Sampler.generate; the rollouts have text, but neither token ids nor log-probs.
+        journal: SampleJournal,
+    ) -> Iterator[SampleGroup]:
+        """As Sampler.generate_groups; the rollouts have text, but neither token ids nor log-probs.
 
         Raises UserError for what the server refuses, and when its retries are used up.
         """
-        problems = problems[part]
-        finished = [[have.get((p.id, n)) for n in range(num_samples)] for p in problems]
-        missing = [(i, n) for i, group in enumerate(finished) for n, r in enumerate(group) if not r]
-        waiting = iter(missing)
+        groups = self.share(plan_groups(problems, num_samples, seed_parts))
+        for group in groups:
+            group.rollouts = journal.find_samples(group.problem.id, num_samples)
+        yield from [group for group in groups if not group.missing]
+        asking = self._ask_all([group for group in groups if group.missing], sampling, journal)
 
-        async def work(client: "AsyncOpenAI") -> None:
-            for group, number in waiting:  # all workers take from it
-                problem = problems[group]
-                seed = derive_seed(*seed_parts, problem.id, number)
-                rollout = await self._ask(client, problem, number, sampling, seed)
-                on_sample(rollout)
-                finished[group][number] = rollout
-                if all(finished[group]):
-                    on_group(group, finished[group])
+        async def wait_for_next() -> SampleGroup | None:
+            return await anext(asking, None)
 
-        async def work_together() -> None:
-            async with self._open_client() as client:
-                await asyncio.gather(*(work(client) for _ in range(self.settings.max_concurrency)))
+        with asyncio.Runner() as runner:
+            while group := runner.run(wait_for_next()):
+                yield group
 
-        for group, rollouts in enumerate(finished):
-            if all(rollouts):
-                on_group(group, rollouts)
-        if missing:
-            asyncio.run(work_together())
-        return [rollout for group in finished for rollout in group]
+    async def _ask_all(
+        self, groups: list[SampleGroup], sampling: Sampling, journal: SampleJournal
+    ) -> AsyncIterator[SampleGroup]:
+        """The groups as they are finished; up to `max_concurrency` requests at a time."""
+        missing = iter([(group, number) for group in groups for number in group.missing])
+
+        async def ask(client: "AsyncOpenAI", group: SampleGroup, number: int) -> SampleGroup | None:
+            rollout = await self._ask(client, group, number, sampling)
+            journal.add_sample(rollout)
+            group.rollouts[number] = rollout
+            return None if group.missing else group
+
+        running: set[asyncio.Task[SampleGroup | None]] = set()
+        async with self._open_client() as client:
+            while True:
+                for pair in islice(missing, self.settings.max_concurrency - len(running)):
+                    running.add(asyncio.create_task(ask(client, *pair)))
+                if not running:
+                    break
+                done, running = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    if group := task.result():
+                        yield group
 
     def _open_client(self) -> "AsyncOpenAI":
         from openai import AsyncOpenAI
@@ -89,11 +98,11 @@ class TeacherClient:
         )
 
     async def _ask(
-        self, client: "AsyncOpenAI", problem: Problem, number: int, sampling: Sampling, seed: int
+        self, client: "AsyncOpenAI", group: SampleGroup, number: int, sampling: Sampling
     ) -> Rollout:
         from openai import OpenAIError
 
-        settings = self.settings
+        settings, problem = self.settings, group.problem
         try:
             answer = await client.chat.completions.create(
                 model=settings.model,
@@ -101,7 +110,7 @@ class TeacherClient:
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 max_completion_tokens=sampling.max_completion_length,
-                seed=seed,
+                seed=group.seeds[number],
                 extra_body={
                     **({"top_k": sampling.top_k} if sampling.top_k else {}),
                     **settings.extra_body,

@@ -103,11 +103,12 @@ def test_an_interrupted_batch_leaves_no_requests_behind(sampler: Sampler) -> Non
     collector = make_collector(sampler, "reward_of_tests.own_tokens")
     expected = describe(collector.collect(1, 1))
 
-    def interrupt(index: int, rollouts: list) -> None:
-        raise KeyboardInterrupt
+    def interrupt() -> None:
+        for _ in sampler.generate_groups(PROBLEMS, 4, collector.sampling, (7,)):
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sampler.generate(PROBLEMS, 4, collector.sampling, (7,), interrupt)
+        interrupt()
     again = make_collector(sampler, "reward_of_tests.own_tokens")
     torch.manual_seed(5)
     assert describe(again.collect(1, 1)) == expected

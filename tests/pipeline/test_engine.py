@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -232,12 +233,31 @@ def test_requests_and_results_are_let_go(opened: tuple, problems: list[Problem])
     few = Sampling(max_completion_length=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler, "settings", SETTINGS.model_copy(update={"max_num_seqs": 4}))
-        rollouts = sampler.generate(problems[:4], 12, few, (0,), on_sample=look)
+        journal = SimpleNamespace(find_samples=lambda *_: [None] * 12, add_sample=look)
+        groups = list(sampler.generate_groups(problems[:4], 12, few, (0,), journal=journal))
     assert len(seen) == 48
     assert max(unfinished for unfinished, _ in seen) <= 8
     # One engine step's, at most as many as run.
     assert max(results for _, results in seen) <= 8
-    assert rollouts == sampler.generate(problems[:4], 12, few, (0,))
+    assert sorted(group.index for group in groups) == [0, 1, 2, 3]
+    rollouts = sampler.generate(problems[:4], 12, few, (0,))
+    for group in groups:
+        assert group.rollouts == rollouts[12 * group.index : 12 * (group.index + 1)]
+
+
+def test_a_prompt_is_tokenized_once(
+    opened: tuple, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, sampler = opened
+    first = sampler.encode(problems, 24)
+
+    def fail(*arguments: object) -> None:
+        raise AssertionError("tokenized again")
+
+    monkeypatch.setattr("r1pipe.rollout.engine.encode_prompt", fail)
+    assert sampler.encode(problems, 24) == first
+    with pytest.raises(AssertionError, match="again"):
+        sampler.encode([lengthen(problems[0], 2)], 24)
 
 
 def test_weights_that_are_missing_are_named(opened: tuple) -> None:

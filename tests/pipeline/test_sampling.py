@@ -1,6 +1,6 @@
 """Sampling that is interrupted and goes on, from a real engine: nothing twice, nothing else."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import save_checkpoint
 from r1pipe.rollout.engine import Sampler
+from r1pipe.rollout.groups import SampleGroup
+from r1pipe.rollout.journal import SampleJournal
 from r1pipe.rollout.sampling import SamplingJob
 from r1pipe.types import Rollout
 from r1pipe.utils.errors import UserError
@@ -50,19 +52,20 @@ class Counted:
 
     def __init__(self, sampler: Sampler, breaks_after: int | None = None):
         self._sampler, self._breaks_after = sampler, breaks_after
-        self.own_part, self.kept_part = sampler.own_part, sampler.kept_part
+        self.share = sampler.share
         self.num_sampled = 0
 
-    def generate(
-        self, *arguments: object, on_sample: Callable[[Rollout], None], **options: object
-    ) -> list[Rollout]:
+    def generate_groups(self, *arguments: object, journal: SampleJournal) -> Iterator[SampleGroup]:
+        add_sample = journal.add_sample
+
         def count(rollout: Rollout) -> None:
             if self.num_sampled == self._breaks_after:
                 raise KeyboardInterrupt
             self.num_sampled += 1
-            on_sample(rollout)
+            add_sample(rollout)
 
-        return self._sampler.generate(*arguments, on_sample=count, **options)
+        journal.add_sample = count
+        return self._sampler.generate_groups(*arguments, journal=journal)
 
 
 def describe(result: tuple) -> list[tuple]:

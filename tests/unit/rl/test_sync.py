@@ -13,6 +13,7 @@ from r1pipe.config.base import Sampling
 from r1pipe.rl.batch import Batch, Group
 from r1pipe.rl.loop import PROBE_PROMPTS, PROBE_TOKENS, probe_sync
 from r1pipe.rl.update import Updater
+from r1pipe.rollout.groups import SampleGroup, plan_groups
 from r1pipe.runs.logs import JsonlLog
 from r1pipe.trainer.breaker import Breaker
 from r1pipe.types import Problem, Rollout
@@ -39,27 +40,24 @@ class WrongBy:
         self.model, self.error = model, error
 
     @torch.no_grad()
-    def generate(
+    def generate_groups(
         self,
         problems: list[Problem],
         num_samples: int,
         sampling: Sampling,
         seed_parts: tuple,
         with_routes: bool,
-        part: slice,
-    ) -> list[Rollout]:
+    ) -> list[SampleGroup]:
         assert (len(problems), num_samples) == (PROBE_PROMPTS, 1)
         assert sampling.max_completion_length == PROBE_TOKENS
         assert seed_parts == (7, "grpo", "probe", 3)
         ids = [1, 2, 3, 4, 5]
         logits = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
         logprobs = [float(logits[t - 1, ids[t]]) + self.error for t in (3, 4)]
-        return [Rollout(p.id, 0, ids[:3], ids[3:], logprobs, "", "stop") for p in problems[part]]
-
-    def own_part(self, num_problems: int) -> slice:
-        return slice(num_problems)
-
-    kept_part = own_part
+        groups = plan_groups(problems, num_samples, seed_parts)
+        for group in groups:
+            group.rollouts = [Rollout("", 0, ids[:3], ids[3:], logprobs, "", "stop")]
+        return groups
 
 
 @pytest.mark.parametrize("error", [0.0, 0.01])

@@ -2,7 +2,7 @@
 
 import random
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import pytest
 
 from r1pipe.config.base import Reward, Sampling
 from r1pipe.config.traces import Traces
+from r1pipe.rollout.groups import SampleGroup, plan_groups
+from r1pipe.rollout.journal import SampleJournal
 from r1pipe.rollout.sampling import SamplingJob, read_samples, sample_and_score
 from r1pipe.sft import rejection
 from r1pipe.types import Problem, Rollout, Score
@@ -24,35 +26,29 @@ PROBLEMS = [
 class Source:
     """Gives samples one problem after the other, and holds them all, as an engine does."""
 
-    def own_part(self, num_problems: int) -> slice:
-        return slice(0, num_problems)
+    def share(self, items: list[Problem]) -> list[Problem]:
+        return items
 
-    kept_part = own_part
-
-    def generate(
+    def generate_groups(
         self,
         problems: list[Problem],
         num_samples: int,
         sampling: Sampling,
         seed_parts: tuple[object, ...],
-        on_group: Callable[[int, list[Rollout]], None],
         *,
-        part: slice,
-        on_sample: Callable[[Rollout], None],
-        have: dict,
-    ) -> list[Rollout]:
+        journal: SampleJournal,
+    ) -> Iterator[SampleGroup]:
         rng = random.Random(0)
-        finished = []
-        for place, problem in enumerate(problems[part]):
+        groups = plan_groups(problems, num_samples, seed_parts)
+        for group in groups:
             for number in range(num_samples):
                 ids = [rng.randrange(1000, 150_000) for _ in range(NUM_TOKENS)]
                 logprobs = [-rng.random() for _ in ids]
                 words = " ".join(rng.choice(("so", "and", "then", "three")) for _ in ids)
-                rollout = Rollout(problem.id, number, [1], ids, logprobs, words, "stop")
-                on_sample(rollout)
-                finished.append(rollout)
-            on_group(place, finished[-num_samples:])
-        return finished
+                rollout = Rollout(group.problem.id, number, [1], ids, logprobs, words, "stop")
+                journal.add_sample(rollout)
+                group.rollouts[number] = rollout
+            yield group
 
 
 @pytest.fixture
@@ -113,7 +109,7 @@ def test_bytes_a_token(
     that of the few groups that wait for their scores. Here a sample is 500 tokens: of longer ones
     the figures weigh less."""
     monkeypatch.syspath_prepend(Path(__file__).parents[2] / "pipeline")
-    monkeypatch.setattr("r1pipe.rollout.sampling.MAX_WAITING", 2)
+    monkeypatch.setattr("r1pipe.rollout.scoring.MAX_WAITING", 2)
     stays, peak = measure(job, keep)
     print(f"{keep.__name__}: {stays:.2f} bytes a token stay, {peak:.2f} at the peak")
     assert stays < limit
