@@ -22,6 +22,7 @@ from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.pipeline import silence_libraries
 from r1pipe.rl import update
+from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.trainer.fsdp import shard
 from r1pipe.trainer.packing import Sample
 from r1pipe.trainer.policy import Policy
@@ -74,7 +75,7 @@ def measure(num_steps: int) -> None:
             "max_completion_length": 1024,
         }
     )
-    updater = update.Updater(policy, None, settings, dtype="float32", seed=0)
+    updater = GrpoUpdater(policy, None, settings, dtype="float32", seed=0)
     ways = {
         "as sampled": lambda samples, costs, minibatches: samples,
         "by tokens": update.share_out,

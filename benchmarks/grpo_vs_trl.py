@@ -201,11 +201,11 @@ def draw_length(rng: random.Random, limit: int) -> int:
 def run_ours(options: argparse.Namespace) -> list[dict]:
     """The update alone, or a grpo stage run by its command."""
     if options.update_only:
-        from r1pipe.rl.update import Updater
+        from r1pipe.rl.grpo_update import GrpoUpdater
 
         device = pick_device("auto")
         model = load_model(options.folder, device)
-        updater = Updater(model, None, make_stage(options), dtype=dtype_name(device), seed=0)
+        updater = GrpoUpdater(model, None, make_stage(options), dtype=dtype_name(device), seed=0)
         return [time_update(options, updater, step) for step in range(options.steps)]
     from r1pipe.cli.main import main as r1pipe
 

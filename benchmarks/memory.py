@@ -33,7 +33,7 @@ from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import build_tokenizer, encode_prompt, load_tokenizer
 from r1pipe.models.weights import save_checkpoint
 from r1pipe.pipeline import silence_libraries
-from r1pipe.rl.update import Updater
+from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.sft.encode import encode_traces
 from r1pipe.sft.trainer import SupervisedTrainer
 from r1pipe.trainer.breaker import EventLog
@@ -146,7 +146,7 @@ def run_rank(folder: Path) -> None:
         model = root.model
         shape = Shape.of(model.config)
         if kind == "grpo":
-            updater = Updater(root, None, stage, dtype=dtype, seed=0)
+            updater = GrpoUpdater(root, None, stage, dtype=dtype, seed=0)
             measure("train", lambda: [updater.step(make_samples(), n, check) for n in (1, 2)])
         else:
             trainer = SupervisedTrainer(root, stage.train, num_steps=2, dtype=dtype)

@@ -83,6 +83,8 @@ class OnPolicy(PromptingStage, Optimization):
     both choose the same."""
 
     breaker: Breaker = Breaker()
+    learns_from_rewards: ClassVar[bool] = False
+    """Whether samples of one prompt with equal rewards teach nothing."""
     verify_sync: bool | None = None
     """Sample a few tokens after each weight sync and hold them to breaker.logprob_diff. Default: if
     async_steps; otherwise the whole next batch is held to it anyway."""
@@ -139,6 +141,7 @@ class Grpo(OnPolicy):
     """Reinforcement learning with group-relative advantages."""
 
     kind: Literal["grpo"]
+    learns_from_rewards = True
     rewards: Annotated[list[Reward], Field(min_length=1)]
     num_generations: Annotated[int, Field(ge=2)]
     """Samples per prompt: the group."""
@@ -273,17 +276,6 @@ class OnPolicyDistill(OnPolicy):
     temperature: PositiveFloat = 1.0
     """Temperature of the samples and of both distributions in the divergence."""
     breaker: DistillBreaker = DistillBreaker()
-
-    # What grpo can choose and this stage cannot: its samples are the student's own distribution,
-    # of which nothing is cut off, and each is trained on once, whatever it was worth.
-    top_p: ClassVar[float] = 1.0
-    top_k: ClassVar[int] = 0
-    dynamic_sampling: ClassVar[bool] = False
-    difficulty: ClassVar[None] = None
-    scale_rewards: ClassVar[None] = None
-    reference_refresh_steps: ClassVar[None] = None
-    num_iterations: ClassVar[int] = 1
-    mask_truncated_completions: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def use_every_key(self) -> "OnPolicyDistill":

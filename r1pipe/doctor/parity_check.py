@@ -37,7 +37,7 @@ def examine_parity(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
         sampler = engines.open(place, with_routes=stage.routing_replay)
         source = (place, device, recipe.attn_implementation, Policy)
         model = load_sharded(*source, dtype=recipe.dtype)
-        updater = Updater(model, None, stage, dtype=recipe.dtype, seed=recipe.seed)
+        updater = Updater(model, stage, dtype=recipe.dtype, seed=recipe.seed)
         length = min(NUM_TOKENS, stage.max_completion_length)
         sampling = stage.sampling.model_copy(update={"max_completion_length": length})
         some = spread(problems, NUM_PROMPTS)

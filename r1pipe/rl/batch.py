@@ -91,6 +91,9 @@ class Group:
     used: bool = True
     """False where dynamic sampling has put it aside."""
 
+    def __post_init__(self) -> None:
+        self.advantages = self.advantages or [0.0] * len(self.rollouts)
+
     @property
     def rewards(self) -> list[float]:
         """Totals, NaN where no reward could judge."""

@@ -27,7 +27,7 @@ class Prompts:
         difficulty: Difficulty | None = None,
         pass_rates: PassRates | None = None,
     ):
-        self.problems, self._seed, self._difficulty = problems, seed, difficulty
+        self.problems, self.seed, self._difficulty = problems, seed, difficulty
         self._epoch, self._place = 0, 0
         self._rates: PassRates = dict(pass_rates or {})
         """As they were when the epoch began."""
@@ -68,7 +68,7 @@ class Prompts:
         order = list(self.problems)
         if self._difficulty:
             order = choose_problems(order, self._rates, self._difficulty) or order
-        random.Random(f"{self._seed}/prompts/{self._epoch}").shuffle(order)
+        random.Random(f"{self.seed}/prompts/{self._epoch}").shuffle(order)
         if self._difficulty and self._difficulty.order == "easy_first":
             order.sort(key=lambda problem: -(self._rates.get(problem.id) or 0.0))
         return order

@@ -12,10 +12,10 @@ is null where no sample could be judged.
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from r1pipe.config.base import Sampling
 from r1pipe.config.rl import Difficulty, Grpo
 from r1pipe.context import StageContext
 from r1pipe.rl.curriculum import PassRates, choose_problems, compute_pass_rate, find_reward
@@ -23,6 +23,7 @@ from r1pipe.rollout.sampling import SampleSource, SamplingJob, identify_weights,
 from r1pipe.rollout.scoring import mean
 from r1pipe.runs.folder import JOURNAL
 from r1pipe.runs.lineage import hash_checkpoint
+from r1pipe.runs.logs import JsonlLog
 from r1pipe.types import Problem, Rollout, Score
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError
@@ -32,66 +33,83 @@ from r1pipe.utils.progress import log_line
 FILE = "difficulty.jsonl"
 
 
+class DifficultyLog(JsonlLog):
+    """A stage's difficulty.jsonl. `measured`: its rows of step 0."""
+
+    def __init__(self, folder: Path, measured: list[dict[str, Any]]):
+        super().__init__(folder / FILE)
+        self.measured = measured
+
+    @property
+    def measured_rates(self) -> PassRates:
+        return {row["problem_id"]: row["pass_rate"] for row in self.measured}
+
+
 def measure_difficulty(
     stage: Grpo,
     context: StageContext,
     problems: list[Problem],
-    sampling: Sampling,
     open_source: Callable[[], SampleSource],
-) -> tuple[PassRates, list[dict[str, Any]]]:
-    """The pass rate of every problem under the policy that the stage starts from, and the rows of
-    difficulty.jsonl; nothing if the stage does not choose by it.
+) -> DifficultyLog | None:
+    """The pass rate of every problem under the policy that the stage starts from; None if the
+    stage does not choose by it.
 
     What an earlier stage of the run has measured is not measured again. Raises UserError if no
     problem is within the stage's limits.
     """
     settings = stage.difficulty
     if settings is None:
-        return {}, []
-    reward = find_reward(settings, stage.rewards)
-    seed_parts = (context.recipe.seed, "difficulty")
-    weights = distributed.on_first_rank(
-        lambda: digest(hash_checkpoint(stage.from_, context.run.path))
-    )
-    protocol = digest(
-        [settings.num_samples, sampling.model_dump(), reward.model_dump(), seed_parts]
-    )
-    known = distributed.on_first_rank(lambda: read_known(context, weights, protocol))
+        return None
+    job = make_job(stage, context, problems)
+    origin = distributed.on_first_rank(lambda: describe_origin(stage, context, job))
+    known = distributed.on_first_rank(lambda: read_known(context, origin))
     keys = {problem.id: digest(asdict(problem)) for problem in problems}
-    missing = [problem for problem in problems if keys[problem.id] not in known]
-    if missing:
-        job = SamplingJob(
-            problems=missing,
-            num_samples=settings.num_samples,
-            sampling=sampling,
-            seed_parts=seed_parts,
-            rewards=[reward],
-            origin=identify_weights(context.checkpoint(stage.from_), context.recipe.dtype),
-            folder=context.shared_folder / JOURNAL / "difficulty",
-            label=f"{stage.name}: difficulty",
-        )
-
-        def keep(problem: Problem, rollouts: list[Rollout], scores: list[Score]) -> float | None:
-            for rollout in rollouts:
-                rollout.empty()
-            return compute_pass_rate(scores, reward)
-
-        for problem, rate in zip(missing, sample_and_score(job, open_source, keep), strict=True):
-            known[keys[problem.id]] = rate
+    if missing := [problem for problem in problems if keys[problem.id] not in known]:
+        sampled = sample_pass_rates(replace(job, problems=missing), open_source)
+        known |= {keys[problem.id]: rate for problem, rate in zip(missing, sampled, strict=True)}
     rates = {problem.id: known[keys[problem.id]] for problem in problems}
     check_choice(context, settings, rates, len(choose_problems(problems, rates, settings)))
-    return rates, [
-        {
-            "problem_id": problem.id,
-            "problem": keys[problem.id],
-            "checkpoint": weights,
-            "protocol": protocol,
-            "step": 0,
-            "num_samples": settings.num_samples,
-            "pass_rate": rates[problem.id],
-        }
-        for problem in problems
+    facts = {**origin, "step": 0, "num_samples": settings.num_samples}
+    measured = [
+        {"problem_id": name, "problem": keys[name], **facts, "pass_rate": rate}
+        for name, rate in rates.items()
     ]
+    return DifficultyLog(context.folder, measured)
+
+
+def make_job(stage: Grpo, context: StageContext, problems: list[Problem]) -> SamplingJob:
+    return SamplingJob(
+        problems=problems,
+        num_samples=stage.difficulty.num_samples,
+        sampling=stage.sampling,
+        seed_parts=(context.recipe.seed, "difficulty"),
+        rewards=[find_reward(stage.difficulty, stage.rewards)],
+        origin=identify_weights(context.checkpoint(stage.from_), context.recipe.dtype),
+        folder=context.shared_folder / JOURNAL / "difficulty",
+        label=f"{stage.name}: difficulty",
+    )
+
+
+def describe_origin(stage: Grpo, context: StageContext, job: SamplingJob) -> dict[str, str]:
+    """`checkpoint` and `protocol` of difficulty.jsonl."""
+    (reward,) = job.rewards
+    protocol = [job.num_samples, job.sampling.model_dump(), reward.model_dump(), job.seed_parts]
+    weights = hash_checkpoint(stage.from_, context.run.path)
+    return {"checkpoint": digest(weights), "protocol": digest(protocol)}
+
+
+def sample_pass_rates(
+    job: SamplingJob, open_source: Callable[[], SampleSource]
+) -> list[float | None]:
+    """In the order of the job's problems."""
+    (reward,) = job.rewards
+
+    def keep(problem: Problem, rollouts: list[Rollout], scores: list[Score]) -> float | None:
+        for rollout in rollouts:
+            rollout.empty()
+        return compute_pass_rate(scores, reward)
+
+    return sample_and_score(job, open_source, keep)
 
 
 def check_choice(
@@ -115,14 +133,14 @@ def check_choice(
     context.facts["pass_rate_before"] = round(pass_rate, 4)
 
 
-def read_known(context: StageContext, weights: str, protocol: str) -> PassRates:
+def read_known(context: StageContext, origin: dict[str, str]) -> PassRates:
     """What finished stages of the run have measured of this policy in this way, by the hash of the
     problem."""
     known: PassRates = {}
     for stage in context.recipe.stages:
         path = context.run.stage_dir(stage.name) / FILE
         for _, row in read_jsonl(path, missing_ok=True):
-            if row["step"] == 0 and (row["checkpoint"], row["protocol"]) == (weights, protocol):
+            if row["step"] == 0 and row.items() >= origin.items():
                 known[row["problem"]] = row["pass_rate"]
     return known
 

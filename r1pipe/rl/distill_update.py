@@ -15,7 +15,7 @@ from r1pipe.models.weights import full_tensor
 from r1pipe.rl.losses import Totals
 from r1pipe.rl.update import SamplerMismatch, Updater
 from r1pipe.trainer.divergence import TeacherStates
-from r1pipe.trainer.packing import PackedBatch, Sample
+from r1pipe.trainer.packing import PackedBatch
 from r1pipe.trainer.policy import LogProbs, Policy, compute_hidden, prepare
 
 
@@ -37,10 +37,13 @@ class TeacherModel(nn.Module):
 
 class DistillUpdater(Updater):
     """An Updater whose loss is the divergence from the teacher, a mean over the minibatch's tokens.
+    There is no ratio to an old policy.
 
     The teacher reads each micro-batch as the student does, each sample once: no step is made twice
     on it. Of a sharded teacher every rank holds the whole head.
     """
+
+    settings: OnPolicyDistill
 
     def __init__(
         self,
@@ -51,7 +54,7 @@ class DistillUpdater(Updater):
         dtype: str,
         seed: int,
     ):
-        super().__init__(policy, None, settings, dtype=dtype, seed=seed)
+        super().__init__(policy, settings, dtype=dtype, seed=seed)
         self.teacher = teacher
         head = teacher.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
@@ -61,25 +64,17 @@ class DistillUpdater(Updater):
             bias=None if bias is None else full_tensor(bias),
         )
 
-    @property
-    def needs_old_policy(self) -> bool:
-        """No ratio to it. Sampler and trainer are compared on the first minibatch of each step."""
-        return False
-
-    def is_informative(self, sample: Sample) -> bool:
-        return True
-
-    def compute_dummy_loss(self, batch: PackedBatch, *, measure_reference: bool = False) -> Tensor:
+    def compute_dummy_loss(self, batch: PackedBatch) -> Tensor:
         if torch.is_grad_enabled():
             return self.measure_divergence(batch).divergence_C.sum() * 0
-        return self.measure(batch).logprobs_C.sum()
+        return super().compute_dummy_loss(batch)
 
     def backward(
-        self, batch: PackedBatch, totals: Totals, agreement: SamplerMismatch | None
+        self, batch: PackedBatch, totals: Totals, mismatch: SamplerMismatch | None
     ) -> dict[str, float]:
         now = self.measure_divergence(batch)
-        if agreement is not None:
-            agreement.add(batch, now)
+        if mismatch is not None:
+            mismatch.add(batch, now)
         divergence = now.divergence_C.sum()
         loss = divergence / max(1, totals.num_tokens)
         loss.backward()

@@ -6,7 +6,7 @@ divergence from a teacher.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,11 +17,11 @@ from r1pipe.config.rl import OnPolicy
 from r1pipe.context import StageContext
 from r1pipe.models.weights import export_weights, save_checkpoint
 from r1pipe.rl.batch import Batch
-from r1pipe.rl.collect import Collector, Prefetcher
+from r1pipe.rl.collect import Collector
+from r1pipe.rl.prefetch import Prefetcher
 from r1pipe.rl.update import Updater
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.store import RolloutFiles
-from r1pipe.runs.logs import JsonlLog
 from r1pipe.trainer.breaker import Breaker, EventLog
 from r1pipe.trainer.checkpoints import Checkpoints
 from r1pipe.trainer.packing import Sample
@@ -68,17 +68,9 @@ def run_steps(
     sampler: Sampler,
     collector: Collector,
     goal: BestMetric,
-    *,
-    logs: Mapping[str, JsonlLog] | None = None,
-    begin: Callable[[], None] = lambda: None,
-    end_step: Callable[[int], dict[str, float]] = lambda step: {},
 ) -> dict[str, Any]:
     """Take all steps, or those that an interrupted run has left; write the checkpoint,
-    metrics.jsonl and the rollouts. Returns facts.
-
-    `begin` is called before the first step, but not where an interrupted run goes on; `end_step`
-    after each one, for further metrics. `logs` are cut back with those of every stage.
-    """
+    metrics.jsonl and the rollouts. Returns facts."""
     breaker = Breaker(stage, EventLog(context.folder), context.shared_folder)
     rollout_files = RolloutFiles(context.folder, context.recipe.rollouts)
     metrics_log = context.open_log()
@@ -102,7 +94,7 @@ def run_steps(
                 "metrics": metrics_log,
                 "rollouts": rollout_files,
                 "events": breaker.log,
-                **(logs or {}),
+                **collector.logs,
             },
         )
         if done := checkpoints.restore_last_good():
@@ -110,11 +102,11 @@ def run_steps(
             sampler.load_weights(export_weights(updater.model))
             progress.start_at(done)
         else:
-            begin()
-        steps = train(stage, updater, sampler, collector, batches, breaker, done + 1)
+            collector.begin()
+        steps = train(stage, updater, sampler, batches, breaker, done + 1)
         try:
             for metrics, batch in steps:
-                metrics |= end_step(metrics["step"])
+                metrics |= collector.end_step(metrics["step"])
                 metrics_log.write(metrics)
                 rollout_files.write(batch.step, batch.records(), batch.facts())
                 show(progress, metrics, goal)
@@ -125,7 +117,7 @@ def run_steps(
             if error.rollback:
                 checkpoints.discard_from(breaker.first_suspect)
             raise
-    final = check_last_sync(stage, updater, sampler, breaker, problems, context.recipe.seed)
+    final = check_last_sync(stage, updater, sampler, breaker, problems)
     save_checkpoint(updater.model, sampler.tokenizer, context.folder)
     return {
         "train_rows": len(problems),
@@ -148,7 +140,6 @@ def train(
     stage: OnPolicy,
     updater: Updater,
     sampler: WeightReceiver,
-    collector: Collector | None,
     batches: BatchSource,
     breaker: Breaker,
     first_step: int,
@@ -165,8 +156,7 @@ def train(
             metrics |= {"updates_skipped": updater.num_updates, "tokens_trained": 0}
         else:
             metrics |= updater.step(batch.samples, step, breaker.examine_update)
-        if stage.reference_refresh_steps and step % stage.reference_refresh_steps == 0:
-            updater.refresh_reference()
+        updater.end_step(step)
         clock.lap("update")
 
         batches.wait()
@@ -175,7 +165,7 @@ def train(
             ahead.logprob_diff = compare_ahead(updater, before, ahead)
         sampler.load_weights(export_weights(updater.model))
         if stage.verifies_sync:
-            metrics |= probe_sync(stage, updater, sampler, breaker, batch, collector.seed)
+            metrics |= probe_sync(stage, updater, sampler, breaker, batch)
         clock.lap("sync")
         breaker.close_step(metrics)
         yield metrics | clock.metrics(metrics["tokens_trained"]), batch
@@ -197,11 +187,10 @@ def check_last_sync(
     sampler: Sampler,
     breaker: Breaker,
     problems: list[Problem],
-    seed: int,
 ) -> dict[str, float]:
     """Compare sampler and trainer once more, on the weights of the last sync."""
     group = problems[: stage.prompts_per_step]
-    seed_parts = (seed, stage.name, "last")
+    seed_parts = (updater.seed, stage.name, "last")
     diff = measure_mismatch(stage, updater, sampler, group, stage.sampling, seed_parts)
     breaker.examine_sync(diff, stage.max_steps)
     log_line(f"{stage.name}: sampler = trainer after the last sync: mean |dlogp| {diff:.1e}")
@@ -209,7 +198,7 @@ def check_last_sync(
 
 
 def probe_sync(
-    stage: OnPolicy, updater: Updater, sampler: Sampler, breaker: Breaker, batch: Batch, seed: int
+    stage: OnPolicy, updater: Updater, sampler: Sampler, breaker: Breaker, batch: Batch
 ) -> dict[str, float]:
     """Sample a few tokens with the weights just synced, and compare with the trainer's.
 
@@ -218,7 +207,7 @@ def probe_sync(
     group = [group.problem for group in batch.groups[:PROBE_PROMPTS]]
     length = min(PROBE_TOKENS, stage.max_completion_length)
     sampling = stage.sampling.model_copy(update={"max_completion_length": length})
-    seed_parts = (seed, stage.name, "probe", batch.step)
+    seed_parts = (updater.seed, stage.name, "probe", batch.step)
     diff = measure_mismatch(stage, updater, sampler, group, sampling, seed_parts)
     breaker.examine_sync(diff, batch.step)
     return {"sync/logprob_diff_mean": diff}

@@ -115,7 +115,7 @@ def replay_steps(
     breaker = Breaker(stage, EventLog(context.folder), context.shared_folder)
     log = context.open_log()
     with context.open_progress(stage.name, len(steps)) as progress:
-        for metrics, _ in train(part, updater, NoSampler(), None, batches, breaker, steps[0]):
+        for metrics, _ in train(part, updater, NoSampler(), batches, breaker, steps[0]):
             log.write(metrics)
             show(progress, metrics, goal)
     tokenizer = context.tokenizer(context.checkpoint(stage.policy))

@@ -3,7 +3,6 @@
 import contextlib
 import random
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +11,10 @@ from transformers import PreTrainedModel
 from r1pipe.config.rl import OnPolicy
 from r1pipe.models.routing import pack_routes, replaying
 from r1pipe.rl.balance import share_out
-from r1pipe.rl.losses import LossInputs, Totals, compute_loss
+from r1pipe.rl.losses import Totals
 from r1pipe.trainer.fsdp import put_weights, take_weights
-from r1pipe.trainer.packed import PackedTrainer, as_policy
-from r1pipe.trainer.packing import PackedBatch, Sample, Support
+from r1pipe.trainer.packed import PackedTrainer
+from r1pipe.trainer.packing import PackedBatch, Sample
 from r1pipe.trainer.policy import LogProbs, Policy, Truncation
 from r1pipe.utils import distributed
 from r1pipe.utils.phases import phase
@@ -25,18 +24,22 @@ Check = Callable[[dict[str, float]], bool | None]
 
 
 class Updater(PackedTrainer):
-    """GRPO's update: also owns the reference policy, if `beta` asks for it; sharded or not."""
+    """Updates a policy, sharded or not, on its own samples, and compares it with the sampler. A
+    subclass says what the loss is: GrpoUpdater, DistillUpdater."""
+
+    settings: OnPolicy
+    num_passes = 1
+    """Over each batch of rollouts."""
 
     def __init__(
         self,
         policy: Policy | PreTrainedModel,
-        reference: Policy | PreTrainedModel | None,
         settings: OnPolicy,
         *,
         dtype: str,
         seed: int,
     ):
-        self.num_updates = settings.steps_per_generation * settings.num_iterations
+        self.num_updates = settings.steps_per_generation * self.num_passes
         super().__init__(
             policy,
             settings,
@@ -44,17 +47,41 @@ class Updater(PackedTrainer):
             num_warmup_steps=settings.warmup_steps * self.num_updates,
             dtype=dtype,
         )
-        self.reference = as_policy(reference) if reference is not None else None
         self.seed = seed
-        self.truncation = Truncation(settings.top_p, settings.top_k)
+        self.truncation = Truncation(settings.sampling.top_p, settings.sampling.top_k)
         # Without dropout on either side: the sampler has none. Layers are checkpointed in training
         # mode only.
         self.model.train(settings.gradient_checkpointing)
 
+    # What the loss decides
+
     @property
     def needs_old_policy(self) -> bool:
-        """Whether later optimizer steps ask what the policy was before the first one."""
-        return self.num_updates > 1
+        """Whether optimizer steps ask what the policy was before the first of them."""
+        return False
+
+    def select(self, samples: list[Sample]) -> list[Sample]:
+        """Those that count at all."""
+        return samples
+
+    def is_informative(self, sample: Sample) -> bool:
+        """Whether the sample has a gradient; without one it counts, but is not computed."""
+        return True
+
+    def remember(self, batch: PackedBatch, now: LogProbs) -> None:
+        """Called with what the policy says before the first optimizer step."""
+
+    def backward(
+        self, batch: PackedBatch, totals: Totals, mismatch: "SamplerMismatch | None"
+    ) -> dict[str, float]:
+        """Add the batch's share of the gradient; returns sums over its tokens, and the `loss`.
+        `mismatch`, given while the policy is still the sampler's, is to be told how it compares."""
+        raise NotImplementedError
+
+    def end_step(self, step: int) -> None:
+        """Called after all optimizer steps of a batch."""
+
+    # What all losses share
 
     @contextlib.contextmanager
     def replaying(self, batch: PackedBatch) -> Iterator[None]:
@@ -67,84 +94,91 @@ class Updater(PackedTrainer):
         with replaying(self.model, routes_NLK):
             yield
 
-    def compute_dummy_loss(self, batch: PackedBatch, *, measure_reference: bool = False) -> Tensor:
-        loss = super().compute_dummy_loss(batch)
-        if measure_reference and self.reference is not None:
-            self.measure_reference(batch, None)
-        return loss
-
     def informative(self, samples: list[Sample]) -> list[Sample]:
-        """Without those that move nothing: a sample of advantage 0, unless a KL term is asked."""
         return [sample for sample in samples if self.is_informative(sample)]
-
-    def is_informative(self, sample: Sample) -> bool:
-        return bool(self.settings.beta) or sample.advantage != 0
 
     @phase("update")
     def step(self, samples: list[Sample], step: int, check: Check) -> dict[str, float]:
-        """`steps_per_generation` x `num_iterations` optimizer steps over the samples.
+        """`steps_per_generation` x `num_passes` optimizer steps over the samples.
 
         `check` is given `sampler/logprob_diff_mean` and `_max`, of |sampler - trainer| over
         completion tokens, and the policy's `entropy` (mean, nats), before the first optimizer step;
-        and before each one its own loss, gradient norm and figures. All are of the samples that
-        take part: those of advantage 0 are not computed.
+        and before each one its own loss, gradient norm and figures. All are of the informative
+        samples: others are not computed.
 
         Returns these, and means over the step's tokens and the optimizer steps that were applied.
         """
-        if self.settings.mask_truncated_completions:
-            samples = [sample for sample in samples if not sample.rollout.truncated]
+        samples = self.select(samples)
         plan = self.plan_minibatches(samples, step)
         own = self.share_out(samples, plan[: self.settings.steps_per_generation])
-        samples = list(own.values())
-        active = self.informative(samples)
-        any_active = any(distributed.gather(bool(active)))
-        agreement = SamplerMismatch()
-        # The policy before the first optimizer step is the policy in it, and is computed once.
-        at_once = any_active and not self.needs_old_policy
-        if not at_once:
-            agreement = self.evaluate(active if any_active else samples)
-            if (metrics := agreement.metrics()) and check(metrics):
-                return {**metrics, "updates_skipped": self.num_updates, "tokens_trained": 0}
-        log, num_skipped = UpdateLog(), 0
+        mismatch = self.compare(list(own.values()))
+        compared = mismatch is not None
+        if not compared:
+            mismatch = SamplerMismatch()
+        elif (metrics := mismatch.metrics()) and check(metrics):
+            return {**metrics, "updates_skipped": self.num_updates, "tokens_trained": 0}
+        log = UpdateLog()
         for numbers in plan:
             minibatch = [own[number] for number in numbers if number in own]
-            active = self.informative(minibatch)
-            totals, num_active = self.measure_size(minibatch, active)
-            if not num_active:
-                continue
-            part = UpdateLog()
-            for batch in self.batches(active):
-                if batch is None:
-                    self.run_dummy_pass(measure_reference=not self.needs_old_policy)
-                    continue
-                counting = self.counting(batch, num_active)
-                with self.kernels(), self.replaying(batch), counting:
-                    # In later steps the policy is another than the sampler's.
-                    part.add_sums(self.backward(batch, totals, agreement if at_once else None))
-            part.add_step(self.clip_gradient(), active)
-            skipped = check({**(agreement.metrics() if at_once else {}), **part.metrics()})
-            at_once = False
-            if skipped:
-                num_skipped += 1
-            else:
-                self.apply_gradient()
-                log.add(part)
-            self.close_gradient(applied=not skipped)
+            # After the first optimizer step the policy is another than the sampler's.
+            taken = self.take_optimizer_step(minibatch, None if compared else mismatch, check, log)
+            compared = compared or taken
         return {
-            **agreement.metrics(),
+            **mismatch.metrics(),
             **log.metrics(),
             **self.load.metrics(),
-            **({"updates_skipped": num_skipped} if num_skipped else {}),
+            **({"updates_skipped": log.num_skipped} if log.num_skipped else {}),
             "learning_rate": self.scheduler.get_last_lr()[0],
         }
 
-    def measure_size(self, minibatch: list[Sample], active: list[Sample]) -> tuple[Totals, int]:
-        """The whole minibatch's sizes, and how many samples of it take part: over all ranks."""
+    def compare(self, samples: list[Sample]) -> "SamplerMismatch | None":
+        """Policy and sampler, on this rank's samples, before the first optimizer step; None if that
+        step computes the policy's log-probabilities anyway."""
+        informative = self.informative(samples)
+        if not any(distributed.gather(bool(informative))):
+            return self.evaluate(samples)
+        return self.evaluate(informative) if self.needs_old_policy else None
+
+    def take_optimizer_step(
+        self,
+        minibatch: list[Sample],
+        mismatch: "SamplerMismatch | None",
+        check: Check,
+        log: "UpdateLog",
+    ) -> bool:
+        """On this rank's part of a minibatch, if `check` lets it; False if no rank's part has a
+        gradient."""
+        informative = self.informative(minibatch)
+        totals, num_informative = self.measure_size(minibatch, informative)
+        if not num_informative:
+            return False
+        part = UpdateLog()
+        for batch in self.batches(informative):
+            if batch is None:
+                self.run_dummy_pass()
+                continue
+            with self.kernels(), self.replaying(batch), self.counting(batch, num_informative):
+                part.add_sums(self.backward(batch, totals, mismatch))
+        part.add_step(self.clip_gradient(), informative)
+        skipped = check({**(mismatch.metrics() if mismatch else {}), **part.metrics()})
+        if skipped:
+            log.num_skipped += 1
+        else:
+            self.apply_gradient()
+            log.add(part)
+        self.close_gradient(applied=not skipped)
+        return True
+
+    def measure_size(
+        self, minibatch: list[Sample], informative: list[Sample]
+    ) -> tuple[Totals, int]:
+        """Sizes of the whole minibatch, and how many of its samples have a gradient: over all
+        ranks."""
         sizes = distributed.sum_counts(
             {
                 "completions": len(minibatch),
                 "tokens": sum(len(s.rollout.completion_ids) for s in minibatch),
-                "active": len(active),
+                "informative": len(informative),
             }
         )
         totals = Totals(
@@ -152,7 +186,7 @@ class Updater(PackedTrainer):
             num_tokens=sizes["tokens"],
             max_completion_length=self.settings.max_completion_length,
         )
-        return totals, sizes["active"]
+        return totals, sizes["informative"]
 
     def plan_minibatches(self, samples: list[Sample], step: int) -> list[list[int]]:
         """The optimizer steps' samples by number: each pass over them in an order of its own, cut
@@ -162,9 +196,9 @@ class Updater(PackedTrainer):
         same however many ranks share it.
         """
         plan, count = [], sum(distributed.gather(len(samples)))
-        for iteration in range(self.settings.num_iterations):
+        for number in range(self.num_passes):
             order = list(range(count))
-            random.Random(f"{self.seed}/minibatches/{step}/{iteration}").shuffle(order)
+            random.Random(f"{self.seed}/minibatches/{step}/{number}").shuffle(order)
             parts = self.settings.steps_per_generation
             plan += [order[part::parts] for part in range(parts)]
         return plan
@@ -179,28 +213,18 @@ class Updater(PackedTrainer):
 
     @torch.no_grad()
     def evaluate(self, samples: list[Sample]) -> "SamplerMismatch":
-        """Fill in what later optimizer steps need of the policy as it is now, and of the
-        reference; compare with the sampler."""
-        agreement = SamplerMismatch()
+        """Compare the policy with the sampler, and `remember` what it says."""
+        mismatch = SamplerMismatch()
         with self.kernels():
             for batch in self.batches(samples):
                 if batch is None:
-                    self.run_dummy_pass(measure_reference=True)
+                    self.run_dummy_pass()
                     continue
                 with self.replaying(batch):
                     now = self.measure(batch)
-                agreement.add(batch, now)
-                for sample, old in zip(batch.samples, batch.split(now.logprobs_C), strict=True):
-                    sample.old_logprobs = old
-                if now.support is not None:
-                    supports = now.support.cpu().split(batch.completion_lengths)
-                    for sample, support in zip(batch.samples, supports, strict=True):
-                        sample.support = support
-                if self.reference is not None:
-                    ref_C = self.measure_reference(batch, now.support)
-                    for sample, ref in zip(batch.samples, batch.split(ref_C), strict=True):
-                        sample.ref_logprobs = ref
-        return agreement
+                mismatch.add(batch, now)
+                self.remember(batch, now)
+        return mismatch
 
     def copy_weights(self) -> dict[str, Tensor]:
         """Of the policy, this rank's part, in the CPU's memory."""
@@ -221,55 +245,6 @@ class Updater(PackedTrainer):
         """The policy's log-probabilities, its distribution cut as the sampler cuts its own."""
         truncation = self.truncation if self.truncation.cuts else None
         return self.policy(batch, self.settings.temperature, truncation=truncation)
-
-    @torch.no_grad()
-    def measure_reference(self, batch: PackedBatch, support: Support | None) -> Tensor:
-        return self.reference(batch, self.settings.temperature, support=support).logprobs_C
-
-    def backward(
-        self, batch: PackedBatch, totals: Totals, agreement: "SamplerMismatch | None"
-    ) -> dict[str, float]:
-        """Add the batch's share of the gradient; returns sums over its tokens. `agreement`, if the
-        policy is still the sampler's, is to be told how it compares."""
-        if agreement is not None:
-            now = self.measure(batch)
-            agreement.add(batch, now)
-            old_C, support = now.logprobs_C.detach(), now.support
-            ref_C = self.measure_reference(batch, support) if self.reference else None
-        else:
-            old_C, ref_C = batch.join("old_logprobs"), batch.join("ref_logprobs")
-            support = None
-            if self.truncation.cuts:
-                support = Support.join([s.support for s in batch.samples], old_C.device)
-            now = self.policy(batch, self.settings.temperature, support=support)
-        inputs = LossInputs(
-            logprobs_C=now.logprobs_C,
-            old_logprobs_C=old_C,
-            sampler_logprobs_C=batch.sampler_logprobs_C,
-            advantages_B=batch.advantages_B,
-            sequence_C=batch.sequence_C,
-            ref_logprobs_C=ref_C,
-        )
-        loss = compute_loss(inputs, totals, self.settings)
-        loss.loss.backward()
-        return {"loss": float(loss.loss.detach()), **loss.sums}
-
-    def state_dict(self) -> dict[str, Any]:
-        """A reference that is never refreshed is the checkpoint that the stage starts from."""
-        state = super().state_dict()
-        if self.reference is not None and self.settings.reference_refresh_steps:
-            state["reference"] = take_weights(self.reference)
-        return state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        if "reference" in state:
-            put_weights(self.reference, state["reference"])
-
-    def refresh_reference(self) -> None:
-        """Make the reference, if there is one, the current policy (R1: every 400 updates)."""
-        if self.reference is not None:
-            self.reference.load_state_dict(self.policy.state_dict())
 
 
 class SamplerMismatch:
@@ -307,7 +282,7 @@ class UpdateLog:
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._grad_norm_sum = 0.0
-        self._num_steps = self._num_tokens = self._num_model_tokens = 0
+        self._num_steps = self._num_tokens = self._num_model_tokens = self.num_skipped = 0
 
     def add_sums(self, sums: dict[str, float]) -> None:
         for name, value in sums.items():

@@ -24,6 +24,7 @@ from r1pipe.models.tokenizer import (
     require_same_vocabulary,
 )
 from r1pipe.rl.collect import Collector
+from r1pipe.rl.curriculum import Prompts
 from r1pipe.rl.distill_update import DistillUpdater, TeacherModel
 from r1pipe.rl.loop import BestMetric, run_steps
 from r1pipe.rl.replay import replay_steps
@@ -48,7 +49,7 @@ def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
     context_size = updater.teacher.model.config.get_text_config().max_position_embeddings
     for problem, ids in zip(problems, prompts, strict=True):
         check_length(problem, len(ids), stage.max_completion_length, context_size)
-    collector = Collector(stage, sampler, scorer, problems, context.recipe.seed)
+    collector = Collector(stage, sampler, scorer, Prompts(problems, context.recipe.seed))
     return run_steps(stage, context, updater, sampler, collector, BEST)
 
 

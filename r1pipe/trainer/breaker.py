@@ -120,7 +120,7 @@ class Breaker:
         had something. A KL term trains on groups without spread, too, but learns no reward."""
         if metrics.get("updates_skipped"):
             return 0
-        silent = self.stage.scale_rewards and metrics.get("groups_without_spread") == 1.0
+        silent = self.stage.learns_from_rewards and metrics.get("groups_without_spread") == 1.0
         if metrics["tokens_trained"] and not silent:
             return 0
         return 1 + (self._past[-1].get("steps_in_vain", 0) if self._past else 0)

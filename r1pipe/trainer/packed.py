@@ -74,14 +74,12 @@ class PackedTrainer:
             yield pack(parts[number], self.model.device) if number < len(parts) else None
             heartbeat()
 
-    def run_dummy_pass(self, **options: bool) -> None:
+    def run_dummy_pass(self) -> None:
         """Zero-weight forward and, with gradients, backward pass, so that collectives match on a
         rank that has no samples left."""
         rollout = Rollout("", 0, [0], [0], [0.0], "", "stop")
         with self.kernels():
-            loss = self.compute_dummy_loss(
-                pack([Sample(rollout, 0.0)], self.model.device), **options
-            )
+            loss = self.compute_dummy_loss(pack([Sample(rollout, 0.0)], self.model.device))
             if torch.is_grad_enabled():
                 loss.backward()
 

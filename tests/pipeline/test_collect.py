@@ -8,13 +8,14 @@ import torch
 from grpo_settings import make_grpo
 from test_engine import ARCHITECTURES, CPU, SETTINGS, lengthen
 
-from r1pipe.config.base import ProblemSet, Reward, Sampling
+from r1pipe.config.base import ProblemSet, Sampling
 from r1pipe.data.problems import load_problems
 from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import save_checkpoint
 from r1pipe.rl.batch import Batch
-from r1pipe.rl.collect import Collector
+from r1pipe.rl.curriculum import Prompts
+from r1pipe.rl.grpo_collect import GrpoCollector
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.scoring import Scorer
 from r1pipe.types import Problem
@@ -34,11 +35,12 @@ def sampler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sampler]:
 
 def make_collector(
     sampler: Sampler, reward: str, problems: list[Problem] = PROBLEMS, **changes: object
-) -> Collector:
+) -> GrpoCollector:
     rewards = [{"function": reward}]
     sizes = {"prompts_per_step": 8, "num_generations": 4, "max_completion_length": 8}
     stage = make_grpo(rewards=rewards, **{**sizes, **changes})
-    return Collector(stage, sampler, Scorer([Reward(function=reward)]), problems, seed=0)
+    prompts = Prompts(problems, 0, stage.difficulty)
+    return GrpoCollector(stage, sampler, Scorer(stage.rewards), prompts)
 
 
 def describe(batch: Batch) -> list[tuple[str, list[int]]]:
@@ -138,9 +140,10 @@ def test_refresh_samples_what_had_no_rollouts(sampler: Sampler) -> None:
 
 
 def test_collector_with_difficulty_goes_on_where_it_was(sampler: Sampler) -> None:
-    def make() -> Collector:
+    def make() -> GrpoCollector:
         rates = {problem.id: 0.5 for problem in PROBLEMS}
-        return Collector(stage, sampler, Scorer(stage.rewards), PROBLEMS, seed=0, pass_rates=rates)
+        prompts = Prompts(PROBLEMS, 0, stage.difficulty, rates)
+        return GrpoCollector(stage, sampler, Scorer(stage.rewards), prompts)
 
     stage = make_collector(sampler, EVEN, difficulty={**DIFFICULTY, "order": "easy_first"}).stage
     collector = make()

@@ -257,7 +257,7 @@ def test_a_prompt_is_tokenized_once(
     monkeypatch.setattr("r1pipe.rollout.engine.encode_prompt", fail)
     assert sampler.encode(problems, 24) == first
     with pytest.raises(AssertionError, match="again"):
-        sampler.encode([lengthen(problems[0], 2)], 24)
+        sampler.encode([lengthen(problems[0], 3)], 24)
 
 
 def test_weights_that_are_missing_are_named(opened: tuple) -> None:

@@ -21,10 +21,12 @@ from r1pipe.models.model import build_model, load_model
 from r1pipe.models.routing import find_routers
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import export_weights, save_checkpoint
-from r1pipe.rl.collect import Collector, Prefetcher
+from r1pipe.rl.curriculum import Prompts
+from r1pipe.rl.grpo_collect import GrpoCollector
+from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.rl.loop import train
 from r1pipe.rl.losses import LossInputs, TokenLosses, clip_tokens
-from r1pipe.rl.update import Updater
+from r1pipe.rl.prefetch import Prefetcher
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.scoring import Scorer
 from r1pipe.trainer.breaker import Breaker, EventLog
@@ -58,7 +60,7 @@ class World:
     """A run in progress, for a fault to meddle with."""
 
     stage: Grpo
-    updater: Updater
+    updater: GrpoUpdater
     sampler: Sampler
     patch: pytest.MonkeyPatch
 
@@ -219,13 +221,13 @@ def begin(
     stage = make_grpo(**values)
     policy = load_model(checkpoint, CPU)
     reference = load_model(checkpoint, CPU) if stage.beta else None
-    updater = Updater(policy, reference, stage, dtype="float32", seed=0)
+    updater = GrpoUpdater(policy, reference, stage, dtype="float32", seed=0)
     sampler.load_checkpoint(str(checkpoint))
-    collector = Collector(stage, sampler, Scorer(stage.rewards), PROBLEMS, seed=0)
+    collector = GrpoCollector(stage, sampler, Scorer(stage.rewards), Prompts(PROBLEMS, 0))
     batches = Prefetcher(collector.collect, stage.max_steps, stage.async_steps)
     breaker = Breaker(stage, EventLog(folder), folder)
     world = World(stage, updater, sampler, patch)
-    return world, train(stage, updater, sampler, collector, batches, breaker, first_step=1)
+    return world, train(stage, updater, sampler, batches, breaker, first_step=1)
 
 
 def read_events(folder: Path) -> list[dict]:

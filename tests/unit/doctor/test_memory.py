@@ -13,7 +13,7 @@ from r1pipe.doctor.memory import Devices, estimate_shape, estimate_stage
 from r1pipe.doctor.model_shape import GIB, Shape, find_stage_config
 from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import build_tokenizer
-from r1pipe.rl.update import Updater
+from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.trainer.packing import Sample, pack
 from r1pipe.trainer.policy import Policy
 from r1pipe.types import Rollout
@@ -117,7 +117,7 @@ def test_weights_gradients_and_optimizer() -> None:
     recipe = load_recipe(ROOT / "configs" / "demo.yaml")
     model, settings = make_model("deepseek_v3"), make_grpo(beta=0.1)
     parts = estimate_shape(settings, recipe, Shape.of(model.config), Devices(1, GIB)).parts
-    updater = Updater(model, make_model("deepseek_v3"), settings, dtype="float32", seed=0)
+    updater = GrpoUpdater(model, make_model("deepseek_v3"), settings, dtype="float32", seed=0)
     kept: dict[str, int] = {}
     updater.optimizer.register_step_pre_hook(
         lambda optimizer, args, kwargs: kept.update(

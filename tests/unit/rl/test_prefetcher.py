@@ -7,8 +7,8 @@ import torch
 
 from r1pipe.config.rl import Difficulty
 from r1pipe.rl.batch import Batch, Group
-from r1pipe.rl.collect import Prefetcher
 from r1pipe.rl.curriculum import Prompts
+from r1pipe.rl.prefetch import Prefetcher
 from r1pipe.types import Problem
 
 PROBLEMS = [

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from r1pipe.config.base import Sampling
 from r1pipe.rl.batch import Batch, Group
+from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.rl.loop import PROBE_PROMPTS, PROBE_TOKENS, probe_sync
-from r1pipe.rl.update import Updater
 from r1pipe.rollout.groups import SampleGroup, plan_groups
 from r1pipe.runs.logs import JsonlLog
 from r1pipe.trainer.breaker import Breaker
@@ -66,7 +66,7 @@ def test_probe(error: float, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     stage = make_settings(name="grpo")
     sampler = WrongBy(copy.deepcopy(model), error)
-    updater = Updater(model, None, stage, dtype="float32", seed=0)
+    updater = GrpoUpdater(model, None, stage, dtype="float32", seed=7)
     problems = [Problem(id=str(i), kind="math", prompt=[]) for i in range(6)]
     breaker = Breaker(stage, JsonlLog(tmp_path / "events.jsonl"), tmp_path)
     batch = Batch(3, 3, [Group(p, [], []) for p in problems], [], 1, {})
@@ -74,9 +74,9 @@ def test_probe(error: float, tmp_path: Path) -> None:
         with pytest.raises(
             UserError, match=r"step 3: sampler and trainer disagree.* 1.00e-02 \(breaker"
         ):
-            probe_sync(stage, updater, sampler, breaker, batch, seed=7)
+            probe_sync(stage, updater, sampler, breaker, batch)
     else:
-        metrics = probe_sync(stage, updater, sampler, breaker, batch, seed=7)
+        metrics = probe_sync(stage, updater, sampler, breaker, batch)
         assert metrics["sync/logprob_diff_mean"] < 1e-5
 
 

@@ -16,7 +16,7 @@ from r1pipe.config.rl import LOSSES
 from r1pipe.models.routing import (
     find_routers,
 )
-from r1pipe.rl.update import Updater
+from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.trainer.packing import Sample
 from r1pipe.types import Rollout
 from r1pipe.utils.errors import UserError
@@ -24,10 +24,10 @@ from r1pipe.utils.errors import UserError
 make_settings = partial(make_grpo, learning_rate=1e-3, max_grad_norm=1e9)
 
 
-def make_updater(model: PreTrainedModel, **changes: object) -> Updater:
+def make_updater(model: PreTrainedModel, **changes: object) -> GrpoUpdater:
     settings = make_settings(**changes)
     reference = copy.deepcopy(model) if settings.beta else None
-    return Updater(copy.deepcopy(model), reference, settings, dtype="float32", seed=0)
+    return GrpoUpdater(copy.deepcopy(model), reference, settings, dtype="float32", seed=0)
 
 
 def accept(metrics: dict[str, float]) -> None: ...
@@ -149,9 +149,9 @@ def make_moe_samples(routes_NLK: Tensor | None = None) -> list[Sample]:
     return samples
 
 
-def make_moe_updater(moe_model: PreTrainedModel, **changes: object) -> Updater:
+def make_moe_updater(moe_model: PreTrainedModel, **changes: object) -> GrpoUpdater:
     changes = {"learning_rate": 1e-3, "prompts_per_step": 1, "num_generations": 3, **changes}
-    return Updater(moe_model, None, make_grpo(**changes), dtype="float32", seed=0)
+    return GrpoUpdater(moe_model, None, make_grpo(**changes), dtype="float32", seed=0)
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -23,6 +23,7 @@ from r1pipe.models.model import pick_device
 from r1pipe.models.tokenizer import load_tokenizer
 from r1pipe.models.weights import save_checkpoint
 from r1pipe.rl.distill_update import DistillUpdater, TeacherModel
+from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.rl.update import Updater
 from r1pipe.trainer.checkpoints import Checkpoints
 from r1pipe.trainer.fsdp import load_sharded
@@ -39,7 +40,7 @@ def run(folder: Path, name: str, case: dict, device: torch.device) -> dict:
     assert not all(same_weights(policy, reference))
     checkpoints.save(3)
     again = go_on(folder, name, case, device)
-    if updater.reference is not None:
+    if isinstance(updater, GrpoUpdater) and updater.reference is not None:
         updater.refresh_reference()
         assert all(same_weights(policy, reference))
     settings = updater.settings
@@ -80,7 +81,7 @@ def begin(
     else:
         reference = load_sharded(start, device, "sdpa", Policy, dtype=dtype, trained=False)
         kept = reference if settings.beta else None
-        updater = Updater(policy, kept, settings, dtype=dtype, seed=0)
+        updater = GrpoUpdater(policy, kept, settings, dtype=dtype, seed=0)
     partial = folder / f"{name}-partial"
     return policy, reference, updater, Checkpoints(partial, settings, name, {"it": updater}, {})
 

@@ -20,6 +20,7 @@ from r1pipe.models.model import build_model, load_model
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import save_checkpoint
 from r1pipe.rl.distill_update import DistillUpdater, TeacherModel
+from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.rl.update import Updater
 from r1pipe.trainer.checkpoints import Checkpoints
 from r1pipe.trainer.packing import Sample
@@ -196,7 +197,7 @@ def make_updater(folder: Path, name: str, case: dict) -> Updater:
         )
         return DistillUpdater(model, teacher, settings, dtype=dtype, seed=0)
     reference = copy.deepcopy(model) if settings.beta else None
-    return Updater(model, reference, settings, dtype=dtype, seed=0)
+    return GrpoUpdater(model, reference, settings, dtype=dtype, seed=0)
 
 
 def compare_with_one_process(folder: Path, name: str, case: dict, tolerance: float) -> None:
