@@ -6,8 +6,8 @@ from torch import Tensor
 EPSILON = 1e-4
 """Added to the standard deviation, as in TRL."""
 ROUNDING = 4 * torch.finfo(torch.float32).eps
-"""How far apart, as a share of them, rewards may be and count as equal: their totals are sums, and
-0.1 + 0.2 is not 0.3."""
+"""Relative difference up to which rewards count as equal: their totals are sums, and 0.1 + 0.2 is
+not 0.3."""
 
 
 def compute_advantages(rewards_NG: Tensor, scale_rewards: str) -> Tensor:
@@ -17,13 +17,12 @@ def compute_advantages(rewards_NG: Tensor, scale_rewards: str) -> Tensor:
     section 4.1.2), of the whole batch (arXiv:2508.08221), or 1 as in Dr. GRPO (arXiv:2503.20783,
     section 3.1), which shows that the group's std favours too easy and too hard questions.
 
-    A NaN reward stands for "could not be judged": it takes no part in mean and std, and its
-    advantage is 0, so the sample teaches nothing. So is, exactly, each advantage of a group whose
-    rewards are all equal.
+    A NaN reward stands for "could not be judged": mean and std leave it out, and its advantage is
+    0. Advantages are also exactly 0 in a group whose rewards are all equal.
     """
     judged_NG = ~rewards_NG.isnan()
     centred_NG = rewards_NG - rewards_NG.nanmean(dim=1, keepdim=True)
-    # The mean of equal numbers is rounded, and what is left would be divided by next to nothing.
+    # The mean of equal numbers is rounded; the remainder would be divided by next to nothing.
     silent_N1 = find_silent_groups(rewards_NG).unsqueeze(1)
     centred_NG = centred_NG.masked_fill(silent_N1 & judged_NG, 0.0)
     if scale_rewards == "group":
@@ -43,8 +42,8 @@ def nan_std(values: Tensor, dim: int) -> Tensor:
 
 
 def find_silent_groups(rewards_NG: Tensor) -> Tensor:
-    """True for groups `[N]` whose rewards are all equal, NaN aside, or that have none: nothing can
-    be learned from them."""
+    """True for groups `[N]` whose rewards are all equal, NaN aside, or missing: nothing to
+    learn."""
     missing_NG = rewards_NG.isnan()
     highest_N = rewards_NG.masked_fill(missing_NG, -torch.inf).amax(1)
     lowest_N = rewards_NG.masked_fill(missing_NG, torch.inf).amin(1)

@@ -1,8 +1,8 @@
 """Which rank trains on which samples: as many tokens on each, minibatch by minibatch.
 
-Every rank samples its part of the problems, and completions differ in length by the problem; if it
-trained on what it sampled, the ranks with short ones would wait for the others at each layer. So
-samples change hands before the updates, whole: rollout, routes, advantage.
+Every rank samples its share of the problems, and completion lengths depend on the problem. Ranks
+with short ones would wait for the others at every layer, so samples move between ranks before the
+update, complete with routes and advantage.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from r1pipe.utils import distributed
 def share_out(
     samples: dict[int, Sample], costs: dict[int, float], minibatches: Sequence[Sequence[int]]
 ) -> dict[int, Sample]:
-    """The samples that this rank is to train on, by their number among all ranks' samples.
+    """The samples that this rank trains on, by their number among all ranks' samples.
 
     `samples` and `costs` are this rank's own, by number; `minibatches` holds every number once.
     Every rank must call it.

@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 BATCH_FACTS = ("step", "policy_step", "rounds", "seconds", "logprob_diff")
 
 MIN_PROMPTS = 4
-"""Of fewer prompts nobody can say that their completions are the same whatever the prompt."""
+"""With fewer, completions that are all the same may just fit the prompts."""
 
 
 # --- Facts of a batch ---------------------------------------------------------------------------
 
 
 def describe_batch(groups: "list[Group]") -> dict[str, float]:
-    """What the checks want to know of a step's rollouts beyond their metrics:
+    """Facts for the breaker's checks beyond the metrics:
 
-    - of `reward`, the weighted total, and of each `rewards/FUNCTION`: `mean`, `stderr`, `low` and
-      `high`;
-    - nonfinite_rewards: share of rollouts with a NaN or an infinity from any function;
+    - `mean`, `stderr`, `low` and `high` of `reward`, the weighted total, and of each
+      `rewards/FUNCTION`;
+    - nonfinite_rewards: share of rollouts where any function gave NaN or infinity;
     - identical_groups: share of groups whose completions are all the same;
     - same_completion: share of rollouts that are the most frequent completion, over all prompts.
     """
@@ -56,8 +56,8 @@ def describe_batch(groups: "list[Group]") -> dict[str, float]:
 
 
 def describe_values(name: str, by_group: list[list[float | None]]) -> dict[str, float]:
-    """Of the finite ones; empty if there is none. The standard error of the mean is that over
-    groups, because samples of one prompt are not independent; infinite for a single group."""
+    """Over finite values; empty if there are none. The standard error is that of the group means,
+    because samples of one prompt are not independent; infinite for a single group."""
     judged = [[v for v in part if v is not None and math.isfinite(v)] for part in by_group]
     means = [fmean(part) for part in judged if part]
     if not means:
@@ -89,7 +89,7 @@ class Group:
     scores: list[Score]
     advantages: list[float] = field(default_factory=list)
     used: bool = True
-    """False where dynamic sampling has put it aside."""
+    """False if dynamic sampling dropped it."""
 
     def __post_init__(self) -> None:
         self.advantages = self.advantages or [0.0] * len(self.rollouts)
@@ -138,20 +138,20 @@ class Group:
 
 @dataclass
 class Batch:
-    """What one step trains on, and what it took to get."""
+    """The rollouts that one step trains on."""
 
     step: int
     policy_step: int
-    """The step before which the sampling policy was the current one: `step`, or one less."""
+    """The step whose starting policy sampled it: `step`, or one less if sampled ahead."""
     groups: list[Group]
-    """All that were sampled, by every rank; what others sampled lacks prompts and log-probs."""
+    """From every rank; those of other ranks lack prompts and log-probs."""
     own_groups: list[Group]
-    """This rank's part of them, whole."""
+    """Those of this rank, complete."""
     rounds: int
     seconds: dict[str, float]
     logprob_diff: float | None = None
-    """If it was sampled ahead: mean |sampler - trainer| log-probability of some of it, by the
-    policy that sampled it."""
+    """If sampled ahead: mean |sampler - trainer| log-probability of some samples under the policy
+    that sampled them."""
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -159,7 +159,7 @@ class Batch:
 
     @cached_property
     def samples(self) -> list[Sample]:
-        """Of this rank's groups that take part."""
+        """Those of this rank's used groups."""
         return [
             Sample(rollout, advantage)
             for group in self.own_groups
@@ -168,7 +168,7 @@ class Batch:
         ]
 
     def metrics(self) -> dict[str, Any]:
-        """Rewards and lengths of everything that was sampled: dynamic sampling hides nothing."""
+        """Rewards and lengths of all samples, including those that dynamic sampling dropped."""
         rollouts = self.rollouts
         num_tokens = sum(len(r.completion_ids) for r in rollouts)
         return {
@@ -189,7 +189,7 @@ class Batch:
         return describe_batch(self.groups)
 
     def reward_metrics(self) -> dict[str, float]:
-        """Nothing in a stage without rewards."""
+        """Empty in a stage without rewards."""
         scores = [score for group in self.groups for score in group.scores]
         if not scores[0].rewards:
             return {}
@@ -197,7 +197,7 @@ class Batch:
         return {**reward_metrics(scores), "groups_without_spread": float(silent_N.float().mean())}
 
     def state_dict(self) -> dict[str, Any]:
-        """As plain values and tensors, of a batch that has not been trained on."""
+        """Plain values and tensors, for a checkpoint."""
         return {
             **{name: getattr(self, name) for name in BATCH_FACTS},
             "groups": [group.state_dict() for group in self.groups],
@@ -212,20 +212,20 @@ class Batch:
         return cls(**{**rename(state), "groups": groups, "own_groups": own_groups})
 
     def facts(self) -> dict[str, int]:
-        """What is kept with the rows of `records`."""
+        """Kept with the rows of `records`."""
         return {"policy_step": self.policy_step, "rounds": self.rounds}
 
     def records(self) -> list[dict]:
-        """The step's rows of rollout_files, of all ranks' groups on the first rank and none on
-        the others. Every rank must call it."""
+        """The rows for `RolloutFiles`: all ranks' on the first rank, none on the others. Every rank
+        must call it."""
         by_rank = distributed.gather_to_first([group.records() for group in self.own_groups])
         groups = [group for part in by_rank for group in part]
         return [{"group": i, **row} for i, group in enumerate(groups) for row in group]
 
 
 def gather_groups(groups: list[Group]) -> list[Group]:
-    """All ranks' groups, for the log: without what only the update of the rank that has sampled
-    them needs, which is most of their size."""
+    """All ranks' groups, for the log. Those of other ranks come without what only the update needs,
+    which is most of their size."""
     if distributed.alone():
         return groups
     light = [

@@ -1,4 +1,4 @@
-"""One step's experience: rollouts of groups, judged while others are still being sampled."""
+"""One step's experience: groups of rollouts, scored while others are still being sampled."""
 
 import time
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ from r1pipe.utils.progress import Interrupt
 
 
 class Collector:
-    """Draws prompts, samples and judges them, one batch after the other.
+    """Draws prompts, samples and scores them, one batch after another.
 
-    Every rank draws the same prompts, and samples and judges its share of them; whole groups, so
-    that an advantage needs nobody else's rewards.
+    Every rank draws the same prompts, and samples and scores its share of them, in whole groups:
+    group-relative advantages need no other rank's rewards.
     """
 
     logs: Mapping[str, JsonlLog] = {}
-    """Logs of its own, which are cut back on resume."""
+    """Its own log files by name, to be cut back on resume."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Collector:
         )
 
     def _describe_state(self, step: int) -> dict[str, float]:
-        """For rewards that change as training goes on."""
+        """The trainer_state that rewards are given."""
         drawn = (step - 1) * self.stage.prompts_per_step
         return {
             "global_step": step - 1,
@@ -78,11 +78,12 @@ class Collector:
         self.prompts.load_state_dict(state)
 
     def warm_up(self) -> None:
-        """Before a run goes on that samples beside the training; the weights are synced after it.
+        """Called on resume, before the weights are synced: makes vLLM compile if sampling runs
+        ahead.
 
-        vLLM compiles when it first samples, one sequence and then several. While it does so in one
-        thread `torch.compiler.is_compiling()` is true in all, and torch's AdamW then computes its
-        bias correction in float32: other last bits than in the run that was not interrupted.
+        vLLM compiles when it first samples, one sequence and then several. Meanwhile
+        `torch.compiler.is_compiling()` is true in all threads, and torch's AdamW computes its bias
+        correction in float32: other last bits than in a run that was not interrupted.
         """
         if self.stage.async_steps:
             sampling = self.sampling.model_copy(update={"max_completion_length": 2})
@@ -104,7 +105,7 @@ class Collector:
         step: int,
         with_routes: bool = False,
     ) -> list[Group]:
-        """Groups of this rank's share of these problems, each judged as soon as it is complete."""
+        """Groups of this rank's share of these problems, each scored as soon as it is complete."""
         state = self._describe_state(step)
 
         def score(sampled: list[SampleGroup]) -> list[Group]:
@@ -123,5 +124,5 @@ class Collector:
                 scoring.add(group)
             sampled = time.perf_counter()
         seconds["sample"] += sampled - started
-        seconds["score"] += time.perf_counter() - sampled  # what was left of it
+        seconds["score"] += time.perf_counter() - sampled  # what sampling did not hide
         return [scoring.results[index] for index in sorted(scoring.results)]

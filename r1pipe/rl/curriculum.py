@@ -1,4 +1,4 @@
-"""Which prompts a step gets: epochs over the problems, chosen and ordered by difficulty."""
+"""Which prompts a step gets: epochs over the problems, selected and ordered by difficulty."""
 
 import random
 from collections.abc import Sequence
@@ -14,10 +14,9 @@ PassRates = dict[str, float | None]
 
 
 class Prompts:
-    """Endless epochs, each in an order of its own that depends on the seed only, and on the pass
-    rates as they were when it began.
+    """Endless epochs. Each one's order depends only on the seed and on the pass rates at its start.
 
-    Rates change by `note`, which counts from the next epoch on, and by `refresh`, which begins one.
+    `note` adds rates for the next epoch, `refresh` starts one.
     """
 
     def __init__(
@@ -30,9 +29,9 @@ class Prompts:
         self.problems, self.seed, self._difficulty = problems, seed, difficulty
         self._epoch, self._place = 0, 0
         self._rates: PassRates = dict(pass_rates or {})
-        """As they were when the epoch began."""
+        """At the start of the epoch."""
         self.noted: PassRates = {}
-        """Newer ones, measured since the last refresh."""
+        """Measured since the last refresh."""
         self._order = self._make_order()
 
     @property
@@ -52,7 +51,7 @@ class Prompts:
         self.noted |= rates
 
     def refresh(self, rates: PassRates) -> None:
-        """Begin an epoch with these rates of all problems."""
+        """Start an epoch with these rates of all problems."""
         self.noted |= rates
         self._begin_epoch()
         self.noted = {}
@@ -64,7 +63,8 @@ class Prompts:
         self._order = self._make_order()
 
     def _make_order(self) -> list[Problem]:
-        """All problems if none is within the limits any more: the policy may have outgrown them."""
+        """All problems if none is within the limits any more: the policy may be too good for
+        them."""
         order = list(self.problems)
         if self._difficulty:
             order = choose_problems(order, self._rates, self._difficulty) or order
@@ -88,7 +88,7 @@ class Prompts:
 
 
 def find_reward(settings: Difficulty, rewards: list[Reward]) -> Reward:
-    """The stage's reward function that decides what has passed. Raises UserError."""
+    """The reward function of the stage that decides what passes. Raises UserError."""
     if settings.reward is None:
         return rewards[0]
     names = [reward.function for reward in rewards]
@@ -108,6 +108,6 @@ def compute_pass_rate(scores: Sequence[Score], reward: Reward) -> float | None:
 def choose_problems(
     problems: list[Problem], rates: PassRates, settings: Difficulty
 ) -> list[Problem]:
-    """Those whose rate is within the limits, in the same order."""
+    """Problems whose rate is within the limits, in the same order."""
     low, high = settings.min_pass_rate, settings.max_pass_rate
     return [p for p in problems if (r := rates.get(p.id)) is not None and low <= r <= high]

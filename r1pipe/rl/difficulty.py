@@ -1,12 +1,11 @@
-"""Difficulty: how often a policy solves each problem, measured, kept, and used to choose.
+"""Difficulty: how often a policy solves each problem. Measured once, kept, used to select problems.
 
     runs/<name>/<stage>/difficulty.jsonl
       {"problem_id", "problem", "checkpoint", "protocol", "step", "num_samples", "pass_rate"}
 
-`problem`, `checkpoint` and `protocol` are hashes, of what is asked, of the policy's files, and of
-how it was sampled and judged: a later stage that asks the same of the same policy takes the rate
-from there. Rows with a `step` above 0 are of the policy in training, after that step. `pass_rate`
-is null where no sample could be judged.
+`problem`, `checkpoint` and `protocol` are hashes of the problem, of the policy's files, and of how
+it was sampled and scored: a later stage with the same three reuses the rate. A `step` above 0 is
+that of the policy in training. `pass_rate` is null where no sample could be judged.
 """
 
 import hashlib
@@ -52,9 +51,9 @@ def measure_difficulty(
     open_source: Callable[[], SampleSource],
 ) -> DifficultyLog | None:
     """The pass rate of every problem under the policy that the stage starts from; None if the
-    stage does not choose by it.
+    stage does not select by it.
 
-    What an earlier stage of the run has measured is not measured again. Raises UserError if no
+    Rates that an earlier stage of the run measured are reused. Raises UserError if no
     problem is within the stage's limits.
     """
     settings = stage.difficulty
@@ -115,7 +114,7 @@ def sample_pass_rates(
 def check_choice(
     context: StageContext, settings: Difficulty, rates: PassRates, num_chosen: int
 ) -> None:
-    """Say and note how many problems are chosen. Raises UserError if none are."""
+    """Log and record how many problems are selected. Raises UserError if none are."""
     name, low, high = context.stage_name, settings.min_pass_rate, settings.max_pass_rate
     known = [rate for rate in rates.values() if rate is not None]
     below, above = sum(rate < low for rate in known), sum(rate > high for rate in known)
@@ -134,7 +133,7 @@ def check_choice(
 
 
 def read_known(context: StageContext, origin: dict[str, str]) -> PassRates:
-    """What finished stages of the run have measured of this policy in this way, by the hash of the
+    """Rates that finished stages of the run measured with the same `origin`, by the hash of the
     problem."""
     known: PassRates = {}
     for stage in context.recipe.stages:

@@ -1,7 +1,4 @@
-"""The update of on-policy distillation: the student's log-probabilities beside its teacher's.
-
-Everything around the loss is Updater's: micro-batches, ranks, optimizer, exact resume.
-"""
+"""The update of on-policy distillation: the student's log-probabilities beside its teacher's."""
 
 from functools import partial
 
@@ -20,10 +17,10 @@ from r1pipe.trainer.policy import LogProbs, Policy, compute_hidden, prepare
 
 
 class TeacherModel(nn.Module):
-    """A causal language model that reads packed batches and is not trained: `[C, D]`.
+    """A frozen causal language model, from packed batches to hidden states `[C, D]`.
 
-    One module with one forward, so that sharding it has one root. Its head stays outside of that:
-    the logits are made where the student's are.
+    One module with one forward, so that FSDP has one root. The head is applied where the student's
+    is, chunk by chunk.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -39,8 +36,7 @@ class DistillUpdater(Updater):
     """An Updater whose loss is the divergence from the teacher, a mean over the minibatch's tokens.
     There is no ratio to an old policy.
 
-    The teacher reads each micro-batch as the student does, each sample once: no step is made twice
-    on it. Of a sharded teacher every rank holds the whole head.
+    There is one pass over a batch. Every rank holds the full head of a sharded teacher.
     """
 
     settings: OnPolicyDistill

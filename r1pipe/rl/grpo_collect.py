@@ -1,4 +1,4 @@
-"""Batches for GRPO: advantages, dynamic sampling, prompts chosen by their difficulty."""
+"""Batches for GRPO: advantages, dynamic sampling, prompts selected by difficulty."""
 
 import torch
 
@@ -14,7 +14,7 @@ from r1pipe.utils import distributed
 
 
 class GrpoCollector(Collector):
-    """A Collector that gives advantages."""
+    """A Collector that also computes advantages."""
 
     stage: Grpo
 
@@ -32,7 +32,7 @@ class GrpoCollector(Collector):
             self.logs = {"difficulty": difficulty_log}
 
     def collect(self, step: int, policy_step: int) -> Batch:
-        """`prompts_per_step` groups; under dynamic sampling, of those whose rewards differ."""
+        """`prompts_per_step` groups; under dynamic sampling, so many whose rewards differ."""
         stage = self.stage
         max_rounds = stage.max_sampling_rounds if stage.dynamic_sampling else 1
         groups: list[Group] = []
@@ -56,7 +56,7 @@ class GrpoCollector(Collector):
             self.difficulty_log.write(*self.difficulty_log.measured)
 
     def end_step(self, step: int) -> dict[str, float]:
-        """Choose the prompts anew by what the policy can do now, every `refresh_steps`."""
+        """Every `refresh_steps`, select prompts by what the policy can solve now."""
         difficulty = self.stage.difficulty
         every = difficulty.refresh_steps if difficulty else None
         if not every or step % every or step == self.stage.max_steps:
@@ -72,8 +72,8 @@ class GrpoCollector(Collector):
         }
 
     def refresh_difficulty(self, step: int) -> PassRates:
-        """Choose the prompts anew: by the rollouts since the last time and, of problems that had
-        none, by samples of the policy as the sampler has it. Returns the rates."""
+        """Select prompts by the rollouts since the last refresh and, for problems that had none, by
+        new samples of the sampler's policy. Returns all rates."""
         difficulty = self.stage.difficulty
         stale = [p for p in self.prompts.problems if p.id not in self.prompts.noted]
         seed_parts = (self.seed, self.stage.name, "difficulty", step)
@@ -90,8 +90,8 @@ class GrpoCollector(Collector):
 
 
 def drop_zero_variance_groups(groups: list[Group]) -> None:
-    """Those that can teach nothing: DAPO's dynamic sampling (arXiv:2503.14476, eq. 11), where
-    rewards need not be 0 or 1."""
+    """Mark groups whose rewards are all equal as unused: DAPO's dynamic sampling
+    (arXiv:2503.14476, eq. 11), for rewards that need not be 0 or 1."""
     if groups:
         silent = find_silent_groups(torch.tensor([group.rewards for group in groups]))
         for group, is_silent in zip(groups, silent.tolist()):
@@ -99,7 +99,7 @@ def drop_zero_variance_groups(groups: list[Group]) -> None:
 
 
 def give_advantages(groups: list[Group], scale_rewards: str) -> None:
-    """Over all ranks' groups: `scale_rewards` may ask for the whole batch's spread."""
+    """Over all ranks' groups: `scale_rewards` may need the std of the whole batch."""
     by_rank = distributed.gather([group.rewards for group in groups], "sampling")
     first = sum(map(len, by_rank[: distributed.rank()]))
     if groups:

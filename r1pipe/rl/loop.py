@@ -1,8 +1,7 @@
 """Roll out -> score -> advantage -> update -> sync: the loop of the stages that train a model on
-its own samples, and the gate that stops it if sampler and trainer disagree.
+its own samples, and the checks that stop it if sampler and trainer disagree.
 
-`grpo` updates by advantages; `on_policy_distill` has no use for them, and updates by the
-divergence from a teacher.
+`grpo` learns from advantages, `on_policy_distill` from the divergence from a teacher.
 """
 
 import time
@@ -30,33 +29,33 @@ from r1pipe.utils.errors import Tripped
 from r1pipe.utils.progress import Interrupt, StageProgress, log_line
 
 PROBE_PROMPTS, PROBE_TOKENS = 4, 16
-"""Of a probe after a weight sync: every layer, both prefill and decoding, in a moment."""
+"""Size of the probe after a weight sync: reaches every layer in prefill and decoding."""
 
 
 class BatchSource(Protocol):
-    """Where `train` gets its batches: the Collector's, sampled ahead or not, or those on disk."""
+    """Where `train` gets its batches: Prefetcher, or ReplayBatches."""
 
     def take(self, step: int) -> Batch:
-        """The step's batch: rolled out, scored, with advantages."""
+        """The step's batch, scored, with advantages."""
 
     def wait(self) -> None:
-        """Until nothing samples, so that weights may change."""
+        """Return when nothing is being sampled, so that weights may change."""
 
 
 class WeightReceiver(Protocol):
-    """What `train` syncs: the sampler, or nothing in a replay."""
+    """What `train` syncs: Sampler, or NoSampler."""
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
 
 
 class BestMetric(NamedTuple):
-    """The metric that says how well a stage does: shown, and what its best checkpoint goes by."""
+    """The metric that is shown and by which the best checkpoint is kept."""
 
     metric: str
     is_cost: bool = False
 
     def score(self, metrics: Mapping[str, Any]) -> float | None:
-        """The higher the better; None of a step whose update was skipped before it was known."""
+        """Higher is better; None if the update was skipped before it was known."""
         value = metrics.get(self.metric)
         return -value if self.is_cost and value is not None else value
 
@@ -69,8 +68,8 @@ def run_steps(
     collector: Collector,
     goal: BestMetric,
 ) -> dict[str, Any]:
-    """Take all steps, or those that an interrupted run has left; write the checkpoint,
-    metrics.jsonl and the rollouts. Returns facts."""
+    """Take all steps, or those that an interrupted run has left; write checkpoint, metrics.jsonl
+    and rollouts. Returns facts for stage.json."""
     breaker = Breaker(stage, EventLog(context.folder), context.shared_folder)
     rollout_files = RolloutFiles(context.folder, context.recipe.rollouts)
     metrics_log = context.open_log()
@@ -144,12 +143,12 @@ def train(
     breaker: Breaker,
     first_step: int,
 ) -> Iterator[tuple[dict[str, Any], Batch]]:
-    """The algorithm. Yields each step's metrics and its batch, the weights synced."""
+    """The algorithm. Yields each step's metrics and batch after the weight sync."""
     for step in range(first_step, stage.max_steps + 1):
         clock = Clock()
-        batch = batches.take(step)  # rolled out, scored, with advantages
+        batch = batches.take(step)
         clock.lap("wait")
-        before = updater.copy_weights() if stage.async_steps else {}  # those of the sampler
+        before = updater.copy_weights() if stage.async_steps else {}  # the sampler's
 
         metrics = {"step": step, **batch.metrics()}
         if breaker.examine_batch(batch, metrics):
@@ -173,8 +172,8 @@ def train(
 
 def compare_ahead(updater: Updater, weights: dict[str, Tensor], batch: Batch) -> float | None:
     """Mean |sampler - trainer| log-probability of some samples of a batch that was sampled ahead,
-    by the policy that sampled it: by the one that will train on them it would be a step of learning
-    more. Every rank must call it."""
+    under the weights that sampled it: the policy that trains on it is a step further. Every rank
+    must call it."""
     groups = batch.own_groups[:PROBE_PROMPTS]
     samples = [Sample(group.rollouts[0], 0.0) for group in groups]
     metrics = updater.evaluate_with(weights, samples).metrics()
@@ -202,8 +201,8 @@ def probe_sync(
 ) -> dict[str, float]:
     """Sample a few tokens with the weights just synced, and compare with the trainer's.
 
-    A checksum would not do: vLLM keeps the weights repacked, and what went wrong in syncs so far
-    (stale kernels, a tied head) went wrong after the tensors had arrived."""
+    A checksum is not enough: vLLM repacks the weights, and syncs have failed after the tensors had
+    arrived (stale kernels, a tied head)."""
     group = [group.problem for group in batch.groups[:PROBE_PROMPTS]]
     length = min(PROBE_TOKENS, stage.max_completion_length)
     sampling = stage.sampling.model_copy(update={"max_completion_length": length})
@@ -232,8 +231,7 @@ def measure_mismatch(
 
 
 class Clock:
-    """Wall time of a step's phases. What is sampled while another batch trains is no phase: the
-    step only waits for what is left of it."""
+    """Wall time of a step's phases. Sampling ahead is no phase: a step only waits for the rest."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()

@@ -2,8 +2,8 @@
 
 Completions lie one after another without padding. Shapes: B completions, C tokens of all of them
 together, `sequence_C` says which completion a token belongs to. A loss gives a value per token and
-a weight per token; the weights divide by the size of the whole optimizer minibatch (`Totals`), so
-how a minibatch is cut into micro-batches, or spread over ranks, changes nothing.
+a weight per token. Weights divide by the size of the whole optimizer minibatch (`Totals`), so
+cutting it into micro-batches or spreading it over ranks changes nothing.
 
 A new loss is one function from `LossInputs` to per-token losses and one line in `config.rl.LOSSES`,
 or a function of your own named by its dotted path: `loss_type: my_package.my_loss`.
@@ -25,11 +25,11 @@ class LossInputs:
     """One micro-batch: log-probabilities of the completions' tokens under each policy."""
 
     logprobs_C: Tensor
-    """Of the policy that is trained; the only one with a gradient."""
+    """The trained policy's; the only ones with a gradient."""
     old_logprobs_C: Tensor
-    """Of the policy before the first optimizer step on these rollouts, by the trainer."""
+    """The policy's before the first optimizer step on these rollouts, by the trainer."""
     sampler_logprobs_C: Tensor
-    """Of the policy that made the rollouts, by the sampler."""
+    """The sampler's, of the policy that made the rollouts."""
     advantages_B: Tensor
     sequence_C: Tensor
     ref_logprobs_C: Tensor | None = None
@@ -61,7 +61,7 @@ class Totals:
 
 
 class TokenLosses(NamedTuple):
-    """Per-token losses `[C]`, and figures per token for the log, each a mask or value `[C]`."""
+    """Per-token losses `[C]`, and per-token figures for the log, masks or values `[C]`."""
 
     loss_C: Tensor
     figures: dict[str, Tensor]
@@ -76,7 +76,7 @@ class Loss:
     sums: dict[str, float]
 
 
-# --- What a token's loss is ---------------------------------------------------------------------
+# --- A token's loss -----------------------------------------------------------------------------
 
 
 def clip_tokens(inputs: LossInputs, settings: Grpo) -> TokenLosses:
@@ -121,7 +121,7 @@ def clip_range(settings: Grpo) -> tuple[float, float]:
     return 1 - settings.epsilon, 1 + high
 
 
-# --- What a token weighs ------------------------------------------------------------------------
+# --- A token's weight ---------------------------------------------------------------------------
 
 
 def weigh_by_completion(inputs: LossInputs, totals: Totals) -> Tensor:
@@ -189,12 +189,12 @@ def kl_term(inputs: LossInputs, settings: Grpo) -> Tensor:
 
 
 def correct_for_sampler(inputs: LossInputs, settings: Grpo) -> TokenLosses:
-    """Weights `[C]` for rollouts that another policy made than the trainer thinks: pi_old (by the
-    trainer) over pi_sampler, truncated or masked, of a token or of the whole completion.
+    """Weights `[C]` for rollouts whose sampler differs from the trainer: pi_old (by the trainer)
+    over pi_sampler, truncated or masked, per token or per completion.
 
     Truncated importance sampling: Yao et al. 2025, "Your efficient RL framework secretly brings you
     off-policy RL training"; masked: IcePop (Ling team 2025). Names and meaning are TRL's. A
-    completion's ratio is a product over tokens: long completions leave any bounds.
+    completion's ratio is a product over tokens: long completions exceed any bounds.
     """
     log_ratio_C = inputs.old_logprobs_C - inputs.sampler_logprobs_C
     level, action = settings.vllm_importance_sampling_mode.split("_")
@@ -217,12 +217,12 @@ def keep_on_policy(inputs: LossInputs, threshold: float) -> Tensor:
     return keep_B[inputs.sequence_C]
 
 
-# --- All of it ----------------------------------------------------------------------------------
+# --- The loss -----------------------------------------------------------------------------------
 
 
 def compute_loss(inputs: LossInputs, totals: Totals, settings: Grpo) -> Loss:
-    """The policy loss, corrected as asked, plus `beta` times the KL term. Of the figures,
-    `update_kl` is KL(old || policy): how far the optimizer steps on these rollouts have gone."""
+    """The policy loss with the corrections of the settings, plus `beta` times the KL term. The
+    figure `update_kl` is KL(old || policy): how far the optimizer steps on these rollouts went."""
     loss_type = find_loss(settings.loss_type)
     loss_C, figures = loss_type.token_losses(inputs, settings)
     with torch.no_grad():

@@ -14,8 +14,8 @@ T = TypeVar("T")
 class Prefetcher:
     """Batches in order. With `async_steps` 1 the next one is sampled while the caller trains.
 
-    Sampling then runs in a thread of its own, and float sums may come out in another order where
-    arithmetic has more than one thread.
+    Sampling then runs in its own thread. With more than one thread for arithmetic, float sums may
+    come out in another order.
     """
 
     def __init__(self, collect: Callable[[int, int], Batch], num_steps: int, async_steps: int):
@@ -30,7 +30,8 @@ class Prefetcher:
         self._thread.shutdown(cancel_futures=True)
 
     def take(self, step: int) -> Batch:
-        """The batch of `step`; begins with the one after it, on the sampler's present weights."""
+        """The batch of `step`; starts sampling the one after it, with the sampler's present
+        weights."""
         batch = self._next.result() if self._next else self._collect(step, step)
         self._next = None
         if self._async_steps and step < self._num_steps:
@@ -39,17 +40,17 @@ class Prefetcher:
 
     @property
     def ahead(self) -> Batch | None:
-        """What was sampled ahead, once it is there."""
+        """The batch that is sampled ahead, once it is finished."""
         self.wait()
         return self._next.result() if self._next and not self._next.exception() else None
 
     def wait(self) -> None:
-        """Until nothing is being sampled: weights must not change meanwhile."""
+        """Return when nothing is being sampled: weights must not change meanwhile."""
         if self._next:
             self._next.exception()
 
     def state_dict(self) -> dict[str, Any]:
-        """The batch that was sampled ahead: the policy that sampled it is gone by now."""
+        """The batch that was sampled ahead: its policy no longer exists."""
         return {"ahead": self._next.result().state_dict() if self._next else None}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -61,15 +62,15 @@ class Prefetcher:
 
 
 def find_place() -> tuple[int, Any] | None:
-    """The GPU and the stream that this thread works on: both are a thread's own."""
+    """This thread's GPU and stream; both are per thread."""
     if not torch.cuda.is_initialized():
         return None
     return torch.cuda.current_device(), torch.cuda.current_stream()
 
 
 def run_at(place: tuple[int, Any] | None, function: Callable[..., T], *arguments: Any) -> T:
-    """Call it from another thread as from the one of that place. vLLM's graphs and copies belong to
-    the stream that the engine was first used on; on another they would be read half-written."""
+    """Call `function` on the GPU and stream of `place`. vLLM's graphs and copies belong to the
+    stream on which the engine was first used; another would read them half-written."""
     if place is not None:
         device, stream = place
         torch.cuda.set_device(device)

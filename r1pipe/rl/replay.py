@@ -1,4 +1,4 @@
-"""Kept rollouts in the place of a sampler: what `r1pipe grpo CONFIG --replay STEPS` trains on."""
+"""Training on rollouts from disk, without a sampler: `r1pipe grpo CONFIG --replay STEPS`."""
 
 import time
 from collections.abc import Iterable
@@ -21,9 +21,9 @@ from r1pipe.utils.progress import log_line
 
 
 class ReplayBatches:
-    """Batches in order, as collect.Lookahead gives them, from the files of a stage.
+    """Batches as Prefetcher gives them, from the rollout files of a stage.
 
-    `has_old_weights`: the policy is not the one that has sampled, as with a stale sampler.
+    `has_old_weights`: another policy sampled them, as with a stale sampler.
     """
 
     def __init__(self, stage_dir: Path, *, needs_routes: bool, has_old_weights: bool):
@@ -31,7 +31,7 @@ class ReplayBatches:
         self.needs_routes, self.has_old_weights = needs_routes, has_old_weights
 
     def take(self, step: int) -> Batch:
-        """Raises UserError if the step is not kept, or lacks the routes that the stage replays."""
+        """Raises UserError if the step is missing, or lacks the routes that the stage replays."""
         started = time.perf_counter()
         rows = read_rollouts(self.stage_dir, [step], (*TEXT, *TOKENS))
         groups = [make_group(list(group)) for _, group in groupby(rows, lambda row: row["group"])]
@@ -55,18 +55,18 @@ class ReplayBatches:
     ahead = None
 
     def wait(self) -> None:
-        """Nothing is sampled."""
+        """Nothing is sampled: nothing to wait for."""
 
 
 class NoSampler:
-    """Takes the weights after each step, and leaves them."""
+    """In the place of a sampler: weight syncs do nothing."""
 
     def load_weights(self, weights: Iterable[Any]) -> None:
-        """They are not even put together."""
+        """Does not even read them: they are put together on reading."""
 
 
 def make_group(rows: list[dict[str, Any]]) -> Group:
-    """Of the rows of one prompt. Of the problem there is what was kept."""
+    """From the rows of one prompt. The problem has only what was kept."""
     first = rows[0]
     prompt = [{"role": "user", "content": first["prompt"]}]
     return Group(
@@ -98,19 +98,19 @@ def replay_steps(
     source: Path,
     steps: range,
 ) -> dict[str, Any]:
-    """Train on the rollouts of these steps that the stage in the folder `source` has kept, without
-    a sampler, from the checkpoint that the stage starts from; write checkpoint and metrics.jsonl.
+    """Train on the rollouts that the stage in the folder `source` kept of these steps, from the
+    checkpoint that the stage starts from; write checkpoint and metrics.jsonl.
 
-    From step 1 on these are the losses and weights of the run that has sampled them. Later steps
-    were sampled by weights that nobody has any more: they are trained on as if by a stale sampler.
+    From step 1 on, losses and weights are those of the original run. A replay that starts later
+    lacks the weights that sampled its steps: it trains on them as if by a stale sampler.
     """
     has_old_weights = steps[0] > 1
     if has_old_weights:
-        log_line(f"{stage.name}: begins at step {steps[0]} with the weights from before step 1")
+        log_line(f"{stage.name}: starts at step {steps[0]} with the weights from before step 1")
     batches = ReplayBatches(
         source, needs_routes=stage.routing_replay, has_old_weights=has_old_weights
     )
-    # The learning rate's schedule, in the updater, is that of the whole stage.
+    # The updater keeps the learning rate schedule of the whole stage.
     part = stage.model_copy(update={"max_steps": steps[-1], "verify_sync": False})
     breaker = Breaker(stage, EventLog(context.folder), context.shared_folder)
     log = context.open_log()

@@ -20,12 +20,12 @@ from r1pipe.utils import distributed
 from r1pipe.utils.phases import phase
 
 Check = Callable[[dict[str, float]], bool | None]
-"""Says, by these metrics, whether the update is to be skipped; raises if the run must end."""
+"""Whether to skip the update, by its metrics; raises if the run must end."""
 
 
 class Updater(PackedTrainer):
-    """Updates a policy, sharded or not, on its own samples, and compares it with the sampler. A
-    subclass says what the loss is: GrpoUpdater, DistillUpdater."""
+    """Updates a policy, sharded or not, on its own samples, and compares it with the sampler.
+    Subclasses define the loss: GrpoUpdater, DistillUpdater."""
 
     settings: OnPolicy
     num_passes = 1
@@ -49,7 +49,7 @@ class Updater(PackedTrainer):
         )
         self.seed = seed
         self.truncation = Truncation(settings.sampling.top_p, settings.sampling.top_k)
-        # Without dropout on either side: the sampler has none. Layers are checkpointed in training
+        # Evaluation mode, without dropout, as the sampler; but layers are checkpointed in training
         # mode only.
         self.model.train(settings.gradient_checkpointing)
 
@@ -57,25 +57,25 @@ class Updater(PackedTrainer):
 
     @property
     def needs_old_policy(self) -> bool:
-        """Whether optimizer steps ask what the policy was before the first of them."""
+        """Whether the loss needs log-probs of the policy before the first optimizer step."""
         return False
 
     def select(self, samples: list[Sample]) -> list[Sample]:
-        """Those that count at all."""
+        """The samples that count in the minibatch's size."""
         return samples
 
     def is_informative(self, sample: Sample) -> bool:
-        """Whether the sample has a gradient; without one it counts, but is not computed."""
+        """Whether the sample has a gradient; if not, it counts but is not computed."""
         return True
 
     def remember(self, batch: PackedBatch, now: LogProbs) -> None:
-        """Called with what the policy says before the first optimizer step."""
+        """Called with the log-probs of the policy before the first optimizer step."""
 
     def backward(
         self, batch: PackedBatch, totals: Totals, mismatch: "SamplerMismatch | None"
     ) -> dict[str, float]:
         """Add the batch's share of the gradient; returns sums over its tokens, and the `loss`.
-        `mismatch`, given while the policy is still the sampler's, is to be told how it compares."""
+        Adds to `mismatch`, which is given while the policy is still the sampler's."""
         raise NotImplementedError
 
     def end_step(self, step: int) -> None:
@@ -85,8 +85,8 @@ class Updater(PackedTrainer):
 
     @contextlib.contextmanager
     def replaying(self, batch: PackedBatch) -> Iterator[None]:
-        """The policy takes the sampler's routes, if the settings ask for that; to be left after
-        the backward pass. The reference has its own."""
+        """Within it the policy takes the sampler's routes, if the settings ask for that; covers
+        forward and backward. The reference chooses its own."""
         routes_NLK = None
         if self.settings.routing_replay:
             routes = [sample.rollout.routes for sample in batch.samples]
@@ -146,8 +146,8 @@ class Updater(PackedTrainer):
         check: Check,
         log: "UpdateLog",
     ) -> bool:
-        """On this rank's part of a minibatch, if `check` lets it; False if no rank's part has a
-        gradient."""
+        """One optimizer step on this rank's part of a minibatch, unless `check` says to skip it;
+        False if no rank has a gradient."""
         informative = self.informative(minibatch)
         totals, num_informative = self.measure_size(minibatch, informative)
         if not num_informative:
@@ -189,11 +189,11 @@ class Updater(PackedTrainer):
         return totals, sizes["informative"]
 
     def plan_minibatches(self, samples: list[Sample], step: int) -> list[list[int]]:
-        """The optimizer steps' samples by number: each pass over them in an order of its own, cut
-        into `steps_per_generation`.
+        """Sample numbers of each optimizer step: every pass has its own order, cut into
+        `steps_per_generation` minibatches.
 
-        The numbers count all ranks' samples, one rank's after the other's. So a minibatch is the
-        same however many ranks share it.
+        Numbers count through all ranks' samples, so the number of ranks does not change a
+        minibatch.
         """
         plan, count = [], sum(distributed.gather(len(samples)))
         for number in range(self.num_passes):
@@ -204,8 +204,8 @@ class Updater(PackedTrainer):
         return plan
 
     def share_out(self, samples: list[Sample], minibatches: list[list[int]]) -> dict[int, Sample]:
-        """What this rank trains on, by number: as many tokens as the others in each of the first
-        pass's minibatches (and about as many in those of later passes)."""
+        """This rank's samples by number, balanced: the same number of tokens on each rank in the
+        first pass's minibatches, about the same in later ones."""
         first = sum(distributed.gather(len(samples))[: distributed.rank()])
         numbered = dict(enumerate(samples, first))
         costs = {n: s.num_tokens * self.is_informative(s) for n, s in numbered.items()}
@@ -213,7 +213,7 @@ class Updater(PackedTrainer):
 
     @torch.no_grad()
     def evaluate(self, samples: list[Sample]) -> "SamplerMismatch":
-        """Compare the policy with the sampler, and `remember` what it says."""
+        """Compare the policy with the sampler, and `remember` its log-probs."""
         mismatch = SamplerMismatch()
         with self.kernels():
             for batch in self.batches(samples):
@@ -227,13 +227,13 @@ class Updater(PackedTrainer):
         return mismatch
 
     def copy_weights(self) -> dict[str, Tensor]:
-        """Of the policy, this rank's part, in the CPU's memory."""
+        """This rank's part of the policy, in CPU memory."""
         return {
             name: tensor.to("cpu", copy=True) for name, tensor in take_weights(self.policy).items()
         }
 
     def evaluate_with(self, weights: dict[str, Tensor], samples: list[Sample]) -> "SamplerMismatch":
-        """`evaluate` by the policy of other weights, as `copy_weights` gave them."""
+        """`evaluate` with other weights of the policy, from `copy_weights`."""
         own = self.copy_weights()
         put_weights(self.policy, weights)
         try:
@@ -248,7 +248,7 @@ class Updater(PackedTrainer):
 
 
 class SamplerMismatch:
-    """How far sampler and trainer are apart on the same tokens, and the policy's entropy."""
+    """Difference of sampler and trainer on the same tokens, and the policy's entropy."""
 
     def __init__(self) -> None:
         self._diff_sum = self._diff_max = self._entropy_sum = 0.0
@@ -263,7 +263,7 @@ class SamplerMismatch:
         self._num_tokens += len(diff_C)
 
     def metrics(self) -> dict[str, float]:
-        """Over all ranks, which must all ask; empty if there was nothing to compare."""
+        """Over all ranks, which must all call it; empty if there was nothing to compare."""
         own = (self._diff_sum, self._diff_max, self._entropy_sum, self._num_tokens)
         diff_sums, diff_maxima, entropy_sums, counts = zip(*distributed.gather(own))
         num_tokens = sum(counts)
@@ -277,7 +277,7 @@ class SamplerMismatch:
 
 
 class UpdateLog:
-    """Adds up what a step's optimizer steps report."""
+    """Sums over a batch's optimizer steps."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
@@ -302,9 +302,9 @@ class UpdateLog:
         self._num_model_tokens += other._num_model_tokens
 
     def metrics(self) -> dict[str, float]:
-        """Means: of the loss and the gradient's norm over optimizer steps, else over completion
-        tokens; and the prompt and completion tokens that the optimizer steps took. Over all ranks,
-        which must all ask."""
+        """Means over completion tokens, of loss and gradient norm over optimizer steps; and the
+        number of prompt and completion tokens trained on. Over all ranks, which must all call
+        it."""
         own = (self._num_tokens, self._num_model_tokens, self._grad_norm_sum)
         counts, model_counts, grad_norm_sums = zip(*distributed.gather(own))
         num_tokens, num_model_tokens = sum(counts), sum(model_counts)

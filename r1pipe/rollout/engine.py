@@ -1,7 +1,7 @@
-"""The vLLM engine: generate rollouts, take over weights. The only file that imports vllm.
+"""The vLLM engine: generate rollouts, load weights. The only file that imports vllm.
 
-The engine runs in this process: on a small machine its own processes would cost three imports,
-and in-process weights move without a copy through the network.
+The engine runs in this process: its own processes would cost three imports on a small machine, and
+in one process weights need no copy through the network.
 """
 
 import gc
@@ -58,14 +58,14 @@ T = TypeVar("T")
 PROBE_PROMPTS = ("What is 3 + 4?", "Count to 5.", "Why is the sky blue?", "x + 2 = 9. x = ?")
 PROBE_TOKENS = 16
 PROBE_LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
-"""Mean |log-probability difference| beyond which a reload is taken to have failed. In bf16 two
-right engines differ by about 1e-2; the wrong ones that were seen differed by 0.2 to 5.6."""
+"""Mean |log-probability difference| above which a reload counts as failed. In bf16 two correct
+engines differ by about 1e-2; the wrong ones seen so far by 0.2 to 5.6."""
 
 
 class Sampler:
     """One vLLM engine with the weights of one checkpoint at a time.
 
-    `with_routes`: `generate` may be asked for the routes of a mixture of experts.
+    `with_routes`: for `generate` with the routes of a mixture of experts.
     Raises UserError if vLLM cannot run the checkpoint.
     """
 
@@ -80,7 +80,7 @@ class Sampler:
     ):
         self.settings, self.device = settings, device
         self.chat_template = chat_template
-        # On CPU they are recorded from outside, in any engine.
+        # On CPU any engine's can be recorded from outside.
         self.can_return_routes = with_routes or device.type == "cpu"
         check_files(checkpoint)
         self.dtype = dtype
@@ -110,7 +110,7 @@ class Sampler:
             self.prepare_routes()
 
     def open_tokenizer(self, checkpoint: str) -> None:
-        """And what else decides how prompts begin and completions end."""
+        """Also sets what decides how prompts begin and completions end."""
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint, self.chat_template)
         self.end_ids = join_end_ids(self.tokenizer, read_end_ids(checkpoint))
         self._unsaid = {*self.end_ids, self.tokenizer.pad_token_id}
@@ -119,7 +119,7 @@ class Sampler:
         """Token ids by the prompt's messages."""
 
     def prepare_routes(self) -> None:
-        """Get ready to return routes. Raises UserError where there are none to return."""
+        """Raises UserError for a model without routes."""
         if not self.can_return_routes:
             raise RuntimeError("the sampler was opened without routes")
         self._moe_layers = require_moe_layers(self.config)
@@ -238,18 +238,18 @@ class Sampler:
             max_tokens=sampling.max_completion_length,
             stop_token_ids=self.end_ids,
             seed=seed,
-            # Of the sampled tokens, in one list: no object for each of them.
+            # Only the sampled tokens', in one list instead of an object per token.
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
             skip_special_tokens=False,
-            # A prompt read from the cache is not routed again, so its routes would be missing.
+            # A prompt from the cache is not routed again: its routes would be missing.
             skip_reading_prefix_cache=with_routes and self._capture is not None,
         )
 
     def _run(self, requests: Iterable[tuple[list[int], Any]]) -> Iterator[tuple[int, Any]]:
-        """vLLM's results as they come, each with its request's place among the `requests`: prompts
-        and parameters, of which the engine gets so many at a time that it never waits for more."""
+        """vLLM's results as they come, each with the index of its request. `requests`: prompts and
+        parameters; the engine gets just enough at a time that it never waits for more."""
         from vllm.inputs import tokens_input
 
         engine = self.llm.llm_engine
@@ -268,17 +268,18 @@ class Sampler:
                         waiting.remove(result.request_id)
                     yield int(result.request_id), result
         finally:
-            if waiting:  # interrupted: the next call must not meet these requests
+            if waiting:  # interrupted: the next call must not get their results
                 engine.abort_request(list(waiting))
 
     def find_opening(self, prompt_ids: list[int]) -> str:
-        """What the chat template has begun of the completion, such as <think>."""
+        """The beginning of the completion that the chat template puts into the prompt, such as
+        <think>."""
         return find_opening(self.tokenizer, prompt_ids, self._header)
 
     @property
     def _queue_size(self) -> int:
-        """As many again as can run: a step admits no more, so what runs together is what it would
-        be with all of them in the queue."""
+        """Twice what can run: a step admits no more, so the batches are the same as with all
+        requests in the queue."""
         return 2 * self.settings.max_num_seqs
 
     @property
@@ -289,7 +290,7 @@ class Sampler:
         self, messages: list[dict[str, str]], sampling: Sampling, seed: int
     ) -> Iterator[str]:
         """One completion, piece by piece as it is sampled. Raises UserError for a conversation that
-        has outgrown the context."""
+        is longer than the context."""
         from vllm.sampling_params import RequestOutputKind
 
         ids = encode_prompt(self.tokenizer, messages)
@@ -306,7 +307,8 @@ class Sampler:
     def _read(self, result: Any, group: SampleGroup, number: int) -> Rollout:
         output = result.outputs[0]
         tokens = list(output.token_ids)
-        # Special tokens stay: <think> may be one, and a policy that writes <|user|> has done so.
+        # Special tokens stay: <think> may be one, and rewards must see a policy that writes
+        # <|user|>.
         said = self.tokenizer.decode([token for token in tokens if token not in self._unsaid])
         return Rollout(
             problem_id=group.problem.id,
@@ -319,7 +321,7 @@ class Sampler:
         )
 
     def _take_routes(self, result: Any) -> np.ndarray:
-        """Those that vLLM returns, `[prompt + completion - 1, L, K]`, L its mixture-of-experts
+        """The routes that vLLM returns, `[prompt + completion - 1, L, K]`, L its mixture-of-experts
         layers. Raises RuntimeError if the sampler was not opened with them."""
         if not self._moe_layers:
             raise RuntimeError("the sampler was opened without routes")
@@ -329,7 +331,7 @@ class Sampler:
         if rows is None or len(rows) < length:
             found = 0 if rows is None else len(rows)
             raise RuntimeError(f"vLLM returned the routes of {found} of {length} tokens")
-        # It has a column for every decoder layer, those of the dense ones unused.
+        # One column per decoder layer; those of dense layers are unused.
         return rows[:length, self._moe_layers]
 
     @property
@@ -338,24 +340,24 @@ class Sampler:
         return 1 if distributed.alone() else self.settings.tensor_parallel_size
 
     def _engine_share(self, items: list[T]) -> list[T]:
-        """What this rank's engine samples: the same on all of the engine's ranks."""
+        """What this rank's engine samples: the same on all ranks of the engine."""
         number, count = (
             n // self._num_ranks for n in (distributed.rank(), distributed.world_size())
         )
         return items[distributed.cut(len(items), number, count)]
 
     def share(self, items: list[T]) -> list[T]:
-        """This rank's part of all ranks' problems: those that it judges and trains on."""
+        """This rank's part of all problems: it scores and trains on these."""
         items = self._engine_share(items)
         number = distributed.rank() % self._num_ranks
         return items[distributed.cut(len(items), number, self._num_ranks)]
 
     @phase("sync")
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Take over weights under a checkpoint's names (`models.export_weights`)."""
+        """Load weights, named as in a checkpoint (`models.weights.export_weights`)."""
         if self.device.type == "cpu":
             # The layer-wise reload repacks the experts' weights but keeps their old kernel, which
-            # then computes with the wrong layout, silently (log-prob error 1.4). Without a kernel
+            # then silently computes with the wrong layout (log-prob error 1.4). Without a kernel
             # it builds a new one.
             self.llm.apply_model(drop_expert_kernels)
         (absent,) = self.llm.collective_rpc(reload_weights, args=(iter(weights),))
@@ -365,16 +367,16 @@ class Sampler:
         if self.device.type == "cpu":
             self.llm.apply_model(repack_tied_head)
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM has kept keys and values of the weights before")
+            raise RuntimeError("vLLM kept the keys and values of the old weights")
 
     def load_checkpoint(self, checkpoint: str) -> None:
-        """Take over the weights of another checkpoint of the same kind, and its tokenizer."""
+        """Load the weights and the tokenizer of another checkpoint of the same kind."""
         self.open_tokenizer(checkpoint)
         self.load_weights(read_weights(Path(checkpoint)))
 
     def probe(self, checkpoint: str) -> float | None:
-        """Mean |log-probability - that of the checkpoint in transformers| of a few tokens of every
-        rank's engine; None where transformers cannot load it, or memory is too short to."""
+        """Mean |log-probability in vLLM - in transformers| of a few tokens from every rank's
+        engine; None if transformers cannot load the checkpoint or memory does not suffice."""
         problems = [
             Problem(str(n), "", [{"role": "user", "content": text}])
             for n, text in enumerate(PROBE_PROMPTS)
@@ -399,7 +401,7 @@ class Sampler:
         if distributed.alone():
             core.shutdown()
         else:
-            # vLLM would tear down the default process group, which is the trainer's.
+            # vLLM would destroy the default process group, which is the trainer's.
             from vllm.distributed import destroy_model_parallel
 
             with mock.patch("vllm.v1.engine.core.cleanup_dist_env_and_memory"):
@@ -410,7 +412,7 @@ class Sampler:
 
 
 class Engines:
-    """Keeps the last engine: stages with one architecture share it, and pay one start-up."""
+    """Keeps the last engine: stages with the same architecture share it, for one start-up."""
 
     def __init__(
         self, settings: Engine, dtype: str, device: torch.device, chat_template: str | None = None
@@ -440,8 +442,8 @@ class Engines:
         return self._sampler
 
     def _can_reload(self, checkpoint: str, with_routes: bool) -> bool:
-        # An engine that one process has on several devices has processes of its own, which weights
-        # from here do not reach.
+        # One process's engine on several devices has processes of its own, out of reach for weights
+        # from here.
         if distributed.alone() and self.settings.tensor_parallel_size > 1:
             return False
         if self._sampler.can_return_routes < with_routes or not Path(checkpoint).is_dir():
@@ -457,10 +459,10 @@ class Engines:
 
 
 def routes_on_every_rank(tensor_parallel_size: int) -> AbstractContextManager:
-    """Within it, an engine is built of which every rank can return routes.
+    """Engines built within it return routes on every rank.
 
-    vLLM hands them out on the first rank of a tensor-parallel group, where an engine of its own
-    processes asks for them. Under external_launcher every rank is an engine, and asks its own.
+    vLLM returns them on the first rank of a tensor-parallel group only. Under external_launcher
+    every rank is an engine and asks itself.
     """
     if tensor_parallel_size == 1 or distributed.alone():
         return nullcontext()
@@ -471,8 +473,8 @@ def routes_on_every_rank(tensor_parallel_size: int) -> AbstractContextManager:
 
 
 def reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
-    """Run inside the engine: vLLM's layer-wise reload. Returns the layers that got no weights and
-    so have kept their old ones, which vLLM only logs."""
+    """Runs inside the engine: vLLM's layer-wise reload. Returns the layers that got no weights and
+    kept their old ones, which vLLM only logs."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     model = worker.get_model()
@@ -483,7 +485,7 @@ def reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> 
         tied = getattr(model.config, "tie_word_embeddings", False)
         for name, layer in model.named_modules():
             info = get_layerwise_info(layer)
-            # What is whole has been put in its place by now, and waits no more.
+            # A complete layer has been put in place by now and no longer waits.
             waits = info.can_load() and not info.load_numel
             if waits and any(True for _ in layer.parameters(recurse=False)):
                 absent.append(name)
@@ -500,7 +502,7 @@ def reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> 
 
 
 def drop_expert_kernels(model: torch.nn.Module) -> None:
-    """Run inside the engine before a reload; see Sampler.load_weights."""
+    """Runs inside the engine before a reload; see Sampler.load_weights."""
     for module in model.modules():
         experts = getattr(module, "routed_experts", None)
         if experts is not None:
@@ -508,8 +510,8 @@ def drop_expert_kernels(model: torch.nn.Module) -> None:
 
 
 def repack_tied_head(model: torch.nn.Module) -> None:
-    """Run inside the engine after a reload. A head tied to the embedding has no tensor of its own
-    in the checkpoint, so the reload leaves its packed copy of the old weights (log-prob error 0.2).
+    """Runs inside the engine after a reload. A head tied to the embedding has no tensor of its own
+    in the checkpoint: the reload leaves its packed copy of the old weights (log-prob error 0.2).
     """
     head = getattr(model, "lm_head", None)
     if getattr(model.config, "tie_word_embeddings", False) and hasattr(head, "cpu_linear"):
@@ -542,12 +544,12 @@ def measure_difference(
 
 
 def count_routes(rollout: Rollout) -> int:
-    """Tokens that the sampler has read."""
+    """Number of tokens that the sampler has read."""
     return len(rollout.prompt_ids) + len(rollout.completion_ids) - 1
 
 
 def describe_error(error: Exception) -> str:
-    """What is wrong, in one line: pydantic begins with a count."""
+    """One line; pydantic's own text starts with a count."""
     problems = error.errors() if isinstance(error, ValidationError) else []
     if problems:
         message = problems[0]["msg"].removeprefix("Value error, ").strip()

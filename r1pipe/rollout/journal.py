@@ -1,4 +1,4 @@
-"""Samples and scores on disk as they come, so that a killed stage resumes without them again."""
+"""Samples and scores on disk as they come: a killed stage resumes without sampling them again."""
 
 import json
 import threading
@@ -13,14 +13,14 @@ from r1pipe.utils import distributed
 from r1pipe.utils.jsonl import dump_row
 
 Place = tuple[str, int]
-"""Of a line in the journal: its file's name, and where in it the line begins."""
+"""A line's file name and offset in the journal."""
 
 
 class SampleJournal:
-    """Samples and their scores on disk, a line each, as soon as they are there; a file per rank.
+    """Samples and their scores on disk, a line each, at once; a file per rank and start.
 
-    `digest` is of everything that decides what the samples are. A journal of another one is thrown
-    away; so is a last line that a kill has cut.
+    `digest` is that of everything that decides what the samples are. Files with another digest are
+    deleted, and a last line that a kill cut is ignored.
     """
 
     def __init__(self, folder: Path, digest: str):
@@ -33,8 +33,8 @@ class SampleJournal:
         self._file: TextIO | None = None
 
     def read(self) -> None:
-        """Find out `places`, where the samples are, and `scores`, by the problem's id those of all
-        its samples; the same on all ranks."""
+        """Fill `places`, where the samples are, and `scores`, those of all samples by the problem's
+        id; the same on all ranks."""
         self.places, self.scores = distributed.on_first_rank(self.find)
 
     def find_samples(self, problem_id: str, num_samples: int) -> list[Rollout | None]:
@@ -65,7 +65,7 @@ class SampleJournal:
             return Rollout(prompt_ids=[], logprobs=[], **json.loads(file.readline()))
 
     def __enter__(self) -> "SampleJournal":
-        """Begin a file of this rank and of this start."""
+        """Open a new file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"{time.time_ns()}-{distributed.rank()}.jsonl"
         self._file = (self.folder / name).open("w", encoding="utf-8")
@@ -97,9 +97,8 @@ class SampleJournal:
 
 
 def read_whole_lines(path: Path) -> Iterator[tuple[int, dict]]:
-    """The rows of a file, and where each begins, whose writer may have been killed in the middle of
-    the last one. What comes after a broken line is left out as well, and no error: it is sampled
-    again."""
+    """The rows of a file and where each begins. Its writer may have been killed in a line: what
+    follows a broken one is ignored, and sampled again."""
     begin = 0
     with path.open("rb") as lines:
         for line in lines:

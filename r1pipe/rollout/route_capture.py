@@ -1,8 +1,8 @@
 """Records which experts vLLM's routers choose, inside the engine's own process.
 
 On GPU vLLM returns routes itself (`enable_return_routed_experts`), by a model runner that does not
-run on CPU. Here each router is given a function to call with its choice, and the rows of each
-forward pass are told apart by the runner's own order of requests.
+run on CPU. Here each router calls a function with its choice, and the rows of a forward pass are
+assigned by the runner's order of requests.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ class RouteCapture:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        """Within it, every forward pass is recorded; `collect` then gives the routes."""
+        """Record every forward pass within it; `collect` then returns the routes."""
         self._passes.clear()
         execute = self.runner.execute_model
 
@@ -61,7 +61,7 @@ class RouteCapture:
         return capture
 
     def _keep(self, num_scheduled: dict[str, int]) -> None:
-        """Split one pass's rows: they lie in the order of the runner's batch."""
+        """Split one pass's rows, which are in the order of the runner's batch."""
         requests = list(self.runner.input_batch.req_ids)
         counts = np.array([num_scheduled[request] for request in requests])
         starts = self.runner.input_batch.num_computed_tokens_cpu[: len(requests)].copy()
@@ -70,7 +70,7 @@ class RouteCapture:
         self._passes.append((requests, starts, counts, rows))
 
     def collect(self, lengths: dict[str, int]) -> dict[str, np.ndarray]:
-        """Routes `[length, L, K]` of each request, by the id that its output has.
+        """Routes `[length, L, K]` of each request, by the id of its output.
 
         Raises RuntimeError if a token's route was not seen.
         """
@@ -80,7 +80,7 @@ class RouteCapture:
         for requests, starts, counts, rows in self._passes:
             parts = np.split(rows, np.cumsum(counts)[:-1])
             for request, start, part in zip(requests, starts, parts, strict=True):
-                # The engine's own id: the output's, and random characters.
+                # The engine's own id is the output's plus random characters.
                 name = request.rpartition("-")[0]
                 part = part[: max(0, lengths[name] - start)]
                 routes[name][start : start + len(part)] = part

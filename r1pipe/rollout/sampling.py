@@ -1,8 +1,7 @@
-"""Samples of many problems, judged as they come and kept as they are judged: what evaluation and
-rejection sampling have in common.
+"""Samples of many problems, scored as they come: shared by evaluation and rejection sampling.
 
-What is finished goes into a journal in the stage's folder, so that a stage that is killed goes on
-with what it has. Every sample has a seed of its own, so the result is the same.
+Finished samples go into a journal in the stage's folder, from which a killed stage resumes. Every
+sample has its own seed, so the result is the same.
 """
 
 import hashlib
@@ -24,8 +23,8 @@ from r1pipe.utils.progress import StageProgress, log_line
 
 T = TypeVar("T")
 Keep = Callable[[Problem, list[Rollout], list[Score]], T]
-"""Given one problem's samples and their scores, returns what is asked of them. It should `empty`
-the rollouts: they are held until the last one is sampled."""
+"""From one problem's samples and scores to what the caller needs of them. It should `empty` the
+rollouts: they are held until the last one is sampled."""
 
 
 class SampleSource(Protocol):
@@ -47,22 +46,22 @@ class SampleSource(Protocol):
 
 @dataclass(frozen=True)
 class SamplingJob:
-    """What is to be sampled, and how it is judged. No two problems may have the same id."""
+    """What to sample and how to score it. Problem ids must be unique."""
 
     problems: list[Problem]
     num_samples: int
-    """Of each problem."""
+    """Per problem."""
     sampling: Sampling
     seed_parts: tuple[object, ...]
     rewards: list[Reward]
     origin: object
-    """Tells the samples of one source from another's: a checkpoint and its weights."""
+    """Identifies the source, such as a checkpoint and its weights."""
     folder: Path
-    """Of the journal: the same for every rank."""
+    """The journal's, the same for every rank."""
     label: str
 
     def digest(self) -> str:
-        """Of everything that decides what the samples and their scores are."""
+        """Hash of everything that decides what the samples and their scores are."""
         settings = [
             self.origin,
             self.num_samples,
@@ -79,18 +78,18 @@ class SamplingJob:
 def sample_and_score(
     job: SamplingJob, open_source: Callable[[], SampleSource], keep: Keep[T]
 ) -> list[T]:
-    """What `keep` makes of each problem's samples, in the order of the problems.
+    """What `keep` returns for each problem, in the order of the problems.
 
-    What the journal has is not sampled again; if that is everything the source is not opened. Of
-    several ranks each samples and scores its share, and all get what was kept of every share:
-    texts and tokens of the rest never leave the rank and the journal.
+    Samples in the journal are not sampled again; if it is complete, the source is not opened. Each
+    rank samples and scores its share, and all get what was kept of every share: other texts and
+    tokens never leave the rank and the journal.
     """
     scorer = Scorer(job.rewards)
     journal = SampleJournal(job.folder, job.digest())
     journal.read()
     if journal.places:
         total = len(job.problems) * job.num_samples
-        log_line(f"{job.label}: {len(journal.places)} of {total} samples are there from before")
+        log_line(f"{job.label}: {len(journal.places)} of {total} samples are on disk already")
     numbers = range(job.num_samples)
     complete, missing = [], []
     for problem in job.problems:
@@ -111,8 +110,8 @@ def sample_and_score(
 
 
 def read_samples(job: SamplingJob) -> Iterator[tuple[Problem, Rollout, Score]]:
-    """All samples of a job that is done, one at a time, in the order of the problems; without
-    prompts and log-probabilities. For the first rank."""
+    """All samples of a finished job, one at a time, in the order of the problems, without prompts
+    and log-probabilities. For the first rank."""
     journal = SampleJournal(job.folder, job.digest())
     places, scores = journal.find()
     for problem in job.problems:
@@ -128,8 +127,8 @@ def sample_missing(
     scorer: Scorer,
     keep: Keep[T],
 ) -> dict[str, T]:
-    """What is kept of this rank's groups, by the problem's id: samples go into the journal at once,
-    scores as soon as they are judged."""
+    """What `keep` returns for this rank's groups, by the problem's id. Samples and scores go into
+    the journal at once."""
 
     def score(groups: list[SampleGroup]) -> Iterator[T]:
         owners = [group.problem for group in groups for _ in group.rollouts]
@@ -164,8 +163,7 @@ def without_nonfinite(score: Score) -> Score:
 
 
 def identify_weights(checkpoint: str, dtype: str) -> object:
-    """Changes when a checkpoint folder's weights do, of a hub id the id; and with the sampler's
-    dtype."""
+    """Changes with a checkpoint folder's weights, or a hub id, and with the sampler's dtype."""
     files = sorted(Path(checkpoint).glob("*.safetensors"))
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return [checkpoint, weights, dtype]

@@ -1,4 +1,4 @@
-"""Calls reward functions on rollouts, weights them, and counts what none could judge.
+"""Calls reward functions on rollouts, weights their values, and counts what none could judge.
 
 The contract is TRL's (1.16, GRPOTrainer._calculate_rewards): plain functions, callable objects, and
 `async` functions of these, called by keyword with
@@ -10,7 +10,7 @@ The contract is TRL's (1.16, GRPOTrainer._calculate_rewards): plain functions, c
     log_extra(column, values)              a value per rollout, kept with it
     log_metric(name, value)                a number, averaged over the step into metrics.jsonl
 
-A function without `**kwargs` is given only what it names. Each returns a number or None for every
+A function without `**kwargs` gets only what it names. Each returns a number or None for every
 rollout: a list, a NumPy array or a tensor.
 """
 
@@ -45,7 +45,7 @@ COLUMNS = tuple(f.name for f in fields(Problem) if f.name not in ("prompt", "ext
 
 
 def name_rewards(rewards: Iterable[Reward]) -> list[str]:
-    """What each is called in the log: its function, and a number from the second time on."""
+    """Names for the log: the function's, with a number from its second use on."""
     seen: Counter[str] = Counter()
     names = []
     for reward in rewards:
@@ -72,8 +72,8 @@ class Scorer:
         rollouts: list[Rollout],
         trainer_state: Mapping[str, float] | None = None,
     ) -> list[Score]:
-        """One Score per rollout; `problems[i]` is the problem of `rollouts[i]`. `trainer_state` is
-        given to the functions as one of transformers; without it they see that of step 0.
+        """One Score per rollout; `problems[i]` is the problem of `rollouts[i]`. The functions
+        get `trainer_state` as transformers' TrainerState; without it, that of step 0.
 
         Raises UserError for a function that raises, or returns anything but a number or None for
         each.
@@ -99,7 +99,7 @@ class Scorer:
 
 
 class Call:
-    """A reward of a recipe, what the log calls it, and its function."""
+    """A reward of a recipe with its name in the log and its function."""
 
     def __init__(self, name: str, reward: Reward):
         self.name, self.reward, self.function = name, reward, find_reward(reward.function)
@@ -137,7 +137,7 @@ class Call:
         trainer_state: Mapping[str, float],
         scores: list[Score],
     ) -> dict[str, Any]:
-        """By name, of those that the function takes; copies of what the caller still needs."""
+        """The keyword arguments that the function takes; copies of what the caller still needs."""
         columns = {
             name: partial(lambda name: [getattr(p, name) for p in problems], name)
             for name in COLUMNS
@@ -175,7 +175,7 @@ class Call:
         return UserError(f'reward "{self.name}" raised {describe_failure(error)}{hint}')
 
     def read(self, result: Any, count: int) -> list[float | None]:
-        """What a function returned, as numbers."""
+        """A function's return value as numbers."""
         values = result.tolist() if hasattr(result, "tolist") else result
         what = ""
         if not isinstance(values, list | tuple):
@@ -257,12 +257,12 @@ class ScoringThread(Generic[T]):
 
 
 def is_infinite(value: float | None) -> bool:
-    """Which would make every advantage of its group NaN."""
+    """An infinite reward would make every advantage of its group NaN."""
     return isinstance(value, float) and math.isinf(value)
 
 
 def make_trainer_state(facts: Mapping[str, float]) -> Any:
-    """Where nothing trains, that of the first of one step: functions divide by max_steps."""
+    """Where nothing trains, the first of one step: functions divide by max_steps."""
     from transformers import TrainerState
 
     return TrainerState(**{"max_steps": 1, "epoch": 0.0, **facts})
@@ -270,16 +270,16 @@ def make_trainer_state(facts: Mapping[str, float]) -> Any:
 
 @functools.cache
 def start_event_loop() -> asyncio.AbstractEventLoop:
-    """One for the process, in a thread of its own: what async rewards keep open, such as the
-    connections of a client, belongs to the loop that they were opened in."""
+    """One for the process, in its own thread: a client's connections, which async rewards keep
+    open, belong to the loop that opened them."""
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True, name="async rewards").start()
     return loop
 
 
 def reward_metrics(scores: list[Score]) -> dict[str, float]:
-    """Means over the judged rollouts and the share that could not be judged, per function; and what
-    functions have logged with `log_metric`, averaged."""
+    """Per function the mean over judged rollouts and the share that could not be judged; and the
+    means of what functions logged with `log_metric`."""
     metrics = {}
     for name in scores[0].rewards if scores else ():
         judged = [s.rewards[name] for s in scores if s.rewards[name] is not None]

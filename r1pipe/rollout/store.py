@@ -1,9 +1,9 @@
-"""Every rollout that a stage has sampled to train on: a file for each step,
+"""Every rollout that a stage sampled to train on, a file per step:
 `<stage>/rollouts/step_000012.parquet`.
 
-Parquet, because a reader can take the text without the tokens, float32 log-probs stay exact, token
-ids and routes are small, and pandas, DuckDB and the hub's viewer open it. One file per step: a step
-is then there whole or not at all, found by its name, and dropped by deleting it. Imports no torch.
+Parquet: text can be read without the tokens, float32 log-probs stay exact, token ids and routes are
+small, and pandas, DuckDB and the hub's viewer open it. With one file per step, a step is complete
+or absent, found by name, and dropped by deleting its file. Imports no torch.
 """
 
 import json
@@ -37,25 +37,25 @@ TEXT = {
     "used": pa.bool_(),
     "extra": pa.string(),
 }
-"""What people read. `group` numbers the step's prompts; `rewards` has one value per function, null
-where it could not judge, and is null itself in a stage without any; of groups that dynamic sampling
-has put aside, `used` is false. `extra` is JSON: what reward functions have logged."""
+"""For people. `group` numbers the step's prompts; `rewards` has one value per function, null where
+it could not judge, and is null itself in a stage without rewards; `used` is false for groups that
+dynamic sampling dropped. `extra` is JSON: what reward functions logged."""
 TOKENS = {
     "prompt_ids": pa.list_(pa.int32()),
     "completion_ids": pa.list_(pa.int32()),
     "logprobs": pa.list_(pa.float32()),
     "routes": pa.binary(),
 }
-"""What a replay needs besides (see `records.Rollout`); routes in numpy's file format."""
+"""For a replay (see `types.Rollout`); routes in numpy's file format."""
 METADATA = b"r1pipe"
 RENAMED = {"takes_part": "used", "made_at": "policy_step"}
-"""What older runs call columns and facts; also in their checkpoints."""
+"""Old names of columns and facts, in rollouts and checkpoints of older runs."""
 
 
 class RolloutFiles:
-    """Writes a stage's rollouts, and keeps `settings.keep_gib` of them, the newest.
+    """Writes a stage's rollouts and keeps the newest, up to `settings.keep_gib`.
 
-    Goes on in a folder that has some; `cut` first drops those that will be made again.
+    On resume it continues in the same folder; `cut` drops steps that will be sampled again.
     """
 
     def __init__(self, stage_dir: Path, settings: KeptRollouts):
@@ -64,10 +64,10 @@ class RolloutFiles:
         self._sizes = {step: path.stat().st_size for step, path in list_steps(stage_dir).items()}
 
     def write(self, step: int, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
-        """The whole step or nothing; of no rows nothing: other ranks than the first have none.
+        """Write the complete step or nothing. Without rows, as on ranks other than the first,
+        nothing.
 
-        `rows` have the columns of TEXT but for `step`, and those of TOKENS; `facts` are what there
-        is to say about all of them.
+        `rows` have the columns of TEXT except `step`, and those of TOKENS; `facts` apply to all.
         """
         if not rows:
             return
@@ -102,12 +102,12 @@ class RolloutFiles:
         return max(self._sizes, default=0)
 
     def cut(self, position: int | None) -> None:
-        """Drop the steps after `position`: a run goes on from a checkpoint of it. None: all."""
+        """Drop the steps after `position`, from which a run resumes. None: all."""
         for later in [step for step in self._sizes if step > (position or 0)]:
             self._drop(later)
 
     def _rotate(self) -> None:
-        """The oldest go, but never the step just written."""
+        """Drop the oldest, but never the step just written."""
         while sum(self._sizes.values()) > self.settings.keep_gib * 2**30 and len(self._sizes) > 1:
             self._drop(min(self._sizes))
 
@@ -125,7 +125,7 @@ def pack_routes(routes: np.ndarray | None) -> bytes | None:
 
 
 def list_steps(stage_dir: Path) -> dict[int, Path]:
-    """The steps that are kept, in order, each with its file."""
+    """The steps on disk, in order, with their files."""
     paths = (stage_dir / FOLDER).glob("step_*.parquet")
     return dict(sorted((int(path.stem.removeprefix("step_")), path) for path in paths))
 
@@ -133,10 +133,9 @@ def list_steps(stage_dir: Path) -> dict[int, Path]:
 def read_rollouts(
     stage_dir: Path, steps: Iterable[int] | None = None, columns: Sequence[str] = tuple(TEXT)
 ) -> Iterator[dict[str, Any]]:
-    """Rows of these steps, or of all that are kept, in the order in which they were sampled; of
-    TOKENS only the columns that are asked for.
+    """Rows of these steps, or of all on disk, in sampling order.
 
-    Raises UserError for a step that is not there, or a file that cannot be read.
+    Raises UserError for a missing step or a file that cannot be read.
     """
     for path in find_steps(stage_dir, steps):
         rows = list(map(rename, read_table(path, columns).to_pylist()))
@@ -151,13 +150,13 @@ def read_rollouts(
 
 
 def read_facts(stage_dir: Path, step: int) -> dict[str, Any]:
-    """What was written about all of a step's rows."""
+    """Facts about all of a step's rows."""
     (path,) = find_steps(stage_dir, [step])
     return rename(json.loads(read_table(path, ()).schema.metadata[METADATA]))
 
 
 def rename(values: dict[str, Any]) -> dict[str, Any]:
-    """With today's names for what an older run wrote."""
+    """Replace old names by today's."""
     return {RENAMED.get(name, name): value for name, value in values.items()}
 
 
@@ -177,7 +176,7 @@ def find_steps(stage_dir: Path, steps: Iterable[int] | None) -> list[Path]:
 def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
     try:
         with pq.ParquetFile(path) as file:
-            # An older version wrote fewer.
+            # Older versions wrote fewer.
             names = rename({name: name for name in file.schema_arrow.names})
             return file.read([names[name] for name in columns if name in names])
     except (OSError, pa.ArrowException) as error:
@@ -185,8 +184,8 @@ def read_table(path: Path, columns: Sequence[str]) -> pa.Table:
 
 
 def find_rollouts(run_dir: Path, stage: str | None = None) -> Path:
-    """The folder of the run's stage that keeps rollouts, finished or running; without a `stage`
-    there must be one only. A stage's own folder is found as well.
+    """The folder of the run's stage with rollouts, finished or running; without `stage`, of the
+    only one. `run_dir` may be a stage's own folder.
 
     Raises UserError if there is none.
     """
@@ -194,7 +193,7 @@ def find_rollouts(run_dir: Path, stage: str | None = None) -> Path:
         return run_dir
     folders = {
         folder.name.removeprefix(".").removesuffix(".partial"): folder
-        # A stage that is made again is found where it is finished.
+        # The finished folder of a stage that is running again wins.
         for folder in (*sorted(run_dir.glob(".*.partial")), *sorted(run_dir.glob("[!.]*")))
         if list_steps(folder)
     }

@@ -1,9 +1,9 @@
-"""A teacher behind an OpenAI-compatible endpoint, as a source of samples like our own engine.
+"""A teacher behind an OpenAI-compatible endpoint: a source of samples like our own engine.
 
-vLLM's own server (`vllm serve`), SGLang, DeepSeek, OpenRouter and others speak this protocol. One
-request per sample, each with its seed, so that what is finished need not be asked again; a server
-that heeds seeds gives the same samples each time. The client library retries what is worth it
-(connection errors, 408, 409, 429, 5xx) with exponential backoff and as long as `Retry-After` says.
+vLLM's server (`vllm serve`), SGLang, DeepSeek, OpenRouter and others speak this protocol. One
+request per sample, each with its seed: finished ones are not asked again, and a server that heeds
+seeds gives the same samples each time. The client library retries connection errors, 408, 409, 429
+and 5xx with exponential backoff and after `Retry-After`.
 """
 
 import asyncio
@@ -27,14 +27,14 @@ T = TypeVar("T")
 
 
 class TeacherClient:
-    """A `sampling.SampleSource`. Raises UserError if the key's variable is not set."""
+    """A `sampling.SampleSource`. Raises UserError if the key's environment variable is not set."""
 
     def __init__(self, settings: TeacherEndpoint):
         self.settings = settings
         self._key = find_key(settings)
 
     def share(self, items: list[T]) -> list[T]:
-        """All, and of several ranks the first's: the server is one, however many ask it."""
+        """All on the first rank: there is one server, however many ranks ask."""
         return items if distributed.is_first() else []
 
     def generate_groups(
@@ -48,7 +48,7 @@ class TeacherClient:
     ) -> Iterator[SampleGroup]:
         """As Sampler.generate_groups; the rollouts have text, but neither token ids nor log-probs.
 
-        Raises UserError for what the server refuses, and when its retries are used up.
+        Raises UserError for what the server refuses, and after the last retry.
         """
         groups = self.share(plan_groups(problems, num_samples, seed_parts))
         for group in groups:
@@ -137,11 +137,11 @@ class TeacherClient:
         if self._key:
             text = text.replace(self._key, "***")
         what = f"teacher {self.settings.base_url}, model {self.settings.model}: {text[:300]}"
-        return f'{what} (problem "{problem.id}"); what is sampled is kept'
+        return f'{what} (problem "{problem.id}"); finished samples are kept'
 
 
 def find_key(settings: TeacherEndpoint) -> str:
-    """From the environment: a recipe is written down and published, a key is not."""
+    """From the environment: recipes are published, keys are not."""
     if settings.api_key_env is None:
         return ""
     key = os.environ.get(settings.api_key_env, "")
@@ -153,8 +153,8 @@ def find_key(settings: TeacherEndpoint) -> str:
 
 
 def join_thinking(message: Any) -> str:
-    """A message as a completion of ours. Servers that take the reasoning out of the text give it
-    as `reasoning_content` or `reasoning`; templates that end with `<think>` leave it out."""
+    """A message as one of our completions. Servers that split the reasoning off give it as
+    `reasoning_content` or `reasoning`; templates that end with `<think>` leave the tag out."""
     extra = message.model_extra or {}
     reasoning = extra.get("reasoning_content") or extra.get("reasoning") or ""
     text = message.content or ""

@@ -1,4 +1,4 @@
-"""vLLM's arguments, and the models that it would load wrongly or not at all."""
+"""vLLM's arguments and environment, and checks for models that it loads wrongly or not at all."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from r1pipe.utils.errors import UserError, first_line
 _own_variables: set[str] = set()
 
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
-"""What vLLM's CPU attention kernel is compiled for."""
+"""Head sizes that vLLM's CPU attention kernel is compiled for."""
 
 
 def engine_arguments(
@@ -35,14 +35,14 @@ def engine_arguments(
     """Arguments of vLLM's LLM, the model's quirks included."""
     context = settings.max_model_len or config.max_position_embeddings
     arguments = {
-        # "auto" would turn a float32 checkpoint into bf16 without a word.
+        # "auto" would silently turn a float32 checkpoint into bf16.
         "dtype": dtype,
         "max_model_len": context,
         "max_num_seqs": settings.max_num_seqs,
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "enforce_eager": settings.enforce_eager or device.type == "cpu",
-        # At the sampling temperature: what the trainer compares its own with.
+        # At the sampling temperature, to compare with the trainer's.
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
@@ -84,13 +84,13 @@ def server_command(
     set_environment(config, device, dtype)
     os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING")  # the server's engine has its own process
     arguments = engine_arguments(config, settings, dtype, device)
-    # It serves: what its log-probs are of is the caller's business, who expects the model's own.
+    # Callers of a server expect the model's own log-probs.
     del arguments["logprobs_mode"], arguments["disable_log_stats"]
     if {"<think>", "</think>"} <= set(load_tokenizer(checkpoint).get_vocab()):
         arguments["reasoning_parser"] = "deepseek_r1"
     arguments |= {"served_model_name": name, "host": host, "port": port}
     arguments |= {"uvicorn_log_level": "warning", "disable_uvicorn_access_log": True}
-    # -P: the working folder's files must not stand in for library modules.
+    # -P: files in the working folder must not shadow library modules.
     command = [
         sys.executable,
         "-P",
@@ -112,8 +112,8 @@ def server_command(
 def set_environment(
     config: Any, device: torch.device, dtype: str, with_routes: bool = False
 ) -> None:
-    """What vLLM reads from the environment. A value that the user has set stays; what an earlier
-    engine needed and this one does not is taken back."""
+    """Set what vLLM reads from the environment. The user's values stay; values for an earlier
+    engine that this one does not need are removed."""
     wanted = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
@@ -137,7 +137,7 @@ def set_environment(
         if name not in os.environ:
             os.environ[name] = value
             _own_variables.add(name)
-    if "vllm.envs" in sys.modules:  # an engine has been here, and has read them once and for all
+    if "vllm.envs" in sys.modules:  # an earlier engine has cached them
         sys.modules["vllm.envs"].disable_envs_cache()
 
 
@@ -149,8 +149,8 @@ def check_engine(
     num_processes: int,
     trains: bool = False,
 ) -> None:
-    """Raises UserError for what vLLM would refuse, or not survive, as far as a model's config
-    tells. `trains`: whether a stage sends the engine new weights. Imports no vLLM.
+    """Raises UserError for what vLLM would refuse or crash on, as far as the model's config tells.
+    `trains`: whether a stage sends the engine new weights. Imports no vLLM.
     """
     size = settings.tensor_parallel_size
     if num_processes % size and (trains or num_processes > 1):
@@ -176,7 +176,8 @@ def check_engine(
 
 
 def check_cpu_attention(name: str, config: Any) -> None:
-    """Raises UserError for a head size that vLLM's CPU attention would refuse with a riddle."""
+    """Raises UserError for a head size that vLLM's CPU attention rejects with an unhelpful
+    error."""
     rope, nope = (getattr(config, f"qk_{part}_head_dim", None) for part in ("rope", "nope"))
     if rope and nope:
         key, size = "qk_nope_head_dim + qk_rope_head_dim", rope + nope
@@ -193,10 +194,10 @@ def check_cpu_attention(name: str, config: Any) -> None:
 
 
 def find_longest_context(config: Any) -> int | None:
-    """How long sequences may be, with what a scaled rotary embedding adds; None if nothing says."""
+    """Longest sequence in tokens, with a scaled rotary embedding's factor; None if unknown."""
     longest = getattr(config, "max_position_embeddings", None)
     scaling = getattr(config, "rope_parameters", None) or {}
-    # Some have one for each kind of layer.
+    # Some have one per kind of layer.
     parts = [scaling, *(part for part in scaling.values() if isinstance(part, dict))]
     factor = max(float(part.get("factor") or 1.0) for part in parts)
     return longest and int(longest * max(1.0, factor))
@@ -207,7 +208,7 @@ def check_architecture(checkpoint: str, config: Any) -> None:
     set."""
     from vllm.model_executor.models import ModelRegistry
 
-    # A config that no model has been saved with does not say.
+    # A config without a saved model names no architecture.
     default = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
     architectures = config.architectures or [default]
     if not set(architectures) & set(ModelRegistry.get_supported_archs()):
@@ -217,7 +218,7 @@ def check_architecture(checkpoint: str, config: Any) -> None:
 
 
 def check_files(checkpoint: str) -> None:
-    """Raises UserError for a checkpoint folder of which vLLM would load something else than its
+    """Raises UserError for a checkpoint folder from which vLLM would load other files than its
     weights."""
     check_weights(checkpoint)
     if strays := find_strays(Path(checkpoint).expanduser()):
@@ -230,12 +231,12 @@ def check_files(checkpoint: str) -> None:
 def read_config(checkpoint: str) -> Any:
     try:
         return AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
-    except Exception as error:  # a config's values are checked by each architecture in its own way
+    except Exception as error:  # each architecture checks its config in its own way
         raise UserError(f"{checkpoint}: no model config: {first_line(error)}") from error
 
 
 def require_moe_layers(config: Any) -> list[int]:
-    """Which decoder layers have routes. Raises UserError if none has."""
+    """The decoder layers that have routes. Raises UserError if none has."""
     layers = find_moe_layers(config)
     if not layers:
         raise UserError(f"routing_replay: {config.model_type} is no mixture of experts")
@@ -243,9 +244,9 @@ def require_moe_layers(config: Any) -> list[int]:
 
 
 def describe_kind(config: Any, end_ids: list[int]) -> str:
-    """Equal for two checkpoints if and only if one's weights fit the other's engine, and end where
-    the engine ends: vLLM reads end tokens once. Prompts come as token ids, so chat template and
-    vocabulary do not matter to it."""
+    """Equal for two checkpoints if and only if one's weights fit the other's engine and both have
+    the same end tokens, which vLLM reads once. Prompts are token ids, so chat template and
+    vocabulary do not matter."""
     values = {
         key: value
         for key, value in config.to_dict().items()
@@ -255,6 +256,6 @@ def describe_kind(config: Any, end_ids: list[int]) -> str:
 
 
 def available_memory() -> int:
-    """Bytes of the machine's memory that can be had, the file cache's included."""
+    """Bytes of available memory, file cache included."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     return int(found[1]) * 1024 if found else 0

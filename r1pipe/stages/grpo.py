@@ -1,6 +1,6 @@
 """The GRPO stage: reinforcement learning on the policy's own samples.
 
-Run it with `r1pipe grpo configs/demo.yaml`. The algorithm is in loop.py.
+Run it with `r1pipe grpo configs/demo.yaml`. The algorithm is in rl/loop.py.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
 
 
 def replay(stage: Grpo, context: StageContext, source: Path, steps: range) -> dict[str, Any]:
-    """Train on kept rollouts, as `loop.replay_steps` says."""
+    """See `replay_steps`."""
     return replay_steps(stage, context, make_updater(stage, context), BEST, source, steps)
 
 

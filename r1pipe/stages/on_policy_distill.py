@@ -1,15 +1,13 @@
-"""On-policy distillation: a student learns from its teacher what to make of its own samples. Run it
-with:
+"""On-policy distillation: a student learns from its teacher on its own samples. Run it with:
 
     r1pipe on_policy_distill configs/on_policy.yaml
 
-The student samples (vLLM), the teacher reads every sample, and at each token the student's
+The student samples with vLLM, the teacher reads every sample, and at each token the student's
 distribution is pulled to the teacher's: GKD with lambda = 1, by the reverse KL unless `beta` says
-otherwise (trainer/divergence.py has papers and equation).
+otherwise (papers and equation: trainer/divergence.py).
 
-In our loop and not TRL's DistillationTrainer (1.16), which has the same loss: that one pads, takes
-equal sizes of two vocabularies for equal vocabularies, does not resume exactly after a kill, does
-not compare sampler and trainer, and does not replay the routes of a mixture of experts.
+TRL's DistillationTrainer (1.16) has the same loss, but pads, takes vocabularies of equal size for
+equal, and has no bit-equal resume, comparison of sampler and trainer, or routing replay.
 """
 
 from pathlib import Path
@@ -56,7 +54,7 @@ def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
 def replay(
     stage: OnPolicyDistill, context: StageContext, source: Path, steps: range
 ) -> dict[str, Any]:
-    """Train on kept rollouts, as `loop.replay_steps` says."""
+    """See `replay_steps`."""
     check_vocabularies(stage, context)
     return replay_steps(stage, context, make_updater(stage, context), BEST, source, steps)
 

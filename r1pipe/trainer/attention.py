@@ -4,7 +4,6 @@ import inspect
 from collections.abc import Collection
 from copy import deepcopy
 from itertools import groupby
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,31 +18,27 @@ from transformers import (
 from r1pipe.models.model import find_layers, is_moe
 from r1pipe.utils.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
-
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
-"""Of a config's layer_types: those of which that can be true."""
+"""Layer types of a config whose attention can be kept within sequences."""
 COMPUTED = ("sequence_lengths", "scaling", "dropout", "sliding_window", "position_ids")
-"""Keyword arguments of an attention function that `attend_packed` heeds, or need not."""
+"""Keyword arguments of an attention function that `attend_packed` handles or may ignore."""
 
 PACKED_SDPA, PROBE = "r1pipe_packed_sdpa", "r1pipe_probe"
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Make the model attend within sequences. Its configured implementation decides how."""
+    """Make the model attend within sequences, by its configured implementation."""
     if not is_flash(model.config._attn_implementation):
         model.set_attn_implementation(PACKED_SDPA)
 
 
 def require_packable(config: PretrainedConfig, attn_implementation: str) -> None:
-    """Raises UserError for a model in which tokens of one sequence would reach another's in the
-    same row: a layer mixes them by more than the attention that is cut at the borders.
+    """Raises UserError for a model that would mix the sequences of a row by more than its
+    attention, which alone is cut at the borders.
 
-    Found out, not listed: the model, without memory for its weights, reads a row of two sequences.
-    Every layer has to call the attention that it was given. A module that keeps something of the
-    tokens before takes the cache: each of these must be an attention that was called, or hold one.
+    Not by a list: the model reads a row of two sequences, without memory for its weights. Every
+    layer must call the attention that it was given, and every module that takes the cache, because
+    it keeps state of earlier tokens, must be such an attention or contain one.
     """
     name = config.model_type
     types = set(getattr(config.get_text_config(), "layer_types", None) or ())
@@ -58,7 +53,7 @@ def require_packable(config: PretrainedConfig, attn_implementation: str) -> None
             "attention that can be kept within a sequence: such models cannot be trained here"
         )
     with torch.device("meta"):
-        # Of a copy: the config says how a model attends and computes its experts.
+        # From a copy: what follows changes the config's attention and experts.
         model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=torch.bfloat16).eval()
     calls = record_attention(model)
     for number, layer in enumerate(find_layers(model)):
@@ -76,7 +71,7 @@ def require_packable(config: PretrainedConfig, attn_implementation: str) -> None
             "attn_implementation to flash_attention_2, if the model has that"
         )
     window = getattr(config.get_text_config(), "sliding_window", None)
-    # A window that is in the model's mask alone is lost: nothing makes a mask here.
+    # A window that only the model's mask knows would be lost: there is no mask here.
     if asked and window and types != {"full_attention"} and "sliding_window" not in asked:
         raise UserError(
             f"{name}: its attention is not told the sliding_window of {window} tokens: such models "
@@ -89,8 +84,8 @@ def is_flash(attn_implementation: str) -> bool:
 
 
 def record_attention(model: PreTrainedModel) -> dict[nn.Module, list[str]]:
-    """The modules of a model on the meta device that attend when it reads a row of two sequences,
-    with the names of what each hands to the attention beside queries, keys and values."""
+    """The attending modules of a model on the meta device that reads a row of two sequences, each
+    with the names of its further arguments to the attention function."""
     calls: dict[nn.Module, list[str]] = {}
 
     def attend(
@@ -106,7 +101,7 @@ def record_attention(model: PreTrainedModel) -> dict[nn.Module, list[str]]:
         asked["attention_mask"] = attention_mask
         looks_ahead = is_causal is False or getattr(module, "is_causal", True) is False
         asked["is_causal=False"] = looks_ahead
-        if "sequence_lengths" in asked:  # a model that does not hand it on cannot be told
+        if "sequence_lengths" in asked:  # a model that drops it cannot be told the borders
             calls[module] = [k for k, v in asked.items() if v is not None and v is not False]
         _, num_heads, num_tokens, _ = query.shape
         return query.new_empty(1, num_tokens, num_heads, value.shape[-1]), None
@@ -114,20 +109,20 @@ def record_attention(model: PreTrainedModel) -> dict[nn.Module, list[str]]:
     AttentionInterface.register(PROBE, attend)
     model.set_attn_implementation(PROBE)
     if is_moe(model) and hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("batched_mm")  # no shape depends on what a token chooses
+        model.set_experts_implementation("batched_mm")  # no shape depends on the routing
     row_1N = torch.zeros(1, 5, dtype=torch.long, device="meta")
     arguments = {"input_ids": row_1N, "position_ids": row_1N, "sequence_lengths": [3, 2]}
     try:
         with torch.no_grad():
             model.base_model(**arguments, use_cache=False)
     except (NotImplementedError, RuntimeError):
-        # Experts of the model's own kind. Then all that could attend counts as if it had.
+        # Experts of the model's own kind: count every module that could attend.
         return {module: calls.get(module, []) for module in model.modules() if can_attend(module)}
     return calls
 
 
 def can_attend(module: nn.Module) -> bool:
-    """Whether its forward names transformers' table of attention functions."""
+    """Whether its forward uses transformers' table of attention functions."""
     forward = inspect.unwrap(type(module).forward)
     names = getattr(getattr(forward, "__code__", None), "co_names", ())
     return any(isinstance(forward.__globals__.get(name), AttentionInterface) for name in names)
@@ -142,7 +137,7 @@ def mixes_tokens(module: nn.Module, attending: Collection[nn.Module]) -> bool:
 
 
 def attention_arguments(model: PreTrainedModel, lengths: list[int]) -> dict:
-    """Keyword arguments of the model's forward that tell its attention where sequences end."""
+    """Keyword arguments of the model's forward that tell the attention where sequences end."""
     if model.config._attn_implementation == PACKED_SDPA:
         return {"sequence_lengths": lengths}
     ends = torch.tensor([0, *lengths], device=model.device).cumsum(0, dtype=torch.int32)
@@ -169,13 +164,13 @@ def attend_packed(
 ) -> tuple[Tensor, None]:
     """Causal attention within each of the row's sequences: `[1, N, H, E]`.
 
-    Sequences of one length, which lie next to each other, are computed together, as a batch without
-    a mask. A block-diagonal mask over the row would cost the square of the row's length.
+    Neighbouring sequences of equal length are computed as one batch without a mask. A
+    block-diagonal mask over the row would cost the square of its length.
     """
     grouped = key_1KND.shape[1] != query_1HND.shape[1]
     if sequence_lengths is None:
         raise UserError(
-            "the model's forward hands no arguments of ours to its attention, which this trainer "
+            "the model's forward does not pass our arguments to its attention, which this trainer "
             "needs to keep it within sequences"
         )
     parts, start = [], 0

@@ -1,12 +1,12 @@
-"""The circuit breaker of a stage that trains on its own samples: holds every step to the checks of
-checks.py, and acts.
+"""The circuit breaker of a stage that trains on its own samples: applies the checks of
+config/checks.py to every step, and acts.
 
-    warn      a line on the terminal, and one in the stage's events.jsonl as for all others
-    skip      the update is not applied: the whole step's, or one optimizer step for its gradient
+    warn      a line on the terminal; like every other action, a row in the stage's events.jsonl
+    skip      the step's update, or one optimizer step for its gradient, is not applied
     stop      the stage ends, exit code 2, with its newest checkpoint
     rollback  the stage ends with the newest checkpoint that made good rollouts
 
-Every rank makes every check, on the same numbers, and so decides alike.
+All ranks make all checks on the same numbers, so they decide alike.
 """
 
 import math
@@ -26,20 +26,20 @@ ENDS = ("stop", "rollback")
 
 
 class EventLog(JsonlLog):
-    """`events.jsonl` of a stage: one object for each time that a check tripped."""
+    """A stage's `events.jsonl`: one row each time a check trips."""
 
     def __init__(self, folder: Path):
         super().__init__(folder / "events.jsonl")
 
     def cut(self, position: int | None) -> None:
-        """What ended the stage stays: it is why the stage goes on from an earlier step."""
+        """Keeps what ended the stage: it explains why it resumes from an earlier step."""
         later = [row for _, row in read_jsonl(self.path, growing=True, begin=position or 0)]
         super().cut(position)
         self.write(*(event for event in later if event["action"] in ENDS))
 
 
 class ExaminedBatch(Protocol):
-    """What the breaker asks of a step's rollouts."""
+    """A step's rollouts, as the breaker sees them."""
 
     step: int
     policy_step: int
@@ -51,18 +51,18 @@ class ExaminedBatch(Protocol):
 class Breaker:
     """Call `examine_batch`, then `examine_update` before each optimizer step, then `close_step`.
 
-    The first two say whether the update is to be skipped. All write down what trips, and raise
-    Tripped if the stage must end. `folder`: the stage's, for a person to look at.
+    The first two return whether to skip the update. All log what trips, and raise Tripped if the
+    stage must end. `folder`: the stage's, named in messages.
     """
 
     def __init__(self, stage: OnPolicy, log: EventLog, folder: Path):
         self.stage, self.settings, self.log, self.folder = stage, stage.breaker, log, folder
         self.batch: ExaminedBatch | None = None
-        """What is being examined: for a person to read if a check ends the stage."""
+        """The batch under examination, to be written if a check ends the stage."""
         self._facts: Facts = {}
         self._past: deque[Facts] = deque(maxlen=self.settings.window)
         self._told: set[str] = set()
-        """What tripped in the step before already, and so is no news on the terminal."""
+        """Checks that tripped in the previous step, not to be printed again."""
         self._tripped: set[str] = set()
         self._skips = self._skips_in_a_row = 0
 
@@ -75,15 +75,15 @@ class Breaker:
         """`metrics`: of the optimizer step at hand, over all ranks."""
         name = "sampler/logprob_diff_mean"
         if self.batch.policy_step != self.batch.step and name in metrics:
-            # A stale sampler differs from the trainer by a step of learning, not by an error: it is
-            # held to the policy that it was then.
+            # A batch sampled ahead differs from the trainer by a step of learning, not by an error:
+            # it is compared with the policy that sampled it.
             metrics = {key: value for key, value in metrics.items() if key != name}
             if self.batch.logprob_diff is not None:
                 metrics[name] = self.batch.logprob_diff
         return self._examine(find_checks("update"), metrics, self.batch.step)
 
     def examine_sync(self, logprob_diff: float, step: int) -> None:
-        """Of a probe after a weight sync: what will be sampled with it can still be skipped."""
+        """The probe after a weight sync: a skip drops the update on what it will sample."""
         self._examine(["logprob_diff"], {"sampler/logprob_diff_mean": logprob_diff}, step)
 
     def close_step(self, metrics: Facts) -> None:
@@ -104,7 +104,7 @@ class Breaker:
         self._told, self._tripped, self._skips = self._tripped, set(), 0
 
     def state_dict(self) -> dict[str, Any]:
-        """At the end of a step."""
+        """The state at the end of a step."""
         return {
             "past": list(self._past),
             "told": sorted(self._told),
@@ -116,8 +116,8 @@ class Breaker:
         self._told, self._skips_in_a_row = set(state["told"]), state["skips_in_a_row"]
 
     def _count_vain_steps(self, metrics: Facts) -> int:
-        """Steps in a row, up to this one, in which there was nothing to learn. One that was skipped
-        had something. A KL term trains on groups without spread, too, but learns no reward."""
+        """Consecutive steps, up to this one, with nothing to learn. Skipped ones had something. A
+        KL term trains on groups without spread, but learns no reward from them."""
         if metrics.get("updates_skipped"):
             return 0
         silent = self.stage.learns_from_rewards and metrics.get("groups_without_spread") == 1.0
@@ -126,7 +126,7 @@ class Breaker:
         return 1 + (self._past[-1].get("steps_in_vain", 0) if self._past else 0)
 
     def _examine(self, names: list[str], facts: Facts, step: int) -> bool:
-        """Make these checks; whether one of them asks to skip."""
+        """Run these checks; whether one of them asks to skip."""
         past = tuple(self._past) if 2 * len(self._past) >= self.settings.window else ()
         skips, ends = False, []
         for name in names:
@@ -154,8 +154,8 @@ class Breaker:
 
     @property
     def first_suspect(self) -> int:
-        """The step that made the policy of the rollouts at hand: a checkpoint from there on may be
-        as bad as they are. Steps that were skipped have made nothing."""
+        """The last step that changed the policy which sampled the rollouts at hand: checkpoints
+        from there on may be as bad."""
         return self.batch.policy_step - 1 - self._skips_in_a_row
 
 
@@ -179,7 +179,7 @@ def say_event(label: str, event: dict[str, Any]) -> str:
 
 
 def stop_unless_finite(label: str, step: int, grad_norm: float, log: EventLog) -> None:
-    """For supervised stages, whose gradient is NaN or infinite if the loss is. Raises Tripped."""
+    """For supervised stages: a NaN or infinite loss shows in the gradient. Raises Tripped."""
     if not math.isfinite(grad_norm):
         event = describe_event("nonfinite", step, grad_norm, Limit(limit=0.0, action="stop"))
         log.write(event)

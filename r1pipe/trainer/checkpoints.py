@@ -1,15 +1,14 @@
-"""What a training stage needs to go on exactly where it was, saved while it runs.
+"""What a training stage needs for an exact resume, saved while it runs.
 
     runs/<name>/.<stage>.partial/checkpoints/
       step-10/
-        rank-0.pt ...   each process its own: shards of weights and optimizer, scheduler, random
-                        states, cursor of the data, the batch in flight; nothing that runs code
-        manifest.json   size and sha256 of these files, and how far the logs had been written
+        rank-0.pt ...   one per process: shards of weights and optimizer, scheduler, random
+                        states, position in the data, the batch in flight; no pickled code
+        manifest.json   size and sha256 of these files, and positions of the logs
 
-A checkpoint appears by one rename, after everything in it is on the disk. One that has changed
-since is noticed by its checksum and removed, and the one before it is used; a whole one is never
-removed. The logs are cut back to what they were, so no step is missing from them and none comes
-twice, unless somebody has removed rows.
+A checkpoint appears by one rename, after everything in it is on disk. A damaged one is found by its
+checksum and removed, and the one before it is used; an intact one is never removed. Logs are cut
+back, so no step is missing or doubled in them, unless rows were removed by hand.
 """
 
 import hashlib
@@ -35,12 +34,11 @@ from r1pipe.utils.progress import Interrupt, log_line
 
 MANIFEST = "manifest.json"
 UNREADABLE = "cannot be read"
-"""That a file is, not that it is damaged: its owner or its disk may still give it."""
+"""Not the same as damaged: the file's owner or disk may still provide it."""
 
 
 class Stateful(Protocol):
-    """A part of the stage. Its state is made of tensors, numbers, texts, lists and dicts; each rank
-    gives its own."""
+    """A part of the stage. States are per rank, of tensors, numbers, strings, lists and dicts."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
@@ -48,21 +46,21 @@ class Stateful(Protocol):
 
 
 class AppendOnlyLog(Protocol):
-    """A file that grows step by step; rank 0's is the one that counts."""
+    """A file that grows step by step; rank 0's counts."""
 
     def position(self) -> Any:
-        """Where it ends now, as JSON; everything before is on the disk."""
+        """Its end, as JSON; everything before it is on disk."""
 
     def cut(self, position: Any) -> None:
-        """Forget what came after; None: everything. Raises ValueError if rows before it are gone,
-        or OSError; the log can be written nevertheless."""
+        """Drop what came after; None: everything. Raises ValueError if earlier rows are gone, or
+        OSError; the log can still be written."""
 
 
 class Checkpoints:
     """Saves and restores the `parts` of a stage, and cuts its `logs` back with them.
 
-    Every rank makes one, with the same `folder` (the stage's own, which all of them see), and calls
-    the same methods at the same steps.
+    Every rank makes one with the same `folder`, the stage's, and calls the same methods at the
+    same steps.
     """
 
     def __init__(
@@ -80,16 +78,16 @@ class Checkpoints:
         self._asked = False
 
     def end_step(self, step: int, score: float | None = None) -> None:
-        """Save if it is time. If the run was told to end, raise KeyboardInterrupt after that.
+        """Save if due. Then raise KeyboardInterrupt if the run was told to end.
 
-        `score` says how good the checkpoint is, the higher the better.
+        `score`: quality of the checkpoint, higher is better.
         """
         if self.is_due(step):
             self.save(step, score)
         self.end_if_asked()
 
     def is_due(self, step: int) -> bool:
-        """Whether to save now: at every `save_steps`, and where any rank was told to end."""
+        """At every `save_steps`, and when any rank was told to end."""
         self._asked = any(distributed.gather(Interrupt.asked))
         return self._asked or bool(
             self.settings.save_steps and step % self.settings.save_steps == 0
@@ -101,7 +99,7 @@ class Checkpoints:
 
     @phase("saving")
     def save(self, step: int, score: float | None = None) -> None:
-        """Raises UserError if the disk is full; the checkpoints before stay as they are."""
+        """Raises UserError if the disk is full; earlier checkpoints stay intact."""
         started = time.perf_counter()
         place, partial = self.folder / f"step-{step}", self.folder / f".step-{step}.partial"
         distributed.on_first_rank(lambda: make_empty(partial))
@@ -126,11 +124,11 @@ class Checkpoints:
         self._seconds.append(time.perf_counter() - started)
 
     def facts(self) -> dict[str, float]:
-        """What the saves of this process have cost."""
+        """Number and seconds of this process's saves."""
         return {"checkpoints": len(self._seconds), "checkpoints_s": round(sum(self._seconds), 2)}
 
     def _write_own(self, partial: Path) -> dict[str, Any]:
-        """This rank's file; its entry in the manifest."""
+        """Write this rank's file; returns its entry in the manifest."""
         name = f"rank-{distributed.rank()}.pt"
         state = {part: owner.state_dict() for part, owner in self.parts.items()}
         with (partial / name).open("wb") as file:
@@ -154,7 +152,7 @@ class Checkpoints:
             shutil.rmtree(self.folder / f"step-{step}", ignore_errors=True)
 
     def _superfluous(self) -> list[int]:
-        """Steps that are neither among the newest `save_total_limit` nor the best."""
+        """Steps neither among the newest `save_total_limit` nor the best."""
         steps = find_steps(self.folder)
         older = steps[: -self.settings.save_total_limit]
         scores = {step: self._score(step) for step in steps}
@@ -169,10 +167,10 @@ class Checkpoints:
         return -float("inf") if score is None or score != score else score
 
     def restore_last_good(self) -> int:
-        """Put every part back to the newest checkpoint that is whole, and cut the logs to it.
+        """Restore every part from the newest intact checkpoint, and cut the logs to it.
 
-        Returns its step, or 0 if there is none: then the parts are as they were and the logs empty.
-        Raises UserError if it was made by another number of processes or cannot be read.
+        Returns its step, or 0 if there is none: the parts are unchanged then, the logs empty.
+        Raises UserError if another number of processes saved it or it cannot be read.
         """
         distributed.on_first_rank(self._sweep)
         steps = distributed.on_first_rank(lambda: find_steps(self.folder)[::-1])
@@ -184,7 +182,7 @@ class Checkpoints:
             if not problem:
                 distributed.on_first_rank(lambda place=place: self._cut_logs(place))
                 self._load_own(place)
-                log_line(f"{self.label}: goes on after step {step}")
+                log_line(f"{self.label}: resumes after step {step}")
                 return step
             if UNREADABLE in problem:
                 raise UserError(f"{place}/{problem}; it was left as it is")
@@ -193,14 +191,14 @@ class Checkpoints:
             )
             distributed.on_first_rank(lambda place=place: shutil.rmtree(place, ignore_errors=True))
         if steps:
-            log_line(f"{self.label}: no checkpoint is whole: the stage begins again")
+            log_line(f"{self.label}: no intact checkpoint: the stage starts over")
         if distributed.is_first():
             for log in self.logs.values():
                 log.cut(None)
         return 0
 
     def discard_from(self, step: int) -> None:
-        """Away with the checkpoints of this step and later ones: something is wrong with them."""
+        """Delete the checkpoints of this step and later ones."""
 
         def discard() -> None:
             for suspect in find_steps(self.folder):
@@ -210,7 +208,7 @@ class Checkpoints:
         distributed.on_first_rank(discard)
 
     def _sweep(self) -> None:
-        """Away with what a save left that was killed."""
+        """Delete what killed saves left behind."""
         for path in self.folder.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -222,12 +220,13 @@ class Checkpoints:
         if (count := manifest["num_processes"]) != distributed.world_size():
             raise UserError(
                 f"{place}: saved by {count} processes, and this run has "
-                f"{distributed.world_size()}: start {count} of them, or add --redo to begin again"
+                f"{distributed.world_size()}: start {count} of them, or add --redo to start over"
             )
         if (threads := manifest["num_threads"]) != torch.get_num_threads():
             log_line(
                 f"{self.label}: warning: saved with {threads} threads, and there are "
-                f"{torch.get_num_threads()}: sums come out in another order (OMP_NUM_THREADS)"
+                f"{torch.get_num_threads()}: float sums will differ in the last bits "
+                "(OMP_NUM_THREADS)"
             )
         return ""
 
@@ -237,7 +236,7 @@ class Checkpoints:
             try:
                 log.cut(positions.get(name))
             except (OSError, ValueError) as error:
-                log_line(f"{self.label}: warning: {error}: it goes on with the rows that are left")
+                log_line(f"{self.label}: warning: {error}: it keeps the rows that are left")
 
     def _load_own(self, place: Path) -> None:
         path = place / f"rank-{distributed.rank()}.pt"
@@ -247,7 +246,7 @@ class Checkpoints:
 
 
 class RandomStates:
-    """The global random number generators. Nothing of ours draws from them; libraries may."""
+    """The global random number generators. Only libraries draw from them."""
 
     def state_dict(self) -> dict[str, Any]:
         kind, keys, *rest = np.random.get_state()
@@ -269,7 +268,7 @@ class RandomStates:
 
 
 class HashingFile:
-    """What is written passes through a sha256, so that it need not be read again."""
+    """Hashes what is written, so that it need not be read again."""
 
     def __init__(self, file: BinaryIO):
         self.file, self.size, self.hash = file, 0, hashlib.sha256()
@@ -284,7 +283,7 @@ class HashingFile:
 
 
 def check_own_file(place: Path) -> str:
-    """What is wrong with this rank's file; empty if it is what was written."""
+    """What is wrong with this rank's file; empty if intact."""
     name = f"rank-{distributed.rank()}.pt"
     try:
         facts = read_manifest(place)["files"][name]
@@ -295,7 +294,7 @@ def check_own_file(place: Path) -> str:
         return describe_damage(name, error)
     if size != facts["bytes"]:
         return f"{name} has {size} bytes instead of {facts['bytes']}"
-    return "" if digest == facts["sha256"] else f"{name}: its sha256 is another"
+    return "" if digest == facts["sha256"] else f"{name}: its sha256 does not match"
 
 
 def describe_damage(name: str, error: OSError | ValueError) -> str:
@@ -310,11 +309,11 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def read_manifest(place: Path) -> dict[str, Any]:
-    """Raises OSError or ValueError if it is not what was written."""
+    """Raises OSError or ValueError if it is damaged."""
     manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
     digest = manifest.pop("sha256", None)
     if hashlib.sha256(json.dumps(manifest).encode()).hexdigest() != digest:
-        raise ValueError("its sha256 is another")
+        raise ValueError("its sha256 does not match")
     return manifest
 
 
@@ -333,7 +332,7 @@ def sync(file: BinaryIO) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """A rename is on the disk when its folder is."""
+    """A rename is on disk once its folder is."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

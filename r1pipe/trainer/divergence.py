@@ -1,9 +1,9 @@
-"""How far a student's distribution over the next token is from its teacher's.
+"""The divergence of a student's next-token distribution from its teacher's.
 
 On-policy distillation (GKD, Agarwal et al. 2023, arXiv:2306.13649) minimises it at the tokens of
 the student's own samples, without a gradient through the sampling. MiniLLM (Gu et al. 2023,
-arXiv:2306.08543) argues for the reverse KL, and adds that gradient, which is left out here. Both
-distributions are whole: no estimate from the sampled token, no top-k.
+arXiv:2306.08543) argues for the reverse KL and adds that gradient, which is left out here. Both
+distributions are full: no estimate from the sampled token, no top-k.
 
 Shapes: C completion tokens, V vocabulary, D hidden size of the teacher.
 """
@@ -17,8 +17,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TeacherStates:
-    """What the teacher's last layer says at each of C tokens, and how that becomes logits: a chunk
-    at a time, because all of `[C, V]` may be larger than the model."""
+    """The teacher's last hidden states at C tokens, and its head. Logits are computed in chunks:
+    all of `[C, V]` may be larger than the model."""
 
     hidden_CD: Tensor
     head: Callable[[Tensor], Tensor]
@@ -42,8 +42,8 @@ class TeacherStates:
 
 
 def cut_vocabulary(logprobs_CV: Tensor, width: int) -> Tensor:
-    """Of the first `width` tokens, renormalised. Models of one tokenizer may be padded to different
-    sizes; what lies beyond the smaller one is no token of either."""
+    """The first `width` tokens, renormalised. Models with one tokenizer may be padded to different
+    sizes; beyond the smaller one neither has tokens."""
     if logprobs_CV.shape[-1] == width:
         return logprobs_CV
     return logprobs_CV[..., :width].log_softmax(-1)
@@ -57,8 +57,8 @@ def measure_divergence(
 
         beta KL(teacher || m) + (1 - beta) KL(student || m)
 
-    and at its ends, where that is 0, what it tends to when divided by the weight that vanishes: the
-    forward KL(teacher || student) at 0, the reverse KL(student || teacher) at 1. As TRL's `beta`.
+    and at its ends, where that is 0, its limit when divided by the vanishing weight: the forward
+    KL(teacher || student) at 0, the reverse KL(student || teacher) at 1. As TRL's `beta`.
     """
     if beta == 1:
         return measure_kl(student_logprobs_CV, teacher_logprobs_CV)

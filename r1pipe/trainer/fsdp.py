@@ -1,15 +1,15 @@
-"""FSDP2: every rank holds a part of each parameter, and a whole layer only while it computes it.
+"""FSDP2: every rank holds a part of each parameter, and a full layer only while computing it.
 
 torch's `fully_shard` and not accelerate's `fsdp2_prepare_model` (1.15), which calls the same
 function but
 
-- is reached with `DistributedType.FSDP` only, and accelerate makes that `MULTI_CPU`, which is DDP,
-  on CPU without a word: nothing that runs here would show what runs on GPUs;
-- takes a model that every rank has loaded whole. Its way around that, `cpu_ram_efficient_loading`,
-  has rank 0 load everything, broadcasts it tensor by tensor (`fsdp2_load_full_state_dict`), and
-  asks every entry of `state_dict()` for its `device_mesh`: a router's `e_score_correction_bias` is
-  a buffer, in the state dict and no DTensor, and it stops there;
-- shards the model, and GRPO's root is the module around it that computes the log-probabilities.
+- needs `DistributedType.FSDP`, which accelerate silently turns into `MULTI_CPU`, that is DDP, on
+  CPU: tests on CPU would show nothing about GPUs;
+- takes a model that every rank has loaded in full. `cpu_ram_efficient_loading` instead loads on
+  rank 0, broadcasts tensor by tensor (`fsdp2_load_full_state_dict`), and asks every entry of
+  `state_dict()` for its `device_mesh`: it fails at a router's `e_score_correction_bias`, a buffer
+  and no DTensor;
+- shards the model, but GRPO's root is the module around it that computes log-probabilities.
 
 Zhao et al. 2023, arXiv:2304.11277, for the scheme; parameters, gradients and the optimizer's state
 are all sharded (ZeRO stage 3).
@@ -46,20 +46,20 @@ def load_sharded(
     dtype: str,
     trained: bool = True,
 ) -> Root:
-    """`wrap(model)` of a checkpoint, float32, every rank reading its own part of it.
+    """`wrap(model)` of a checkpoint in float32, each rank with its part; alone, the full model.
 
     The model is built without memory, sharded, and only then loaded: transformers reads each
     rank's slices of the safetensors files, so no rank ever holds more than its share and the
-    layer-sized pieces on their way. Alone: the whole model.
+    layer-sized pieces in transit.
 
-    `dtype`, the recipe's, is what the layers compute in. A model that is not `trained` is held in
-    it, too: without updates there is nothing that float32 would keep.
+    Layers compute in `dtype`, the recipe's. A model that is not `trained` is also held in it:
+    there are no updates for float32 to keep.
     """
     roots: list[Root] = []
 
     def prepare(model: PreTrainedModel) -> None:
-        # transformers ties after it has loaded. Two parameters that become one only then keep a
-        # padded copy each where ranks' parts differ in size, and one of them is never updated.
+        # transformers ties after loading. Parameters tied that late keep a padded copy each where
+        # ranks' parts differ in size, and one of the two is never updated.
         model.tie_weights()
         root = wrap(model)
         roots.append(shard(root, model, device, dtype=dtype))
@@ -74,13 +74,13 @@ def load_sharded(
 
 
 def shard(root: Root, model: PreTrainedModel, device: torch.device, *, dtype: str) -> Root:
-    """Shard each decoder layer of `model`, then `root`, whose forward leads to all of them, with
-    what is left: embedding, last norm, head. Alone: all of it stays whole.
+    """Shard each decoder layer of `model`, then `root`, whose forward calls them all, with the
+    rest: embedding, last norm, head. Alone, nothing is sharded.
 
-    In bfloat16 layers are put together and computed in bf16, as the sampler's are, and not by
-    autocast, which would put them together in float32 and keep the residual stream in it: twice
-    the memory, further from the sampler (benchmarks/README.md), and experts in float32, because it
-    has no rule for grouped_mm. What is held, and the sums of gradients, stay float32.
+    In bfloat16, layers are gathered and computed in bf16, like the sampler's. autocast would gather
+    them in float32 and keep the residual stream in it: twice the memory, further from the sampler
+    (benchmarks/README.md), and float32 experts, because it has no rule for grouped_mm. Shards and
+    sums of gradients stay float32.
 
     Gradients become sums over ranks, for a loss that divides by the size of the whole batch.
     """
@@ -91,7 +91,7 @@ def shard(root: Root, model: PreTrainedModel, device: torch.device, *, dtype: st
     if distributed.alone():
         if dtype == "bfloat16" and next(model.parameters()).dtype != torch.bfloat16:
             for module in (*find_layers(model), root):
-                # A bound method, so that a copy of the model has the copy's.
+                # A bound method: in a copy of the model it is bound to the copy.
                 module.forward = MethodType(run_in_bfloat16, module)
         return root
     if device.type == "cpu":
@@ -99,18 +99,18 @@ def shard(root: Root, model: PreTrainedModel, device: torch.device, *, dtype: st
     mesh = distributed.make_mesh(device)
     for module in (*find_layers(model), root):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
-        # gloo can add up, and neither average nor scale.
+        # gloo can sum, but neither average nor scale.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
     return root
 
 
 def give_memory_back() -> None:
-    """Have glibc map blocks of 1 MiB and more, and unmap them when they are freed.
+    """Have glibc map blocks of 1 MiB and more, and unmap them when freed.
 
-    By itself it puts ever larger ones, up to 32 MiB, on the heap once it has seen them freed. Whole
-    layers that come and go between activations then leave more holes there than there is memory in
-    use: the peak was 1.4 times as high (benchmarks/README.md).
+    By default its threshold grows to 32 MiB. Gathered layers that come and go between activations
+    then leave more holes in the heap than memory in use: the peak was 1.4 times as high
+    (benchmarks/README.md).
     """
     m_mmap_threshold = -3
     with suppress(OSError, AttributeError):  # another C library
@@ -129,8 +129,8 @@ class Unbound(nn.Module):
 
 
 def run_in_bfloat16(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The module's forward with bf16 copies of its parameters, through which their gradients come:
-    what FSDP's MixedPrecisionPolicy does, for one process."""
+    """The module's forward with bf16 copies of its parameters, through which gradients flow: FSDP's
+    MixedPrecisionPolicy for one process."""
     copies: dict[Tensor, Tensor] = {}  # a tied parameter has one
     own = {
         f"module.{name}": copies.setdefault(parameter, parameter.to(torch.bfloat16))
@@ -140,7 +140,7 @@ def run_in_bfloat16(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def list_own_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Without those of modules inside that make copies themselves."""
+    """Without those of inner modules that make their own copies."""
     for name, parameter in module.named_parameters(recurse=False):
         yield prefix + name, parameter
     for name, child in module.named_children():
@@ -150,10 +150,10 @@ def list_own_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[s
 
 @contextmanager
 def distributing(distribute: Callable[[PreTrainedModel], None]) -> Iterator[None]:
-    """Within it, `from_pretrained` hands each model to `distribute` before it is loaded.
+    """Within it, `from_pretrained` passes each model to `distribute` before loading it.
 
-    That is where transformers applies its own sharding plans, whose root is the model itself; ours
-    is the module that computes the loss.
+    There transformers applies its own sharding plans, whose root is the model; ours is the module
+    that computes the loss.
     """
 
     def hook(cls: type, model: PreTrainedModel, *args: object) -> PreTrainedModel:
@@ -165,18 +165,18 @@ def distributing(distribute: Callable[[PreTrainedModel], None]) -> Iterator[None
 
 
 def own_shard(tensor: Any) -> Any:
-    """This rank's part of a sharded tensor; anything else as it is."""
+    """This rank's part of a sharded tensor; anything else unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def take_weights(module: nn.Module) -> dict[str, Tensor]:
-    """This rank's part of all parameters and buffers. Not a copy."""
+    """This rank's part of all parameters and buffers, not copied."""
     return {name: own_shard(tensor) for name, tensor in module.state_dict().items()}
 
 
 @torch.no_grad()
 def put_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
-    """What `take_weights` gave, into a module that is sharded in the same way."""
+    """Load the result of `take_weights` into a module that is sharded the same way."""
     for name, tensor in module.state_dict().items():
         own_shard(tensor).copy_(weights[name])
 
@@ -192,7 +192,7 @@ def take_optimizer(optimizer: Optimizer) -> dict[str, Any]:
 
 
 def put_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
-    """What `take_optimizer` gave, for parameters that are sharded in the same way."""
+    """Load the result of `take_optimizer`, for parameters that are sharded the same way."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def like(value: Any, parameter: Tensor) -> Any:
@@ -205,10 +205,10 @@ def put_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
             shape=parameter.shape,
             stride=parameter.stride(),
         )
-        return sharded.to(value.device)  # an optimizer brings it where it wants it
+        return sharded.to(value.device)  # the optimizer moves it if it needs to
 
-    whole = {
+    sharded_state = {
         index: {name: like(value, parameters[index]) for name, value in entry.items()}
         for index, entry in state["state"].items()
     }
-    optimizer.load_state_dict({**state, "state": whole})
+    optimizer.load_state_dict({**state, "state": sharded_state})

@@ -1,5 +1,5 @@
-"""The learning rate's schedule; and AdamW whose moments wait in the CPU's memory, which is half of
-what a sharded trainer holds on a GPU."""
+"""The learning rate schedule; and AdamW with moments in CPU memory, which saves half of what a
+sharded trainer holds on a GPU."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def find_schedule(settings: Optimization) -> tuple[str, dict[str, Any]]:
-    """transformers' name of the recipe's schedule, and its arguments beside the steps."""
+    """transformers' name for the recipe's schedule, and its arguments besides the steps."""
     schedule = settings.lr_scheduler_type
     if schedule == "constant" and settings.warmup_steps:
         return "constant_with_warmup", {}  # transformers' constant has no warmup
@@ -23,10 +23,10 @@ def find_schedule(settings: Optimization) -> tuple[str, dict[str, Any]]:
 
 
 class OffloadedAdamW(torch.optim.AdamW):
-    """AdamW, parameter by parameter: the moments of one come to its device, are used and go back.
+    """AdamW one parameter at a time: its moments move to its device, are used, and move back.
 
-    As in ZeRO-Offload (Ren et al. 2021, arXiv:2101.06840), but the arithmetic stays on the GPU:
-    it is the same to the bit as AdamW's. It costs 16 bytes a parameter over the bus at each step.
+    As in ZeRO-Offload (Ren et al. 2021, arXiv:2101.06840), but the arithmetic stays on the GPU and
+    equals AdamW's bit by bit. It moves 16 bytes per parameter over the bus at each step.
     """
 
     @torch.no_grad()
@@ -45,7 +45,7 @@ class OffloadedAdamW(torch.optim.AdamW):
             self.param_groups = groups
 
     def load_state_dict(self, state_dict: dict) -> None:
-        """As torch's, which would bring all moments to the parameters' device on the way."""
+        """Unlike torch's, without moving all moments to the parameters' device on the way."""
         super().load_state_dict({**state_dict, "state": {}})
         numbers = (n for group in state_dict["param_groups"] for n in group["params"])
         parameters = (p for group in self.param_groups for p in group["params"])
@@ -54,7 +54,7 @@ class OffloadedAdamW(torch.optim.AdamW):
                 self.state[parameter] = dict(state_dict["state"][number])
 
     def move_moments(self, parameter: Tensor, device: torch.device) -> None:
-        # Not self.state[parameter]: AdamW takes an empty state for one that it has to fill.
+        # Not self.state[parameter], which adds an empty state that AdamW takes for initialised.
         state = self.state.get(parameter, {})
         for name in MOMENTS:
             if name in state:

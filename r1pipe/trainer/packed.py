@@ -1,8 +1,8 @@
-"""What supervised training and GRPO share: packed micro-batches and the optimizer step.
+"""Shared by supervised training and RL: packed micro-batches and the optimizer step.
 
-In a run of several processes each rank has its share of the samples, and all of them take every
-step together: the loss divides by sizes that are summed over the ranks, and gradients are summed.
-So the ranks' losses add up to the loss of one process with all the samples.
+With several processes each rank has its share of the samples, and all take every step together: the
+loss divides by sizes summed over the ranks, and gradients are summed. So the ranks' losses add up
+to the loss of one process with all samples.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from r1pipe.utils.phases import heartbeat
 
 
 class PackedTrainer:
-    """Owns the policy's optimizer and schedule, and the load of its experts."""
+    """Owns the policy's optimizer and schedule, and tracks its experts' load."""
 
     def __init__(
         self,
@@ -65,8 +65,8 @@ class PackedTrainer:
         return fast_training_kernels(self.model.device, self.dtype)
 
     def batches(self, samples: list[Sample]) -> Iterator[PackedBatch | None]:
-        """As many on every rank, because each one's forward gathers the sharded layers: a rank that
-        has fewer gets None for the rest."""
+        """The same number on every rank, because each forward gathers sharded layers: a rank with
+        fewer batches gets None for the rest."""
         on_gpu = self.model.device.type == "cuda"
         parts = cut_batches(samples, self.settings.tokens_per_micro_batch(on_gpu=on_gpu))
         num_batches = max(distributed.gather(len(parts)))
@@ -87,13 +87,13 @@ class PackedTrainer:
         return self.policy(batch, 1.0).logprobs_C.sum() * 0
 
     def counting(self, batch: PackedBatch, num_sequences: int) -> contextlib.AbstractContextManager:
-        """Count the experts' load in one forward and backward of this batch; `num_sequences` is of
+        """Count the experts' load in one forward and backward of this batch; `num_sequences`: of
         the whole optimizer step, over all ranks."""
         sequences_N = number_packed(batch.lengths, batch.ids_N.device)
         return self.load.counting(sequences_N, num_sequences)
 
     def clip_gradient(self) -> float:
-        """The gradient's norm over all ranks, before it was clipped."""
+        """Returns the gradient's norm over all ranks before clipping."""
         grad_norm = clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
         return float(full_tensor(grad_norm))
 
@@ -102,12 +102,12 @@ class PackedTrainer:
         self.scheduler.step()
 
     def close_gradient(self, *, applied: bool) -> None:
-        """After each optimizer step, or in its place."""
+        """After each optimizer step, or instead of it."""
         self.load.balance(move_bias=applied)
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs; of sharded models this rank's part."""
+        """For a checkpoint; this rank's part of sharded models."""
         return {
             "policy": take_weights(self.policy),
             "optimizer": take_optimizer(self.optimizer),

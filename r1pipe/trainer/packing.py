@@ -1,37 +1,30 @@
 """Micro-batches without padding: completions one after another in one row.
 
-Every matrix product of the model then sees tokens that count, and nothing else. Attention is cut at
-the sequences' borders: by flash-attention's variable-length kernels where the model runs them, by
-`attend_packed` everywhere else.
+Matrix products then see only tokens that count. Attention is cut at the sequences' borders: by
+flash-attention's variable-length kernels where the model runs them, else by `attend_packed`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import (
-    AttentionInterface,
-)
+from transformers import AttentionInterface
 
 from r1pipe.trainer.attention import PACKED_SDPA, attend_packed
 from r1pipe.types import Rollout
 
-if TYPE_CHECKING:
-    from r1pipe.trainer.packing import Support
-
 
 @dataclass
 class Sample:
-    """A rollout on its way through the trainer. Log-probs are of its completion's tokens, `[T]`."""
+    """A rollout in the trainer. Log-probs are of its completion's tokens, `[T]`."""
 
     rollout: Rollout
     advantage: float
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     support: "Support | None" = None
-    """Where sampling is cut by top_p or top_k: the tokens that were left."""
+    """The tokens that top_p or top_k left to sampling, if set."""
 
     @property
     def num_tokens(self) -> int:
@@ -40,7 +33,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Samples in one row: N tokens of prompts and completions, C of them completions'."""
+    """Samples in one row: N tokens of prompts and completions, C of them in completions."""
 
     samples: list[Sample]
     ids_N: Tensor
@@ -50,7 +43,7 @@ class PackedBatch:
     """Index into N of the token whose output predicts the completion's token."""
     target_C: Tensor
     sequence_C: Tensor
-    """Which of the samples a completion's token belongs to."""
+    """The sample that a completion's token belongs to."""
 
     @property
     def lengths(self) -> list[int]:
@@ -81,8 +74,8 @@ class PackedBatch:
 
 
 def cut_batches(samples: list[Sample], token_budget: int) -> list[list[Sample]]:
-    """Samples in parts of at most `token_budget` tokens (or one sample), the longest first: the
-    largest part is the first, so if memory is short that shows at once."""
+    """Samples in parts of at most `token_budget` tokens (or one sample), the longest first: if
+    memory is short, the first part shows it."""
     parts: list[list[Sample]] = []
     remaining = 0
     for sample in sorted(samples, key=lambda s: s.num_tokens, reverse=True):
@@ -95,7 +88,7 @@ def cut_batches(samples: list[Sample], token_budget: int) -> list[list[Sample]]:
 
 
 def pack(samples: list[Sample], device: torch.device) -> PackedBatch:
-    """One row of the samples, those of one length next to each other."""
+    """The samples in one row, those of equal length next to each other."""
     samples = sorted(samples, key=lambda s: s.num_tokens, reverse=True)
     ids, positions, predictors, targets, sequences = [], [], [], [], []
     for number, sample in enumerate(samples):
@@ -114,8 +107,8 @@ AttentionInterface.register(PACKED_SDPA, attend_packed)
 
 
 def assign(numbers: Sequence[int], costs: dict[int, float], num_ranks: int) -> dict[int, int]:
-    """The longest first, each to the rank with the least so far (Graham 1969: at most 4/3 of the
-    best possible)."""
+    """A rank for each number: the costliest first, each to the rank with the least so far (Graham
+    1969: at most 4/3 of the optimum)."""
     loads = [0.0] * num_ranks
     ranks = {}
     for number in sorted(numbers, key=lambda n: (-costs[n], n)):
@@ -127,8 +120,8 @@ def assign(numbers: Sequence[int], costs: dict[int, float], num_ranks: int) -> d
 
 @dataclass(frozen=True)
 class Support:
-    """The tokens that sampling could choose from, for each of C positions: few of the vocabulary,
-    so kept as their ids, one position's after the other's."""
+    """The tokens that sampling could choose from at each of C positions: few of the vocabulary, so
+    kept as ids, one position after another."""
 
     counts_C: Tensor
     ids: Tensor

@@ -1,4 +1,4 @@
-"""Log-probabilities of completions, without the logits of a whole batch at once."""
+"""Log-probabilities of completions, never with all logits of a batch at once."""
 
 from typing import Any, NamedTuple
 
@@ -18,13 +18,12 @@ MAX_LOGITS = {"cpu": 2**25, "cuda": 2**27}
 vocabulary of 152k, enough to fill it."""
 
 OWN_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-"""Config keys of models that do more than one matrix product from hidden state to logits."""
+"""Config keys of models with more than a matrix product from hidden states to logits."""
 
 
 class LogProbs(NamedTuple):
-    """Of a batch's C completion tokens: log-probability; entropy of the distribution in nats
-    (no gradient); and, if asked for, what sampling could choose from, or the divergence from a
-    teacher."""
+    """For a batch's C completion tokens: log-probability; entropy in nats, without gradient; and if
+    asked for, the tokens that sampling could choose from, or the divergence from a teacher."""
 
     logprobs_C: Tensor
     entropy_C: Tensor
@@ -33,7 +32,7 @@ class LogProbs(NamedTuple):
 
 
 class Truncation(NamedTuple):
-    """How sampling cuts the distribution: vLLM's order, temperature, then top_k, then top_p."""
+    """How sampling cuts the distribution, in vLLM's order: temperature, top_k, top_p."""
 
     top_p: float = 1.0
     top_k: int = 0
@@ -50,7 +49,7 @@ class Truncation(NamedTuple):
         if self.top_p < 1:
             ordered_CV, order_CV = logits_CV.sort(dim=-1, descending=True)
             probs_CV = ordered_CV.softmax(-1)
-            # A token stays if those before it do not reach top_p: the first always does.
+            # A token stays if those before it do not reach top_p: the first always stays.
             kept_CV = probs_CV.cumsum(-1) - probs_CV < self.top_p
             kept_CV = torch.zeros_like(kept_CV).scatter(-1, order_CV, kept_CV)
             return kept_CV & (logits_CV > -torch.inf)
@@ -58,9 +57,9 @@ class Truncation(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A causal language model as GRPO sees it: packed batches in, log-probabilities out.
+    """A causal language model: packed batches in, log-probabilities out.
 
-    One module with one forward, so that sharding it has one root.
+    One module with one forward, so that FSDP has one root.
     """
 
     def __init__(self, model: PreTrainedModel):
@@ -80,14 +79,14 @@ class Policy(nn.Module):
         """Log-probabilities at the sampling temperature, and the divergence from a `teacher` that
         has read the same batch.
 
-        Of the full distribution; or, renormalised, of the tokens in `support`, or of those that
-        `truncation` leaves, which are then returned. The sampled token always counts as left:
-        rounding may put it on the other side of the border.
+        Over the full vocabulary; or, renormalised, over the tokens in `support`, or over those
+        that `truncation` leaves, which are then returned. The sampled token always counts as left:
+        rounding may exclude it.
         """
         hidden_CD = compute_hidden(self.model, batch)
         head = Head(self.model.get_output_embeddings())
         sizes = chunk_sizes(len(hidden_CD), len(head.weight_VD), hidden_CD.device)
-        # Recomputing a chunk's logits in backward costs one product more; keeping them all, memory.
+        # Recomputing a chunk's logits in backward costs one product; keeping all costs memory.
         recompute = torch.is_grad_enabled() and len(sizes) > 1
         if recompute:
             head.add_up_in_float32()
@@ -151,8 +150,8 @@ class Head:
         self.adds_up = False
 
     def add_up_in_float32(self) -> None:
-        """The weight's gradient over the chunks. In bf16 each sum would lose what its eight bits do
-        not hold: with 75 chunks the error is five times that of one product."""
+        """Sum the weight's gradient over the chunks in float32. In bf16 every sum would be rounded
+        to eight bits: with 75 chunks the error is five times that of one product."""
         self.adds_up = True
         self.weight_VD = TakeGradient.apply(self.weight_VD, self)
 
@@ -163,7 +162,7 @@ class Head:
 
 
 class TakeGradient(torch.autograd.Function):
-    """The weight as it is; its gradient is what the chunks' backward passes have added up."""
+    """The weight unchanged; its gradient is the sum from the chunks' backward passes."""
 
     @staticmethod
     def forward(ctx: Any, weight_VD: Tensor, head: Head) -> Tensor:
@@ -203,7 +202,7 @@ class AddGradient(torch.autograd.Function):
 
 
 def prepare(model: PreTrainedModel) -> None:
-    """For packed batches. Raises UserError for a model that `Policy` cannot compute."""
+    """Prepare for packed batches. Raises UserError for a model that `Policy` cannot compute."""
     require_trainable(model.config, model.config._attn_implementation)
     use_packed_attention(model)
 
@@ -217,7 +216,7 @@ def require_trainable(config: PretrainedConfig, attn_implementation: str) -> Non
 
 
 def compute_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """The last hidden states from which the completions' tokens are predicted, `[C, D]`."""
+    """Last hidden states that predict the completions' tokens, `[C, D]`."""
     hidden_ND = model.base_model(
         input_ids=batch.ids_N.unsqueeze(0),
         position_ids=batch.position_N.unsqueeze(0),

@@ -90,7 +90,7 @@ def test_a_collapse_goes_back_to_a_checkpoint_that_was_good(recipe: Path) -> Non
     assert {row["step"] for row in read_rollouts(partial, [5])} == {5}
     result = run(*command, "--set", "stages.grpo.breaker.reward_collapse.action=warn")
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "grpo: goes on after step 3" in result.stderr
+    assert "grpo: resumes after step 3" in result.stderr
     events = read_lines(folder / "grpo" / "events.jsonl")
     assert [e["step"] for e in events if e["check"] == "reward_collapse"] == [5]
     assert [row["step"] for row in read_lines(folder / "grpo" / "metrics.jsonl")] == [*range(1, 8)]

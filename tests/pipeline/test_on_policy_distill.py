@@ -96,7 +96,7 @@ def test_a_killed_stage_goes_on_bit_equal(taught: Path, recipe: Path) -> None:
     run_and_kill("updating", 2, 0.01, other / f".{STAGE}.partial", STAGE, recipe, *more)
     result = run(STAGE, recipe, *more)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "goes on after step 2" in result.stderr
+    assert "resumes after step 2" in result.stderr
     assert_equal(taught / STAGE, other / STAGE)
 
 

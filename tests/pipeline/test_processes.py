@@ -161,7 +161,7 @@ def test_two_processes_go_on_bit_equal(case: str, both: tuple, recipe: Path) -> 
     assert "saved by 2 processes, and this run has 1" in alone.stderr.splitlines()[-1]
     result = run_two(*command)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "goes on after step" in result.stderr
+    assert "resumes after step" in result.stderr
     assert_equal(two / stage, other / stage)
 
 

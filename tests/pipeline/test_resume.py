@@ -85,9 +85,9 @@ def test_a_killed_stage_goes_on_bit_equal(stage: str, finished: tuple, tiny_reci
     assert list(partial.glob("checkpoints/step-*"))
     result = run(*command)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "goes on after step" in result.stderr
+    assert "resumes after step" in result.stderr
     if stage == "distill":
-        assert "40 of 40 samples are there from before" in result.stderr
+        assert "40 of 40 samples are on disk already" in result.stderr
     assert_equal(folder / stage, other / stage)
     cost = json.loads((other / stage / "ledger.json").read_text())
     assert (cost["attempts"], cost["outcome"]) == (2, "finished")
@@ -118,7 +118,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
     assert sorted(partial.glob("checkpoints/*")) == kept
     result = run(*command)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "goes on after step 7" in result.stderr
+    assert "resumes after step 7" in result.stderr
     assert_equal(folder / "sft", other / "sft")
 
 

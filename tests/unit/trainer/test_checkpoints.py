@@ -216,7 +216,7 @@ def test_none_good_begins_again(tmp_path: Path, capsys: pytest.CaptureFixture) -
     again = Stage(tmp_path, save_steps=2)
     assert again.step == 0
     assert again.steps_logged() == []
-    assert "begins again" in capsys.readouterr().err
+    assert "starts over" in capsys.readouterr().err
 
 
 def test_another_number_of_processes_is_refused(
