@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain
 from statistics import fmean, stdev
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,10 +17,6 @@ from r1pipe.rollout.store import rename
 from r1pipe.trainer.packing import Sample
 from r1pipe.types import Problem, Rollout, Score, describe_rollout
 from r1pipe.utils import distributed
-
-if TYPE_CHECKING:
-    from r1pipe.rl.batch import Batch, Group
-
 
 BATCH_FACTS = ("step", "policy_step", "rounds", "seconds", "logprob_diff")
 

@@ -25,13 +25,7 @@ class Collector:
     logs: Mapping[str, JsonlLog] = {}
     """Its own log files by name, to be cut back on resume."""
 
-    def __init__(
-        self,
-        stage: OnPolicy,
-        sampler: Sampler,
-        scorer: Scorer,
-        prompts: Prompts,
-    ):
+    def __init__(self, stage: OnPolicy, sampler: Sampler, scorer: Scorer, prompts: Prompts):
         self.stage, self.sampler, self.scorer, self.prompts = stage, sampler, scorer, prompts
         self.sampling, self.seed = stage.sampling, prompts.seed
 

@@ -41,6 +41,10 @@ class BatchSource(Protocol):
     def wait(self) -> None:
         """Return when nothing is being sampled, so that weights may change."""
 
+    @property
+    def ahead(self) -> Batch | None:
+        """The batch that was sampled ahead, if there is one."""
+
 
 class WeightReceiver(Protocol):
     """What `train` syncs: Sampler, or NoSampler."""
@@ -181,11 +185,7 @@ def compare_ahead(updater: Updater, weights: dict[str, Tensor], batch: Batch) ->
 
 
 def check_last_sync(
-    stage: OnPolicy,
-    updater: Updater,
-    sampler: Sampler,
-    breaker: Breaker,
-    problems: list[Problem],
+    stage: OnPolicy, updater: Updater, sampler: Sampler, breaker: Breaker, problems: list[Problem]
 ) -> dict[str, float]:
     """Compare sampler and trainer once more, on the weights of the last sync."""
     group = problems[: stage.prompts_per_step]

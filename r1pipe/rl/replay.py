@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable
+from dataclasses import fields
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -72,17 +73,7 @@ def make_group(rows: list[dict[str, Any]]) -> Group:
     return Group(
         problem=Problem(first["problem_id"], "", prompt, first["answer"]),
         rollouts=[
-            Rollout(
-                problem_id=row["problem_id"],
-                sample=row["sample"],
-                prompt_ids=row["prompt_ids"],
-                completion_ids=row["completion_ids"],
-                logprobs=row["logprobs"],
-                completion=row["completion"],
-                finish_reason=row["finish_reason"],
-                routes=row["routes"],
-            )
-            for row in rows
+            Rollout(**{column.name: row[column.name] for column in fields(Rollout)}) for row in rows
         ],
         scores=[Score(row["rewards"], row["reward"]) for row in rows],
         advantages=[row["advantage"] for row in rows],

@@ -32,12 +32,7 @@ class Updater(PackedTrainer):
     """Over each batch of rollouts."""
 
     def __init__(
-        self,
-        policy: Policy | PreTrainedModel,
-        settings: OnPolicy,
-        *,
-        dtype: str,
-        seed: int,
+        self, policy: Policy | PreTrainedModel, settings: OnPolicy, *, dtype: str, seed: int
     ):
         self.num_updates = settings.steps_per_generation * self.num_passes
         super().__init__(

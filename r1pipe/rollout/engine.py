@@ -98,8 +98,7 @@ class Sampler:
         try:
             with routes_on_every_rank(settings.tensor_parallel_size if with_routes else 1):
                 self.llm = LLM(
-                    checkpoint,
-                    **engine_arguments(config, settings, dtype, device, with_routes),
+                    checkpoint, **engine_arguments(config, settings, dtype, device, with_routes)
                 )
         except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
             raise UserError(f"{checkpoint}: vLLM cannot run it: {describe_error(error)}") from error

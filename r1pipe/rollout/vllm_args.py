@@ -26,11 +26,7 @@ CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def engine_arguments(
-    config: Any,
-    settings: Engine,
-    dtype: str,
-    device: torch.device,
-    with_routes: bool = False,
+    config: Any, settings: Engine, dtype: str, device: torch.device, with_routes: bool = False
 ) -> dict[str, Any]:
     """Arguments of vLLM's LLM, the model's quirks included."""
     context = settings.max_model_len or config.max_position_embeddings
