@@ -52,10 +52,10 @@ def describe_step(
 def format_rollout(row: dict[str, Any]) -> str:
     rewards = {name.rpartition(".")[2]: value for name, value in row["rewards"].items()}
     parts = ", ".join(f"{name} {format_reward(value)}" for name, value in rewards.items())
-    aside = "" if row["used"] else ", put aside"
+    unused = "" if row["used"] else ", not used"
     head = (
         f"step {row['step']}, {row['problem_id']}, sample {row['sample']}: reward "
-        f"{format_reward(row['reward'])} ({parts}), advantage {row['advantage']:+.3f}{aside}, "
+        f"{format_reward(row['reward'])} ({parts}), advantage {row['advantage']:+.3f}{unused}, "
         f"{row['num_tokens']} tokens, {row['finish_reason']}"
     )
     blocks = {"prompt": row["prompt"], "answer": row["answer"], "completion": row["completion"]}

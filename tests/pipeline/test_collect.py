@@ -74,9 +74,9 @@ def test_dynamic_sampling_refills_the_batch(sampler: Sampler) -> None:
     taking_part = [group for group in batch.groups if len(set(group.rewards)) > 1]
     assert len(taking_part) == 8
     assert batch.metrics()["groups_sampled"] == len(batch.groups) > 8
-    # The reward in the log is of all that was sampled, the advantage 0 of what was put aside.
-    put_aside = [group for group in batch.groups if len(set(group.rewards)) == 1]
-    assert all(group.advantages == [0.0] * 4 for group in put_aside)
+    # The reward in the log is of all that was sampled, the advantage 0 for what was dropped.
+    dropped = [group for group in batch.groups if len(set(group.rewards)) == 1]
+    assert all(group.advantages == [0.0] * 4 for group in dropped)
     assert batch.metrics()["reward"] == pytest.approx(
         sum(sum(g.rewards) for g in batch.groups) / (4 * len(batch.groups))
     )
@@ -139,7 +139,7 @@ def test_refresh_samples_what_had_no_rollouts(sampler: Sampler) -> None:
     assert {group.problem.id for group in collector.collect(3, 3).groups} <= chosen
 
 
-def test_collector_with_difficulty_goes_on_where_it_was(sampler: Sampler) -> None:
+def test_collector_with_difficulty_resumes_where_it_was(sampler: Sampler) -> None:
     def make() -> GrpoCollector:
         rates = {problem.id: 0.5 for problem in PROBLEMS}
         prompts = Prompts(PROBLEMS, 0, stage.difficulty, rates)

@@ -90,7 +90,7 @@ def test_what_the_run_shows(taught: Path) -> None:
     assert '"divergence"' in taught.with_suffix(".html").read_text()
 
 
-def test_a_killed_stage_goes_on_bit_equal(taught: Path, recipe: Path) -> None:
+def test_a_killed_stage_resumes_bit_equal(taught: Path, recipe: Path) -> None:
     other = taught.with_name("taught-killed")
     more = ("--set", f"name={other.name}", "--set", f"stages.{STAGE}.save_steps=1")
     run_and_kill("updating", 2, 0.01, other / f".{STAGE}.partial", STAGE, recipe, *more)

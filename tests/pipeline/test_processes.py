@@ -132,7 +132,7 @@ STOPS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", STOPS)
-def test_two_processes_go_on_bit_equal(case: str, both: tuple, recipe: Path) -> None:
+def test_two_processes_resume_bit_equal(case: str, both: tuple, recipe: Path) -> None:
     stage, number, to_whom = STOPS[case]
     _, two, _ = both
     other = two.with_name(case.replace(" ", "-"))

@@ -75,7 +75,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo", pytest.param("distill", marks=pytest.mark.slow)])
-def test_a_killed_stage_goes_on_bit_equal(stage: str, finished: tuple, tiny_recipe: Path) -> None:
+def test_a_killed_stage_resumes_bit_equal(stage: str, finished: tuple, tiny_recipe: Path) -> None:
     folder, _ = finished
     phase, steps, saving = KILLS[stage]
     other = begin_beside(folder, stage, f"killed-{stage}")

@@ -1,4 +1,4 @@
-"""Sampling that is interrupted and goes on, from a real engine: nothing twice, nothing else."""
+"""Sampling that is interrupted and resumes, from a real engine: nothing twice, nothing else."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -85,7 +85,7 @@ def must_not_open() -> Sampler:
     raise AssertionError("nothing is left to sample")
 
 
-def test_goes_on_where_it_was_interrupted(
+def test_resumes_where_it_was_interrupted(
     sampler: Sampler, job: SamplingJob, tmp_path: Path
 ) -> None:
     """Also in the middle of a problem's samples, and twice."""

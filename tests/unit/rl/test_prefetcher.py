@@ -55,7 +55,7 @@ def test_prompts_follow_newer_rates() -> None:
     assert prompts.num_chosen == 8, "outgrown: all of them again"
 
 
-def test_prompts_go_on_where_they_were() -> None:
+def test_prompts_resume_where_they_were() -> None:
     """Saved in the middle of an epoch, with rates noted that the epoch does not know yet."""
     settings = Difficulty(max_pass_rate=0.6, order="easy_first")
     for place in range(14):

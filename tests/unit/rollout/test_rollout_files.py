@@ -19,7 +19,7 @@ ALL = ("completion", "completion_ids", "logprobs", "routes")
 
 
 def make_rollout_rows(num: int = 4, seed: int = 0) -> list[dict]:
-    """Rows of rollout_files: samples of one problem, one unjudged, one put aside."""
+    """Rows of a rollout file: samples of one problem, one unjudged, one not used."""
     generator = np.random.default_rng(seed)
     rows = []
     for sample in range(num):
@@ -184,7 +184,7 @@ def test_people_read_the_best_and_the_worst(tmp_path: Path) -> None:
     assert "sample 1: reward unjudged (math_correct unjudged)" in worst
     assert "completion\n    of sample 1 ü" in worst
     assert len(list(describe_step(tmp_path, 2))) == 4
-    assert "put aside" in list(describe_step(tmp_path, 2))[2]
+    assert "not used" in list(describe_step(tmp_path, 2))[2]
     table = describe_steps(tmp_path).splitlines()
     assert [line.split("|")[1].strip() for line in table[2:]] == ["1", "2"]
 

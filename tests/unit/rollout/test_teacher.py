@@ -85,7 +85,7 @@ def test_busy_and_broken_servers_are_asked_again(
     assert len(server.requests) == 12 + 3
 
 
-def test_goes_on_after_an_error_with_what_it_has(
+def test_resumes_after_an_error_with_what_it_has(
     server: TeacherServer, job: SamplingJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the message has no key in it, although the server repeats it."""

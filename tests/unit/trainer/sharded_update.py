@@ -5,7 +5,7 @@ two of them once more from a checkpoint.
 
 FOLDER/cases.pickle holds, by name, the settings and each rank's samples; FOLDER/<name>-start
 is the checkpoint to start from. Writes FOLDER/<name>.json, the checkpoint FOLDER/<name>-saved, and
-FOLDER/<name>-partial/checkpoints to go on from.
+FOLDER/<name>-partial/checkpoints to resume from.
 """
 
 import copy
@@ -39,7 +39,7 @@ def run(folder: Path, name: str, case: dict, device: torch.device) -> dict:
     metrics += take_steps(updater, case, 2, 3)
     assert not all(same_weights(policy, reference))
     checkpoints.save(3)
-    again = go_on(folder, name, case, device)
+    again = resume(folder, name, case, device)
     if isinstance(updater, GrpoUpdater) and updater.reference is not None:
         updater.refresh_reference()
         assert all(same_weights(policy, reference))
@@ -94,7 +94,7 @@ def take_steps(updater: Updater, case: dict, first: int, last: int) -> list[dict
     ]
 
 
-def go_on(folder: Path, name: str, case: dict, device: torch.device) -> dict:
+def resume(folder: Path, name: str, case: dict, device: torch.device) -> dict:
     """Steps 2 and 3 as a process does them that was started again; the newest checkpoint, of step
     3, is damaged on one rank only."""
     if distributed.is_first():

@@ -364,7 +364,7 @@ def test_a_fall_is_held_against_the_window(tmp_path: Path) -> None:
             take_step(one, 5, groups=bad)
 
 
-def test_what_ended_the_run_stays_when_it_goes_on(tmp_path: Path) -> None:
+def test_what_ended_the_run_stays_on_resume(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
     log.write({"step": 1, "action": "warn"})
     position = log.position()
@@ -402,7 +402,7 @@ def test_a_stale_batch_is_held_to_the_policy_that_sampled_it(tmp_path: Path) -> 
             breaker.examine_update(apart)
 
 
-def test_a_run_can_go_on_with_other_limits(tmp_path: Path) -> None:
+def test_a_run_can_resume_with_other_limits(tmp_path: Path) -> None:
     one, other = (
         Recipe(name="x", stages=[make_grpo(**changes)])
         for changes in ({}, {"breaker": {"truncated": {"limit": 0.9}}})

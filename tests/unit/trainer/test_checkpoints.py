@@ -70,7 +70,7 @@ class Stage:
         return [json.loads(line)["step"] for line in self.log.path.read_text().splitlines()]
 
 
-def test_goes_on_from_the_newest(tmp_path: Path) -> None:
+def test_resumes_from_the_newest(tmp_path: Path) -> None:
     Stage(tmp_path, save_steps=2).run(5)
     again = Stage(tmp_path, save_steps=2)
     assert again.step == 4
@@ -158,7 +158,7 @@ def remove_last_byte(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 
 
-# What becomes of metrics.jsonl, and the steps that are in it when the stage goes on.
+# What becomes of metrics.jsonl, and the steps that are in it when the stage resumes.
 LOST_ROWS = {
     "gone": (Path.unlink, []),
     "empty": (lambda path: os.truncate(path, 0), []),

@@ -172,14 +172,14 @@ def test_samples_are_shared_out_by_tokens(name: str, cases: tuple[Path, dict]) -
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_ranks_go_on_bit_equal(name: str, cases: tuple[Path, dict]) -> None:
+def test_two_ranks_resume_bit_equal(name: str, cases: tuple[Path, dict]) -> None:
     folder, _ = cases
     for result in json.loads((folder / f"{name}.json").read_text()):
         assert result["again"] == result["metrics"][1:]
         assert result["same_weights_again"]
 
 
-def test_one_process_does_not_go_on_from_two(cases: tuple[Path, dict]) -> None:
+def test_one_process_does_not_resume_from_two(cases: tuple[Path, dict]) -> None:
     folder, by_name = cases
     updater = make_updater(folder, "moe", by_name["moe"])
     settings = by_name["moe"]["settings"]
