@@ -83,23 +83,10 @@ def run_steps(
         Interrupt.deferred(stage.save_grace_s),
         context.open_progress(stage.name, stage.max_steps) as progress,
     ):
-        checkpoints = Checkpoints(
-            context.shared_folder,
-            stage,
-            stage.name,
-            parts={
-                "updater": updater,
-                "collector": collector,
-                "batches": batches,
-                "breaker": breaker,
-            },
-            logs={
-                "metrics": metrics_log,
-                "rollouts": rollout_files,
-                "events": breaker.log,
-                **collector.logs,
-            },
-        )
+        parts = {"updater": updater, "collector": collector, "batches": batches, "breaker": breaker}
+        logs = {"metrics": metrics_log, "rollouts": rollout_files, "events": breaker.log}
+        logs |= collector.logs
+        checkpoints = Checkpoints(context.shared_folder, stage, stage.name, parts, logs)
         if done := checkpoints.restore_last_good():
             collector.warm_up()
             sampler.load_weights(export_weights(updater.model))

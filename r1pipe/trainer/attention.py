@@ -157,7 +157,8 @@ def attend_packed(
     sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each of the row's sequences: `[1, N, H, E]`.
+    """Causal attention within each of the row's sequences: `[1, N, H, E]`. The parameters are those
+    of transformers' attention functions.
 
     Neighbouring sequences of equal length are computed as one batch without a mask. A
     block-diagonal mask over the row would cost the square of its length.
