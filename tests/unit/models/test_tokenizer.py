@@ -19,6 +19,7 @@ from r1pipe.models.tokenizer import (
 )
 from r1pipe.models.weights import save_checkpoint
 from r1pipe.rollout.engine import Sampler
+from r1pipe.rollout.groups import SampleGroup
 from r1pipe.sft.encode import encode_traces
 from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError
@@ -51,7 +52,7 @@ def read_completion(sampler: Sampler, completion_ids: list[int]) -> str:
     )
     result = SimpleNamespace(outputs=[output])
     prompt_ids = encode_prompt(sampler.tokenizer, QUESTION)
-    return sampler._read(result, TRACE, prompt_ids, 0).completion
+    return sampler._read(result, SampleGroup(0, TRACE, [], [], prompt_ids), 0).completion
 
 
 def test_all_end_tokens_live_on(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
