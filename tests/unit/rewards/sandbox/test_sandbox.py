@@ -24,7 +24,7 @@ from code_attacks import (
 from rewards.sandbox import client
 from rewards.sandbox.client import SandboxError
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 NOBODY = 65_534
 # Attacks that harm nobody are run without a sandbox too: they have to succeed there.
 SUCCEED_UNCONFINED = (
