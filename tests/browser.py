@@ -111,7 +111,7 @@ class Browser:
         return result["result"].get("value")
 
     def press(self, key: str) -> None:
-        """A key, as a person's keyboard would."""
+        """Press a key."""
         text = {} if key in NAMED_KEYS else {"text": key}
         code = NAMED_KEYS.get(key, 0)
         for kind in ("keyDown", "keyUp"):

@@ -1,5 +1,4 @@
-"""A machine with one Hopper card, as far as torch's answers go: for what is decided before anything
-is computed. Nothing can run on it."""
+"""Makes torch report one Hopper GPU, for decisions before any computing. Nothing can run on it."""
 
 import ctypes
 from types import SimpleNamespace
@@ -11,8 +10,8 @@ DRIVER = 13010
 
 
 def fake_gpu(patch: pytest.MonkeyPatch, name: str = "NVIDIA H100 80GB HBM3") -> torch.device:
-    """Undone with `patch`. Only public names: the build for the CPU has private ones that those for
-    CUDA lack."""
+    """Undone with `patch`. Patches only public names: private ones differ between the CPU's and
+    CUDA's builds."""
 
     def get_driver_version(version: ctypes._Pointer) -> int:
         version._obj.value = DRIVER

@@ -1,4 +1,4 @@
-"""A server on loopback that speaks what publishing needs of the Hugging Face hub's API.
+"""A server on loopback with the part of the Hugging Face hub's API that publishing needs.
 
 Accounts, repositories of models and datasets with their commits, preupload, LFS (batch, PUT,
 verify), commit, tree, resolve, validate-yaml, settings and collections, with the hub's own status
@@ -39,7 +39,7 @@ class Repo:
 
 @dataclass
 class Fault:
-    """What happens to requests whose "METHOD path" matches, `times` times."""
+    """A fault of the next `times` requests whose "METHOD path" matches."""
 
     pattern: str
     status: int = 0
@@ -62,7 +62,7 @@ class FakeHub:
         self.collections: dict[str, dict[str, Any]] = {}
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, int]] = []
-        """Method, path and status, in the order of the answers."""
+        """Method, path and status, in order of response."""
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), make_handler(self))
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -353,7 +353,7 @@ def blob_id(content: bytes) -> str:
 
 
 def describe(path: str, content: bytes) -> dict[str, Any]:
-    """A file as the tree lists it: a large one by the pointer that git holds."""
+    """A file's entry in the tree; a large file's is that of its LFS pointer."""
     entry: dict[str, Any] = {"type": "file", "path": path, "size": len(content)}
     if not path.endswith(LARGE):
         return {**entry, "oid": blob_id(content)}

@@ -60,7 +60,7 @@ def make_moe_model(model_type: str, **changes: object) -> PreTrainedModel:
 
 
 def chosen_experts(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
-    """The routes `[N, L, K]` of a plain forward, seen from outside of routing.py."""
+    """The routes `[N, L, K]` of a plain forward, without routing.py."""
     seen: list[Tensor] = []
     handles = [
         r.module.register_forward_hook(lambda module, args, output: seen.append(output[2]))
@@ -74,5 +74,5 @@ def chosen_experts(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
 
 
 def other_experts(routes_NLK: Tensor) -> Tensor:
-    """Routes that share no expert with the given ones in most places."""
+    """Routes that mostly share no expert with the given ones."""
     return ((routes_NLK + 3) % 8).sort(-1).values

@@ -1,4 +1,4 @@
-"""A run's folder with the files that stages write, made without running any."""
+"""A run folder with the files of finished stages, made without running any."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ SOURCE = {"data": {"recipe": "arithmetic", "stage": None}}
 def write_run(
     run: Path, num_steps: int = 6, num_prompts: int = 4, num_samples: int = 4, beta: float = 0.0
 ) -> Path:
-    """sft, then grpo whose samples of a problem are right ever more often, then eval."""
+    """sft, then grpo with more and more correct samples, then eval."""
     write_stage(run / "sft", "sft", {**SOURCE, "from": "random"}, wall_s=12.5)
     metrics = [{"step": step, "loss": 3 / step} for step in range(1, num_steps + 1)]
     write_jsonl(run / "sft" / "metrics.jsonl", metrics)

@@ -1,4 +1,4 @@
-"""All samples of a job in memory, for tests that look at each."""
+"""All samples of a job in memory, for tests that check each."""
 
 from collections.abc import Callable
 
@@ -9,6 +9,6 @@ from r1pipe.types import Rollout, Score
 def sample_all(
     job: SamplingJob, open_source: Callable[[], SampleSource]
 ) -> tuple[list[Rollout], list[Score]]:
-    """Those of one problem next to each other."""
+    """Samples of one problem are adjacent."""
     groups = sample_and_score(job, open_source, lambda problem, *group: group)
     return [r for rollouts, _ in groups for r in rollouts], [s for _, ss in groups for s in ss]

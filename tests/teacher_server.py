@@ -1,4 +1,4 @@
-"""A server of chat completions as a test wants it, in a thread of the test's process."""
+"""A chat-completions server with answers of the test's choice, in a thread of its process."""
 
 import json
 import threading
@@ -10,7 +10,7 @@ Answer = tuple[int, dict]
 
 
 class TeacherServer(ThreadingHTTPServer):
-    """Answers `{status, body}` by its `answer(number of the request, request)`."""
+    """Responds with `answer(number of the request, request)`: (status, body)."""
 
     daemon_threads = True
 
@@ -18,7 +18,7 @@ class TeacherServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.requests: list[dict] = []
         self.keys: set[str | None] = set()
-        self.answer: Callable[[int, dict], Answer] = lambda number, request: say_right(request)
+        self.answer: Callable[[int, dict], Answer] = lambda number, request: answer_right(request)
         self.lock = threading.Lock()
         self.under_way = self.most_under_way = 0
 
@@ -51,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-def log_line(content: str, finish_reason: str = "stop", **more: str) -> Answer:
+def make_answer(content: str, finish_reason: str = "stop", **more: str) -> Answer:
     message = {"role": "assistant", "content": content, **more}
     choice = {"index": 0, "message": message, "finish_reason": finish_reason}
     return 200, {
@@ -63,10 +63,10 @@ def log_line(content: str, finish_reason: str = "stop", **more: str) -> Answer:
     }
 
 
-def say_right(request: dict) -> Answer:
-    """The answer to "3?" is 3; the seed is told, so that samples differ."""
+def answer_right(request: dict) -> Answer:
+    """The answer to "3?" is 3; its thoughts name the seed, so samples differ."""
     number = request["messages"][-1]["content"].rstrip("?")
-    return log_line(f"\\boxed{{{number}}}", reasoning_content=f"seed {request['seed']}")
+    return make_answer(f"\\boxed{{{number}}}", reasoning_content=f"seed {request['seed']}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Models of a few thousand weights, problems and rollouts, for tests of the trainer's half."""
+"""Models of a few thousand weights, problems and rollouts, for tests of the trainer."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ LLAMA = {
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
 }
-"""With one layer, for tests of files."""
+"""One layer, for tests of files."""
 SMALL = {
     "vocab_size": 64,
     "hidden_size": 32,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from teacher_server import Answer, log_line, teacher_server
+from teacher_server import Answer, make_answer, teacher_server
 from test_run import read_lines, run, start, wait_for
 
 from r1pipe.config.base import ProblemSet
@@ -71,10 +71,10 @@ def answer_from_the_book() -> Callable[[int, dict], Answer]:
     def answer(number: int, request: dict) -> Answer:
         solution = book[request["messages"][-1]["content"]]
         if number % 4 == 0:
-            return log_line("<think>\nNo idea.\n</think>\n\\boxed{-1}")
+            return make_answer("<think>\nNo idea.\n</think>\n\\boxed{-1}")
         if number % 4 == 1:
-            return log_line(solution.replace("</think>", "```\n1\n```\n</think>"))
-        return log_line(solution)
+            return make_answer(solution.replace("</think>", "```\n1\n```\n</think>"))
+        return make_answer(solution)
 
     return answer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from samples import sample_all
-from teacher_server import Answer, TeacherServer, log_line, say_right, teacher_server
+from teacher_server import Answer, TeacherServer, answer_right, make_answer, teacher_server
 
 from r1pipe.config.base import Reward, Sampling
 from r1pipe.config.traces import TeacherEndpoint
@@ -78,7 +78,7 @@ def test_busy_and_broken_servers_are_asked_again(
     server: TeacherServer, teacher: TeacherClient, job: SamplingJob
 ) -> None:
     server.answer = lambda number, request: (
-        ((429, 500, 503)[number % 3], {"error": "busy"}) if number < 3 else say_right(request)
+        ((429, 500, 503)[number % 3], {"error": "busy"}) if number < 3 else answer_right(request)
     )
     rollouts, _ = sample_all(job, lambda: teacher)
     assert len(rollouts) == 12
@@ -90,7 +90,7 @@ def test_resumes_after_an_error_with_what_it_has(
 ) -> None:
     """And the message has no key in it, although the server repeats it."""
     refusal = {"error": {"message": f"Incorrect API key provided: {KEY}\nsee the docs"}}
-    server.answer = lambda number, request: (401, refusal) if number == 7 else say_right(request)
+    server.answer = lambda number, request: (401, refusal) if number == 7 else answer_right(request)
     one_by_one = make_teacher(server, monkeypatch, max_concurrency=1)
     with pytest.raises(UserError, match="Incorrect API key provided") as error:
         sample_all(job, lambda: one_by_one)
@@ -113,7 +113,7 @@ def test_requests_run_beside_each_other_up_to_the_limit(
     def answer(number: int, request: dict) -> Answer:
         barrier.wait()
         time.sleep(0.1)
-        return say_right(request)
+        return answer_right(request)
 
     server.answer = answer
     sample_all(job, lambda: make_teacher(server, monkeypatch, max_concurrency=3))
@@ -149,7 +149,7 @@ def test_thinking_is_put_into_our_format(
     given: tuple, completion: str, server: TeacherServer, teacher: TeacherClient, job: SamplingJob
 ) -> None:
     text, fields = given
-    server.answer = lambda number, request: log_line(text, **fields)
+    server.answer = lambda number, request: make_answer(text, **fields)
     rollouts, _ = sample_all(job, lambda: teacher)
     assert {rollout.completion for rollout in rollouts} == {completion}
 
@@ -157,6 +157,6 @@ def test_thinking_is_put_into_our_format(
 def test_cut_answers_count_as_truncated(
     server: TeacherServer, teacher: TeacherClient, job: SamplingJob
 ) -> None:
-    server.answer = lambda number, request: log_line("half", finish_reason="length")
+    server.answer = lambda number, request: make_answer("half", finish_reason="length")
     rollouts, _ = sample_all(job, lambda: teacher)
     assert all(rollout.truncated for rollout in rollouts)
