@@ -74,14 +74,14 @@ def list_diagnoses(recipe: Recipe | None, options: argparse.Namespace) -> Iterat
     if recipe is None:
         yield examine_sandbox()
         return
-    # Imports what the machine may lack: that is told by now.
+    # Later: this imports packages that the machine may lack, which is printed by now.
     from r1pipe.doctor.recipe import diagnose_recipe
 
     yield from diagnose_recipe(recipe, options.devices, options.quick, options.parity)
 
 
 def verify(options: argparse.Namespace) -> int:
-    """One line per stage that is as it was, or per thing that is not; 1 if there is any."""
+    """One line per unchanged stage or per finding; 1 if any finding is a problem."""
     from r1pipe.runs.lineage import find_run
     from r1pipe.runs.verify import verify_run
 
@@ -124,7 +124,7 @@ def show_cost(options: argparse.Namespace) -> None:
 
 
 def show_rollouts(options: argparse.Namespace) -> None:
-    """A table of the steps that are kept, or some of a step's rollouts in full."""
+    """A table of the kept steps, or some of a step's rollouts in full."""
     from r1pipe.report.rollouts import describe_step, describe_steps
     from r1pipe.rollout.store import find_rollouts
 
@@ -207,5 +207,5 @@ def parse_steps(text: str) -> range:
 
 
 def find_folder(run: str) -> Path:
-    """Of a run that may have no finished stage yet, by its path or by its name in runs/."""
+    """A run's folder by path or by its name in runs/; it may have no finished stage yet."""
     return next((f for f in (Path(run), Path("runs") / run) if f.is_dir()), Path(run))

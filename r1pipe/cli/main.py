@@ -1,4 +1,4 @@
-"""The command line: what is asked for is looked up in COMMANDS (commands.py).
+"""The command line: parses arguments and calls the command in COMMANDS (commands.py).
 
 Every error that a user can put right is one line and exit code 2.
 """
@@ -18,14 +18,14 @@ from r1pipe.utils.progress import Interrupt
 
 FIRST_STEPS = """\
 first steps:
-  r1pipe doctor configs/demo.yaml   what would go wrong, of this machine and of the recipe
+  r1pipe doctor configs/demo.yaml   check this machine and the recipe
   r1pipe run configs/demo.yaml      the whole recipe: minutes on two cores, no GPU
   r1pipe report runs/demo           curves, cost and every rollout on one page
   r1pipe chat runs/demo             talk to what came out
   r1pipe verify runs/demo           is everything still as it was made?
   r1pipe publish runs/demo --repo user/name --dry-run
 
-Each command has a --help with an example; README.md tells the rest."""
+Each command has a --help with an example; README.md has the rest."""
 """Printed by `r1pipe` without a command. A test parses each line."""
 
 
@@ -86,32 +86,32 @@ def main(arguments: list[str] | None = None) -> int:
         complain(str(error))
         return 2
     except BrokenPipeError:
-        # Whoever read the output (`| head`) has enough: silent, as after a SIGPIPE.
+        # The reader (`| head`) has closed the pipe: silent, as after a SIGPIPE.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except OSError as error:
-        # Of a file or folder that is the user's: missing, not theirs, on a full or a broken disk.
+        # A user's file or folder is missing, not permitted, or on a full or broken disk.
         complain(FULL if is_disk_full(error) else describe_os_error(error))
         return 2
     except LostRank as error:
-        if not has_launcher():  # which knows more of what happened, and tells
+        if not has_launcher():  # which prints the cause
             complain(f"{error}; {RESUME_HINT}")
         return LOST
     except KeyboardInterrupt:
         makes_a_run = options.command in ("run", *STAGE_TYPES)
         if makes_a_run and (Interrupt.signal_number == signal.SIGINT or alone()):
             complain(f"interrupted; {RESUME_HINT}")
-        # Otherwise torchrun ends this process because another one has failed, and has told.
+        # Otherwise torchrun ends this process because another one has failed and printed why.
         return 130
     finally:
-        # A signal that comes while the interpreter ends would raise within its finalizers.
+        # A signal during the interpreter's exit would raise within its finalizers.
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
 
 def open_standard_streams() -> None:
-    """In the place of those that were closed, nothing to read and nowhere to write: the next file
-    that is opened would take their number. What the terminal cannot show is escaped."""
+    """Replace closed streams by /dev/null: the next opened file would take their number. Escape
+    characters that the terminal cannot show."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
         if stream is None:
@@ -129,7 +129,7 @@ def describe_os_error(error: OSError) -> str:
 
 
 def complain(lines: str) -> None:
-    """On stderr, once for all the processes of a run."""
+    """Print on stderr, once for all processes of a run."""
     if speaks_first():
         for part in lines.splitlines():
             print(f"r1pipe: {part}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""A dataset's own gold answers, given to its rewards as if a policy had found them.
+"""A dataset's gold answers, scored by its rewards as if a policy had written them.
 
-A gold that does not get the full reward teaches a policy that right is wrong: the dataset and the
-reward disagree on how answers are written, or the row is broken. The doctor refuses such data.
+A gold below the full reward means that dataset and reward disagree on how answers are written, or
+that the row is broken: training on it would punish right answers. The doctor rejects such data.
 """
 
 import inspect
@@ -14,19 +14,19 @@ from r1pipe.types import Problem, Rollout, Score
 from r1pipe.utils.imports import find_reward
 
 GOLD_COLUMNS = ("answer", "tests")
-"""A reward that takes one of these compares with the gold; the others look at the form only."""
+"""A reward that takes one of these compares with the gold; the others judge the form only."""
 
 
 @dataclass(frozen=True)
 class GoldTrial:
-    """How many problems had a gold to be tried, and which of these did not score 1."""
+    """Number of golds tried, and the problems whose gold did not score 1."""
 
     num_tried: int
     refused: list[tuple[Problem, Score]]
 
     @property
     def share(self) -> float:
-        """Of the golds that score 1; NaN if none could be tried."""
+        """Share of golds that score 1; NaN if none was tried."""
         return 1 - len(self.refused) / self.num_tried if self.num_tried else float("nan")
 
 
@@ -40,8 +40,8 @@ def pick_judging(rewards: Sequence[Reward]) -> list[Reward]:
 
 
 def try_rewards(rewards: Sequence[Reward], problems: Sequence[Problem]) -> None:
-    """Call every reward once, on a gold and on no answer of each problem. Raises UserError for one
-    that cannot be called so, or returns what is no reward."""
+    """Call every reward once, on a gold and a non-answer of each problem. Raises UserError for a
+    reward that fails or returns no rewards."""
     tried = [
         (problem, as_rollout(problem, text))
         for problem in problems
@@ -51,11 +51,11 @@ def try_rewards(rewards: Sequence[Reward], problems: Sequence[Problem]) -> None:
 
 
 def try_golds(rewards: Sequence[Reward], problems: Sequence[Problem]) -> GoldTrial:
-    """Judge each problem's gold: its `answer` as R1's format has it, or else its `solution`, which
-    is the only gold of a program. Problems with neither are not tried.
+    """Score each problem's gold: its `answer` in R1's format, or else its `solution`, the only gold
+    of a program. Problems with neither are skipped.
 
-    A gold is right if some reward gives it 1 and none gives it less: of a mixture of mathematics
-    and programs each row has rewards that cannot judge it.
+    A gold is right if at least one reward gives 1 and none gives less: in a mixture of math and
+    code each row has rewards that cannot judge it.
     """
     scorer = Scorer(list(rewards))
     tried = [problem for problem in problems if list_golds(problem)]
@@ -92,7 +92,7 @@ def is_full(score: Score) -> bool:
 
 
 def spread(problems: Sequence[Problem], limit: int | None) -> list[Problem]:
-    """At most `limit` problems, evenly from all of them."""
+    """At most `limit` problems, evenly spaced."""
     if limit is None or len(problems) <= limit:
         return list(problems)
     return [problems[i * len(problems) // limit] for i in range(limit)]

@@ -66,8 +66,8 @@ class Inputs:
         }
 
     def find_checkpoint(self, name: str) -> str | None:
-        """The folder of a finished stage or of a user's own, or a hub id that can be had; None if
-        it is not here yet."""
+        """The folder of a finished stage or another folder, or a hub id in reach; None if it does
+        not exist yet."""
         from r1pipe.models.hub_cache import reaches_hub
 
         if self.recipe.stage(name) is not None:
@@ -79,8 +79,8 @@ class Inputs:
         return name if find_snapshot(name) or reaches_hub() else None
 
     def find_tokenizer(self, name: str) -> "PreTrainedTokenizerBase | None":
-        """That of a checkpoint, or of the one that it will have it from; None if that is not here
-        yet either. Raises UserError for one that no stage can use."""
+        """The checkpoint's, or that of the one it will be trained from; None if neither exists yet.
+        Raises UserError for one that no stage can use."""
         from r1pipe.models.tokenizer import load_tokenizer
 
         place, stage = self.find_checkpoint(name), self.recipe.stage(name)
@@ -93,7 +93,7 @@ class Inputs:
         return self._tokenizers[place]
 
     def find_end_ids(self, name: str) -> list[int]:
-        """Of a checkpoint whose tokenizer is here, or of the one that it will have it from."""
+        """The checkpoint's end tokens, found as `find_tokenizer` finds its tokenizer."""
         from r1pipe.models.tokenizer import join_end_ids, read_end_ids
 
         tokenizer, place = self.find_tokenizer(name), self.find_checkpoint(name)

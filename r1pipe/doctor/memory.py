@@ -1,10 +1,8 @@
-"""How much memory a training stage needs on each device, from the model's config alone.
+"""Memory that a training stage needs on each device, from the model's config alone, in bytes.
 
-Weights, gradients, optimizer and KV cache are counted; activations are estimated from the
-architecture: within a third of what autograd keeps of the models in
-tests/unit/doctor/test_memory.py.
-Peaks measured on CPU, in one process and in several, stand beside the estimate in
-benchmarks/README.md; on GPUs nothing has been measured. Everything is in bytes.
+Weights, gradients, optimizer and KV cache are counted; activations are estimated, within a third of
+what autograd keeps of the models in tests/unit/doctor/test_memory.py. benchmarks/README.md has
+peaks measured on CPU beside the estimates; on GPUs nothing has been measured.
 """
 
 import contextlib
@@ -24,25 +22,25 @@ from r1pipe.utils.errors import UserError, first_line
 from r1pipe.utils.progress import format_size
 
 LAYER_COPIES = 3
-"""Of a sharded layer in its backward pass, in the dtype that it computes in: itself, its gradient,
-the next layer on its way. Its gradient is then copied once more, in float32, to be summed."""
+"""Of a sharded layer in its backward pass, in the compute dtype: weights, gradient, and the next
+layer's weights being gathered. The gradient is copied once more, in float32, to be summed."""
 ENGINE_WORKSPACE = 1.5 * GIB
-"""Of what vLLM may claim of a GPU: its own activations, its graphs."""
+"""Within vLLM's share of a GPU: its activations and graphs."""
 CPU_PROCESS, GPU_PROCESS = 1.0 * GIB, 2.0 * GIB
 """Python with torch, transformers and vLLM; CUDA's context, NCCL's buffers, fragmentation."""
 LOGIT_COPIES = 3
-"""Of a chunk of logits: themselves, their log-softmax, the gradient."""
+"""Of a chunk: logits, log-softmax, gradient."""
 TEACHER_LOGIT_COPIES = 4
-"""Of the teacher's chunk and the divergence: its logits, their log-softmax, the student's
-probabilities, the difference that these weigh."""
+"""Of a chunk: the teacher's logits and log-softmax, the student's probabilities, the difference of
+log-probs."""
 
 ESTIMATED = ("activations", "logits", "process")
-"""Parts that are not counted."""
+"""Parts that are estimated, not counted."""
 
 
 @dataclass(frozen=True)
 class Devices:
-    """So many devices, of so many bytes each."""
+    """Equal devices. `size`: bytes of each."""
 
     count: int
     size: float
@@ -58,7 +56,7 @@ class Devices:
 
     @classmethod
     def here(cls, device: str) -> "Devices":
-        """Those of this run: one for each process, GPUs or equal parts of the machine's memory."""
+        """This run's: a GPU per process, or an equal part of the machine's memory."""
         count = distributed.world_size()
         if device != "cpu" and torch.cuda.is_available():
             return cls(count, torch.cuda.get_device_properties(0).total_memory)
@@ -69,7 +67,7 @@ class Devices:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes on each device, by what they are for; and what cannot work whatever the total is."""
+    """Bytes on each device by purpose, and problems that more memory does not solve."""
 
     stage: str
     shape: Shape
@@ -87,7 +85,7 @@ class Estimate:
 
     @property
     def is_hopeless(self) -> bool:
-        """Whether it does not fit even without what is only estimated."""
+        """Does not fit even without the estimated parts."""
         counted = sum(size for name, size in self.parts.items() if name not in ESTIMATED)
         return counted > self.devices.size or bool(self.problems)
 
@@ -105,8 +103,8 @@ class Estimate:
 
 
 def estimate_shape(stage: Stage, recipe: Recipe, shape: Shape, devices: Devices) -> Estimate:
-    """Of a stage that trains a model of this shape: the trainer, what it compares with, and the
-    engine of a model that is sampled from, which all share every device."""
+    """For a stage that trains a model of this shape: trainer, reference, teacher and the engines of
+    models that it samples from share every device."""
     element = 2 if recipe.dtype == "bfloat16" else 4
     is_on_policy = isinstance(stage, OnPolicy)
     context = shape.config.max_position_embeddings
@@ -130,7 +128,7 @@ def estimate_shape(stage: Stage, recipe: Recipe, shape: Shape, devices: Devices)
 
 
 def teacher_bytes(shape: Shape, devices: Devices, element: int) -> float:
-    """Weights that are not trained; sharded, with a layer on its way and the whole head."""
+    """Frozen weights; sharded: with one gathered layer and the whole head."""
     if devices.count == 1:
         return element * shape.parameters
     head = shape.config.vocab_size * shape.config.hidden_size
@@ -141,7 +139,7 @@ def teacher_bytes(shape: Shape, devices: Devices, element: int) -> float:
 def engine_parts(
     recipe: Recipe, shape: Shape, devices: Devices
 ) -> tuple[dict[str, float], list[str]]:
-    """What vLLM takes of each device, and what it cannot work with."""
+    """vLLM's share of each device, and why it would not start."""
     element = 2 if recipe.dtype == "bfloat16" else 4
     engine = recipe.engine
     context = engine.max_model_len or shape.config.max_position_embeddings
@@ -166,7 +164,7 @@ def engine_parts(
 def trainer_parts(
     shape: Shape, devices: Devices, longest: int, element: int, settings: Optimization
 ) -> dict[str, float]:
-    """`longest`: tokens of the longest sequence, which may be a micro-batch of its own."""
+    """`longest`: tokens of the longest sequence, a micro-batch of its own if need be."""
     from r1pipe.trainer.policy import MAX_LOGITS
 
     num_tokens = max(settings.tokens_per_micro_batch(on_gpu=devices.is_gpu), longest)
@@ -176,13 +174,12 @@ def trainer_parts(
     if settings.offload_optimizer and devices.is_gpu:
         parts["optimizer"] = 2 * MASTER * shape.largest / devices.count
     if sharded:
-        # What lies outside the layers is whole from the first to the last layer's pass, and so is
-        # its gradient from where it begins.
+        # Parameters outside the layers stay gathered during all layers, and so do their gradients.
         layer = (LAYER_COPIES * element + MASTER) * shape.largest_layer
         parts["whole layers"] = layer + 2 * element * shape.outside_layers
     parts["activations"] = shape.activations(num_tokens, element, checkpointing)
     if element == 2 and not sharded:
-        # There is a bf16 copy of each matrix for the backward pass.
+        # Autograd keeps a bf16 copy of each matrix for the backward pass.
         copied = shape.largest_layer if checkpointing else shape.parameters
         parts["activations"] += element * copied
     max_logits = MAX_LOGITS["cuda" if devices.is_gpu else "cpu"]
@@ -193,7 +190,7 @@ def trainer_parts(
 
 def estimate_stage(stage: Stage, recipe: Recipe, devices: Devices) -> str | None:
     """One line about a training stage; None for others. Never raises for a model that cannot be
-    read: a hub may be out of reach now."""
+    read: the hub may be out of reach."""
     estimate = make_estimate(stage, recipe, devices)
     return (
         describe_estimate(estimate, stage, recipe) if isinstance(estimate, Estimate) else estimate
@@ -201,19 +198,19 @@ def estimate_stage(stage: Stage, recipe: Recipe, devices: Devices) -> str | None
 
 
 def make_estimate(stage: Stage, recipe: Recipe, devices: Devices) -> Estimate | str | None:
-    """Of a training stage, or why there is none; None for other stages."""
+    """For a training stage, or why there is none; None for other stages."""
     if stage.optimization is None:
         return None
     try:
         return estimate_shape(stage, recipe, Shape.of(find_stage_config(stage, recipe)), devices)
     except (OSError, ValueError, UserError) as error:
         return f"{stage.name}: no memory estimate: {error}"
-    except Exception as error:  # the formulas know no config but those of decoders
+    except Exception as error:  # the formulas only know configs of decoders
         return f"{stage.name}: no memory estimate: {first_line(error, with_type=True)}"
 
 
 def describe_estimate(estimate: Estimate, stage: Stage, recipe: Recipe) -> str:
-    """The estimate, and how many devices of that size would do if these do not."""
+    """The estimate, and if it does not fit, how many such devices it takes."""
     if estimate.fits:
         return str(estimate)
     for factor in (2, 4, 8, 16, 32):
@@ -225,7 +222,7 @@ def describe_estimate(estimate: Estimate, stage: Stage, recipe: Recipe) -> str:
 
 
 class Files(NamedTuple):
-    """Bytes on the disk: of a stage's checkpoint, and of what it saves while it runs."""
+    """Bytes on disk of a stage's result, and of its checkpoints while it runs."""
 
     kept: float
     meanwhile: float
@@ -240,7 +237,7 @@ def estimate_files(stage: Stage, recipe: Recipe) -> Files:
     if settings is None:
         return Files(model, 0)
     is_on_policy = isinstance(stage, OnPolicy)
-    # The optimizer's moments, and the reference; the newest ones, the best, and one being written.
+    # Weights, two moments, reference; the newest checkpoints, the best, and one being written.
     state = model * (4 if is_on_policy and stage.keeps_reference else 3)
     count = settings.save_total_limit + is_on_policy + 1
     return Files(model, state * (count if settings.save_steps else 1))

@@ -16,24 +16,33 @@ GIB = 2**30
 MASTER = 4
 """Bytes of a parameter, of its gradient, and of each of AdamW's two moments: float32."""
 NORM_BYTES = {4: 12, 2: 8}
-"""Of each entry that goes through a norm in transformers, by the size of the residual stream's: its
-input in float32, that squared, and scaled, the last in the stream's dtype."""
+"""Bytes per entry of a norm in transformers, by those of the residual stream: the input in float32,
+its square, and the scaled output in the stream's dtype."""
+_shapes: dict[str, "Shape"] = {}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Numbers of parameters, and what the formulas need of the architecture."""
+    """Numbers of parameters, and the config that the formulas read."""
 
     parameters: int
     largest: int
-    """Of one tensor."""
+    """Parameters of the largest tensor."""
     largest_layer: int
     outside_layers: int
-    """Of embedding, last norm and head."""
+    """Embedding, last norm and head."""
     config: PretrainedConfig
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "Shape":
+        """Built once per config: disk, memory and stage ask for the same one."""
+        key = config.to_json_string()
+        if key not in _shapes:
+            _shapes[key] = cls._measure(config)
+        return _shapes[key]
+
+    @classmethod
+    def _measure(cls, config: PretrainedConfig) -> "Shape":
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
             model = AutoModelForCausalLM.from_config(config)
         layers = [
@@ -54,7 +63,7 @@ class Shape:
         return self.config.num_hidden_layers
 
     def head_sizes(self) -> tuple[int, int, int]:
-        """Of a token's queries, keys and values, all heads together."""
+        """Sizes of a token's queries, keys and values, over all heads."""
         heads = self.config.num_attention_heads
         if self.get("kv_lora_rank"):  # MLA: every head has its own keys and values
             key = self.get("qk_nope_head_dim") + self.get("qk_rope_head_dim")
@@ -64,10 +73,10 @@ class Shape:
         return heads * size, groups * size, groups * size
 
     def kv_bytes_per_token(self, element: int, tensor_parallel_size: int) -> float:
-        """On each of the engine's devices, which share the heads, but no head."""
+        """On each of the engine's devices: heads are shared out, a head is not split."""
         _, keys, values = self.head_sizes()
         parts = min(tensor_parallel_size, self.groups())
-        if self.get("kv_lora_rank"):  # MLA keeps what keys and values are made of, for all heads
+        if self.get("kv_lora_rank"):  # MLA caches one latent for all heads
             keys, values, parts = self.config.kv_lora_rank, self.get("qk_rope_head_dim"), 1
         return self.num_layers * (keys + values) * element / parts
 
@@ -112,7 +121,7 @@ class Shape:
 
 
 def find_stage_config(stage: Stage, recipe: Recipe) -> PretrainedConfig:
-    """Of the model that the stage makes. Raises ValueError if it cannot be read."""
+    """The config of the stage's model. Raises ValueError if it cannot be read."""
     settings = stage.new_model
     if settings is None:
         if stage.weights_from is None:
@@ -125,24 +134,24 @@ def find_stage_config(stage: Stage, recipe: Recipe) -> PretrainedConfig:
 
 
 def find_config(source: str, recipe: Recipe) -> PretrainedConfig:
-    """Of a stage's name, a folder or a hub id. Raises ValueError if it cannot be read."""
+    """By a stage's name, a folder or a hub id. Raises ValueError if it cannot be read."""
     stage = recipe.stage(source)
     if stage is not None:
         return find_stage_config(stage, recipe)
     folder = Path(source).expanduser()
     try:
-        # A folder, or what the hub's cache has; only then the hub, which retries for a minute.
+        # The hub last: without a connection it retries for a minute.
         here = folder.is_dir() or not reaches_hub()
         where = folder if folder.is_dir() else source
         return AutoConfig.from_pretrained(where, local_files_only=here)
     except Exception as error:  # a config may hold anything
         raise ValueError(
-            f'no config of "{source}" to be had (a folder with its config.json is enough)'
+            f'no config of "{source}" found (a folder with its config.json is enough)'
         ) from error
 
 
 def make_config(settings: dict[str, Any]) -> PretrainedConfig:
-    """Raises ValueError for what makes none."""
+    """Raises ValueError for settings that transformers does not accept."""
     settings = dict(settings)
     try:
         return AutoConfig.for_model(settings.pop("model_type", ""), **settings)

@@ -1,7 +1,6 @@
-"""From judged samples to figures: pass@k, cons@k, tables by category and length, comparisons.
+"""Metrics of judged samples: pass@k, cons@k, splits by category and length, comparisons.
 
-Pure functions over the samples of one checkpoint on one set of problems, those of one problem next
-to each other.
+Pure functions over the samples of one checkpoint on one set of problems, grouped by problem.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ R1_NUM_SAMPLES = ((200, 64), (500, 16), (math.inf, 8))
 test set size" (arXiv:2501.12948, section D.1)."""
 
 SHORTEST_BIN = 32
-"""Tokens, where the first bin of completion lengths ends; every further one is twice as long."""
+"""Tokens in the first bin of completion lengths; each further bin is twice as long."""
 
 
 def default_num_samples(num_problems: int) -> int:
@@ -38,10 +37,10 @@ class ProblemResult:
     num_samples: int
     num_right: int
     majority_right: bool | None
-    """None where answers cannot be counted, as with programs."""
+    """None where answers cannot be compared, as with programs."""
     mean_tokens: float
     question_sha256: str = ""
-    """Of the prompt: the same problem twice in a set counts as one for the intervals. Empty in
+    """Hash of the prompt: a problem that is in a set twice counts once for the intervals. Empty in
     files of older versions."""
 
     @property
@@ -54,7 +53,7 @@ class ProblemResult:
 
 
 def find_right(scores: list[Score], reward: str) -> list[bool]:
-    """Which samples have the full reward. What cannot be judged is not right, and is counted."""
+    """Which samples have the full reward. An unjudged one is not right."""
     return [(score.rewards[reward] or 0.0) >= 1.0 for score in scores]
 
 
@@ -83,13 +82,13 @@ def sum_up_problems(
 
 
 def hash_question(problem: Problem) -> str:
-    """Apart from spaces and line ends; 16 digits are enough for millions of problems."""
+    """Ignores whitespace; 16 digits are enough for millions of problems."""
     text = "\0".join(f"{m['role']} {' '.join(m['content'].split())}" for m in problem.prompt)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def measure_interval(results: list[ProblemResult]) -> tuple[float, float]:
-    """Of pass@1, rounded as files have it."""
+    """95% interval of pass@1, rounded as in files."""
     interval = clustered_interval([r.pass_rate for r in results], [r.text for r in results])
     return round(interval[0], 4), round(interval[1], 4)
 
@@ -109,7 +108,7 @@ def measure(
     reward: str,
     format_reward: str,
 ) -> dict[str, Any]:
-    """The figures of one checkpoint on one set, with their protocol."""
+    """An entry of summary.json: one checkpoint on one set, with the protocol."""
     num_samples = results[0].num_samples
     ci_low, ci_high = measure_interval(results)
     majority = [r.majority_right for r in results if r.majority_right is not None]
@@ -171,8 +170,8 @@ def split_by_length(rollouts: list[Rollout], right: list[bool]) -> list[dict[str
     """Share right among the samples of each length, in bins that double: `tokens_from` (included)
     to `tokens_to` (not).
 
-    Long samples are those of hard problems, too: this tells where samples end, not what thinking
-    longer would bring.
+    Long samples also belong to hard problems: this says where samples end, not what longer thinking
+    would gain.
     """
     groups: dict[int, list[int]] = defaultdict(list)
     for place, rollout in enumerate(rollouts):
@@ -190,8 +189,8 @@ def split_by_length(rollouts: list[Rollout], right: list[bool]) -> list[dict[str
 
 
 def compare_paired(before: list[ProblemResult], after: list[ProblemResult]) -> dict[str, Any]:
-    """pass@1 of `after` minus that of `before`, over the problems that both were asked, with an
-    interval that knows they are the same problems.
+    """pass@1 of `after` minus that of `before` over the problems that both have, with a paired
+    interval.
 
     Raises ValueError if there are none.
     """

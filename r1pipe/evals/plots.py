@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def plot_curves(run: RunFolder, summary: list[dict], path: Path) -> None:
-    """Reward and length over the steps of the stages that train on their own samples, and for
-    on_policy_distill the divergence; pass@1 on the first set of problems."""
+    """Reward, divergence and length over the steps of the on-policy stages; pass@1 on the first set
+    of problems."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -33,7 +33,7 @@ def plot_curves(run: RunFolder, summary: list[dict], path: Path) -> None:
                 lines[name] = (name, {"lw": 1, "ls": style[1:], "color": style[0]})
         for name, (label, style) in lines.items():
             values = [math.nan if row.get(name) is None else row[name] for row in metrics]
-            known = label in colors  # of an earlier stage: the same colour, once in the legend
+            known = label in colors  # from an earlier stage: the same color, once in the legend
             color = colors.setdefault(label, style.pop("color", f"C{len(colors)}"))
             left.plot(steps, values, color=color, label=None if known else label, **style)
         length_axis.plot(steps, [row[LENGTH] for row in metrics], color="tab:gray", lw=1)
@@ -102,7 +102,7 @@ def plot_expert_load(run: RunFolder, path: Path) -> None:
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """As a PNG, whole or not at all."""
+    """As a PNG, atomically."""
     from matplotlib import pyplot
 
     partial = path.with_name(f".{path.name}")

@@ -52,7 +52,7 @@ def clustered_interval(
 
 
 def sum_deviations(values: Sequence[float], texts: Sequence[str] | None) -> list[float]:
-    """Of each text, the sum of its values' deviations from the mean of all."""
+    """Per text, the sum of its values' deviations from the overall mean."""
     mean = sum(values) / len(values)
     sums: dict[object, float] = {}
     for key, value in zip(texts or range(len(values)), values, strict=True):

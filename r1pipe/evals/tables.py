@@ -1,8 +1,7 @@
-"""What a run has to show for itself: the table of its summary, and the curves as a picture."""
+"""Summary tables of a run, as Markdown."""
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
 
@@ -10,12 +9,8 @@ from r1pipe.config.rl import OnPolicy
 from r1pipe.runs.folder import RunFolder
 from r1pipe.runs.logs import read_metrics
 
-if TYPE_CHECKING:
-    pass
-
-
 LENGTH = "completions/mean_length"
-"""Of metrics.jsonl: tokens per completion of a step."""
+"""Metric: mean tokens of a step's completions."""
 COLUMNS: dict[str, Callable[[dict], str]] = {
     "checkpoint": lambda entry: entry["stage"],
     "pass@1": lambda entry: percent(entry["pass_at_1"]),
@@ -32,7 +27,7 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
 
 
 def format_table(summary: list[dict]) -> str:
-    """The summary as Markdown: for each set of problems a table, its protocol in the line below."""
+    """For each set of problems a table, with its protocol in the line below."""
     return "\n\n".join(
         draw_table([list(COLUMNS), *([cell(e) for cell in COLUMNS.values()] for e in entries)])
         + "\n\n"
@@ -42,9 +37,8 @@ def format_table(summary: list[dict]) -> str:
 
 
 def format_report(summary: list[dict], lengths: Sequence[str] = ()) -> str:
-    """All that is in the summary as Markdown: the tables of `format_table`, and for each set
-    pass@k, pass@1 by category, and samples by length, with a column per checkpoint; then the lines
-    of `describe_lengths`."""
+    """All of the summary: for each set the tables of `format_table`, pass@k, pass@1 by category and
+    samples by length, with a column per checkpoint; then `lengths`, from `describe_lengths`."""
     parts = []
     for entries in group_by_set(summary):
         parts += [f"# {entries[0]['dataset']}", format_table(entries)]
@@ -61,9 +55,8 @@ def format_report(summary: list[dict], lengths: Sequence[str] = ()) -> str:
 
 
 def describe_lengths(run: RunFolder) -> list[str]:
-    """The log of response length in short: a line for each stage that samples what it trains on,
-    its completions' mean tokens at the start and at the end, each over a tenth of the steps, and
-    the rewards beside it."""
+    """A line for each on-policy stage: mean tokens of its completions and mean rewards, over the
+    first and the last tenth of the steps."""
     lines = []
     for stage, rows in read_on_policy_metrics(run):
         longest = max(rows, key=lambda row: row[LENGTH])
@@ -88,14 +81,14 @@ def describe_ends(rows: list[dict], name: str, style: str) -> str:
 
 
 def read_on_policy_metrics(run: RunFolder) -> Iterator[tuple[OnPolicy, list[dict]]]:
-    """The stages that sample what they train on and have logged steps, and these."""
+    """On-policy stages with logged steps, and their metrics."""
     for stage in run.recipe.stages:
         if isinstance(stage, OnPolicy) and (rows := read_metrics(run.stage_dir(stage.name))):
             yield stage, rows
 
 
 def list_rewards(rows: list[dict]) -> dict[str, str]:
-    """The metrics that are mean rewards of a function, and its name without the module's."""
+    """Metrics of mean rewards, and the function's name without its module."""
     names = [name.split("/")[1] for name in rows[0] if re.fullmatch("rewards/[^/]+/mean", name)]
     return {f"rewards/{name}/mean": name.rpartition(".")[2] for name in names}
 
@@ -152,7 +145,7 @@ def list_lengths(entry: dict) -> dict[str, str]:
 def draw_pivot(
     title: str, entries: list[dict], list_cells: Callable[[dict], dict[str, str]]
 ) -> str:
-    """A row for everything that some entry has a cell for, a column per entry."""
+    """A row per name in any entry's cells, a column per entry."""
     columns = [list_cells(entry) for entry in entries]
     names = list(dict.fromkeys(name for column in columns for name in column))
     if title == "tokens":
@@ -162,7 +155,7 @@ def draw_pivot(
 
 
 def draw_table(rows: list[list[str]]) -> str:
-    """Markdown whose columns line up; the first row is the header."""
+    """A Markdown table with aligned columns; the first row is the header."""
     widths = [max(cell_len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
         "| " + " | ".join(set_cell_size(*pair) for pair in zip(r, widths)) + " |" for r in rows

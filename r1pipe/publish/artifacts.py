@@ -39,7 +39,7 @@ ROLLOUTS = ("rollouts/*.parquet", "traces.jsonl")
 
 @dataclass(frozen=True)
 class Artifacts:
-    """What was written of a model."""
+    """The written model."""
 
     model_type: str
     dtype: str
@@ -47,7 +47,7 @@ class Artifacts:
     hashes: dict[str, str]
     """SHA-256 of weights and GGUF, by file."""
     gguf_type: str | None
-    """Of the GGUF file, if there is one."""
+    """None: no GGUF file."""
     gguf_splitting: "Splitting | None"
 
 
@@ -125,7 +125,7 @@ def link_file(source: Path, target: Path) -> None:
 
 
 KEPT_IN_FLOAT32 = ("e_score_correction_bias",)
-"""What transformers and vLLM hold in float32 whatever the model's dtype is."""
+"""transformers and vLLM keep these in float32, whatever the model's dtype."""
 
 
 def round_weights(source: Path, target: Path, dtype: str) -> None:

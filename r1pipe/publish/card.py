@@ -30,7 +30,7 @@ SHARES = {
     "pass_at_k": "pass@{k}",
     "maj_at_k": "maj@{k}",
 }
-"""The figures of a summary that go into `model-index`, and the hub's names for them."""
+"""Figures of a summary for `model-index`, and the hub's names for them."""
 
 
 THINKS = " It was trained to write its reasoning between `<think>` and `</think>`, then the answer."
@@ -105,7 +105,7 @@ def write_model_card(card: Card) -> str:
         "## Limits",
         describe_limits(card),
         "## Recipe",
-        "Every setting, as it was resolved, in the order of the stages:",
+        "Every setting, with defaults filled in, in the order of the stages:",
         fence("yaml", dump_recipe(card)),
         "## Lineage",
         describe_lineage(card),
@@ -163,12 +163,12 @@ def describe_model(card: Card) -> str:
 def describe_objections(card: Card) -> list[str]:
     if not card.objections:
         return []
-    lines = ["> [!WARNING]", "> Published with `--force` in spite of this:", ">"]
+    lines = ["> [!WARNING]", "> Published with `--force`; overridden checks:", ">"]
     return ["\n".join([*lines, *(f"> - {objection}" for objection in card.objections)])]
 
 
 def describe_evaluation(card: Card, evaluation: Evaluation) -> str:
-    """The checkpoint beside those that it comes from, on the same problems."""
+    """The checkpoint and its ancestors on the same problems."""
     names = {card.base_model, *(stage.name for stage in card.lineage)}
     rows: list[dict[str, Any]] = []
     for entry in evaluation.stage.read_summary():
@@ -196,10 +196,10 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 
 
 def write_vllm_example(card: Card) -> str:
-    """The dtype is said, because vLLM's own choice turns float32 into bfloat16."""
+    """With a dtype: vLLM's default turns float32 into bfloat16."""
     quirks = find_quirks(card.artifacts.model_type)
     imports, on_cpu, settings = "", "", f'dtype="{card.artifacts.dtype}"'
-    if quirks.cpu_engine:  # of models with latent attention, which CPUs cannot compute as such
+    if quirks.cpu_engine:  # for latent attention, which vLLM's CPU kernels do not have
         lines = ['os.environ["VLLM_MLA_DISABLE"] = "1"']
         lines += [f'settings["{name}"] = {v!r}' for name, v in quirks.cpu_engine.items()]
         imports = "import os\n\nimport torch\n"
@@ -252,7 +252,7 @@ def format_messages(messages: list[dict[str, str]]) -> str:
 
 
 def longest_completion(card: Card) -> int:
-    """Tokens that the model was measured with."""
+    """Tokens that the model was evaluated with."""
     lengths = [e.entry["max_completion_length"] for e in card.evaluations]
     return max(lengths, default=256)
 
@@ -299,7 +299,7 @@ def describe_overlap(card: Card) -> str:
 
 
 def describe_cost(card: Card) -> str:
-    """Of the whole run, by its ledger; of a run without one what the stages have noted."""
+    """The whole run's, from its ledger; without one, the stages' records."""
     if (card.run_folder / LEDGER).exists():
         table, notes = describe_costs(card.run_folder).split("\n\n", 1)
         return f"{table}\n\n" + "\n".join(f"- {note}" for note in notes.splitlines())
@@ -343,7 +343,7 @@ def describe_limits(card: Card) -> str:
 
 
 def dump_recipe(card: Card) -> str:
-    """The stages that the model comes from and was measured by, as one recipe."""
+    """The stages in the lineage and the evaluations, as one recipe."""
     stages = card.lineage + [e.stage for e in card.evaluations]
     shared = {key: value for key, value in card.stage.config.items() if key != "stage"}
     sections = [s.config.get("stage") or hide_places(s.settings) for s in stages]
@@ -352,7 +352,7 @@ def dump_recipe(card: Card) -> str:
 
 
 def describe_lineage(card: Card) -> str:
-    """What `r1pipe verify` compares, down to the hash of each stage's own record."""
+    """Commits and hashes, down to those of each stage's own record."""
     rows = []
     for stage in [*card.lineage, *(e.stage for e in card.evaluations)]:
         file, record = stage.folder / LINEAGE, read_lineage(stage.folder) or {}

@@ -1,7 +1,7 @@
-"""The Hugging Face hub: what a repository holds, how a folder gets there, errors in one line.
+"""The Hugging Face hub: a repository's files, uploads, errors in one line.
 
-All through huggingface_hub, which reads HF_ENDPOINT, HF_TOKEN and the stored login. The token never
-leaves it: no message here quotes a request.
+All through huggingface_hub, which reads HF_ENDPOINT, HF_TOKEN and the stored login. No message
+quotes a request, so none has the token.
 """
 
 import hashlib
@@ -34,11 +34,10 @@ from r1pipe.utils.progress import console
 
 RepoType = Literal["model", "dataset"]
 STALE = (".safetensors", ".safetensors.index.json", ".parquet", ".gguf")
-"""Files of these kinds that are not published again are deleted: left beside new weights or
-rollouts, they would be loaded with them, or be another model's. Whatever else somebody has added
-stays."""
+"""Remote files of these kinds that are not published again are deleted: they would be loaded with
+the new weights or rollouts. Others, such as files added by hand, stay."""
 MAX_DIFF_BYTES = 200_000
-"""Of a text file whose changed lines are shown."""
+"""Changed lines of larger text files are not shown."""
 
 
 class Unreachable(UserError):
@@ -83,7 +82,7 @@ class Hub:
             return self._api.whoami()["name"]
 
     def find_repo(self, repo_id: str, repo_type: RepoType) -> Remote | None:
-        """None if there is none, or none that this user may see."""
+        """None if there is none that this user may see."""
         with one_line(repo_id):
             try:
                 info = self._api.repo_info(repo_id, repo_type=repo_type)
@@ -96,7 +95,7 @@ class Hub:
         return Remote(info.sha, bool(info.private), by_path)
 
     def find_license(self, repo_id: str, repo_type: RepoType) -> str | None:
-        """What a repository's card says; None if it says nothing or cannot be read."""
+        """From the repository's card; None if it has none or cannot be read."""
         try:
             with one_line(repo_id):
                 info = self._api.repo_info(repo_id, repo_type=repo_type)
@@ -113,7 +112,7 @@ class Hub:
         return Path(file).read_text(encoding="utf-8", errors="replace")
 
     def read_texts(self, repo_id: str, pattern: re.Pattern[str]) -> dict[str, str]:
-        """The files of a model's repository whose whole name matches; none if it is not there."""
+        """Texts of a model's files whose whole name matches, by name; none without a repository."""
         remote = self.find_repo(repo_id, "model")
         names = [name for name in (remote.files if remote else ()) if pattern.fullmatch(name)]
         return {name: self.read_text(repo_id, "model", name, remote) for name in names}
@@ -123,7 +122,7 @@ class Hub:
             self._api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
         remote = self.find_repo(repo_id, repo_type)
         if remote is None:
-            raise UserError(f"{repo_id}: was created and cannot be seen; may the token read it?")
+            raise UserError(f"{repo_id}: was created but cannot be read: check the token's rights")
         return remote
 
     def upload(
@@ -135,11 +134,11 @@ class Hub:
         remote: Remote,
         message: str,
     ) -> str:
-        """All changes in one commit, or none. Returns its address.
+        """Upload all changes as one commit. Returns its address.
 
-        Large files go up before the commit, and the hub keeps those that have arrived: after an
-        interruption the same call sends the others only. Raises UserError if somebody else has
-        changed the repository since `remote` was read.
+        Large files are uploaded before the commit and kept by the hub: after an interruption the
+        same call uploads the rest. Raises UserError if the repository has changed since `remote`
+        was read.
         """
         operations: list[CommitOperationAdd | CommitOperationDelete] = [
             CommitOperationAdd(change.path, folder / change.path)
@@ -163,7 +162,7 @@ class Hub:
     def add_to_collection(
         self, title: str, repo_id: str, repo_type: RepoType, private: bool
     ) -> str:
-        """The address of the collection of that title, made if there is none."""
+        """The address of the collection with this title, created if there is none."""
         with one_line(f'collection "{title}"'):
             collection = self._api.create_collection(
                 title, namespace=repo_id.split("/")[0], private=private, exists_ok=True
@@ -184,7 +183,7 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def list_changes(folder: Path, remote: Remote | None) -> list[Change]:
-    """What publishing the folder would do to each file of the repository (None: a new one)."""
+    """What publishing the folder does to each file of the repository (None: a new one)."""
     files = remote.files if remote else {}
     changes = []
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
@@ -200,7 +199,7 @@ def list_changes(folder: Path, remote: Remote | None) -> list[Change]:
 
 
 def is_same(file: Path, there: RepoFile) -> bool:
-    """Compared by what the hub says of its file: SHA-256 of a large one, else git's blob id."""
+    """By size and hash: SHA-256 of a large file, else git's blob id."""
     size = file.stat().st_size
     if size != there.size:
         return False
@@ -216,7 +215,7 @@ ANY_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
 
 
 def holds_token(text: str) -> bool:
-    """Whether the text holds this user's token, or what looks like somebody's."""
+    """Whether the text holds this user's token, or what looks like a token."""
     token = get_token()
     return bool(ANY_TOKEN.search(text)) or (token is not None and token in text)
 
@@ -234,7 +233,7 @@ AGAIN = "run the same command again to resume"
 
 @contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into a UserError: `what`, the cause, what to do."""
+    """Turns errors of huggingface_hub into a UserError: `what`, the cause, what to do."""
     try:
         yield
     except (RepositoryNotFoundError, GatedRepoError) as error:
@@ -273,13 +272,13 @@ def explain_status(error: HfHubHTTPError) -> str:
     status, said = error.response.status_code, error.server_message or ""
     said = f": {hide_token(' '.join(said.split()))}" if said else ""
     if status == 401:
-        return "the hub does not accept the token (401): is HF_TOKEN right, and not expired?"
+        return "the hub rejects the token (401): check HF_TOKEN, which may have expired"
     if status == 403:
         return f"the token may not do this (403{said}): it needs write access"
     if status in (409, 412):
-        return f"somebody else has changed it meanwhile ({status}{said}): look, and publish again"
+        return f"the repository was changed meanwhile ({status}{said}): look, and publish again"
     if status == 429:
         return f"too many requests (429); wait a few minutes: {AGAIN}"
     if status >= 500:
         return f"the hub fails ({status}{said}); {AGAIN}"
-    return f"the hub refuses ({status}{said})"
+    return f"the hub rejects this ({status}{said})"

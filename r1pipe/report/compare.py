@@ -43,7 +43,7 @@ def compare_runs(a: Path, b: Path, out: Path | None = None) -> str:
 def list_differences(
     a: dict[str, StageFolder], b: dict[str, StageFolder]
 ) -> Iterator[tuple[str, str, str, str]]:
-    """(stage, key, value in a, value in b) of every setting that is not the same."""
+    """(stage, key, value in a, value in b) of every setting that differs."""
     for name in {**a, **b}:
         if name not in a or name not in b:
             yield name, "", *("yes" if name in run else "no such stage" for run in (a, b))
@@ -59,7 +59,7 @@ def compare_accuracy(
     a: Path, b: Path, stages_a: dict[str, StageFolder], stages_b: dict[str, StageFolder]
 ) -> Iterator[tuple[str, ...]]:
     """pass@1 of every checkpoint that both runs evaluated on the same set, and the difference over
-    the problems that both were asked."""
+    the problems that both have."""
     results = [read_results(stages) for stages in (stages_a, stages_b)]
     summaries = map(read_summary, (a, b))
     entries = [{(e["dataset"], e["stage"]): e for e in summary} for summary in summaries]
@@ -78,7 +78,7 @@ def compare_accuracy(
 
 
 def read_results(stages: dict[str, StageFolder]) -> dict[tuple[str, str], list[ProblemResult]]:
-    """Per set and checkpoint, problem by problem, of the eval stages."""
+    """Results by (set, checkpoint), problem by problem, from the eval stages."""
     results: dict[tuple[str, str], list[ProblemResult]] = {}
     for stage in stages.values():
         for _, row in read_jsonl(stage.folder / "results.jsonl", missing_ok=True):
@@ -104,7 +104,7 @@ def compare_last_steps(
 def collect(
     names: list[str], stages: list[dict[str, StageFolder]], settings: list[tuple]
 ) -> dict[str, Any]:
-    """What the report's page shows, of two runs: their curves over each other."""
+    """The report page's data for two runs: their curves over each other."""
     return {
         "name": " and ".join(names),
         "written": "",

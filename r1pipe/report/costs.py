@@ -1,4 +1,4 @@
-"""What a run has cost, as a table, with what a point of accuracy has cost: `r1pipe cost RUN`."""
+"""`r1pipe cost RUN`: a table of a run's cost, in all and per point of accuracy."""
 
 import contextlib
 from pathlib import Path
@@ -19,7 +19,7 @@ PAPER = {
     "price_per_hour": 2.0,
     "currency": "USD",
 }
-"""Reinforcement learning and data only: the base model's pre-training is not in it."""
+"""Reinforcement learning and data, without the base model's pre-training."""
 
 COLUMNS = (
     "stage", "wall", "lost", "hours", "idle", "sampled", "trained", "cost", "pass@1", "per point",
@@ -27,9 +27,9 @@ COLUMNS = (
 
 
 def describe_costs(run_dir: Path) -> str:
-    """The table of a run folder, finished or running, and the paper's figures below it.
+    """The table of a run, finished or running, and the paper's figures below it.
 
-    Raises UserError if nothing was ever run in it.
+    Raises UserError for a folder without a ledger.
     """
     if not (run_dir / LEDGER).exists():
         raise UserError(f"{run_dir}: no {LEDGER}: not a run folder, or nothing was run in it")
@@ -64,9 +64,8 @@ def describe_paper() -> str:
 
 
 def find_gains(run_dir: Path, stages: list[str]) -> dict[str, float]:
-    """Points of pass@1, on the first set of problems, that each stage has gained over the
-    checkpoint that it trains, where both were evaluated; under "" the last checkpoint's over the
-    first one's."""
+    """Points of pass@1 on the first set of problems that each stage has gained over the checkpoint
+    that it trains, where both were evaluated; under "" the last checkpoint's over the first's."""
     summary = read_summary(run_dir)
     if not summary:
         return {}
@@ -83,7 +82,7 @@ def find_gains(run_dir: Path, stages: list[str]) -> dict[str, float]:
 
 
 def find_parent(stage_dir: Path) -> str | None:
-    """The checkpoint that a finished stage has trained further; None where there was none."""
+    """The checkpoint that a finished stage has trained; None for random weights."""
     record = read_record(stage_dir)
     if record is None:
         return None
@@ -93,7 +92,7 @@ def find_parent(stage_dir: Path) -> str | None:
 
 
 def add_up(stages: list[dict[str, Any]]) -> dict[str, Any]:
-    """One row of the table from those of all stages."""
+    """The table's last row."""
 
     def total(key: str) -> float | None:
         values = [stage[key] for stage in stages]

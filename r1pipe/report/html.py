@@ -1,10 +1,10 @@
-"""The report: one HTML file that shows a run, also while it is going on.
+"""The report: one HTML file about a run, finished or running.
 
     r1pipe report runs/demo --watch
 
-Everything is inside the file: it opens from a disk, without a network. Rollouts are packed in
-compressed chunks that the page opens only when they are looked at, so that 100,000 of them load at
-once. Imports no torch, and reads a run's folder without holding it.
+Everything is inside the file: it opens without a network. Rollouts are in compressed chunks that
+the page opens on demand, so that it loads quickly with 100,000 of them. Imports no torch, and reads
+the run's folder without locking it.
 """
 
 import base64
@@ -28,16 +28,16 @@ from r1pipe.utils.progress import log_line
 
 PAGE = Path(__file__).with_name("page")
 CHUNK = 256
-"""Rollouts that are compressed, and opened, together."""
+"""Rollouts that are compressed and opened together."""
 MAX_ROLLOUTS = 100_000
 MAX_POINTS = 1_000
-"""Of a curve: more than a screen has."""
+"""Of a curve: more than a screen's pixels."""
 EVENTS = "events.jsonl"
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Write RUN/report.html, or `out`. Raises UserError if the folder holds no stage, or for a
-    place where nothing can be written."""
+    """Write RUN/report.html, or `out`. Raises UserError if the folder holds no stage, or the file
+    cannot be written."""
     stages = find_stages(run)
     out = out or run / "report.html"
     write_page(out, render(collect(run, stages)))
@@ -56,7 +56,7 @@ def write_page(out: Path, page: str) -> None:
 
 
 def watch(run: Path, out: Path | None, every_s: float) -> None:
-    """Write the report whenever the run has gone on, until the user interrupts."""
+    """Write the report whenever the run has new data, until interrupted."""
     seen: float | None = None
     while True:
         try:
@@ -64,14 +64,12 @@ def watch(run: Path, out: Path | None, every_s: float) -> None:
             if newest != seen:
                 path = write_report(run, out)
                 if seen is None:
-                    log_line(
-                        f"written: {path}; looks every {every_s:g} s whether the run has gone on"
-                    )
+                    log_line(f"written: {path}; updated every {every_s:g} s")
                 seen = newest
         except (UserError, FileNotFoundError):
             if seen is None:
                 raise
-            # A stage was moving to its place: it is there the next time.
+            # A finished stage was being moved: it is there the next time.
         time.sleep(every_s)
 
 
@@ -83,11 +81,11 @@ def find_newest(run: Path) -> float:
     return max((path.stat().st_mtime for path in paths if path.exists()), default=0.0)
 
 
-# --- What there is to show ----------------------------------------------------------------------
+# --- Data ---------------------------------------------------------------------------------------
 
 
 def find_parents(stage: StageFolder) -> list[str]:
-    """Whatever it starts from; also of a run whose settings this version no longer knows."""
+    """What the stage starts from, also in runs with settings that this version does not know."""
     own = stage.settings
     data = own.get("data")
     traces = data.get("stage") if isinstance(data, dict) else None
@@ -96,7 +94,7 @@ def find_parents(stage: StageFolder) -> list[str]:
 
 
 def collect(run: Path, stages: list[StageFolder]) -> dict[str, Any]:
-    """All that the page shows; the rollouts packed."""
+    """The page's data."""
     rollouts = Rollouts()
     for stage in stages:
         for row in find_rollouts(stage):
@@ -165,7 +163,7 @@ def collect_expert_load(stage: StageFolder) -> dict[str, Any] | None:
 
 
 def thin(rows: list, limit: int) -> list:
-    """At most so many, evenly spaced, the last one among them."""
+    """At most `limit` rows, evenly spaced, the last one included."""
     stride = math.ceil(len(rows) / limit) or 1
     return rows[::-1][::stride][::-1]
 
@@ -181,7 +179,7 @@ def shorten(value: Any) -> float | None:
 
 
 def find_rollouts(stage: StageFolder) -> Iterator[dict[str, Any]]:
-    """Arguments of `Rollouts.add`, of a stage that trains by sampling or one that evaluates."""
+    """Arguments of `Rollouts.add` for a stage that trains on its samples or evaluates."""
     if steps := list(list_steps(stage.folder)):
         for row in read_rollouts(stage.folder, steps):
             yield {"source": stage.name, "row": row}

@@ -34,8 +34,8 @@ def describe_steps(stage_dir: Path) -> str:
 def describe_step(
     stage_dir: Path, step: int, best: int | None = None, worst: int | None = None
 ) -> Iterator[str]:
-    """A step's rollouts: the `best` and the `worst` so many by reward, or all as they were sampled.
-    Those that nothing could judge come last of all."""
+    """A step's rollouts: the `best` and `worst` ones by reward, unjudged ones last; or all in the
+    order of sampling."""
     rollouts = list(read_rollouts(stage_dir, [step]))
     if best is None and worst is None:
         yield from map(format_rollout, rollouts)

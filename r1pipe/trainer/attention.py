@@ -19,6 +19,8 @@ COMPUTED = ("sequence_lengths", "scaling", "dropout", "sliding_window", "positio
 """Keyword arguments of an attention function that `attend_packed` handles or may ignore."""
 
 PACKED_SDPA, PROBE = "r1pipe_packed_sdpa", "r1pipe_probe"
+_packable: set[tuple[str, str]] = set()
+"""What `require_packable` has accepted: the doctor and then the trainer ask."""
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
@@ -35,6 +37,9 @@ def require_packable(config: PretrainedConfig, attn_implementation: str) -> None
     layer must call the attention that it was given, and every module that takes the cache, because
     it keeps state of earlier tokens, must be such an attention or contain one.
     """
+    key = (config.to_json_string(), attn_implementation)
+    if key in _packable:
+        return
     name = config.model_type
     types = set(getattr(config.get_text_config(), "layer_types", None) or ())
     if config.get_text_config() is not config:
@@ -72,6 +77,7 @@ def require_packable(config: PretrainedConfig, attn_implementation: str) -> None
             f"{name}: its attention is not told the sliding_window of {window} tokens: such models "
             "cannot be trained here"
         )
+    _packable.add(key)
 
 
 def is_flash(attn_implementation: str) -> bool:

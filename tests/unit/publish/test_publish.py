@@ -293,11 +293,11 @@ def test_a_failing_and_a_slow_hub_are_waited_for(hub: FakeHub, run: Path) -> Non
 
 # (request, status, what the hub says, words of the line)
 REFUSALS = [
-    ("GET /api/whoami", 401, "Invalid credentials", ["does not accept the token (401)"]),
+    ("GET /api/whoami", 401, "Invalid credentials", ["rejects the token (401)"]),
     ("POST /api/repos/create", 403, f"no rights for {TOKEN}", ["403", "<token>", "write access"]),
     ("PUT /lfs/", 403, "expired", ["403"]),
-    ("/commit/", 412, "A commit has happened since", ["somebody else has changed it", "412"]),
-    ("/commit/", 409, "conflict", ["somebody else has changed it", "409"]),
+    ("/commit/", 412, "A commit has happened since", ["was changed meanwhile", "412"]),
+    ("/commit/", 409, "conflict", ["was changed meanwhile", "409"]),
     ("/commit/", 500, "", ["the hub fails (500", "run the same command again to resume"]),
     ("/validate-yaml", 400, "bad card", ["README.md"]),
 ]
