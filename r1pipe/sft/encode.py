@@ -55,7 +55,8 @@ def encode_traces(
     Raises UserError for a row without `solution` or rejected by the chat template, and if no row is
     left.
     """
-    rows, num_too_long = [], 0
+    rows: list[Trace] = []
+    too_long: list[int] = []
     header, _ = show_turn(tokenizer)
     end_id = find_end_id(tokenizer, end_ids)
     for problem in problems:
@@ -65,9 +66,12 @@ def encode_traces(
         solution = drop_opening(problem.solution, find_opening(tokenizer, prompt, header))
         completion = encode_completion(tokenizer, solution, end_id)
         if max_length is not None and len(prompt) + len(completion) > max_length:
-            num_too_long += 1
+            too_long.append(len(prompt) + len(completion))
             continue
         rows.append(Trace(np.array(prompt, np.int32), np.array(completion, np.int32)))
     if not rows:
-        raise UserError(f"no row has at most max_length = {max_length} tokens")
-    return EncodedTraces(rows, num_too_long)
+        raise UserError(
+            f"train.max_length {max_length}: no row is that short, the shortest has "
+            f"{min(too_long)} tokens: raise it"
+        )
+    return EncodedTraces(rows, len(too_long))
