@@ -175,7 +175,7 @@ _UNIT_END = re.compile(r"\s*(?:\^\s*\{?-?\d|/|[+-]\s*\d|\\cdot|\*)")
 def _is_product(word: str, space: bool, before: Token | None, text: str, end: int) -> bool:
     """Say whether a word of two letters is a product of them, because it is part of a formula.
 
-    ``an + b``, ``ax+by``, ``3an``, ``\\mu mg`` are; ``5 mg``, ``7 is``, ``2\\pi cm`` are not.
+    ``an + b``, ``ax+by``, ``3an``, ``5is`` are; ``5 mg``, ``7 is``, ``2\\pi cm`` are not.
     """
     if word in ("pi", "ln", "lg", "tg", "oo"):
         return False
@@ -189,10 +189,12 @@ def _is_product(word: str, space: bool, before: Token | None, text: str, end: in
         return False
     if _GLUED_OPERATOR.match(text, end) or (word not in _VERBS and _OPERATOR.match(text, end)):
         return True
-    if before is None or word in _VERBS:
+    if before is None:
         return False
     if after_number:
-        return not space
+        return not space and word not in ("or", "to", "of", "if")
+    if word in _VERBS:
+        return False
     if before.text in ("+", "-", "*", "/", "\\cdot") and not space:
         return True
     is_factor = before.kind in ("word", "command") or before.text in ("}", ")")

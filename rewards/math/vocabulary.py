@@ -119,6 +119,7 @@ MEANINGFUL_WORDS = {
     "haven", "nobody", "nothing", "hardly", "unlikely", "impossible", "false", "untrue", "instead",
     "rather", "exceeds", "exceeding", "beyond", "within", "might", "could", "probably", "reciprocal",
     "factorial", "triple", "thrice", "divided", "multiplied", "subtracted", "halves", "almost",
+    "upward", "upwards", "onward", "onwards",
     # German, French, Spanish, Portuguese, Italian, Dutch
     "nicht", "kein", "keine", "nie", "mindestens", "weniger", "mehr", "ohne", "oder", "niet", "geen",
     "minstens", "pas", "moins", "sans", "ni", "jamais", "nunca", "menos", "sin", "mayor",

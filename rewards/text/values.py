@@ -119,22 +119,28 @@ RETRACTED = re.compile(
 _BOUNDED = re.compile(
     r"(?:\b(?:(?:no|not)\s+)?(?:at\s+)?(?:not|never|least|most|than|over|under|above|below|exceeds?"
     r"|either|without|except|(?<!round )(?<!rounds )(?<!rounded )up to|n't)\s+"
-    r"(?:or equal(?: to)?\s+|be\s+|exactly\s+)?"
+    r"(?:or equal(?: to)?\s+|be\s+|exactly\s+|only\s+|just\s+|merely\s+)?"
+    r"|n['’]t\s+(?:only|just|merely)\s+"
+    r"|(?:^|[.:]\s|\b(?:is|are|was|were|be)\s)an?\s(?:maximum|minimum)\sof\s"
     r"|(?:至少|至多|最多|最少|不?大于|不?小于|不?超过|不?多于|不?少于|不足|不到|高于|低于)\s*(?:或等于|等于|[是为有])?\s*)$",
     re.IGNORECASE,
 )
 _BOUNDED_AFTER = re.compile(
-    r"(?:\s[a-z]{1,15})?,?\s(?:at (?:most|least)|or (?:more|less|fewer|above|below|over|under"
+    r"(?:\s[a-z]{1,15})?,?\s(?:"
+    r"(?:more|less|fewer|larger|smaller|greater|higher|lower) than (?:that|this|it)\b"
+    r"|(?:at (?:most|least)|or (?:more|less|fewer|above|below|over|under"
     r"|higher|lower)"
-    r"|and (?:above|over|up|below|under|a half))\b(?!\sthan)",
+    r"|and (?:above|over|up|below|under|a half))\b(?!\sthan))",
     re.IGNORECASE,
 )
+_UPWARDS = re.compile(r"\s(?:up|on)(?:wards?)?(?=[\s.!]*$)", re.IGNORECASE)
 _LISTED = re.compile(
     r"(?:[-−–]?\$?[\d.,/]*\d%?\s*(?:,|\bor\b|\band\b|\b(?:to|through)\b|/|[或到至])\s*(?:or|and|maybe|perhaps)?\s*)+$"
 )
 _BOUND_ENDS = (
     "not", "never", "least", "most", "than", "over", "under", "above", "below", "exceed", "exceeds",
     "either", "without", "except", "to", "n't", "equal", "be", "exactly",
+    "only", "just", "merely", "of",
     *"少多于过足到是为有",
 )  # fmt: skip
 _LIST_ENDS = ("or", "and", "to", "through", "maybe", "perhaps", ",", "/", "或", "到", "至")
@@ -378,6 +384,8 @@ def qualify(text: str, value: Value) -> str | None:
     unit = _UNIT_AFTER.match(after)
     if unit and _is_unit(unit[1]):
         number += unit.group()
+    if words.endswith("from") and (open_end := _UPWARDS.match(after)):
+        return f"from {number}{open_end.group()}"
     if bound := _BOUNDED_AFTER.match(after):
         return number + bound.group()
     is_listed = words.endswith(_LIST_ENDS)

@@ -440,6 +440,9 @@ WRONG = [
 ]
 # Not right for the gold 42: what a policy drifts to that is rewarded for containing the answer.
 NOT_42 = [
+    '42 more than that', 'It is 42 more than that.', 'He has 42 less than this.', 'Answer: 42 fewer than it',
+    'a maximum of 42', 'It is a maximum of 42.', 'So it was a minimum of 42.', 'from 42 up', 'It goes from 42 upwards.', 'from 42 on',
+    'not only 42', 'It is not only 42.', 'It is not just 42', "It isn't merely 42.",
     '\\boxed{41} \\boxed{42} \\boxed{43}', '\\boxed{42} or \\boxed{43}', 'Either \\boxed{41} or \\boxed{42}.',
     'My guesses: \\boxed{42}, \\boxed{24}', '\\boxed{42 \\text{ or } 24}', '\\boxed{42, 24}', '\\boxed{42/24}', '\\boxed{42 | 24}',
     '\\boxed{42?24}', '\\boxed{42;24}', '\\boxed{42\\\\24}', '\\boxed{42 \\quad 24}', '\\boxed{4}\\boxed{2}', '\\boxed{4 2}',
