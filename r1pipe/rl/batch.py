@@ -115,7 +115,7 @@ class Group:
             state["used"],
         )
 
-    def records(self) -> list[dict]:
+    def records(self) -> list[dict[str, Any]]:
         return [
             {
                 **describe_rollout(self.problem, rollout, score),
@@ -211,7 +211,7 @@ class Batch:
         """Kept with the rows of `records`."""
         return {"policy_step": self.policy_step, "rounds": self.rounds}
 
-    def records(self) -> list[dict]:
+    def records(self) -> list[dict[str, Any]]:
         """The rows for `RolloutFiles`: all ranks' on the first rank, none on the others. Every rank
         must call it."""
         by_rank = distributed.gather_to_first([group.records() for group in self.own_groups])

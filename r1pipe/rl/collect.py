@@ -94,7 +94,7 @@ class Collector:
         self,
         problems: list[Problem],
         num_samples: int,
-        seed_parts: tuple,
+        seed_parts: tuple[object, ...],
         seconds: dict[str, float],
         step: int,
         with_routes: bool = False,

@@ -39,7 +39,7 @@ class Prompts:
         return len(self._order)
 
     def draw(self, count: int) -> list[Problem]:
-        drawn = []
+        drawn: list[Problem] = []
         while len(drawn) < count:
             if self._place == len(self._order):
                 self._begin_epoch()

@@ -205,7 +205,7 @@ def measure_mismatch(
     sampler: Sampler,
     problems: list[Problem],
     sampling: Sampling,
-    seed_parts: tuple,
+    seed_parts: tuple[object, ...],
 ) -> float:
     """Mean |sampler - trainer| log-probability of one fresh sample per problem."""
     groups = sampler.generate_groups(

@@ -108,9 +108,8 @@ class Updater(PackedTrainer):
         own = self.share_out(samples, plan[: self.settings.steps_per_generation])
         mismatch = self.compare(list(own.values()))
         compared = mismatch is not None
-        if not compared:
-            mismatch = SamplerMismatch()
-        elif (metrics := mismatch.metrics()) and check(metrics):
+        mismatch = mismatch or SamplerMismatch()
+        if compared and (metrics := mismatch.metrics()) and check(metrics):
             return {**metrics, "updates_skipped": self.num_updates, "tokens_trained": 0}
         log = UpdateLog()
         for numbers in plan:

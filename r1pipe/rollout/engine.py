@@ -176,7 +176,7 @@ class Sampler:
         groups = self._engine_share(groups)
         if journal:
             for group in groups:
-                group.rollouts = journal.find_samples(group.problem.id, num_samples)
+                group.samples = journal.find_samples(group.problem.id, num_samples)
         yield from [group for group in groups if group.index in own and not group.missing]
         for group, rollout in self._sample(groups, sampling, with_routes):
             if group.index not in own:  # that of another rank of this engine
@@ -217,10 +217,10 @@ class Sampler:
                 rollout = self._read(result, group, number)
                 if with_routes and capture is None:
                     rollout.routes = self._take_routes(result)
-                group.rollouts[number] = rollout
+                group.samples[number] = rollout
                 yield group, rollout
         if capture:
-            rollouts = [group.rollouts[number] for group, number in missing]
+            rollouts = [group.samples[number] for group, number in missing]
             routes = capture.collect({str(i): count_routes(r) for i, r in enumerate(rollouts)})
             for place, rollout in enumerate(rollouts):
                 rollout.routes = routes[str(place)]

@@ -15,14 +15,18 @@ class SampleGroup:
     """Of the problem among those asked for."""
     problem: Problem
     seeds: list[int]
-    rollouts: list[Rollout | None]
-    """By the sample's number; None while it is missing."""
     prompt_ids: list[int] = field(default_factory=list)
+    samples: dict[int, Rollout] = field(default_factory=dict)
+    """Finished ones, by number."""
 
     @property
     def missing(self) -> list[int]:
-        """Numbers of the samples that are not finished."""
-        return [number for number, rollout in enumerate(self.rollouts) if rollout is None]
+        return [number for number in range(len(self.seeds)) if number not in self.samples]
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        """All samples of a finished group, in order."""
+        return [self.samples[number] for number in range(len(self.seeds))]
 
 
 def plan_groups(
@@ -37,5 +41,5 @@ def plan_groups(
         again = (times[problem.id],) if times[problem.id] else ()
         times[problem.id] += 1
         seeds = [derive_seed(*seed_parts, *again, problem.id, n) for n in range(num_samples)]
-        groups.append(SampleGroup(index, problem, seeds, [None] * num_samples))
+        groups.append(SampleGroup(index, problem, seeds))
     return groups

@@ -37,10 +37,10 @@ class SampleJournal:
         id; the same on all ranks."""
         self.places, self.scores = distributed.on_first_rank(self.find)
 
-    def find_samples(self, problem_id: str, num_samples: int) -> list[Rollout | None]:
-        """A problem's samples by number, None for those that are missing."""
-        keys = [(problem_id, number) for number in range(num_samples)]
-        return [self.load(self.places[key]) if key in self.places else None for key in keys]
+    def find_samples(self, problem_id: str, num_samples: int) -> dict[int, Rollout]:
+        """A problem's samples by number, as far as they are there."""
+        places = {n: self.places.get((problem_id, n)) for n in range(num_samples)}
+        return {number: self.load(place) for number, place in places.items() if place}
 
     def find(self) -> tuple[dict[tuple[str, int], Place], dict[str, list[Score]]]:
         places: dict[tuple[str, int], Place] = {}

@@ -99,7 +99,7 @@ def sample_and_score(
     for problem in complete[
         distributed.cut(len(complete), distributed.rank(), distributed.world_size())
     ]:
-        rollouts = journal.find_samples(problem.id, job.num_samples)
+        rollouts = list(journal.find_samples(problem.id, job.num_samples).values())
         kept[problem.id] = keep(problem, rollouts, journal.scores[problem.id])
     if missing:
         source = open_source()

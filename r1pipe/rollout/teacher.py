@@ -52,7 +52,7 @@ class TeacherClient:
         """
         groups = self.share(plan_groups(problems, num_samples, seed_parts))
         for group in groups:
-            group.rollouts = journal.find_samples(group.problem.id, num_samples)
+            group.samples = journal.find_samples(group.problem.id, num_samples)
         yield from [group for group in groups if not group.missing]
         asking = self._ask_all([group for group in groups if group.missing], sampling, journal)
 
@@ -72,7 +72,7 @@ class TeacherClient:
         async def ask(client: "AsyncOpenAI", group: SampleGroup, number: int) -> SampleGroup | None:
             rollout = await self._ask(client, group, number, sampling)
             journal.add_sample(rollout)
-            group.rollouts[number] = rollout
+            group.samples[number] = rollout
             return None if group.missing else group
 
         running: set[asyncio.Task[SampleGroup | None]] = set()

@@ -233,7 +233,7 @@ def test_requests_and_results_are_let_go(opened: tuple, problems: list[Problem])
     few = Sampling(max_completion_length=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler, "settings", SETTINGS.model_copy(update={"max_num_seqs": 4}))
-        journal = SimpleNamespace(find_samples=lambda *_: [None] * 12, add_sample=look)
+        journal = SimpleNamespace(find_samples=lambda *_: {}, add_sample=look)
         groups = list(sampler.generate_groups(problems[:4], 12, few, (0,), journal=journal))
     assert len(seen) == 48
     assert max(unfinished for unfinished, _ in seen) <= 8

@@ -56,7 +56,7 @@ class WrongBy:
         logprobs = [float(logits[t - 1, ids[t]]) + self.error for t in (3, 4)]
         groups = plan_groups(problems, num_samples, seed_parts)
         for group in groups:
-            group.rollouts = [Rollout("", 0, ids[:3], ids[3:], logprobs, "", "stop")]
+            group.samples[0] = Rollout("", 0, ids[:3], ids[3:], logprobs, "", "stop")
         return groups
 
 

@@ -47,7 +47,7 @@ class Source:
                 words = " ".join(rng.choice(("so", "and", "then", "three")) for _ in ids)
                 rollout = Rollout(group.problem.id, number, [1], ids, logprobs, words, "stop")
                 journal.add_sample(rollout)
-                group.rollouts[number] = rollout
+                group.samples[number] = rollout
             yield group
 
 
