@@ -217,20 +217,17 @@ def judge_quickly(answer: str, gold: str) -> str | None:
         return BAD_GOLD
     if len(answer) > MAX_CHARS:
         return UNPARSEABLE
+    wanted = parse_number(gold)
+    given = None if wanted is None else parse_number(answer)
+    if given is None and wanted is not None and "$" not in gold:
+        given = _read_amount(answer)
+    if given is not None and wanted == given:
+        return RIGHT
     if spell(answer) == spell(gold):
         return RIGHT
-    wanted = parse_number(gold)
-    if wanted is None:
-        return None
-    given = parse_number(answer)
-    if given is None and "$" not in gold:
-        given = _read_amount(answer)
-    if given is None:
-        return None
-    if wanted == given:
-        return RIGHT
     # A fraction may have been rounded to the other: that takes a closer look at both.
-    return WRONG if "/" not in gold + answer and "frac" not in gold + answer else None
+    is_fraction = "/" in gold + answer or "frac" in gold + answer
+    return None if given is None or is_fraction else WRONG
 
 
 def _read_amount(text: str) -> Fraction | None:

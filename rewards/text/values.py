@@ -59,9 +59,11 @@ _CLAUSE = re.compile(
     re.IGNORECASE,
 )
 _DENIED_STEMS = (
-    "no", "nt", "n't", "n’t", "ne", "hardly", "scarcely", "instead", "from", "than", "unequal",
-    "unlike", "but", "rul", "reject", "exclud", "discard", "doubt", "false", "wrong", "correct",
-    "true", "impossible", "pas", "nicht", "não", "не", "if", "不", "非", "除", "≠",
+    "not", "no ", "nobody", "non", "nor", "never", "neither", "\\ne", "n't", "n’t", "isnt",
+    "arent", "wasnt", "cant", "doesnt", "dont", "couldnt", "wouldnt", "hardly", "scarcely",
+    "instead", "from", "than", "unequal", "unlike", "but", "rul", "reject", "exclud", "discard",
+    "doubt", "false", "wrong", "correct", "true", "impossible", "pas", "nicht", "não", "не", "if",
+    "不", "非", "除", "≠",
 )  # fmt: skip
 _COPULA = r"\b(?:is|are|was|were|equals|gives|makes|leaves|totals|becomes|has)\b|="
 DENIED = re.compile(
@@ -296,9 +298,11 @@ def _list_values(text: str, start: int = 0) -> list[Value]:
         found.append(Value(at, match.end(), text[at : match.end()], False))
     found += [Value(*m.span(), m.group(), False) for m in _TUPLE.finditer(text, start)]
     labels = {label.start(1) for label in _LABEL.finditer(text, start)}
-    found += [_as_value(m) for m in NUMBER.finditer(text, start) if m.start() not in labels]
+    numbers = [_as_value(m) for m in NUMBER.finditer(text, start) if m.start() not in labels]
+    if not found:
+        return numbers
     values: list[Value] = []
-    for value in sorted(found, key=lambda v: (v.start, v.is_number)):
+    for value in sorted(found + numbers, key=lambda v: (v.start, v.is_number)):
         if not values or values[-1].end <= value.start:
             values.append(value)
     return values
