@@ -40,7 +40,7 @@ LONGEST_PROMPTS = 100
 
 
 def examine_architecture(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
-    """Of the models that the stage trains and samples from. Only a thorough check imports vLLM."""
+    """Models that the stage trains and samples from. Only a thorough check imports vLLM."""
     recipe = inputs.recipe
     good, missing, layers = [], [], ""
     trains = isinstance(stage, OnPolicy)

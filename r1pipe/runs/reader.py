@@ -114,7 +114,7 @@ class FinishedRun:
         return name
 
     def evaluations(self, name: str) -> list[Evaluation]:
-        """Of the stage's checkpoint, since it was last made."""
+        """Those of the stage's checkpoint, since it was last made."""
         made = self.stages[name].record["finished"]
         return [
             Evaluation(stage, entry)

@@ -1,4 +1,4 @@
-"""Functions named in a recipe by a dotted name: found, or an error that says what is wrong."""
+"""Imports of functions by their dotted names in a recipe, with errors that a user can fix."""
 
 import importlib
 import re
@@ -14,13 +14,13 @@ RewardFunction = Callable[..., list[float | None] | Awaitable[list[float | None]
 
 
 def find_reward(name: str) -> RewardFunction:
-    """Raises UserError, whatever its module does."""
+    """Raises UserError for any error of the import."""
     return import_named("reward", name)
 
 
 def import_named(key: str, name: str, is_wanted: Callable[[Any], bool] = callable) -> Any:
-    """What a recipe's `key` names by module and function. Raises UserError, whatever the module
-    does when it is imported."""
+    """The object at the dotted name under a recipe's `key`. Raises UserError for any error of the
+    import."""
     if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name) or name.endswith(".py"):
         # A path: the file is a module, found from the folder that it lies in.
         module, _, function = re.sub(r"\.py\b:?", ".", Path(name).name).rpartition(".")
@@ -50,7 +50,7 @@ def import_named(key: str, name: str, is_wanted: Callable[[Any], bool] = callabl
 
 
 def describe_failure(error: BaseException) -> str:
-    """What a user's code raised, and where, in one line."""
+    """A user's error and its place, in one line."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if not f.filename.startswith("<") and f.filename != __file__]
     where = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""

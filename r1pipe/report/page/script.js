@@ -473,7 +473,7 @@ async function pane(i) {
         `${column.tokens[i]} tokens${column.truncated[i] ? ", cut" : ""}`].filter(Boolean).join(" · ")));
 }
 
-// --- A run that goes on -------------------------------------------------------------------------
+// --- A running run ------------------------------------------------------------------------------
 
 function followRun() {
   if (!data.running) return;

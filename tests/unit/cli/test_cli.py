@@ -1,4 +1,4 @@
-"""What the command line tells somebody who does not know it."""
+"""The command line: help, errors in one line, streams, interrupts."""
 
 import errno
 import os
@@ -131,8 +131,8 @@ def close_streams() -> None:
         os.close(number)
 
 
-def test_whatever_becomes_of_the_streams(tmp_path: Path) -> None:
-    """Closed, read by nobody, or in an encoding that lacks what is to be printed."""
+def test_closed_and_ascii_streams(tmp_path: Path) -> None:
+    """Closed, with a closed reader, or in an encoding without the printed characters."""
     assert run_here("--help", preexec_fn=close_streams).returncode == 0
     reader, writer = os.pipe()
     os.close(reader)
@@ -180,14 +180,14 @@ def test_what_the_disk_refuses_is_one_line(
         ("report demo --what", "unrecognized arguments: --what\n"),
     ],
 )
-def test_arguments_that_are_none(line: str, words: str, capsys: pytest.CaptureFixture) -> None:
+def test_wrong_arguments(line: str, words: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as end:
         main(line.split())
     assert end.value.code == 2
     assert words in capsys.readouterr().err
 
 
-def test_what_is_behind_two_dashes_is_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arguments_after_two_dashes_are_vllms(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     monkeypatch.setitem(COMMANDS, "serve", replace(COMMANDS["serve"], run=seen.append))
     main(["serve", "demo", "--port", "9", "--", "--tool-call-parser", "hermes", "--port", "7"])

@@ -1,4 +1,4 @@
-"""The doctor: each check finds the one thing that is broken for it, and all of the demo's pass."""
+"""The doctor: each check finds the fault made for it, and all of the demo's pass."""
 
 import dataclasses
 import json
@@ -256,7 +256,7 @@ TRACES = {"num_generations": 2, "sampling": {"max_completion_length": 8}}
     ],
     ids=["sft", "mix", "few_shot"],
 )
-def test_a_lack_of_solutions_is_known_before_any_stage_runs(
+def test_missing_solutions_are_found_before_any_stage_runs(
     stage: dict, words: str, project: Path
 ) -> None:
     values = yaml.safe_load(Path("mine.yaml").read_text())
@@ -272,7 +272,7 @@ def test_a_lack_of_solutions_is_known_before_any_stage_runs(
         Preflight(load(), LARGE, load().stages, ProblemSets(load().run_dir))
 
 
-def test_what_a_later_stage_has_no_room_or_no_rows_for_is_known_before(project: Path) -> None:
+def test_a_later_stage_without_rows_or_context_is_found_before_the_run(project: Path) -> None:
     values = yaml.safe_load(Path("mine.yaml").read_text())
     (grpo,) = values["stages"]
     begin = {"kind": "init", "model": MODEL, "tokenizer": {"vocab_size": 300, "data": grpo["data"]}}
@@ -324,7 +324,7 @@ def test_temporary_files_need_room(project: Path, monkeypatch: pytest.MonkeyPatc
     assert words in find_trouble(examine())["disk"]
 
 
-def test_a_trace_longer_than_the_model_s_context_is_told(project: Path) -> None:
+def test_a_trace_longer_than_the_context_is_a_warning(project: Path) -> None:
     rows = [{"q": "1+1?", "s": solution} for solution in ("2", "1 + " * 200, "3")]
     Path("traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = {"path": "traces.jsonl", "columns": {"prompt": "q", "solution": "s"}}
@@ -542,7 +542,7 @@ def test_template_for_content_in_parts(project: Path) -> None:
     assert str(told.value).count("leaves out what the user says") == 1
 
 
-def test_settings_that_make_no_model_are_known_before_any_stage_runs(project: Path) -> None:
+def test_settings_that_make_no_model_are_found_before_any_stage_runs(project: Path) -> None:
     values = yaml.safe_load(Path("mine.yaml").read_text())
     data = values["stages"][0]["data"]
     tokenizer = {"data": data, "vocab_size": 300}
@@ -713,7 +713,7 @@ def test_it_can_be_skipped(project: Path, capsys: pytest.CaptureFixture) -> None
     assert "neither a stage nor a checkpoint folder" in err.replace("\n", " ")
 
 
-def test_stages_are_looked_at_again_when_their_parent_is_there(project: Path) -> None:
+def test_stages_are_checked_again_when_their_parent_exists(project: Path) -> None:
     values = yaml.safe_load(Path("mine.yaml").read_text())
     (first,) = values["stages"]
     init = {"kind": "init", "model": MODEL, "tokenizer": {"data": first["data"]}}

@@ -256,9 +256,7 @@ def test_dry_run_needs_no_hub_and_no_token(run: Path) -> None:
     assert (run / "publish" / "sft" / "README.md").exists()
 
 
-def test_interrupted_upload_goes_on_where_it_was(
-    hub: FakeHub, tmp_path: Path, checkpoint: Path
-) -> None:
+def test_interrupted_upload_resumes(hub: FakeHub, tmp_path: Path, checkpoint: Path) -> None:
     """Two files of weights; the process is killed while it sends the second."""
     larger = tmp_path / "larger"
     shutil.copytree(checkpoint, larger)
@@ -304,7 +302,7 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize(("request_", "status", "message", "words"), REFUSALS)
-def test_refusals_of_the_hub_are_one_line(
+def test_errors_of_the_hub_are_one_line(
     request_: str, status: int, message: str, words: list[str], hub: FakeHub, run: Path
 ) -> None:
     hub.faults.append(Fault(request_, status=status, message=message, times=9))
@@ -330,7 +328,7 @@ def test_a_public_repo_is_filled_only_if_asked(hub: FakeHub, run: Path) -> None:
     assert not hub.repos["model", "ana/mini"].private
 
 
-def test_targets_that_are_none(run: Path) -> None:
+def test_wrong_targets(run: Path) -> None:
     assert find_finished(run)[1].name == find_finished(run / "sft")[1].name == "sft"
     for target, words in (
         (run / "stf", "stf: no finished stage of that name; did you mean sft?"),
@@ -389,7 +387,7 @@ def test_a_lineage_that_does_not_verify(hub: FakeHub, run: Path) -> None:
 
 
 def test_base_model_and_its_terms(hub: FakeHub, tmp_path: Path, checkpoint: Path) -> None:
-    """Trained from a model of the hub: its license and license files go on with the derivative."""
+    """Trained from a model of the hub: the derivative has its license and license files."""
     stages = [{**STAGES[1], "from": "org/base", "data": {"recipe": "gsm8k"}}, STAGES[2]]
     run = make_run(tmp_path / "runs", checkpoint, stages, dtype="bfloat16")
     assert "base model org/base: its license is not known" in refuse(hub, run)

@@ -18,7 +18,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
-def test_what_differs_is_told(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_differences_are_listed(runs: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *runs]) == 0
     shown = capsys.readouterr().out
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()]

@@ -236,7 +236,7 @@ def test_figures_that_there_are_not_are_null_and_can_be_plotted(tmp_path: Path) 
     assert (tmp_path / "curves.png").exists()
 
 
-def test_response_length_is_told_from_start_to_end(tmp_path: Path) -> None:
+def test_response_length_at_start_and_end(tmp_path: Path) -> None:
     """Means of the first and last tenth of the steps, each reward's too, and the longest step."""
     with RunFolder(make_recipe(tmp_path)) as run:
         assert describe_lengths(run) == []

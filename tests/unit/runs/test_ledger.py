@@ -52,7 +52,7 @@ clock = Clock()
 
 
 @pytest.fixture(autouse=True)
-def clock_and_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+def clock_and_touches(monkeypatch: pytest.MonkeyPatch) -> None:
     set_times = os.utime
 
     def touch(path: Path, times: None = None, *, ns: tuple[int, int] | None = None) -> None:
@@ -161,7 +161,7 @@ def test_idle_time(case: str) -> None:
     assert find_idle_seconds({**metrics, "staleness": phases.get("late", 0)}) == expected
 
 
-def test_tokens_that_no_step_has_told_are_those_of_the_record(tmp_path: Path) -> None:
+def test_tokens_that_no_step_has_logged_are_the_record_s(tmp_path: Path) -> None:
     account = Ledger(tmp_path, make_recipe(), Hardware("core", 2))
     with account.stage("distill"):
         account.note_step({"step": 5, "tokens_trained": 70})

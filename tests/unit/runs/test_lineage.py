@@ -110,7 +110,7 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-def test_everything_is_as_it_was(project: Path, capsys: pytest.CaptureFixture) -> None:
+def test_nothing_has_changed(project: Path, capsys: pytest.CaptureFixture) -> None:
     _, run = make_run()
     assert list_findings(run) == []
     assert main(["verify", "mine"]) == 0
@@ -178,9 +178,7 @@ CHANGES: dict[str, tuple[Callable[[Path], None], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_what_has_changed_is_named_and_nothing_else(
-    case: str, project: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_only_changes_are_named(case: str, project: Path, capsys: pytest.CaptureFixture) -> None:
     change, expected = CHANGES[case]
     _, run = make_run()
     change(run)
@@ -251,7 +249,7 @@ def test_processes_that_were_interrupted_are_kept(project: Path) -> None:
     assert find_problems(run.path / "grpo") == []
 
 
-def test_reward_code_that_has_moved_is_told_from_code_that_was_changed(project: Path) -> None:
+def test_moved_reward_code_is_not_changed_code(project: Path) -> None:
     """Lineages from before `rewards/` was split into packages name modules that are gone."""
     _, run = make_run("stages.grpo.rewards=[{function: rewards.format}]")
     record = read(run, "grpo")

@@ -119,7 +119,7 @@ def test_mlflow(tmp_path: Path) -> None:
     assert {"seed", "engine.max_num_seqs", "stage.learning_rate"} < keys
 
 
-def test_a_missing_package_is_told_before_anything_runs(
+def test_a_missing_package_is_found_before_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -130,7 +130,7 @@ def test_a_missing_package_is_told_before_anything_runs(
     assert examine_tracking(make_recipe(tmp_path, "trackio")).status == "FAIL"
 
 
-def test_a_tracker_that_fails_is_left_and_the_others_go_on(
+def test_a_tracker_that_fails_is_dropped_and_the_others_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     pytest.importorskip("tensorboard")
