@@ -3,11 +3,12 @@
     python examples/minimal_grpo.py             # a tiny model after a short cold start: one minute
     python examples/minimal_grpo.py CHECKPOINT  # a folder or hub id
 
-The tiny model has learnt two habits, to work a problem out and to guess. The reward teaches it to
-work: reward and length rise together, as in R1. `r1pipe grpo` runs the same algorithm with what is
-left out here: a KL term, sampling while training, resume, several processes.
+The cold start teaches two habits, working a problem out and guessing; the reward tells them apart,
+and reward and length rise together, as in R1. Left out here and part of `r1pipe grpo`: a KL term,
+sampling while training, resume, several processes.
 """
 
+import math
 import random
 import sys
 import tempfile
@@ -64,17 +65,19 @@ def train(checkpoint: str) -> None:
         prompts = rng.sample(problems, STAGE.prompts_per_step)
         rollouts = sampler.generate(prompts, STAGE.num_generations, STAGE.sampling, (step,))
         owners = [problem for problem in prompts for _ in range(STAGE.num_generations)]
-        rewards = [score.total for score in scorer.score(owners, rollouts)]
+        totals = [score.total for score in scorer.score(owners, rollouts)]
+        rewards = [math.nan if total is None else total for total in totals]  # None: not judged
         rewards_NG = torch.tensor(rewards).view(-1, STAGE.num_generations)
         advantages_NG = compute_advantages(rewards_NG, STAGE.scale_rewards)
 
         samples = list(map(Sample, rollouts, advantages_NG.flatten().tolist()))
         rng.shuffle(samples)
-        diff, *_ = [update(policy, optimizer, samples[n::num_parts]) for n in range(num_parts)]
+        diffs = [update(policy, optimizer, samples[n::num_parts]) for n in range(num_parts)]
         sampler.load_weights(export_weights(policy.model))
 
         length = sum(rollout.num_tokens for rollout in rollouts) / len(rollouts)
-        print(f"{step=} reward={rewards_NG.mean():.2f} {length=:.1f} {diff=:.0e}", flush=True)
+        reward, diff = rewards_NG.nanmean(), diffs[0]
+        print(f"{step=} {reward=:.2f} {length=:.1f} {diff=:.0e}", flush=True)
 
 
 def update(policy: Policy, optimizer: torch.optim.Optimizer, samples: list[Sample]) -> float:

@@ -14,12 +14,12 @@ from r1pipe.doctor.model_shape import find_config, find_stage_config
 from r1pipe.models.model import check_settings, pick_device
 from r1pipe.models.thinking import OPEN, close_tag
 from r1pipe.models.tokenizer import (
+    apply_template,
     check_length,
     encode_prompt,
+    find_answer_frame,
     find_opening,
     require_same_vocabulary,
-    show_turn,
-    use_template,
 )
 from r1pipe.models.weights import check_weights
 from r1pipe.rollout.vllm_args import (
@@ -136,7 +136,7 @@ def examine_tokenizers(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
             missing.append(name)
             continue
         try:
-            header, behind = show_turn(tokenizer)
+            header, behind = find_answer_frame(tokenizer)
         except UserError as error:
             yield Diagnosis("", "FAIL", str(error))
             continue
@@ -256,7 +256,7 @@ def find_dropped_system_prompt(
         for problem in problems[:1]:
             said = [m["content"].strip() for m in problem.prompt if m["role"] == "system"]
             name = f'problem "{problem.id}"'
-            text = use_template(tokenizer, problem.prompt, name, tokenize=False)
+            text = apply_template(tokenizer, problem.prompt, name, tokenize=False)
             if any(system not in text for system in said):
                 return describe_source(source)
     return None

@@ -171,12 +171,12 @@ def read_tensors(folder: Path, config: PreTrainedConfig) -> Iterator[tuple[str, 
                 if name is None:
                     raise UserError(f"--gguf: {file.name}: GGUF has no place for {ours}")
                 tensor = weights.get_tensor(ours).float().numpy()
-                yield name, order_rows(tensor, ours, config)
+                yield name, interleave_heads(tensor, ours, config)
     if config.rope_parameters["rope_type"] == "llama3":
         yield "rope_freqs.weight", find_frequency_factors(config)
 
 
-def order_rows(tensor: np.ndarray, name: str, config: PreTrainedConfig) -> np.ndarray:
+def interleave_heads(tensor: np.ndarray, name: str, config: PreTrainedConfig) -> np.ndarray:
     """Interleave the two halves of each head in a Llama's query and key rows, as GGUF has them."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     num_heads = heads.get(name.split(".")[-2])
@@ -298,7 +298,7 @@ def find_splitting(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> 
     decoders = {part["type"] for part in parts.get("decoders", [parts]) if part}
     if stored["model"]["type"] != "BPE" or "ByteLevel" not in decoders:
         raise UserError("--gguf: the tokenizer is not a byte-level BPE")
-    others = {name: imitate(stored, *how) for name, how in SPLITTINGS.items()}
+    others = {name: replace_splitting(stored, *how) for name, how in SPLITTINGS.items()}
     ignores_merges = bool(stored["model"].get("ignore_merges"))
     for name, other in others.items():
         if SPLITTINGS[name][1] == ignores_merges and split(other) == split(
@@ -319,7 +319,9 @@ def split(tokenizer: Tokenizer) -> list[str]:
     return [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str(PROBE)]
 
 
-def imitate(stored: dict[str, Any], expressions: Sequence[str], ignore_merges: bool) -> Tokenizer:
+def replace_splitting(
+    stored: dict[str, Any], expressions: Sequence[str], ignore_merges: bool
+) -> Tokenizer:
     """The tokenizer with another splitting and, like llama.cpp, without a normalizer."""
     splits = [
         {"type": "Split", "pattern": {"Regex": e}, "behavior": "Isolated", "invert": False}

@@ -76,7 +76,7 @@ def load_tokenizer(checkpoint: str, chat_template: str | None = None) -> PreTrai
     if not tokenizer.encode("2", add_special_tokens=False):
         # transformers silently makes an empty one of the architecture's class.
         raise UserError(f"{checkpoint}: no tokenizer: no tokenizer.json, or an empty one")
-    if lost := find_rowless(tokenizer, checkpoint):
+    if lost := find_token_without_row(tokenizer, checkpoint):
         raise UserError(
             f"{checkpoint}: the embedding has no row for the token {lost!r}: take it out of "
             "tokenizer.json, or model.resize_token_embeddings(len(tokenizer)) first"
@@ -99,7 +99,7 @@ def load_tokenizer(checkpoint: str, chat_template: str | None = None) -> PreTrai
     return tokenizer
 
 
-def find_rowless(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> str | None:
+def find_token_without_row(tokenizer: PreTrainedTokenizerBase, checkpoint: str) -> str | None:
     """A token of the checkpoint whose id is beyond the embedding's rows; None if there is none."""
     try:
         num_rows = AutoConfig.from_pretrained(checkpoint).get_text_config().vocab_size
@@ -151,10 +151,10 @@ def encode_prompt(
     """Token ids up to where the assistant's turn begins.
 
     Raises UserError, with the prompt's `name`, if the chat template rejects it."""
-    return use_template(tokenizer, messages, name, add_generation_prompt=True, return_dict=False)
+    return apply_template(tokenizer, messages, name, add_generation_prompt=True, return_dict=False)
 
 
-def use_template(
+def apply_template(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, name: str, **options: Any
 ) -> Any:
     try:
@@ -171,7 +171,7 @@ ASKED, SHOWN = "Which numbers?", "4 and 2"
 """A conversation to find out what a template writes around an answer."""
 
 
-def show_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+def find_answer_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """The chat template's text before and after a given answer; two empty strings if it leaves out
     answers. Raises UserError if it fails, or leaves out the user's message."""
     messages = [
@@ -179,7 +179,7 @@ def show_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
         {"role": "assistant", "content": SHOWN},
     ]
     name = f"{tokenizer.name_or_path}: a question and its answer"
-    text = use_template(tokenizer, messages, name, tokenize=False)
+    text = apply_template(tokenizer, messages, name, tokenize=False)
     if ASKED not in text:
         raise UserError(
             f"{tokenizer.name_or_path}: the chat template leaves out what the user says; one for "
@@ -192,7 +192,7 @@ def show_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 def find_end_id(tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int]) -> int:
     """The token that completions are trained to end with: the first of `end_ids` that the chat
     template writes after an answer, by default the tokenizer's own. phi's differs from that."""
-    _, behind = show_turn(tokenizer)
+    _, behind = find_answer_frame(tokenizer)
     texts = {number: tokenizer.convert_ids_to_tokens(number) for number in end_ids}
     written = [number for number, text in texts.items() if text and text in behind]
     return min(written, key=lambda n: behind.index(texts[n]), default=tokenizer.eos_token_id)
@@ -201,7 +201,7 @@ def find_end_id(tokenizer: PreTrainedTokenizerBase, end_ids: Iterable[int]) -> i
 def find_opening(tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], header: str) -> str:
     """The part of the completion at the prompt's end, such as "<think>\\n"; mostly empty.
 
-    `header`: the text before an answer (`show_turn`)."""
+    `header`: the text before an answer (`find_answer_frame`)."""
     return find_opened_tag(tokenizer.decode(prompt_ids[-TAIL:]), header)
 
 
@@ -262,8 +262,8 @@ def find_difference(
     for token in sorted({*theirs, *own}, key=lambda t: (theirs.get(t, own.get(t)), t)):
         if theirs.get(token) != own.get(token):
             return (
-                f"{token!r} is {name_id(theirs.get(token))} of the teacher's and "
-                f"{name_id(own.get(token))} of the student's"
+                f"{token!r} is {describe_id(theirs.get(token))} of the teacher's and "
+                f"{describe_id(own.get(token))} of the student's"
             )
     if teacher.eos_token_id != student.eos_token_id:
         return (
@@ -273,5 +273,5 @@ def find_difference(
     return None
 
 
-def name_id(number: int | None) -> str:
+def describe_id(number: int | None) -> str:
     return "no token" if number is None else f"token {number}"

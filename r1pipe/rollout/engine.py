@@ -26,11 +26,11 @@ from r1pipe.models.model import fast_training_kernels, load_model
 from r1pipe.models.tokenizer import (
     check_length,
     encode_prompt,
+    find_answer_frame,
     find_opening,
     join_end_ids,
     load_tokenizer,
     read_end_ids,
-    show_turn,
 )
 from r1pipe.models.weights import list_weights
 from r1pipe.rollout.groups import SampleGroup, plan_groups
@@ -113,7 +113,7 @@ class Sampler:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(checkpoint, self.chat_template)
         self.end_ids = join_end_ids(self.tokenizer, read_end_ids(checkpoint))
         self._unsaid = {*self.end_ids, self.tokenizer.pad_token_id}
-        self._header, _ = show_turn(self.tokenizer)
+        self._header, _ = find_answer_frame(self.tokenizer)
         self._prompts: dict[tuple, array] = {}
         """Token ids by the prompt's messages."""
 

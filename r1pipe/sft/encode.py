@@ -10,9 +10,9 @@ from r1pipe.models.thinking import drop_opening
 from r1pipe.models.tokenizer import (
     encode_completion,
     encode_prompt,
+    find_answer_frame,
     find_end_id,
     find_opening,
-    show_turn,
 )
 from r1pipe.trainer.packing import Sample
 from r1pipe.types import Problem, Rollout
@@ -57,7 +57,7 @@ def encode_traces(
     """
     rows: list[Trace] = []
     too_long: list[int] = []
-    header, _ = show_turn(tokenizer)
+    header, _ = find_answer_frame(tokenizer)
     end_id = find_end_id(tokenizer, end_ids)
     for problem in problems:
         if not problem.solution:

@@ -20,7 +20,7 @@ from r1pipe.types import Problem, Rollout, Score
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.progress import log_line
 
-ENDS = ("truncated", "unjudged", "wrong")
+REJECTIONS = ("truncated", "unjudged", "wrong")
 """Why a sample is not accepted."""
 DROPS = ("too_hard", "too_easy", *FLAWS, "duplicate", "over_cap")
 """Why an accepted sample is dropped."""
@@ -37,7 +37,7 @@ def collect_traces(
     """Problems with a kept sample as `solution`, and counts of all samples by outcome. `origin`:
     see SamplingJob."""
     job = SamplingJob(
-        problems=put_examples_before(problems, settings, context),
+        problems=prepend_few_shot(problems, settings, context),
         num_samples=settings.num_generations,
         sampling=settings.sampling,
         seed_parts=(context.recipe.seed, context.stage_name),
@@ -68,12 +68,12 @@ def collect_traces(
         traces += made
         counts.update(counts_of_one)
     num_samples = len(problems) * settings.num_generations
-    reasons = {reason: counts[reason] for reason in (*ENDS, *DROPS)}
+    reasons = {reason: counts[reason] for reason in (*REJECTIONS, *DROPS)}
     log_line(f"{label}: {num_samples} samples, {describe_counts(reasons)}: {len(traces)} traces")
     return traces, {
         "samples": num_samples,
         "tokens_sampled": counts["tokens_sampled"],
-        "samples_accepted": num_samples - sum(reasons[end] for end in ENDS),
+        "samples_accepted": num_samples - sum(reasons[reason] for reason in REJECTIONS),
         **{f"dropped/{reason}": n for reason, n in reasons.items()},
         "problems_with_traces": counts["problems_with_traces"],
         "traces": len(traces),
@@ -105,7 +105,7 @@ def describe_counts(counts: dict[str, int]) -> str:
     return ", ".join(told) or "none dropped"
 
 
-def put_examples_before(
+def prepend_few_shot(
     problems: list[Problem], settings: Traces, context: StageContext
 ) -> list[Problem]:
     """The problems as prompted: with the few-shot examples as earlier turns."""
@@ -140,11 +140,11 @@ def select_samples(
 ) -> list[Rollout]:
     """The samples of one problem that become traces. Counts the others' reasons in `counts`."""
     left: dict[str, Rollout] = {}
-    pairs = sorted(zip(rollouts, scores, strict=True), key=lambda pair: measure_length(pair[0]))
-    ends = [find_end(rollout, score) for rollout, score in pairs]
-    difficulty = judge_difficulty(ends.count(None) / len(ends), settings)
-    for (rollout, _), end in zip(pairs, ends):
-        reason = end or difficulty or find_flaw(rollout.completion, settings.filters)
+    pairs = sorted(zip(rollouts, scores, strict=True), key=lambda pair: length_key(pair[0]))
+    rejections = [find_rejection(rollout, score) for rollout, score in pairs]
+    difficulty = judge_difficulty(rejections.count(None) / len(rejections), settings)
+    for (rollout, _), rejection in zip(pairs, rejections):
+        reason = rejection or difficulty or find_flaw(rollout.completion, settings.filters)
         if reason is None and rollout.completion in left:
             reason = "duplicate"
         if reason is None:
@@ -165,12 +165,12 @@ def judge_difficulty(pass_rate: float, settings: Traces) -> str | None:
     return "too_easy" if pass_rate > settings.max_pass_rate else None
 
 
-def measure_length(rollout: Rollout) -> tuple[int, int, int]:
+def length_key(rollout: Rollout) -> tuple[int, int, int]:
     """Sorts by tokens where the source counts them, then by characters."""
     return rollout.num_tokens, len(rollout.completion), rollout.sample
 
 
-def find_end(rollout: Rollout, score: Score) -> str | None:
+def find_rejection(rollout: Rollout, score: Score) -> str | None:
     """Why a sample is not accepted; None if it is complete and every function gives it the full
     reward. A reward of None is not accepted."""
     if rollout.truncated:

@@ -11,7 +11,7 @@ import pytest
 
 from r1pipe.config.base import Reward
 from r1pipe.rollout.scoring import Scorer, reward_metrics
-from r1pipe.sft.rejection import find_end
+from r1pipe.sft.rejection import find_rejection
 from r1pipe.types import Problem, Rollout, Score
 from r1pipe.utils.errors import UserError
 
@@ -206,10 +206,10 @@ def test_bad_reward_is_named(name: str, options: dict, words: str, mine: None) -
 
 def test_only_complete_samples_with_full_rewards_become_traces() -> None:
     full = Score({"a": 1.0, "b": 1.0}, 2.0)
-    assert find_end(make_rollout("x"), full) is None
-    assert find_end(make_rollout("x", "length"), full) == "truncated"
-    assert find_end(make_rollout("x"), Score({"a": 1.0, "b": 0.5}, 1.5)) == "wrong"
-    assert find_end(make_rollout("x"), Score({"a": 1.0, "b": None}, 1.0)) == "unjudged"
+    assert find_rejection(make_rollout("x"), full) is None
+    assert find_rejection(make_rollout("x", "length"), full) == "truncated"
+    assert find_rejection(make_rollout("x"), Score({"a": 1.0, "b": 0.5}, 1.5)) == "wrong"
+    assert find_rejection(make_rollout("x"), Score({"a": 1.0, "b": None}, 1.0)) == "unjudged"
 
 
 def test_where_nothing_trains_a_function_may_divide_by_max_steps(

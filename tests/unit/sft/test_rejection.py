@@ -9,7 +9,7 @@ from r1pipe.config.base import ProblemSet, Sampling
 from r1pipe.config.sft import TraceFilters
 from r1pipe.config.traces import FewShot, Traces
 from r1pipe.sft.filters import choose_diverse, find_flaw
-from r1pipe.sft.rejection import drop_flawed, put_examples_before, select_samples
+from r1pipe.sft.rejection import drop_flawed, prepend_few_shot, select_samples
 from r1pipe.types import Problem, Rollout, Score
 from r1pipe.utils.errors import UserError
 
@@ -159,14 +159,14 @@ def test_examples_come_before_the_problem_and_not_into_the_trace() -> None:
     few_shot = FewShot(data=ProblemSet(recipe="arithmetic"), num_examples=2)
     settings = make_settings(few_shot=few_shot)
     problems = [make_problem("a", "Own."), make_problem("z", "Own.")]
-    asked = put_examples_before(problems, settings, context)
+    asked = prepend_few_shot(problems, settings, context)
     assert [[m["content"] for m in problem.prompt] for problem in asked] == [
         # No problem is shown its own solution.
         ["Own.", "b?", "<think>\nb\n</think>\n1", "c?", "<think>\nc\n</think>\n1", "a?"],
         ["Own.", "a?", "<think>\na\n</think>\n1", "b?", "<think>\nb\n</think>\n1", "z?"],
     ]
     assert problems == [make_problem("a", "Own."), make_problem("z", "Own.")]
-    assert put_examples_before(problems, make_settings(), context) is problems
+    assert prepend_few_shot(problems, make_settings(), context) is problems
     few_shot = FewShot(data=ProblemSet(recipe="arithmetic"), num_examples=4)
     with pytest.raises(UserError, match="no 4 solutions"):
-        put_examples_before(problems, make_settings(few_shot=few_shot), context)
+        prepend_few_shot(problems, make_settings(few_shot=few_shot), context)
