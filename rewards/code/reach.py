@@ -35,7 +35,8 @@ class _Reach:
         attributes = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
         self.used = {n.id for n in names if isinstance(n.ctx, ast.Load)} | attributes
         num_stores = Counter(n.id for n in names if isinstance(n.ctx, ast.Store))
-        num_stores.update(node.arg for node in nodes if isinstance(node, ast.arg))
+        for field in ("arg", "name", "asname"):  # parameters, ``except ... as``, imports, ``case``
+            num_stores.update(str(getattr(node, field, "")) for node in nodes)
         self.constants: dict[str, object] = {"__name__": "tests", "__debug__": True}
         for part in (part for tree in trees for part in tree.body):
             match part:

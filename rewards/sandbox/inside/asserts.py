@@ -100,8 +100,13 @@ class AssertCounter(ast.NodeTransformer):
 
     def visit_If(self, node: ast.If) -> ast.If:
         if _fails(node.body) or _fails(node.orelse):
-            note = ast.parse("__count__.note_reached", mode="eval").body
-            node.test = ast.Call(note, [node.test], [])
+            node.test = _note_reached(node.test)
+        self.generic_visit(node)
+        return node
+
+    def visit_Match(self, node: ast.Match) -> ast.Match:
+        if any(_fails(case.body) for case in node.cases):
+            node.subject = _note_reached(node.subject)
         self.generic_visit(node)
         return node
 
@@ -113,6 +118,10 @@ class AssertCounter(ast.NodeTransformer):
                 handler.body[:0] = ast.parse("__count__.note_reached()").body
         self.generic_visit(node)
         return node
+
+
+def _note_reached(value: ast.expr) -> ast.Call:
+    return ast.Call(ast.parse("__count__.note_reached", mode="eval").body, [value], [])
 
 
 def _fails(body: list[ast.stmt]) -> bool:

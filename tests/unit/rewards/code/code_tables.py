@@ -339,6 +339,9 @@ CALLED = [
     "import unittest\nclass Case(unittest.TestCase):\n    def setUp(self): self.x = 3\n"
     "    def test_f(self):\n        self.assertEqual(f(self.x), 9)\n        assert f(2) == 4",
     "if f(3) != 9: raise ValueError('no square')",
+    "match f(3):\n    case 9: pass\n    case _: raise ValueError('no square')",
+    "flag = False\nmatch f(3):\n    case 0: raise ValueError\n    case flag: pass\n"
+    "if flag: assert flag == 9",
     *[f"import unittest\n{code}" for code in (
         "class T(unittest.TestCase):\n    def test_a(self): self.assertEqual(f(3), 9)",
         "from unittest import TestCase\nclass T(TestCase):\n    n = 3\n"
