@@ -5,14 +5,14 @@ with short ones would wait for the others at every layer, so samples move betwee
 update, complete with routes and advantage.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from r1pipe.trainer.packing import Sample, assign
 from r1pipe.utils import distributed
 
 
 def share_out(
-    samples: dict[int, Sample], costs: dict[int, float], minibatches: Sequence[Sequence[int]]
+    samples: dict[int, Sample], costs: Mapping[int, float], minibatches: Sequence[Sequence[int]]
 ) -> dict[int, Sample]:
     """The samples that this rank trains on, by their number among all ranks' samples.
 

@@ -59,7 +59,7 @@ def measure_difficulty(
     settings = stage.difficulty
     if settings is None:
         return None
-    job = make_job(stage, context, problems)
+    job = make_job(stage, settings, context, problems)
     origin = distributed.on_first_rank(lambda: describe_origin(stage, context, job))
     known = distributed.on_first_rank(lambda: read_known(context, origin))
     keys = {problem.id: digest(asdict(problem)) for problem in problems}
@@ -76,13 +76,15 @@ def measure_difficulty(
     return DifficultyLog(context.folder, measured)
 
 
-def make_job(stage: Grpo, context: StageContext, problems: list[Problem]) -> SamplingJob:
+def make_job(
+    stage: Grpo, settings: Difficulty, context: StageContext, problems: list[Problem]
+) -> SamplingJob:
     return SamplingJob(
         problems=problems,
-        num_samples=stage.difficulty.num_samples,
+        num_samples=settings.num_samples,
         sampling=stage.sampling,
         seed_parts=(context.recipe.seed, "difficulty"),
-        rewards=[find_reward(stage.difficulty, stage.rewards)],
+        rewards=[find_reward(settings, stage.rewards)],
         origin=identify_weights(context.checkpoint(stage.from_), context.recipe.dtype),
         folder=context.shared_folder / JOURNAL / "difficulty",
         label=f"{stage.name}: difficulty",

@@ -1,6 +1,7 @@
 """The update of on-policy distillation: the student's log-probabilities beside its teacher's."""
 
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class DistillUpdater(Updater):
 
     def compute_dummy_loss(self, batch: PackedBatch) -> Tensor:
         if torch.is_grad_enabled():
-            return self.measure_divergence(batch).divergence_C.sum() * 0
+            return sum_divergence(self.measure_divergence(batch)) * 0
         return super().compute_dummy_loss(batch)
 
     def backward(
@@ -71,7 +72,7 @@ class DistillUpdater(Updater):
         now = self.measure_divergence(batch)
         if mismatch is not None:
             mismatch.add(batch, now)
-        divergence = now.divergence_C.sum()
+        divergence = sum_divergence(now)
         loss = divergence / max(1, totals.num_tokens)
         loss.backward()
         return {"loss": float(loss.detach()), "divergence": float(divergence.detach())}
@@ -80,3 +81,7 @@ class DistillUpdater(Updater):
         with torch.no_grad():
             states = TeacherStates(self.teacher(batch), self.head, self.settings.beta)
         return self.policy(batch, self.settings.temperature, teacher=states)
+
+
+def sum_divergence(now: LogProbs) -> Tensor:
+    return cast("Tensor", now.divergence_C).sum()

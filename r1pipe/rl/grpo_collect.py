@@ -2,7 +2,7 @@
 
 import torch
 
-from r1pipe.config.rl import Grpo
+from r1pipe.config.rl import Difficulty, Grpo
 from r1pipe.rl.advantages import compute_advantages, find_silent_groups
 from r1pipe.rl.batch import Batch, Group, gather_groups
 from r1pipe.rl.collect import Collector
@@ -48,7 +48,7 @@ class GrpoCollector(Collector):
         give_advantages(used, stage.scale_rewards)
         everything = gather_groups(groups)
         if stage.difficulty and stage.difficulty.refresh_steps:
-            self.prompts.note(self._measure(everything))
+            self.prompts.note(self._measure(everything, stage.difficulty))
         return Batch(step, policy_step, everything, groups, rounds, seconds)
 
     def begin(self) -> None:
@@ -75,17 +75,20 @@ class GrpoCollector(Collector):
         """Select prompts by the rollouts since the last refresh and, for problems that had none, by
         new samples of the sampler's policy. Returns all rates."""
         difficulty = self.stage.difficulty
+        if difficulty is None:
+            return {}
         stale = [p for p in self.prompts.problems if p.id not in self.prompts.noted]
         seed_parts = (self.seed, self.stage.name, "difficulty", step)
         seconds = {"sample": 0.0, "score": 0.0}
-        num_samples = difficulty.num_samples
-        groups = self._sample(stale, num_samples, seed_parts, seconds, step) if stale else []
-        rates = {**self.prompts.noted, **self._measure(gather_groups(groups))}
+        groups = (
+            self._sample(stale, difficulty.num_samples, seed_parts, seconds, step) if stale else []
+        )
+        rates = {**self.prompts.noted, **self._measure(gather_groups(groups), difficulty)}
         self.prompts.refresh(rates)
         return rates
 
-    def _measure(self, groups: list[Group]) -> PassRates:
-        reward = find_reward(self.stage.difficulty, self.stage.rewards)
+    def _measure(self, groups: list[Group], difficulty: Difficulty) -> PassRates:
+        reward = find_reward(difficulty, self.stage.rewards)
         return {group.problem.id: compute_pass_rate(group.scores, reward) for group in groups}
 
 

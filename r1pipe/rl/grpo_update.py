@@ -1,6 +1,6 @@
 """The update of GRPO: clipped policy gradient by advantages, and a KL term to a reference."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -54,7 +54,9 @@ class GrpoUpdater(Updater):
         return loss
 
     @torch.no_grad()
-    def measure_reference(self, batch: PackedBatch, support: Support | None) -> Tensor:
+    def measure_reference(self, batch: PackedBatch, support: Support | None) -> Tensor | None:
+        if self.reference is None:
+            return None
         return self.reference(batch, self.settings.temperature, support=support).logprobs_C
 
     def remember(self, batch: PackedBatch, now: LogProbs) -> None:
@@ -65,8 +67,8 @@ class GrpoUpdater(Updater):
             supports = now.support.cpu().split(batch.completion_lengths)
             for sample, support in zip(batch.samples, supports, strict=True):
                 sample.support = support
-        if self.reference is not None:
-            ref_C = self.measure_reference(batch, now.support)
+        ref_C = self.measure_reference(batch, now.support)
+        if ref_C is not None:
             for sample, ref in zip(batch.samples, batch.split(ref_C), strict=True):
                 sample.ref_logprobs = ref
 
@@ -78,12 +80,14 @@ class GrpoUpdater(Updater):
             now = self.measure(batch)
             mismatch.add(batch, now)
             old_C, support = now.logprobs_C.detach(), now.support
-            ref_C = self.measure_reference(batch, support) if self.reference else None
+            ref_C = self.measure_reference(batch, support)
         else:
-            old_C, ref_C = batch.join("old_logprobs"), batch.join("ref_logprobs")
+            old_C = cast("Tensor", batch.join("old_logprobs"))  # `remember` has set it
+            ref_C = batch.join("ref_logprobs")
             support = None
             if self.truncation.cuts:
-                support = Support.join([s.support for s in batch.samples], old_C.device)
+                supports = [s.support for s in batch.samples if s.support]
+                support = Support.join(supports, old_C.device)
             now = self.policy(batch, self.settings.temperature, support=support)
         inputs = LossInputs(
             logprobs_C=now.logprobs_C,
@@ -116,5 +120,5 @@ class GrpoUpdater(Updater):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        if "reference" in state:
+        if self.reference is not None and "reference" in state:
             put_weights(self.reference, state["reference"])

@@ -6,7 +6,7 @@ its own samples, and the checks that stop it if sampler and trainer disagree.
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from r1pipe.rl.update import Updater
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.store import RolloutFiles
 from r1pipe.trainer.breaker import Breaker, EventLog
-from r1pipe.trainer.checkpoints import Checkpoints
+from r1pipe.trainer.checkpoints import AppendOnlyLog, Checkpoints, Stateful
 from r1pipe.trainer.packing import Sample
 from r1pipe.types import Problem
 from r1pipe.utils.errors import Tripped
@@ -83,9 +83,10 @@ def run_steps(
         Interrupt.deferred(stage.save_grace_s),
         context.open_progress(stage.name, stage.max_steps) as progress,
     ):
-        parts = {"updater": updater, "collector": collector, "batches": batches, "breaker": breaker}
-        logs = {"metrics": metrics_log, "rollouts": rollout_files, "events": breaker.log}
-        logs |= collector.logs
+        parts: dict[str, Stateful] = {"updater": updater, "collector": collector}
+        parts |= {"batches": batches, "breaker": breaker}
+        logs: dict[str, AppendOnlyLog] = {"metrics": metrics_log, "rollouts": rollout_files}
+        logs |= {"events": breaker.log, **collector.logs}
         checkpoints = Checkpoints(context.shared_folder, stage, stage.name, parts, logs)
         if done := checkpoints.restore_last_good():
             collector.warm_up()
@@ -102,7 +103,7 @@ def run_steps(
                 show(progress, metrics, goal)
                 checkpoints.end_step(metrics["step"], goal.score(metrics))
         except Tripped as error:
-            batch = breaker.batch
+            batch = cast("Batch", breaker.batch)
             rollout_files.write(batch.step, batch.records(), batch.facts())
             if error.rollback:
                 checkpoints.discard_from(breaker.first_suspect)
@@ -155,7 +156,7 @@ def train(
             ahead.logprob_diff = compare_ahead(updater, before, ahead)
         sampler.load_weights(export_weights(updater.model))
         if stage.verifies_sync:
-            metrics |= probe_sync(stage, updater, sampler, breaker, batch)
+            metrics |= probe_sync(stage, updater, cast("Sampler", sampler), breaker, batch)
         clock.lap("sync")
         breaker.close_step(metrics)
         yield metrics | clock.metrics(metrics["tokens_trained"]), batch

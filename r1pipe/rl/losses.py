@@ -11,7 +11,7 @@ or a function of your own named by its dotted path: `loss_type: my_package.my_lo
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -111,7 +111,7 @@ def clip_weights(inputs: LossInputs, settings: Grpo) -> TokenLosses:
     (MiniMax-M1, arXiv:2506.13585, eq. 4). As there, only the upper side is clipped, at
     `epsilon_high` itself (not 1 + epsilon_high), as in TRL."""
     ratio_C = (inputs.logprobs_C - inputs.old_logprobs_C).exp().detach()
-    high = settings.epsilon_high
+    high = cast("float", settings.epsilon_high)  # a recipe for cispo has it
     loss_C = -ratio_C.clamp(max=high) * inputs.advantages_C * inputs.logprobs_C
     return TokenLosses(loss_C, {"clip_ratio/high": (ratio_C > high) & (inputs.advantages_C > 0)})
 
@@ -179,7 +179,8 @@ def kl_term(inputs: LossInputs, settings: Grpo) -> Tensor:
     """The estimate, with `use_bias_correction_kl` times pi / pi_old: its gradient is then that of
     the KL itself (DeepSeek-V3.2, arXiv:2512.02556, section 3.1), which k3 alone is not, and which
     k1 alone is not at all (its gradient is zero in expectation)."""
-    kl_C = estimate_kl(inputs.logprobs_C, inputs.ref_logprobs_C, settings.kl_estimator)
+    ref_C = cast("Tensor", inputs.ref_logprobs_C)  # with beta there is a reference
+    kl_C = estimate_kl(inputs.logprobs_C, ref_C, settings.kl_estimator)
     if settings.use_bias_correction_kl:
         kl_C = kl_C * (inputs.logprobs_C - inputs.old_logprobs_C).exp()
     return kl_C

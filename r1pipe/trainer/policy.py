@@ -1,5 +1,6 @@
 """Log-probabilities of completions, never with all logits of a batch at once."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,8 @@ class Policy(nn.Module):
 
     One module with one forward, so that FSDP has one root.
     """
+
+    __call__: Callable[..., LogProbs]  # what `forward` returns
 
     def __init__(self, model: PreTrainedModel):
         super().__init__()

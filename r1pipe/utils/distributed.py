@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 T = TypeVar("T")
+Number = TypeVar("Number", int, float)
 
 LAUNCHER = "R1PIPE_LAUNCHER"
 """Set in the environment of processes that r1pipe.launch starts."""
@@ -131,9 +132,9 @@ def gather_to_first(value: T) -> list[T]:
     return values or []
 
 
-def sum_counts(counts: dict[str, float]) -> dict[str, float]:
+def sum_counts(counts: dict[str, Number]) -> dict[str, Number]:
     """Sums over ranks by name; a rank may lack a name. Bit-equal on every rank."""
-    total: dict[str, float] = {}
+    total: dict[str, Number] = {}
     for part in gather(counts):
         for name, value in part.items():
             total[name] = total.get(name, 0) + value
