@@ -16,6 +16,7 @@ _THINK_TAG = re.compile(
     r"[<\[◁](?P<close>/?)(?P<name>think|thinking|thoughts?|reason|reasoning|seed:think|THINK)[>\]▷]"
     r"|<\|(?:begin|(?P<end>end))_of_thought\|>"
 )
+_TAG_STEMS = ("think", "thought", "reason", "THINK")
 # What samplers leave of a chat template: <|im_end|>, <｜end▁of▁sentence｜>, </s>, [EOS].
 _SPECIAL_TOKENS = {
     "<": re.compile(
@@ -63,7 +64,8 @@ def split_thinking(text: str) -> tuple[str, str]:
     Without any tag all of the text is answer. ``<thinking>``, ``<thought>``, ``<reasoning>`` and
     what other models write count like ``<think>`` where the text closes them.
     """
-    if "<" not in text and "[THINK]" not in text and "◁" not in text:  # fast path
+    may_have_tag = "<" in text or "[THINK]" in text or "◁" in text
+    if not may_have_tag or not any(stem in text for stem in _TAG_STEMS):  # fast path
         return "", text
     tags = [
         (tag["name"] or "thought", bool(tag["close"] or tag["end"]), tag)
