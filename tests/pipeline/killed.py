@@ -20,7 +20,7 @@ from r1pipe.runs.folder import find_steps
 
 # Phase: the function that is running in some thread, and its file.
 PHASES = {
-    "sampling": ("engine.py", "generate"),
+    "sampling": ("engine.py", "generate_groups"),
     "scoring": ("scoring.py", "score"),
     "updating": ("update.py", "step"),
     "syncing": ("engine.py", "load_weights"),
