@@ -89,7 +89,10 @@ def test_vllm_server_says_what_our_engine_says(
         folder=tmp_path / "teacher",
         label="reject",
     )
-    teacher = TeacherClient(TeacherEndpoint(base_url=base_url, model="policy"))
+    # Our engine leaves special tokens in the text, for rewards to see; a server leaves them out.
+    body = {"skip_special_tokens": False}
+    endpoint = TeacherEndpoint(base_url=base_url, model="policy", extra_body=body)
+    teacher = TeacherClient(endpoint)
     theirs, _ = sample_all(job, lambda: teacher)
     sampler = Sampler(checkpoint, SETTINGS, "float32", CPU)
     try:
