@@ -76,3 +76,9 @@ def chosen_experts(model: PreTrainedModel, ids_BL: Tensor) -> Tensor:
 def other_experts(routes_NLK: Tensor) -> Tensor:
     """Routes that mostly share no expert with the given ones."""
     return ((routes_NLK + 3) % 8).sort(-1).values
+
+
+def number_padded(attention_mask: Tensor) -> Tensor:
+    """Sequence number of each token `[N]` of a mask `[rows, columns]`; -1 for padding."""
+    rows = torch.arange(len(attention_mask), device=attention_mask.device).unsqueeze(1)
+    return torch.where(attention_mask.bool(), rows, -1).flatten()

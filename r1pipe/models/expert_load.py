@@ -30,12 +30,6 @@ def number_packed(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.arange(len(lengths), device=device).repeat_interleave(lengths_S)
 
 
-def number_padded(attention_mask: Tensor) -> Tensor:
-    """Sequence number of each token `[N]` of a mask `[rows, columns]`; -1 for padding."""
-    rows = torch.arange(len(attention_mask), device=attention_mask.device).unsqueeze(1)
-    return torch.where(attention_mask.bool(), rows, -1).flatten()
-
-
 class ExpertLoad:
     """Counts the tokens that each expert gets in training, and balances them.
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from r1pipe.rollout.store import list_steps, read_rollouts
 from r1pipe.runs.ledger import SUMMARY
+from r1pipe.runs.lineage import list_checkpoints
 from r1pipe.runs.logs import read_metrics, read_rows
 from r1pipe.runs.reader import StageFolder, find_stages, read_summary
 from r1pipe.utils.errors import FULL, UserError, is_disk_full
@@ -89,8 +90,7 @@ def find_parents(stage: StageFolder) -> list[str]:
     own = stage.settings
     data = own.get("data")
     traces = data.get("stage") if isinstance(data, dict) else None
-    named = (own.get("from"), own.get("student"), traces, *own.get("checkpoints", ()))
-    return [name for name in named if isinstance(name, str)]
+    return [*list_checkpoints(own), *([traces] if isinstance(traces, str) else [])]
 
 
 def collect(run: Path, stages: list[StageFolder]) -> dict[str, Any]:

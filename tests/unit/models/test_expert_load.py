@@ -5,14 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from moe_models import chosen_experts, make_moe_model
+from moe_models import chosen_experts, make_moe_model, number_padded
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from r1pipe.models.expert_load import (
     ExpertLoad,
     describe_load,
-    number_padded,
     sequence_balance_loss,
     update_bias,
 )

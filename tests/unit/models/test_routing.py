@@ -5,14 +5,13 @@ import copy
 import numpy as np
 import pytest
 import torch
-from moe_models import COMMON, chosen_experts, make_moe_model, other_experts
+from moe_models import COMMON, chosen_experts, make_moe_model, number_padded, other_experts
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from r1pipe.models.expert_load import (
     ExpertLoad,
     number_packed,
-    number_padded,
 )
 from r1pipe.models.routing import (
     ROUTINGS,
