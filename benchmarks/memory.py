@@ -27,9 +27,9 @@ from r1pipe.config.base import ProblemSet
 from r1pipe.config.recipe import Recipe
 from r1pipe.data.problems import load_problems
 from r1pipe.doctor.memory import Devices, estimate_shape
-from r1pipe.doctor.model_shape import GIB, MASTER, Shape
 from r1pipe.models import weights
 from r1pipe.models.model import build_model
+from r1pipe.models.shape import GIB, MASTER, Shape
 from r1pipe.models.tokenizer import build_tokenizer, encode_prompt, load_tokenizer
 from r1pipe.models.weights import save_checkpoint
 from r1pipe.pipeline import silence_libraries

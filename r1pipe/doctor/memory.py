@@ -16,7 +16,8 @@ import torch
 from r1pipe.config.base import Optimization, Stage
 from r1pipe.config.recipe import Recipe
 from r1pipe.config.rl import OnPolicy
-from r1pipe.doctor.model_shape import GIB, MASTER, Shape, find_config, find_stage_config
+from r1pipe.doctor.model_config import find_config, find_stage_config
+from r1pipe.models.shape import GIB, MASTER, Shape
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError, first_line
 from r1pipe.utils.progress import format_size

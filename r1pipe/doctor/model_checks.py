@@ -10,7 +10,7 @@ from r1pipe.config.rl import OnPolicy
 from r1pipe.doctor.inputs import Inputs, count_characters, describe_source
 from r1pipe.doctor.machine import Diagnosis
 from r1pipe.doctor.memory import Estimate, describe_estimate, make_estimate
-from r1pipe.doctor.model_shape import find_config, find_stage_config
+from r1pipe.doctor.model_config import find_config, find_stage_config
 from r1pipe.models.model import check_settings, pick_device
 from r1pipe.models.thinking import OPEN, close_tag
 from r1pipe.models.tokenizer import (

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from r1pipe.config.load import load_recipe
 from r1pipe.config.recipe import Engine
-from r1pipe.doctor.model_shape import find_config
+from r1pipe.doctor.model_config import find_config
 from r1pipe.models.quirks import MLA_HEADS, has_mla
 from r1pipe.rollout.vllm_args import CPU_HEAD_SIZES, check_engine, engine_arguments, set_environment
 from r1pipe.utils.errors import UserError

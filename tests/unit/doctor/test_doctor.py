@@ -28,10 +28,10 @@ from r1pipe.doctor.machine import (
 )
 from r1pipe.doctor.memory import Devices, make_estimate
 from r1pipe.doctor.model_checks import examine_architecture
-from r1pipe.doctor.model_shape import GIB
 from r1pipe.doctor.preflight import Preflight
 from r1pipe.doctor.recipe import examine_recipe, examine_stage
 from r1pipe.models.model import build_model
+from r1pipe.models.shape import GIB
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import save_checkpoint
 from r1pipe.runs.folder import RunFolder

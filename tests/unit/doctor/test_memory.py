@@ -10,8 +10,9 @@ from transformers import AutoConfig, PreTrainedModel
 
 from r1pipe.config.load import load_recipe
 from r1pipe.doctor.memory import Devices, estimate_shape, estimate_stage
-from r1pipe.doctor.model_shape import GIB, Shape, find_stage_config
+from r1pipe.doctor.model_config import find_stage_config
 from r1pipe.models.model import build_model
+from r1pipe.models.shape import GIB, Shape
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.trainer.packing import Sample, pack

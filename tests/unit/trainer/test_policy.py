@@ -12,8 +12,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from r1pipe.doctor.model_shape import Shape
 from r1pipe.models.model import build_model
+from r1pipe.models.shape import Shape
 from r1pipe.trainer.packing import Sample, pack
 from r1pipe.trainer.policy import MAX_LOGITS, Policy, Truncation, chunk_sizes
 

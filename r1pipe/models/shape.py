@@ -1,15 +1,11 @@
 """Sizes of a model from its config alone: parameters, activations, caches."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
-from r1pipe.config.base import Stage
-from r1pipe.config.recipe import Recipe
-from r1pipe.models.hub_cache import reaches_hub
 from r1pipe.models.model import find_layers
 
 GIB = 2**30
@@ -118,42 +114,3 @@ class Shape:
             inputs = element * self.config.hidden_size * self.num_layers
             return num_tokens * (inputs + max(dense, moe))
         return num_tokens * (num_dense * dense + (self.num_layers - num_dense) * moe)
-
-
-def find_stage_config(stage: Stage, recipe: Recipe) -> PretrainedConfig:
-    """The config of the stage's model. Raises ValueError if it cannot be read."""
-    settings = stage.new_model
-    if settings is None:
-        if stage.weights_from is None:
-            raise ValueError(f'the stage "{stage.name}" makes no checkpoint')
-        return find_config(stage.weights_from, recipe)
-    if stage.taught_by:
-        teacher = find_config(stage.taught_by, recipe).get_text_config()
-        settings = {"vocab_size": teacher.vocab_size, **settings}
-    return make_config(settings)
-
-
-def find_config(source: str, recipe: Recipe) -> PretrainedConfig:
-    """By a stage's name, a folder or a hub id. Raises ValueError if it cannot be read."""
-    stage = recipe.stage(source)
-    if stage is not None:
-        return find_stage_config(stage, recipe)
-    folder = Path(source).expanduser()
-    try:
-        # The hub last: without a connection it retries for a minute.
-        here = folder.is_dir() or not reaches_hub()
-        where = folder if folder.is_dir() else source
-        return AutoConfig.from_pretrained(where, local_files_only=here)
-    except Exception as error:  # a config may hold anything
-        raise ValueError(
-            f'no config of "{source}" found (a folder with its config.json is enough)'
-        ) from error
-
-
-def make_config(settings: dict[str, Any]) -> PretrainedConfig:
-    """Raises ValueError for settings that transformers does not accept."""
-    settings = dict(settings)
-    try:
-        return AutoConfig.for_model(settings.pop("model_type", ""), **settings)
-    except Exception as error:  # each checks its values in its own way
-        raise ValueError(str(error)) from error
