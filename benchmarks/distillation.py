@@ -130,7 +130,7 @@ def accept_all(completions: list[str], **columns: object) -> list[float]:
 @contextmanager
 def stopwatch() -> Iterator[dict[str, float]]:
     """Wall and CPU seconds without those of starting vLLM."""
-    from r1pipe.rollout.engine import Engines
+    from r1pipe.rollout.engines import Engines
 
     clocks = {"wall": time.perf_counter, "cpu": time.process_time}
     started = {name: clock() for name, clock in clocks.items()}

@@ -304,8 +304,8 @@ def repair_trl(options: argparse.Namespace, device: torch.device, clock: "PhaseC
     """The repair in the module's docstring; also times the phases."""
     from transformers import AutoConfig
 
-    from r1pipe.rollout.engine import drop_expert_kernels
     from r1pipe.rollout.vllm_args import engine_arguments, set_environment
+    from r1pipe.rollout.weight_sync import drop_expert_kernels
 
     architecture = AutoConfig.from_pretrained(options.folder)
     if device.type == "cpu":

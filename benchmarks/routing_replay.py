@@ -25,7 +25,7 @@ from r1pipe.models.routing import find_routers, pack_routes, replaying, route_in
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import save_checkpoint
 from r1pipe.pipeline import silence_libraries
-from r1pipe.rollout.engine import Engines
+from r1pipe.rollout.engines import Engines
 from r1pipe.trainer.packing import Sample, pack
 from r1pipe.trainer.policy import Policy
 from r1pipe.types import Rollout

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from r1pipe.rollout.engine import Engines
+    from r1pipe.rollout.engines import Engines
 
 NUM_BROKEN_SHOWN, NUM_BROKEN_KEPT = 3, 100
 """Broken rows that a stage prints one by one, and that its record keeps."""

@@ -160,7 +160,7 @@ def run_stages(
     from r1pipe.doctor.memory import Devices, estimate_stage
     from r1pipe.doctor.preflight import Preflight
     from r1pipe.models.model import pick_device
-    from r1pipe.rollout.engine import Engines
+    from r1pipe.rollout.engines import Engines
 
     recipe = run.recipe
     device = pick_device(recipe.device)

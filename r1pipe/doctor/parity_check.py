@@ -10,7 +10,7 @@ from r1pipe.doctor.machine import Diagnosis
 from r1pipe.models.model import pick_device
 from r1pipe.rl.loop import measure_mismatch
 from r1pipe.rl.update import Updater
-from r1pipe.rollout.engine import Engines
+from r1pipe.rollout.engines import Engines
 from r1pipe.trainer.fsdp import load_sharded
 from r1pipe.trainer.policy import Policy
 

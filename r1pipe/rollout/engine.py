@@ -1,4 +1,4 @@
-"""The vLLM engine: generate rollouts, load weights. The only file that imports vllm.
+"""The vLLM engine: generate rollouts, load weights.
 
 The engine runs in this process: its own processes would cost three imports on a small machine, and
 in one process weights need no copy through the network.
@@ -7,22 +7,19 @@ in one process weights need no copy through the network.
 import gc
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest import mock
 
 import numpy as np
 import torch
 from pydantic import ValidationError
-from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from r1pipe.config.base import Sampling
 from r1pipe.config.recipe import Engine
-from r1pipe.models.model import fast_training_kernels, load_model
 from r1pipe.models.tokenizer import (
     check_length,
     encode_prompt,
@@ -32,12 +29,11 @@ from r1pipe.models.tokenizer import (
     load_tokenizer,
     read_end_ids,
 )
-from r1pipe.models.weights import list_weights
 from r1pipe.rollout.groups import SampleGroup, plan_groups
 from r1pipe.rollout.journal import SampleJournal
-from r1pipe.rollout.route_capture import RouteCapture
+from r1pipe.rollout.probe import PROBE_PROBLEMS, PROBE_TOKENS, measure_difference
+from r1pipe.rollout.route_capture import RouteCapture, routes_on_every_rank
 from r1pipe.rollout.vllm_args import (
-    available_memory,
     check_architecture,
     check_engine,
     check_files,
@@ -47,19 +43,13 @@ from r1pipe.rollout.vllm_args import (
     require_moe_layers,
     set_environment,
 )
+from r1pipe.rollout.weight_sync import read_weights, send_weights
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError, first_line
 from r1pipe.utils.phases import heartbeat, phase
-from r1pipe.utils.progress import log_line
 
 T = TypeVar("T")
-
-PROBE_PROMPTS = ("What is 3 + 4?", "Count to 5.", "Why is the sky blue?", "x + 2 = 9. x = ?")
-PROBE_TOKENS = 16
-PROBE_LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
-"""Mean |log-probability difference| above which a reload counts as failed. In bf16 two correct
-engines differ by about 1e-2; the wrong ones seen so far by 0.2 to 5.6."""
 
 
 class Sampler:
@@ -354,19 +344,7 @@ class Sampler:
     @phase("sync")
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load weights, named as in a checkpoint (`models.weights.export_weights`)."""
-        if self.device.type == "cpu":
-            # The layer-wise reload repacks the experts' weights but keeps their old kernel, which
-            # then silently computes with the wrong layout (log-prob error 1.4). Without a kernel
-            # it builds a new one.
-            self.llm.apply_model(drop_expert_kernels)
-        (absent,) = self.llm.collective_rpc(reload_weights, args=(iter(weights),))
-        if absent:
-            more = f" and {len(absent) - 1} more layers" if len(absent) > 1 else ""
-            raise UserError(f"vLLM was given no weights of {absent[0]}{more}")
-        if self.device.type == "cpu":
-            self.llm.apply_model(repack_tied_head)
-        if not self.llm.reset_prefix_cache():
-            raise RuntimeError("vLLM kept the keys and values of the old weights")
+        send_weights(self.llm, weights, self.device)
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Load the weights and the tokenizer of another checkpoint of the same kind."""
@@ -376,15 +354,11 @@ class Sampler:
     def probe(self, checkpoint: str) -> float | None:
         """Mean |log-probability in vLLM - in transformers| of a few tokens from every rank's
         engine; None if transformers cannot load the checkpoint or memory does not suffice."""
-        problems = [
-            Problem(str(n), "", [{"role": "user", "content": text}])
-            for n, text in enumerate(PROBE_PROMPTS)
-        ]
         length = min(PROBE_TOKENS, self.max_model_len // 2)
         try:
             sampling = Sampling(max_completion_length=length)
             own = self.generate(
-                problems, 1, sampling, ("probe", distributed.rank() // self._num_ranks)
+                PROBE_PROBLEMS, 1, sampling, ("probe", distributed.rank() // self._num_ranks)
             )
         except UserError:  # a context too short for these prompts
             own = []
@@ -410,138 +384,6 @@ class Sampler:
         gc.collect()
 
 
-class Engines:
-    """Keeps the last engine: stages with the same architecture share it, for one start-up."""
-
-    def __init__(
-        self, settings: Engine, dtype: str, device: torch.device, chat_template: str | None = None
-    ):
-        self.settings, self.dtype, self.device = settings, dtype, device
-        self.chat_template = chat_template
-        self._sampler: Sampler | None = None
-
-    @phase("starting vLLM")
-    def open(self, checkpoint: str, with_routes: bool = False) -> Sampler:
-        """A sampler with this checkpoint's weights, `with_routes` one that can return routes."""
-        if self._sampler is not None and self._can_reload(checkpoint, with_routes):
-            self._sampler.load_checkpoint(checkpoint)
-            diff = self._sampler.probe(checkpoint)
-            if diff is not None and diff <= PROBE_LIMITS[self.dtype]:
-                if with_routes:
-                    self._sampler.prepare_routes()
-                return self._sampler
-            if diff is not None:
-                log_line(
-                    f"{checkpoint}: reloaded, vLLM is {diff:.1e} off (mean |dlogp|): started anew"
-                )
-        self.close()
-        self._sampler = Sampler(
-            checkpoint, self.settings, self.dtype, self.device, with_routes, self.chat_template
-        )
-        return self._sampler
-
-    def _can_reload(self, checkpoint: str, with_routes: bool) -> bool:
-        # One process's engine on several devices has processes of its own, out of reach for weights
-        # from here.
-        if distributed.alone() and self.settings.tensor_parallel_size > 1:
-            return False
-        if self._sampler.can_return_routes < with_routes or not Path(checkpoint).is_dir():
-            return False
-        tokenizer = load_tokenizer(checkpoint, self.chat_template)
-        end_ids = join_end_ids(tokenizer, read_end_ids(checkpoint))
-        return describe_kind(read_config(checkpoint), end_ids) == self._sampler.kind
-
-    def close(self) -> None:
-        if self._sampler is not None:
-            self._sampler.close()
-            self._sampler = None
-
-
-def routes_on_every_rank(tensor_parallel_size: int) -> AbstractContextManager:
-    """Engines built within it return routes on every rank.
-
-    vLLM returns them on the first rank of a tensor-parallel group only. Under external_launcher
-    every rank is an engine and asks itself.
-    """
-    if tensor_parallel_size == 1 or distributed.alone():
-        return nullcontext()
-    return mock.patch(
-        "vllm.distributed.aux_output_connector.worker.get_tp_group",
-        return_value=SimpleNamespace(is_first_rank=True),
-    )
-
-
-def reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
-    """Runs inside the engine: vLLM's layer-wise reload. Returns the layers that got no weights and
-    kept their old ones, which vLLM only logs."""
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
-    model = worker.get_model()
-    load, absent = model.load_weights, []
-
-    def load_and_look(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
-        loaded = load(weights)
-        tied = getattr(model.config, "tie_word_embeddings", False)
-        for name, layer in model.named_modules():
-            info = get_layerwise_info(layer)
-            # A complete layer has been put in place by now and no longer waits.
-            waits = info.can_load() and not info.load_numel
-            if waits and any(True for _ in layer.parameters(recurse=False)):
-                absent.append(name)
-        if tied and "lm_head" in absent:
-            absent.remove("lm_head")
-        return loaded
-
-    model.load_weights = load_and_look
-    try:
-        worker.reload_weights(weights_iterator=weights)
-    finally:
-        del model.load_weights  # the instance's; the class has its own
-    return absent
-
-
-def drop_expert_kernels(model: torch.nn.Module) -> None:
-    """Runs inside the engine before a reload; see Sampler.load_weights."""
-    for module in model.modules():
-        experts = getattr(module, "routed_experts", None)
-        if experts is not None:
-            experts.quant_method.moe_kernel = None
-
-
-def repack_tied_head(model: torch.nn.Module) -> None:
-    """Runs inside the engine after a reload. A head tied to the embedding has no tensor of its own
-    in the checkpoint: the reload leaves its packed copy of the old weights (log-prob error 0.2).
-    """
-    head = getattr(model, "lm_head", None)
-    if getattr(model.config, "tie_word_embeddings", False) and hasattr(head, "cpu_linear"):
-        head.quant_method.process_weights_after_loading(head)
-
-
-@torch.no_grad()
-def measure_difference(
-    checkpoint: str, rollouts: list[Rollout], dtype: str, device: torch.device
-) -> float | None:
-    """Mean |sampler - transformers| log-probability; see Sampler.probe."""
-    size = sum(file.stat().st_size for file in list_weights(Path(checkpoint)))
-    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.5 * size:
-        device = torch.device("cpu")
-    if not rollouts or (device.type == "cpu" and available_memory() < 2 * size):
-        return None
-    try:
-        model = load_model(checkpoint, device, dtype=getattr(torch, dtype)).eval()
-    except UserError:
-        return None
-    diffs = []
-    with fast_training_kernels(device, dtype):
-        for rollout in rollouts:
-            ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids], device=device)
-            logits_NV = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            logprobs_N = logits_NV.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
-            sampled = torch.tensor(rollout.logprobs, device=device)
-            diffs.append((logprobs_N[-len(sampled) :] - sampled).abs())
-    return float(torch.cat(diffs).mean())
-
-
 def count_routes(rollout: Rollout) -> int:
     """Number of tokens that the sampler has read."""
     return len(rollout.prompt_ids) + len(rollout.completion_ids) - 1
@@ -554,14 +396,3 @@ def describe_error(error: Exception) -> str:
         message = problems[0]["msg"].removeprefix("Value error, ").strip()
         return message.splitlines()[0]
     return first_line(error)
-
-
-def read_weights(folder: Path) -> Iterable[tuple[str, torch.Tensor]]:
-    """Names and tensors of a checkpoint folder's files."""
-    for file in list_weights(folder):
-        if file.suffix == ".bin":
-            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
-            continue
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
-                yield name, tensors.get_tensor(name)

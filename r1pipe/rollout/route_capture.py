@@ -7,10 +7,14 @@ assigned by the runner's order of requests.
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
+
+from r1pipe.utils import distributed
 
 
 class RouteCapture:
@@ -93,3 +97,17 @@ class RouteCapture:
                     "were not seen; was the prefix cache read?"
                 )
         return routes
+
+
+def routes_on_every_rank(tensor_parallel_size: int) -> contextlib.AbstractContextManager:
+    """Engines built within it return routes on every rank.
+
+    vLLM returns them on the first rank of a tensor-parallel group only. Under external_launcher
+    every rank is an engine and asks itself.
+    """
+    if tensor_parallel_size == 1 or distributed.alone():
+        return contextlib.nullcontext()
+    return mock.patch(
+        "vllm.distributed.aux_output_connector.worker.get_tp_group",
+        return_value=SimpleNamespace(is_first_rank=True),
+    )

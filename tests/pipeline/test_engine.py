@@ -23,7 +23,8 @@ from r1pipe.data.problems import load_problems
 from r1pipe.models.model import build_model, fast_training_kernels
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import export_weights, save_checkpoint
-from r1pipe.rollout.engine import Engines, Sampler
+from r1pipe.rollout.engine import Sampler
+from r1pipe.rollout.engines import Engines
 from r1pipe.trainer.packing import Sample, pack
 from r1pipe.trainer.policy import Policy, Truncation
 from r1pipe.types import Problem, Rollout
@@ -317,7 +318,7 @@ def test_a_reload_that_goes_wrong_gives_way_to_a_new_engine(
     for number, model in enumerate(models):
         save_checkpoint(model, tokenizer, tmp_path / str(number))
     first = engines.open(str(tmp_path / "0"))
-    monkeypatch.setattr("r1pipe.rollout.engine.drop_expert_kernels", lambda model: None)
+    monkeypatch.setattr("r1pipe.rollout.weight_sync.drop_expert_kernels", lambda model: None)
     second = engines.open(str(tmp_path / "1"))
     assert second is not first
     assert "started anew" in capfd.readouterr().err

@@ -22,7 +22,9 @@ from r1pipe.models.model import build_model, load_model
 from r1pipe.models.routing import find_routers, pack_routes, replaying
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import export_weights, save_checkpoint
-from r1pipe.rollout.engine import Engines, Sampler, routes_on_every_rank
+from r1pipe.rollout.engine import Sampler
+from r1pipe.rollout.engines import Engines
+from r1pipe.rollout.route_capture import routes_on_every_rank
 from r1pipe.trainer.fsdp import load_sharded
 from r1pipe.trainer.packing import PackedBatch, Sample, pack
 from r1pipe.trainer.policy import Policy

@@ -14,8 +14,8 @@ from r1pipe.models.tokenizer import (
     build_tokenizer,
 )
 from r1pipe.models.weights import find_strays, list_weights
-from r1pipe.rollout.engine import read_weights
 from r1pipe.rollout.vllm_args import check_files
+from r1pipe.rollout.weight_sync import read_weights
 from r1pipe.utils.errors import UserError
 
 CPU = torch.device("cpu")

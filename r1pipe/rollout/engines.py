@@ -1,0 +1,61 @@
+"""One engine for all stages of a run whose models have the same architecture."""
+
+from pathlib import Path
+
+import torch
+
+from r1pipe.config.recipe import Engine
+from r1pipe.models.tokenizer import join_end_ids, load_tokenizer, read_end_ids
+from r1pipe.rollout.engine import Sampler
+from r1pipe.rollout.probe import PROBE_LIMITS
+from r1pipe.rollout.vllm_args import describe_kind, read_config
+from r1pipe.utils import distributed
+from r1pipe.utils.phases import phase
+from r1pipe.utils.progress import log_line
+
+
+class Engines:
+    """Keeps the last engine: stages with the same architecture share it, for one start-up."""
+
+    def __init__(
+        self, settings: Engine, dtype: str, device: torch.device, chat_template: str | None = None
+    ):
+        self.settings, self.dtype, self.device = settings, dtype, device
+        self.chat_template = chat_template
+        self._sampler: Sampler | None = None
+
+    @phase("starting vLLM")
+    def open(self, checkpoint: str, with_routes: bool = False) -> Sampler:
+        """A sampler with this checkpoint's weights, `with_routes` one that can return routes."""
+        if self._sampler is not None and self._can_reload(checkpoint, with_routes):
+            self._sampler.load_checkpoint(checkpoint)
+            diff = self._sampler.probe(checkpoint)
+            if diff is not None and diff <= PROBE_LIMITS[self.dtype]:
+                if with_routes:
+                    self._sampler.prepare_routes()
+                return self._sampler
+            if diff is not None:
+                log_line(
+                    f"{checkpoint}: reloaded, vLLM is {diff:.1e} off (mean |dlogp|): started anew"
+                )
+        self.close()
+        self._sampler = Sampler(
+            checkpoint, self.settings, self.dtype, self.device, with_routes, self.chat_template
+        )
+        return self._sampler
+
+    def _can_reload(self, checkpoint: str, with_routes: bool) -> bool:
+        # One process's engine on several devices has processes of its own, out of reach for weights
+        # from here.
+        if distributed.alone() and self.settings.tensor_parallel_size > 1:
+            return False
+        if self._sampler.can_return_routes < with_routes or not Path(checkpoint).is_dir():
+            return False
+        tokenizer = load_tokenizer(checkpoint, self.chat_template)
+        end_ids = join_end_ids(tokenizer, read_end_ids(checkpoint))
+        return describe_kind(read_config(checkpoint), end_ids) == self._sampler.kind
+
+    def close(self) -> None:
+        if self._sampler is not None:
+            self._sampler.close()
+            self._sampler = None

@@ -1,0 +1,47 @@
+"""Does a reloaded engine compute what transformers computes? A few tokens' log-probabilities."""
+
+from pathlib import Path
+
+import torch
+
+from r1pipe.models.model import fast_training_kernels, load_model
+from r1pipe.models.weights import list_weights
+from r1pipe.rollout.vllm_args import available_memory
+from r1pipe.types import Problem, Rollout
+from r1pipe.utils.errors import UserError
+
+PROBE_PROBLEMS = [
+    Problem(str(n), "", [{"role": "user", "content": text}])
+    for n, text in enumerate(
+        ("What is 3 + 4?", "Count to 5.", "Why is the sky blue?", "x + 2 = 9. x = ?")
+    )
+]
+PROBE_TOKENS = 16
+PROBE_LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
+"""Mean |log-probability difference| above which a reload counts as failed. In bf16 two correct
+engines differ by about 1e-2; the wrong ones seen so far by 0.2 to 5.6."""
+
+
+@torch.no_grad()
+def measure_difference(
+    checkpoint: str, rollouts: list[Rollout], dtype: str, device: torch.device
+) -> float | None:
+    """Mean |sampler - transformers| log-probability; see Sampler.probe."""
+    size = sum(file.stat().st_size for file in list_weights(Path(checkpoint)))
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.5 * size:
+        device = torch.device("cpu")
+    if not rollouts or (device.type == "cpu" and available_memory() < 2 * size):
+        return None
+    try:
+        model = load_model(checkpoint, device, dtype=getattr(torch, dtype)).eval()
+    except UserError:
+        return None
+    diffs = []
+    with fast_training_kernels(device, dtype):
+        for rollout in rollouts:
+            ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids], device=device)
+            logits_NV = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            logprobs_N = logits_NV.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+            sampled = torch.tensor(rollout.logprobs, device=device)
+            diffs.append((logprobs_N[-len(sampled) :] - sampled).abs())
+    return float(torch.cat(diffs).mean())

@@ -1,0 +1,88 @@
+"""Weights into a running vLLM engine: layer by layer, and what its CPU kernels need besides."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from r1pipe.models.weights import list_weights
+from r1pipe.utils.errors import UserError
+
+
+def send_weights(
+    llm: Any, weights: Iterable[tuple[str, torch.Tensor]], device: torch.device
+) -> None:
+    """Load weights, named as in a checkpoint, into a running `vllm.LLM`. Raises UserError if some
+    are missing."""
+    if device.type == "cpu":
+        # The layer-wise reload repacks the experts' weights but keeps their old kernel, which
+        # then silently computes with the wrong layout (log-prob error 1.4). Without a kernel
+        # it builds a new one.
+        llm.apply_model(drop_expert_kernels)
+    (absent,) = llm.collective_rpc(reload_weights, args=(iter(weights),))
+    if absent:
+        more = f" and {len(absent) - 1} more layers" if len(absent) > 1 else ""
+        raise UserError(f"vLLM was given no weights of {absent[0]}{more}")
+    if device.type == "cpu":
+        llm.apply_model(repack_tied_head)
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM kept the keys and values of the old weights")
+
+
+def reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
+    """Runs inside the engine: vLLM's layer-wise reload. Returns the layers that got no weights and
+    kept their old ones, which vLLM only logs."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    model = worker.get_model()
+    load, absent = model.load_weights, []
+
+    def load_and_look(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
+        loaded = load(weights)
+        tied = getattr(model.config, "tie_word_embeddings", False)
+        for name, layer in model.named_modules():
+            info = get_layerwise_info(layer)
+            # A complete layer has been put in place by now and no longer waits.
+            waits = info.can_load() and not info.load_numel
+            if waits and any(True for _ in layer.parameters(recurse=False)):
+                absent.append(name)
+        if tied and "lm_head" in absent:
+            absent.remove("lm_head")
+        return loaded
+
+    model.load_weights = load_and_look
+    try:
+        worker.reload_weights(weights_iterator=weights)
+    finally:
+        del model.load_weights  # the instance's; the class has its own
+    return absent
+
+
+def drop_expert_kernels(model: torch.nn.Module) -> None:
+    """Runs inside the engine before a reload; see send_weights."""
+    for module in model.modules():
+        experts = getattr(module, "routed_experts", None)
+        if experts is not None:
+            experts.quant_method.moe_kernel = None
+
+
+def repack_tied_head(model: torch.nn.Module) -> None:
+    """Runs inside the engine after a reload. A head tied to the embedding has no tensor of its own
+    in the checkpoint: the reload leaves its packed copy of the old weights (log-prob error 0.2).
+    """
+    head = getattr(model, "lm_head", None)
+    if getattr(model.config, "tie_word_embeddings", False) and hasattr(head, "cpu_linear"):
+        head.quant_method.process_weights_after_loading(head)
+
+
+def read_weights(folder: Path) -> Iterable[tuple[str, torch.Tensor]]:
+    """Names and tensors of a checkpoint folder's files."""
+    for file in list_weights(folder):
+        if file.suffix == ".bin":
+            yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+            continue
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
+                yield name, tensors.get_tensor(name)
