@@ -81,7 +81,11 @@ class Recipe(Strict):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Weights in the sampler and in the trainer's forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    attn_implementation: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
+    attn_implementation: Literal[
+        "auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3", "eager"
+    ] = "auto"
+    """The trainer's attention. auto: varlen, which are flash-attention's kernels in torch, on a GPU
+    in bfloat16, else sdpa."""
     chat_template: str | None = None
     """Jinja, or a file of it, for models whose tokenizer has no template, such as base models.
     Checkpoints trained from them inherit it."""

@@ -31,6 +31,7 @@ from r1pipe.rollout.vllm_args import (
     set_environment,
 )
 from r1pipe.runs.folder import find_mistake
+from r1pipe.trainer.attention import find_implementation
 from r1pipe.trainer.policy import require_trainable
 from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError
@@ -45,6 +46,8 @@ def examine_architecture(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
     good, missing, layers = [], [], ""
     trains = isinstance(stage, OnPolicy)
     if stage.optimization is not None:
+        device = pick_device(recipe.device)
+        find_implementation(recipe.attn_implementation, device, recipe.dtype)
         with contextlib.suppress(ValueError):  # a config that is missing is told below
             configs = [find_stage_config(stage, recipe)]
             if trains and stage.taught_by:

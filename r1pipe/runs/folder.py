@@ -215,8 +215,11 @@ class RunFolder:
         changed = sorted(key for key in {**now, **then} if now.get(key) != then.get(key))
         # A key newer than the record, and not set: the stage was made with its default.
         own = dict(flatten(stage.model_dump(mode="json", by_alias=True, exclude_defaults=True)))
-        younger = {key for key in changed if key not in then and key not in own}
-        changed = [key for key in changed if key not in younger]
+        left_open = {key for key in changed if key not in then and key not in own}
+        # auto depends on the machine, which may be another one when a stage is resumed.
+        if '"auto"' in (now.get("attn_implementation"), then.get("attn_implementation")):
+            left_open.add("attn_implementation")
+        changed = [key for key in changed if key not in left_open]
         if changed:
             values = {key: (then.get(key, "not set"), now.get(key, "not set")) for key in changed}
             shown = [f"{key}: {old}, now {new}" for key, (old, new) in values.items()][:MAX_CHANGES]

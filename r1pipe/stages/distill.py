@@ -17,6 +17,7 @@ from r1pipe.models.weights import save_checkpoint
 from r1pipe.rollout.sampling import identify_weights
 from r1pipe.sft.rejection import collect_traces
 from r1pipe.sft.trainer import train_on_traces
+from r1pipe.trainer.attention import find_implementation
 from r1pipe.trainer.fsdp import load_sharded, shard
 from r1pipe.trainer.policy import Policy
 from r1pipe.utils.errors import UserError
@@ -52,6 +53,8 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
         tokenizer = context.tokenizer(teacher)
         student = build_model(stage.student, tokenizer, context.recipe.seed).to(context.device)
         student.generation_config.eos_token_id = join_end_ids(tokenizer, read_end_ids(teacher))
+        how = find_implementation(context.recipe.attn_implementation, context.device, dtype)
+        student.set_attn_implementation(how)
         policy = shard(Policy(student), student, context.device, dtype=dtype)
     num_parameters = sum(p.numel() for p in student.parameters())
     architecture = student.config.model_type

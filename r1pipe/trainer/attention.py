@@ -1,14 +1,20 @@
-"""Attention within each sample of a packed row, on CPU and with flash-attention."""
+"""Attention within each sequence of a packed row, by the kernels that the device has."""
 
 import inspect
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from itertools import groupby
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from r1pipe.models.model import find_layers, is_moe
 from r1pipe.utils.errors import UserError
@@ -18,15 +24,65 @@ ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 COMPUTED = ("sequence_lengths", "scaling", "dropout", "sliding_window", "position_ids")
 """Keyword arguments of an attention function that `attend_packed` handles or may ignore."""
 
-PACKED_SDPA, PROBE = "r1pipe_packed_sdpa", "r1pipe_probe"
+PREFIX, PROBE = "r1pipe_", "r1pipe_probe"
+"""What `attend_packed` is called in transformers, before its `implementation`."""
+
+FLASH_PACKAGES: dict[str, tuple[Callable[[], bool], str]] = {
+    "flash_attention_2": (is_flash_attn_2_available, 'flash-attn: pip install -e ".[flash]"'),
+    "flash_attention_3": (
+        is_flash_attn_3_available,
+        "flash-attn-3: build the folder hopper of github.com/Dao-AILab/flash-attention",
+    ),
+}
+"""transformers' own implementations: whether they can be imported, and how to make it so."""
+
+MAX_HEAD_SIZE = 256
+"""Of flash-attention's kernels in torch."""
+# torch 2.11 takes grouped heads without being told.
+GROUPED = {k: True for k in inspect.signature(varlen_attn).parameters if k == "enable_gqa"}
+
 _packable: set[tuple[str, str]] = set()
 """What `require_packable` has accepted: the doctor and then the trainer ask."""
 
 
+def find_implementation(attn_implementation: str, device: torch.device, dtype: str) -> str:
+    """transformers' name of a recipe's `attn_implementation`. Raises UserError if it cannot run."""
+    key = f"attn_implementation: {attn_implementation}"
+    if attn_implementation in FLASH_PACKAGES:
+        is_installed, package = FLASH_PACKAGES[attn_implementation]
+        if not is_installed():
+            raise UserError(f"{key} needs {package}; without it, leave attn_implementation out")
+    elif attn_implementation != "varlen":
+        # Packed rows have no mask, which eager attention would need.
+        return PREFIX + ("sdpa" if attn_implementation == "eager" else attn_implementation)
+    if obstacle := find_obstacle(device, getattr(torch, dtype)):
+        raise UserError(f"{key} needs {obstacle}: leave attn_implementation out")
+    return attn_implementation if is_flash(attn_implementation) else PREFIX + attn_implementation
+
+
+def available_implementations(device: torch.device, dtype: str) -> list[str]:
+    """Values of `attn_implementation` that can run, without auto, which is one of them."""
+    names = ["sdpa"]
+    for name in ("varlen", *FLASH_PACKAGES):
+        with suppress(UserError):
+            find_implementation(name, device, dtype)
+            names.append(name)
+    return names
+
+
+def find_obstacle(device: torch.device, dtype: torch.dtype) -> str:
+    """What flash-attention's kernels lack to run; "" if nothing."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return "a GPU of compute capability 8.0 or higher"
+    return "" if dtype == torch.bfloat16 else "dtype: bfloat16"
+
+
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Make the model attend within sequences, by its configured implementation."""
-    if not is_flash(model.config._attn_implementation):
-        model.set_attn_implementation(PACKED_SDPA)
+    """Make the model attend within sequences: as `find_implementation` said when it was loaded,
+    else by what suits."""
+    name = model.config._attn_implementation
+    if not name.startswith(PREFIX) and not is_flash(name):
+        model.set_attn_implementation(PREFIX + "auto")
 
 
 def require_packable(config: PretrainedConfig, attn_implementation: str) -> None:
@@ -67,8 +123,8 @@ def require_packable(config: PretrainedConfig, attn_implementation: str) -> None
     asked = {key for keys in calls.values() for key in keys}
     if asked and not is_flash(attn_implementation) and (extra := asked - set(COMPUTED)):
         raise UserError(
-            f"{name}: its attention takes {', '.join(sorted(extra))}, which sdpa has not: set "
-            "attn_implementation to flash_attention_2, if the model has that"
+            f"{name}: its attention takes {', '.join(sorted(extra))}, which sdpa and varlen have "
+            "not: set attn_implementation to flash_attention_2, if the model has that"
         )
     window = getattr(config.get_text_config(), "sliding_window", None)
     # A window that only the model's mask knows would be lost: there is no mask here.
@@ -137,17 +193,37 @@ def mixes_tokens(module: nn.Module, attending: Collection[nn.Module]) -> bool:
     return takes_cache and not any(m in attending for m in module.modules())
 
 
-def attention_arguments(model: PreTrainedModel, lengths: list[int]) -> dict:
-    """Keyword arguments of the model's forward that tell the attention where sequences end."""
-    if model.config._attn_implementation == PACKED_SDPA:
-        return {"sequence_lengths": lengths}
-    ends = torch.tensor([0, *lengths], device=model.device).cumsum(0, dtype=torch.int32)
+def attention_arguments(
+    implementation: str, lengths: list[int], device: torch.device
+) -> dict[str, Any]:
+    """Keyword arguments of a model's forward that tell its attention where sequences end."""
+    ends = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
+    if implementation.startswith(PREFIX):
+        return {"sequence_lengths": lengths, "sequence_ends": ends}
     return {
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
     }
+
+
+def compute_attention(
+    attn_implementation: str,
+    query_1HND: Tensor,
+    key_1KND: Tensor,
+    value_1KNE: Tensor,
+    lengths: list[int],
+    **options: Any,
+) -> Tensor:
+    """`[1, N, H, E]` by one of `available_implementations`, called as a model does. `options`:
+    scaling, sliding_window."""
+    dtype = str(query_1HND.dtype).removeprefix("torch.")
+    name = find_implementation(attn_implementation, query_1HND.device, dtype)
+    module = SimpleNamespace(is_causal=True, config=SimpleNamespace(_attn_implementation=name))
+    arguments = attention_arguments(name, lengths, query_1HND.device)
+    states = (query_1HND, key_1KND, value_1KNE)
+    return AttentionInterface()[name](module, *states, None, **arguments, **options)[0]
 
 
 def attend_packed(
@@ -157,7 +233,9 @@ def attend_packed(
     value_1KNE: Tensor,
     attention_mask: None,
     *,
+    implementation: str = "auto",
     sequence_lengths: list[int] | None = None,
+    sequence_ends: Tensor | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -166,17 +244,94 @@ def attend_packed(
     """Causal attention within each of the row's sequences: `[1, N, H, E]`. The parameters are those
     of transformers' attention functions.
 
-    Neighbouring sequences of equal length are computed as one batch without a mask. A
-    block-diagonal mask over the row would cost the square of its length.
+    `implementation` auto takes varlen where it can: not for float32, a CPU, or heads that its
+    kernels have not.
     """
-    grouped = key_1KND.shape[1] != query_1HND.shape[1]
     if sequence_lengths is None:
         raise UserError(
             "the model's forward does not pass our arguments to its attention, which this trainer "
             "needs to keep it within sequences"
         )
+    states = (query_1HND, key_1KND, value_1KNE)
+    if implementation != "sdpa":
+        obstacle = find_obstacle(query_1HND.device, query_1HND.dtype)
+        if max(query_1HND.shape[-1], value_1KNE.shape[-1]) > MAX_HEAD_SIZE:
+            obstacle = f"heads of at most {MAX_HEAD_SIZE}"
+        if dropout:
+            obstacle = "a model without attention_dropout"
+        if not obstacle:
+            return attend_varlen(*states, sequence_lengths, sequence_ends, scaling, sliding_window)
+        if implementation == "varlen":
+            raise UserError(
+                f"attn_implementation: varlen needs {obstacle}: leave attn_implementation out"
+            )
+    return attend_sdpa(*states, sequence_lengths, scaling, dropout, sliding_window)
+
+
+for own in ("auto", "sdpa", "varlen"):
+    AttentionInterface.register(PREFIX + own, partial(attend_packed, implementation=own))
+
+
+def attend_varlen(
+    query_1HND: Tensor,
+    key_1KND: Tensor,
+    value_1KNE: Tensor,
+    lengths: list[int],
+    ends: Tensor,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> tuple[Tensor, None]:
+    """The whole row in one call, by flash-attention's kernels in torch.
+
+    They want one head size, a multiple of 8, for queries, keys and values. Zeros behind smaller
+    heads change neither scores nor what is cut from the output; MLA (192 and 128) pays with a fifth
+    more work in attention, and SDPA would leave its flash kernels for it altogether.
+    """
+    size, value_size = query_1HND.shape[-1], value_1KNE.shape[-1]
+    padded_size = -(-max(size, value_size) // 8) * 8
+    query_NHD, key_NKD, value_NKD = (
+        lay_out(states, padded_size) for states in (query_1HND, key_1KND, value_1KNE)
+    )
+    out_NHD = varlen_attn(
+        query_NHD,
+        key_NKD,
+        value_NKD,
+        ends,
+        ends,
+        max(lengths),
+        max(lengths),
+        scale=size**-0.5 if scaling is None else scaling,
+        # Tokens before and after its own that a token sees.
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        **GROUPED,
+    )
+    return out_NHD[..., :value_size].unsqueeze(0), None
+
+
+def lay_out(states_1HND: Tensor, size: int) -> Tensor:
+    """`[N, H, size]` as flash-attention reads it: 16 bytes at a time."""
+    states_NHD = states_1HND[0].transpose(0, 1)
+    if states_NHD.shape[-1] < size:
+        return pad(states_NHD, (0, size - states_NHD.shape[-1]))
+    steps = (states_NHD.storage_offset(), *states_NHD.stride()[:-1])
+    aligned = states_NHD.stride(-1) == 1 and all(step % 8 == 0 for step in steps)
+    return states_NHD if aligned else states_NHD.contiguous()
+
+
+def attend_sdpa(
+    query_1HND: Tensor,
+    key_1KND: Tensor,
+    value_1KNE: Tensor,
+    lengths: list[int],
+    scaling: float | None,
+    dropout: float,
+    sliding_window: int | None,
+) -> tuple[Tensor, None]:
+    """Neighbouring sequences of equal length as one batch without a mask. A block-diagonal mask
+    over the row would cost the square of its length."""
+    grouped = key_1KND.shape[1] != query_1HND.shape[1]
     parts, start = [], 0
-    for length, run in groupby(sequence_lengths):
+    for length, run in groupby(lengths):
         count = len(list(run))
         # [H, n L, D] -> [n, H, L, D]
         query, key, value = (

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 
 from r1pipe.models.model import find_layers, load_model
 from r1pipe.models.routing import route_in_float32
+from r1pipe.trainer.attention import find_implementation
 from r1pipe.utils import distributed
 
 Root = TypeVar("Root", bound=nn.Module)
@@ -65,11 +66,12 @@ def load_sharded(
         roots.append(shard(root, model, device, dtype=dtype))
 
     held = torch.float32 if trained else getattr(torch, dtype)
+    source = (checkpoint, device, find_implementation(attn_implementation, device, dtype), held)
     if distributed.alone():
-        prepare(load_model(checkpoint, device, attn_implementation, held))
+        prepare(load_model(*source))
     else:
         with distributing(prepare):
-            load_model(checkpoint, device, attn_implementation, held)
+            load_model(*source)
     return roots[0].to(device).requires_grad_(trained)
 
 

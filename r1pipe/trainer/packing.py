@@ -1,7 +1,7 @@
 """Micro-batches without padding: completions one after another in one row.
 
-Matrix products then see only tokens that count. Attention is cut at the sequences' borders: by
-flash-attention's variable-length kernels where the model runs them, else by `attend_packed`.
+Matrix products then see only tokens that count. Attention is cut at the sequences' borders: see
+trainer/attention.py.
 """
 
 from collections.abc import Sequence
@@ -9,9 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
 
-from r1pipe.trainer.attention import PACKED_SDPA, attend_packed
 from r1pipe.types import Rollout
 
 
@@ -101,9 +99,6 @@ def pack(samples: list[Sample], device: torch.device) -> PackedBatch:
         sequences += [number] * len(completion)
     columns = (ids, positions, predictors, targets, sequences)
     return PackedBatch(samples, *(torch.tensor(column, device=device) for column in columns))
-
-
-AttentionInterface.register(PACKED_SDPA, attend_packed)
 
 
 def assign(numbers: Sequence[int], costs: dict[int, float], num_ranks: int) -> dict[int, int]:

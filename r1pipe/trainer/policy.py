@@ -224,7 +224,7 @@ def compute_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
         input_ids=batch.ids_N.unsqueeze(0),
         position_ids=batch.position_N.unsqueeze(0),
         use_cache=False,
-        **attention_arguments(model, batch.lengths),
+        **attention_arguments(model.config._attn_implementation, batch.lengths, model.device),
     ).last_hidden_state.squeeze(0)
     return hidden_ND[batch.predictor_C]
 

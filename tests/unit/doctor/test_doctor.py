@@ -582,6 +582,14 @@ def test_attention_that_the_cpu_engine_does_not_have(project: Path) -> None:
     assert "qk_nope_head_dim + qk_rope_head_dim is 14" in diagnosis.detail
 
 
+def test_attention_that_the_trainer_does_not_have(project: Path) -> None:
+    recipe = load("attn_implementation=varlen", "device=cpu")
+    checks = {"architecture": examine_architecture}
+    (diagnosis,) = examine_stage(recipe.stages[0], Inputs(recipe, LARGE), checks)
+    assert diagnosis.status == "FAIL"
+    assert "attn_implementation: varlen needs a GPU" in diagnosis.detail
+
+
 # The machine
 
 

@@ -114,6 +114,23 @@ def test_changed_settings_are_noticed_down_the_line(tmp_path: Path) -> None:
         run.is_finished(run.recipe.stage("sft"))
 
 
+@pytest.mark.parametrize("then", ["sdpa", "flash_attention_2"])
+def test_attention_left_to_the_machine_is_no_other_setting(tmp_path: Path, then: str) -> None:
+    """sdpa was the default before auto."""
+    with RunFolder(make_recipe(tmp_path, f"attn_implementation={then}")) as run:
+        finish(run, "random")
+        finish(run, "sft")
+        interrupt(run, "grpo")
+    with RunFolder(make_recipe(tmp_path)) as run:
+        assert run.is_finished(run.recipe.stage("sft"))
+        assert (run.begin(run.recipe.stage("grpo")) / "checkpoints" / "step-5").exists()
+    with (
+        RunFolder(make_recipe(tmp_path, "attn_implementation=varlen")) as run,
+        pytest.raises(UserError, match=f"attn_implementation: .{then}., now .varlen"),
+    ):
+        run.is_finished(run.recipe.stage("sft"))
+
+
 def interrupt(run: RunFolder, name: str) -> Path:
     """A stage that was ended when it had a checkpoint."""
     partial = run.begin(run.recipe.stage(name))
