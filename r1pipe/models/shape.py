@@ -1,10 +1,11 @@
-"""Sizes of a model from its config alone: parameters, activations, caches."""
+"""Sizes of a model from its config alone: parameters, activations, caches, operations."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from r1pipe.models.model import find_layers
 
@@ -27,6 +28,10 @@ class Shape:
     largest_layer: int
     outside_layers: int
     """Embedding, last norm and head."""
+    matrices: int
+    """Weights that multiply every token: without embedding, head and routed experts."""
+    experts: int
+    """Weights of all routed experts' matrices."""
     config: PretrainedConfig
 
     @classmethod
@@ -47,7 +52,8 @@ class Shape:
         ]
         sizes = [parameter.numel() for parameter in model.parameters()]
         outside = sum(sizes) - sum(layers)
-        return cls(sum(sizes), max(sizes), max(layers), outside, config.get_text_config())
+        text = config.get_text_config()
+        return cls(sum(sizes), max(sizes), max(layers), outside, *count_matrices(model), text)
 
     def get(self, *names: str, default: Any = 0) -> Any:
         """The first of the config's keys that is set."""
@@ -92,9 +98,8 @@ class Shape:
             dense = 4 * self.get("intermediate_size", "ffn_dim", "n_inner", default=4 * hidden)
             return NORM_BYTES[element] * normed + element * (attention + dense)
         width = self.get("moe_intermediate_size", "intermediate_size")
-        chosen = self.get("num_experts_per_tok", "top_k", default=1)
         shared = self.get("n_shared_experts") * width + self.get("shared_expert_intermediate_size")
-        experts = chosen * (2 * hidden + 5 * width) + 4 * shared + self.num_experts()
+        experts = self.num_chosen() * (2 * hidden + 5 * width) + 4 * shared + self.num_experts()
         return NORM_BYTES[element] * normed + element * (attention + experts)
 
     def groups(self) -> int:
@@ -102,7 +107,21 @@ class Shape:
         return heads if self.get("kv_lora_rank") else self.get("num_key_value_heads", default=heads)
 
     def num_experts(self) -> int:
-        return self.get("n_routed_experts", "num_local_experts", "num_experts")
+        return self.get("n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts")
+
+    def num_chosen(self) -> int:
+        """Routed experts that compute a token."""
+        return self.get("num_experts_per_tok", "top_k", "moe_topk", default=1)
+
+    def active(self) -> float:
+        """Weights that multiply a token before the head, of the routed experts those chosen."""
+        return self.matrices + self.experts * self.num_chosen() / max(1, self.num_experts())
+
+    def windows(self) -> list[int | None]:
+        """Each layer's sliding window in tokens; None where attention sees everything before."""
+        window = self.get("sliding_window", default=None)
+        kinds = self.get("layer_types") or ["sliding_attention"] * self.num_layers
+        return [window if kind == "sliding_attention" else None for kind in kinds]
 
     def activations(self, num_tokens: int, element: int, checkpointing: bool) -> float:
         """What autograd keeps of a forward pass in numbers of `element` bytes."""
@@ -114,3 +133,17 @@ class Shape:
             inputs = element * self.config.hidden_size * self.num_layers
             return num_tokens * (inputs + max(dense, moe))
         return num_tokens * (num_dense * dense + (self.num_layers - num_dense) * moe)
+
+
+def count_matrices(model: PreTrainedModel) -> tuple[int, int]:
+    """`matrices` and `experts` of a Shape."""
+    head, matrices, experts = model.get_output_embeddings(), 0, 0
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or module is head:
+            continue
+        for name, parameter in module.named_parameters(path, recurse=False):
+            if parameter.ndim > 2 or ".experts." in name:
+                experts += parameter.numel() * (not name.endswith("bias"))
+            elif parameter.ndim == 2:
+                matrices += parameter.numel()
+    return matrices, experts
