@@ -31,7 +31,7 @@ def write_run(
         files.write(step, [add_tokens(row) for row in rows], {})
         reward = sum(row["reward"] for row in rows) / len(rows)
         load = {"experts/max_violation": 0.5, "experts/layer_1/load": [1.5, 0.5, 1.0, 1.0]}
-        metrics.append({"step": step, "reward": reward, "entropy": None, **load})
+        metrics.append({"step": step, "reward": reward, "entropy": None, "mfu": 0.4, **load})
     write_jsonl(grpo / "metrics.jsonl", metrics)
     event = {"step": 2, "check": "kl", "value": 0.5, "limit": 0.1, "action": "warn", "says": "far"}
     write_jsonl(grpo / "events.jsonl", [event])

@@ -124,6 +124,7 @@ def show(progress: StageProgress, metrics: dict[str, Any], goal: BestMetric) -> 
         **{goal.metric: metrics.get(goal.metric, nothing)},
         length=metrics["completions/mean_length"],
         dlogp=metrics.get("sampler/logprob_diff_mean", nothing),
+        **({"mfu": metrics["mfu"]} if "mfu" in metrics else {}),
     )
 
 
@@ -159,7 +160,8 @@ def train(
             metrics |= probe_sync(stage, updater, cast("Sampler", sampler), breaker, batch)
         clock.lap("sync")
         breaker.close_step(metrics)
-        yield metrics | clock.metrics(metrics["tokens_trained"]), batch
+        metrics |= clock.metrics(metrics["tokens_trained"])
+        yield metrics | updater.utilization.take(clock.seconds["update"]), batch
 
 
 def compare_ahead(updater: Updater, weights: dict[str, Tensor], batch: Batch) -> float | None:

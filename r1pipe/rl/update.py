@@ -117,6 +117,7 @@ class Updater(PackedTrainer):
             # After the first optimizer step the policy is another than the sampler's.
             taken = self.take_optimizer_step(minibatch, None if compared else mismatch, check, log)
             compared = compared or taken
+        self.wait_for_device()
         return {
             **mismatch.metrics(),
             **log.metrics(),
@@ -160,6 +161,7 @@ class Updater(PackedTrainer):
         else:
             self.apply_gradient()
             log.add(part)
+            self.utilization.add(informative)
         self.close_gradient(applied=not skipped)
         return True
 

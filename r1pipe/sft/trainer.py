@@ -74,6 +74,9 @@ class SupervisedTrainer(PackedTrainer):
         learning_rate = self.scheduler.get_last_lr()[0]
         self.apply_gradient()
         self.close_gradient(applied=True)
+        self.utilization.add(own)
+        self.wait_for_device()
+        seconds = time.perf_counter() - started
         num_tokens = sum(trace.num_tokens for trace in traces)
         self.num_tokens += num_tokens
         return {
@@ -82,7 +85,8 @@ class SupervisedTrainer(PackedTrainer):
             "learning_rate": learning_rate,
             "num_tokens": self.num_tokens,
             "tokens_trained": num_tokens,
-            "seconds/step": time.perf_counter() - started,
+            "seconds/step": seconds,
+            **self.utilization.take(seconds),
             **self.load.metrics(),
         }
 
@@ -148,7 +152,7 @@ def train_on_traces(
         for step in range(done + 1, num_steps + 1):
             metrics = trainer.take_step([rows[n] for n in next(batches)], step, label, events)
             log.write({"step": step, "epoch": step * batch_size / len(rows), **metrics})
-            progress.advance(loss=metrics["loss"])
+            progress.advance(**{name: metrics[name] for name in ("loss", "mfu") if name in metrics})
             checkpoints.end_step(step)
     trainer.model.eval()
     return {

@@ -22,6 +22,7 @@ from r1pipe.trainer.fsdp import put_optimizer, put_weights, take_optimizer, take
 from r1pipe.trainer.optimizer import OffloadedAdamW, find_schedule
 from r1pipe.trainer.packing import PackedBatch, Sample, cut_batches, pack
 from r1pipe.trainer.policy import Policy
+from r1pipe.trainer.utilization import Utilization
 from r1pipe.types import Rollout
 from r1pipe.utils import distributed
 from r1pipe.utils.phases import heartbeat
@@ -58,6 +59,7 @@ class PackedTrainer:
         self.scheduler = get_scheduler(
             schedule, self.optimizer, num_warmup_steps, num_optimizer_steps, arguments
         )
+        self.utilization = Utilization(model.config, model.device, dtype)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -100,6 +102,11 @@ class PackedTrainer:
     def apply_gradient(self) -> None:
         self.optimizer.step()
         self.scheduler.step()
+
+    def wait_for_device(self) -> None:
+        """Until the step's last kernel has run: the step is timed."""
+        if self.model.device.type == "cuda":
+            torch.cuda.current_stream(self.model.device).synchronize()
 
     def close_gradient(self, *, applied: bool) -> None:
         """After each optimizer step, or instead of it."""

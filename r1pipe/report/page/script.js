@@ -161,6 +161,7 @@ const CHARTS = [
   ["clipped share", (n) => n.startsWith("clip_ratio/")],
   ["share of rollouts", (n) => ["completions/truncated", "reward_unjudged", "groups_without_spread"].includes(n)],
   ["tokens a second", (n) => n.startsWith("tokens_per_s/")],
+  ["MFU: share of the GPUs' peak", (n) => n === "mfu"],
   ["seconds", (n) => n.startsWith("seconds/")],
   ["loss", (n) => n === "loss"],
   ["gradient norm", (n) => n === "grad_norm"],

@@ -157,6 +157,7 @@ def test_the_page_shows_every_section_without_an_error(page: Browser) -> None:
     assert page.evaluate(hidden) == ["differences", "cost"]
     assert page.evaluate("document.querySelectorAll('#flow li').length") == 3
     assert page.evaluate("document.querySelectorAll('#charts svg path').length") >= 3
+    assert page.evaluate("document.querySelectorAll('.charts svg[aria-label^=MFU]').length") == 1
     assert page.evaluate("document.querySelectorAll('#heatmaps canvas').length") == 1
     assert page.errors == []
 

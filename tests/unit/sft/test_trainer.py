@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from faked_gpu import fake_gpu
 from moe_models import make_moe_model
 from tiny_models import MODELS, PROBLEMS
 from transformers import (
@@ -20,6 +21,7 @@ from r1pipe.data.problems import load_problems
 from r1pipe.models.expert_load import (
     ExpertLoad,
 )
+from r1pipe.models.flops import train_flops
 from r1pipe.models.model import build_model
 from r1pipe.models.routing import (
     find_routers,
@@ -29,6 +31,7 @@ from r1pipe.runs.logs import MetricsLog
 from r1pipe.sft.encode import encode_traces
 from r1pipe.sft.trainer import SupervisedTrainer, draw_batches
 from r1pipe.trainer.breaker import EventLog
+from r1pipe.trainer.utilization import Utilization
 from r1pipe.utils.jsonl import read_jsonl
 from r1pipe.utils.progress import StageProgress
 
@@ -72,6 +75,22 @@ def test_the_supervised_loss_is_the_models_own_over_padded_rows(
     assert metrics["tokens_trained"] == int(mask.sum())
     for key, gradient in gradients.items():
         torch.testing.assert_close(seen[key], gradient, atol=1e-6, rtol=1e-4)
+
+
+def test_a_step_says_its_mfu(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, here one by name only."""
+    model = build_model(MODELS["deepseek_v3"], tokenizer, seed=0)
+    traces = encode_traces(PROBLEMS[:6], tokenizer, None).rows
+    trainer = make_supervised(model)
+    events = EventLog(tmp_path)
+    assert "mfu" not in trainer.take_step(traces, 1, "sft", events)
+    trainer.utilization = Utilization(model.config, fake_gpu(monkeypatch), "bfloat16")
+    metrics = trainer.take_step(traces, 2, "sft", events)
+    num_logits = sum(len(trace.completion_ids) for trace in traces)
+    flops = train_flops(model.config, [trace.num_tokens for trace in traces], num_logits)
+    assert metrics["mfu"] == pytest.approx(flops / metrics["seconds/step"] / 989e12)
 
 
 def test_every_row_is_drawn_once_an_epoch_from_any_step_on() -> None:
