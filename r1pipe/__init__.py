@@ -1,5 +1,6 @@
 """r1pipe: the R1 recipe for everyone, from cold start to a distilled student."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -29,3 +30,5 @@ def put_working_folder_last() -> None:
 
 
 put_own_packages_first()
+# OpenMP reads it once, when torch is imported: waiting threads sleep. See utils/threads.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")

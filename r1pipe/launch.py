@@ -27,6 +27,7 @@ from torch.distributed.run import get_args_parser, run
 from r1pipe.config.recipe import STAGE_TYPES
 from r1pipe.utils.distributed import LAUNCHER
 from r1pipe.utils.errors import HUNG, LOST, RESUME_HINT
+from r1pipe.utils.threads import available_cores
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     parsed = get_args_parser().parse_args([*options, "-m", "r1pipe", *arguments[start:]])
     # torchrun would give every process one thread.
     if parsed.nproc_per_node.isdigit():
-        threads = max(1, len(os.sched_getaffinity(0)) // int(parsed.nproc_per_node))
+        threads = max(1, available_cores() // int(parsed.nproc_per_node))
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ[LAUNCHER] = "1"
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)

@@ -29,6 +29,7 @@ from r1pipe.utils import distributed
 from r1pipe.utils.errors import FULL, Tripped, UserError, is_disk_full
 from r1pipe.utils.phases import phase
 from r1pipe.utils.progress import log_line
+from r1pipe.utils.threads import settle_threads
 from r1pipe.utils.watchdog import Watchdog, clear_stacks
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def open_run(recipe: Recipe) -> Iterator[RunFolder]:
         silence_libraries()
     stacks = recipe.run_dir / ".stacks"
     with distributed.joined(recipe.device, recipe.phase_timeout_s), RunFolder(recipe) as run:
+        if distributed.alone():  # the launcher has shared out the cores
+            settle_threads(run.path)
         distributed.on_first_rank(lambda: clear_stacks(stacks))
         with Watchdog(stacks, recipe.phase_timeout_s):
             yield run

@@ -21,6 +21,7 @@ from typing import Any
 from r1pipe.config.recipe import Recipe
 from r1pipe.utils import distributed
 from r1pipe.utils.jsonl import dump_row, read_jsonl, write_jsonl, write_text
+from r1pipe.utils.threads import threads_in_use
 
 SECONDS_BETWEEN_TOUCHES = 5.0
 """How exactly the end of a killed attempt is known."""
@@ -39,17 +40,10 @@ class Hardware:
         """`device_type` is torch's, "cuda" or "cpu"."""
         processes = distributed.world_size()
         if device_type == "cpu":
-            return cls("core", processes * count_cores())
+            return cls("core", processes * threads_in_use())
         # A process has one GPU; alone it has those that its engine asks for.
         per_process = recipe.engine.tensor_parallel_size if distributed.alone() else 1
         return cls("GPU", processes * per_process)
-
-
-def count_cores() -> int:
-    """Cores that this process may use, but no more than its threads."""
-    allowed = len(os.sched_getaffinity(0))
-    threads = os.environ.get("OMP_NUM_THREADS", "")
-    return min(allowed, int(threads)) if threads.isdigit() and int(threads) else allowed
 
 
 class Ledger:

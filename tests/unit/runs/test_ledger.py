@@ -16,7 +16,7 @@ from r1pipe.config.sft import Sft
 from r1pipe.config.traces import Distill
 from r1pipe.report.costs import describe_costs, find_gains
 from r1pipe.runs import ledger
-from r1pipe.runs.ledger import Hardware, Ledger, count_cores, find_idle_seconds, summarize_run
+from r1pipe.runs.ledger import Hardware, Ledger, find_idle_seconds, summarize_run
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import read_jsonl
 
@@ -170,13 +170,6 @@ def test_tokens_that_no_step_has_logged_are_the_record_s(tmp_path: Path) -> None
         account.finish({"tokens_sampled": 900}, tmp_path / "distill")
     cost = summarize_run(tmp_path)[0]
     assert (cost["tokens_sampled"], cost["tokens_trained"]) == (900, 130)
-
-
-def test_cores_are_those_that_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    for threads, cores in (("", 8), ("2", 2), ("64", 8), ("x", 8)):
-        monkeypatch.setenv("OMP_NUM_THREADS", threads)
-        assert count_cores() == cores
 
 
 def write_stage(run_dir: Path, stage: Stage) -> None:
