@@ -43,11 +43,13 @@ publish: setup
 report serve: setup
 	@.venv/bin/r1pipe $@ $(RUN) $(ARGS)
 
-# All of them in two processes; with ARGS, such as ARGS="-k trl", pytest alone.
+# A file at a time to each of a few processes; with ARGS, such as ARGS="-k trl", in one.
 test: setup
-	@.venv/bin/python $(if $(ARGS),-m pytest $(ARGS),scripts/run_tests.py)
+	@.venv/bin/python -m pytest $(or $(ARGS),-n logical --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder --durations 15)
 
-# What takes minutes: runs that are killed again and again, for instance.
+# What takes longer than 20 s: runs that are killed again and again, for instance. A third of it:
+# ARGS="--third 0".
 test-slow: setup
 	@.venv/bin/python -m pytest -m slow $(ARGS)
 

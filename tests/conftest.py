@@ -1,5 +1,42 @@
+"""How tests are shared out: among processes (`make test`), and slow ones among runs of CI."""
+
 import os
+from pathlib import Path
+
+import pytest
 
 # Before any test imports torch. A run chooses its threads by the machine's load otherwise, and runs
 # that are compared bit by bit need the same number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+FINISHED = {"test_on_policy_distill.py", "test_resume.py", "test_run.py", "test_serve.py"}
+"""They look at the `finished` run, which takes a minute to make: one process has them all."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--third", type=int, choices=range(3), help="every third of the chosen tests, from this one"
+    )
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """After -m and -k."""
+    first = config.getoption("third")
+    if first is not None:
+        chosen = items[first::3]
+        del items[first::3]
+        config.hook.pytest_deselected(items=items.copy())
+        items[:] = chosen
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object | None:
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "finished" if Path(file).name in FINISHED else file
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None

@@ -57,8 +57,12 @@ def kill_in(phase: str, steps: int, delay_s: float, folder: Path) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def run_and_kill(arguments: list[str]) -> int:
+    phase, steps, delay_s, folder, *command = arguments
+    where = (phase, int(steps), float(delay_s), Path(folder))
+    threading.Thread(target=kill_in, args=where, daemon=True).start()
+    return main(command)
+
+
 if __name__ == "__main__":
-    phase, steps, delay_s, folder, *command = sys.argv[1:]
-    arguments = (phase, int(steps), float(delay_s), Path(folder))
-    threading.Thread(target=kill_in, args=arguments, daemon=True).start()
-    sys.exit(main(command))
+    sys.exit(run_and_kill(sys.argv[1:]))

@@ -23,13 +23,16 @@ BENCHMARKS = {
     "report_page": ["--steps", "1"],
     "routing_replay": ["--models", "Qwen3-MoE", "--dtypes", "float32"],
 }
+SLOW = ("balance", "distillation", "grpo_vs_trl", "memory", "routing_replay")
 
 
 def test_every_benchmark_has_a_smoke_run() -> None:
     assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} == set(BENCHMARKS)
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in BENCHMARKS]
+)
 def test_benchmark_runs(name: str, tmp_path: Path) -> None:
     if name == "lm_eval_check":
         pytest.importorskip("lm_eval", reason="lm-eval is no dependency of r1pipe")

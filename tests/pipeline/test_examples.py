@@ -7,9 +7,12 @@ import sys
 from pathlib import Path
 from statistics import fmean
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_minimal_grpo_learns() -> None:
     """Reward and length rise, and sampler and trainer agree at every step, so weights arrive."""
     result = subprocess.run(

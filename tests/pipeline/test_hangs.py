@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import read_lines, run
 from test_processes import run_two
-from test_run import read_lines, run
 
 from r1pipe.rollout.store import read_rollouts
 from r1pipe.runs.folder import find_steps

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_resume import assert_equal, run_and_kill
-from test_run import read_lines, run
+from commands import read_lines, run, run_and_kill
+from test_resume import assert_equal
 
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.rollout.store import read_rollouts

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_run import read_lines, run
+from commands import read_lines, run
 
 from r1pipe.rollout.store import read_rollouts
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from commands import read_lines, run, start, wait_for
 from test_resume import assert_equal
-from test_run import read_lines, run, start, wait_for
 
 from r1pipe.rollout.store import read_rollouts
 

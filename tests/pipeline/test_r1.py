@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import read_lines, run, run_shipped
 from safetensors.torch import load_file
-from test_run import read_lines, run, run_shipped
 
 SMALL = (
     "stages.random.tokenizer.data.options.size=300",

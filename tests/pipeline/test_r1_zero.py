@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_run import read_lines, run_shipped
+from commands import read_lines, run_shipped
 
 SMALL = (
     "stages.random.tokenizer.data.options.size=300",

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import read_lines, run, start, wait_for
 from teacher_server import Answer, make_answer, teacher_server
-from test_run import read_lines, run, start, wait_for
 
 from r1pipe.config.base import ProblemSet
 from r1pipe.data.problems import load_problems

@@ -1,39 +1,19 @@
 """Runs that are killed (SIGKILL) and started again, against the run that was not."""
 
 import json
-import os
 import random
 import re
 import resource
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from test_run import ROOT, read_lines, run, start
+from commands import ROOT, read_lines, run, run_and_kill, start
 
 HERE = Path(__file__).parent
 TIMES = ("seconds/", "tokens_per_s/")
 OWN_OF_A_RUN = {"stage.json", "lineage.json", "ledger.json", "ledger.jsonl"}
-
-
-def run_and_kill(
-    phase: str, steps: int, delay_s: float, folder: Path, *command: object
-) -> subprocess.CompletedProcess:
-    """As killed.py says."""
-    result = subprocess.run(
-        [sys.executable, HERE / "killed.py", *map(str, (phase, steps, delay_s, folder, *command))],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}"},
-        text=True,
-        capture_output=True,
-        timeout=1800,
-    )
-    assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
-    return result
 
 
 def read_metrics(folder: Path) -> list[dict]:

@@ -1,63 +1,25 @@
 """The recipe end to end through the command line, with real vLLM; then what can go wrong."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import read_lines, run, start, wait_for
 from transformers import AutoModelForCausalLM
 
 from r1pipe.rollout.store import read_rollouts
-from r1pipe.utils.jsonl import read_jsonl
 
-ROOT = Path(__file__).parents[2]
 SUMMARY_KEYS = {
     "stage", "checkpoint", "dataset", "num_problems", "num_samples", "temperature", "pass_at_1",
     "ci_low", "ci_high", "pass_at_k", "pass_at", "maj_at_k", "format_rate", "mean_tokens",
     "truncated", "unjudged", "by_category", "by_length", "compared_with", "wall_s",
 }  # fmt: skip
 KEPT = ("grpo/rollouts/step_000001.parquet", "grpo/rollouts/step_000002.parquet")
-
-
-def start(
-    *arguments: object, program: tuple[str, ...] = ("-m", "r1pipe"), **options: object
-) -> subprocess.Popen:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"}
-    return subprocess.Popen(
-        [sys.executable, *program, *map(str, arguments)],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )
-
-
-def run(*arguments: object, timeout_s: float = 1800) -> subprocess.CompletedProcess:
-    process = start(*arguments)
-    out, err = process.communicate(timeout=timeout_s)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def run_shipped(name: str, settings: Iterable[str], runs: Path) -> tuple[Path, str]:
-    """A recipe of configs/ with these settings: the run's folder, and what the command said."""
-    sets = [part for setting in (f"runs_dir={runs}", *settings) for part in ("--set", setting)]
-    result = run("run", ROOT / "configs" / f"{name}.yaml", *sets)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return runs / name, result.stderr
-
-
-def read_lines(path: Path) -> list[dict]:
-    return [row for _, row in read_jsonl(path)]
 
 
 def test_summary(finished: tuple) -> None:
@@ -298,13 +260,6 @@ def test_interrupted_run_saves_its_step_and_goes_on(tiny_recipe: Path) -> None:
     result = run("sft", tiny_recipe, "--set", "name=interrupted", "--redo")
     assert result.returncode == 0, result.stderr[-3000:]
     assert (folder / "sft" / "model.safetensors").exists()
-
-
-def wait_for(condition: Callable[[], bool], timeout_s: float = 600) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def rewrite(recipe: Path, folder: Path, change: Callable[[dict], None]) -> Path:
