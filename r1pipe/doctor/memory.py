@@ -166,7 +166,7 @@ def trainer_parts(
     shape: Shape, devices: Devices, longest: int, element: int, settings: Optimization
 ) -> dict[str, float]:
     """`longest`: tokens of the longest sequence, a micro-batch of its own if need be."""
-    from r1pipe.trainer.policy import MAX_LOGITS
+    from r1pipe.trainer.head import MAX_LOGITS
 
     num_tokens = max(settings.tokens_per_micro_batch(on_gpu=devices.is_gpu), longest)
     sharded, checkpointing = devices.count > 1, settings.gradient_checkpointing

@@ -1,22 +1,18 @@
 """Log-probabilities of completions, never with all logits of a batch at once."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from r1pipe.trainer.attention import attention_arguments, require_packable, use_packed_attention
 from r1pipe.trainer.divergence import TeacherStates
+from r1pipe.trainer.head import Head, chunk_sizes
 from r1pipe.trainer.packing import PackedBatch, Support
 from r1pipe.utils.errors import UserError
-
-MAX_LOGITS = {"cpu": 2**25, "cuda": 2**27}
-"""Logits held at a time, by device: 128 MiB in float32; on a GPU 512 MiB, which is 880 tokens of a
-vocabulary of 152k, enough to fill it."""
 
 OWN_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config keys of models with more than a matrix product from hidden states to logits."""
@@ -88,6 +84,9 @@ class Policy(nn.Module):
         """
         hidden_CD = compute_hidden(self.model, batch)
         head = Head(self.model.get_output_embeddings())
+        whole = support is None and truncation is None and teacher is None
+        if whole and hidden_CD.device.type in head.fuses_on:
+            return LogProbs(*head.score(hidden_CD, batch.target_C, temperature))
         sizes = chunk_sizes(len(hidden_CD), len(head.weight_VD), hidden_CD.device)
         # Recomputing a chunk's logits in backward costs one product; keeping all costs memory.
         recompute = torch.is_grad_enabled() and len(sizes) > 1
@@ -116,7 +115,7 @@ class Policy(nn.Module):
 
     def score(
         self,
-        head: "Head",
+        head: Head,
         hidden_CD: Tensor,
         target_C: Tensor,
         temperature: float,
@@ -144,66 +143,6 @@ class Policy(nn.Module):
         return logprobs_C, entropy_C, kept, divergence_C
 
 
-class Head:
-    """The product that makes logits, `[C, D] -> [C, V]`, for the chunks of one micro-batch."""
-
-    def __init__(self, module: nn.Module):
-        self.weight_VD, self.bias_V = module.weight, getattr(module, "bias", None)
-        self.gradient_VD: Tensor | None = None
-        self.adds_up = False
-
-    def add_up_in_float32(self) -> None:
-        """Sum the weight's gradient over the chunks in float32. In bf16 every sum would be rounded
-        to eight bits: with 75 chunks the error is five times that of one product."""
-        self.adds_up = True
-        self.weight_VD = TakeGradient.apply(self.weight_VD, self)
-
-    def __call__(self, hidden_CD: Tensor) -> Tensor:
-        if self.adds_up:
-            return AddGradient.apply(hidden_CD, self.weight_VD, self.bias_V, self)
-        return linear(hidden_CD, self.weight_VD, self.bias_V)
-
-
-class TakeGradient(torch.autograd.Function):
-    """The weight unchanged; its gradient is the sum from the chunks' backward passes."""
-
-    @staticmethod
-    def forward(ctx: Any, weight_VD: Tensor, head: Head) -> Tensor:
-        ctx.head = head
-        ctx.set_materialize_grads(False)
-        return weight_VD.view_as(weight_VD)
-
-    @staticmethod
-    def backward(ctx: Any, nothing: Tensor) -> tuple[Tensor | None, None]:
-        return ctx.head.gradient_VD, None
-
-
-class AddGradient(torch.autograd.Function):
-    """`linear`, whose backward adds the weight's gradient to the head's."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, head: Head
-    ) -> Tensor:
-        ctx.save_for_backward(hidden_CD, weight_VD)
-        ctx.head = head
-        return linear(hidden_CD, weight_VD, bias_V)
-
-    @staticmethod
-    def backward(ctx: Any, gradient_CV: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_CD, weight_VD = ctx.saved_tensors
-        if ctx.needs_input_grad[1]:
-            head = ctx.head
-            if head.gradient_VD is None:
-                head.gradient_VD = (gradient_CV.t() @ hidden_CD).float()
-            elif hidden_CD.dtype == torch.float32:
-                head.gradient_VD.addmm_(gradient_CV.t(), hidden_CD)
-            else:
-                head.gradient_VD += gradient_CV.t() @ hidden_CD
-        hidden = gradient_CV @ weight_VD if ctx.needs_input_grad[0] else None
-        return hidden, None, gradient_CV.sum(0) if ctx.needs_input_grad[2] else None, None
-
-
 def prepare(model: PreTrainedModel) -> None:
     """Prepare for packed batches. Raises UserError for a model that `Policy` cannot compute."""
     require_trainable(model.config, model.config._attn_implementation)
@@ -227,8 +166,3 @@ def compute_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
         **attention_arguments(model.config._attn_implementation, batch.lengths, model.device),
     ).last_hidden_state.squeeze(0)
     return hidden_ND[batch.predictor_C]
-
-
-def chunk_sizes(num_tokens: int, vocab_size: int, device: torch.device) -> list[int]:
-    size = max(1, MAX_LOGITS[device.type] // vocab_size)
-    return [min(size, num_tokens - start) for start in range(0, num_tokens, size)]

@@ -18,8 +18,9 @@ from r1pipe.rl.distill_update import DistillUpdater, TeacherModel
 from r1pipe.runs.lineage import list_checkpoints
 from r1pipe.runs.reader import StageFolder
 from r1pipe.trainer.divergence import TeacherStates, cut_vocabulary, measure_divergence
+from r1pipe.trainer.head import MAX_LOGITS
 from r1pipe.trainer.packing import Sample, pack
-from r1pipe.trainer.policy import MAX_LOGITS, Policy
+from r1pipe.trainer.policy import Policy
 from r1pipe.utils.errors import UserError
 
 BETAS = [1.0, 0.0, 0.5, 0.1]
