@@ -13,6 +13,7 @@ import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -96,13 +97,27 @@ def main() -> None:
             engines.close()
     print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS))
     for row in rows:
-        print("| " + " | ".join(row) + " |")
+        numbers = [f"{row.differing_routes:.2%}", *(f"{value:.1e}" for value in row[5:])]
+        print("| " + " | ".join([*row[:4], *numbers]) + " |")
 
 
-def compare(
-    name: str, settings: dict, engines: Engines, own_routers: bool
-) -> list[tuple[str, ...]]:
-    """One model's rows of the table: replay off and on."""
+class Figures(NamedTuple):
+    """A row of the table. `differing_routes`: share of (token, layer) pairs with different experts;
+    `mean_diff`, `max_diff`: of |trainer - sampler| log-probability; `kl`: KL(sampler || trainer) by
+    Schulman's k3 estimator."""
+
+    model: str
+    dtype: str
+    layers: str
+    replay: str
+    differing_routes: float
+    mean_diff: float
+    max_diff: float
+    kl: float
+
+
+def compare(name: str, settings: dict, engines: Engines, own_routers: bool) -> list[Figures]:
+    """One model, replay off and on."""
     problems = load_problems(ProblemSet(recipe="arithmetic", options={"size": 64}))
     tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in problems), 400)
     with tempfile.TemporaryDirectory() as folder:
@@ -126,8 +141,7 @@ def compare(
             route_in_float32(model)
         for replay in (False, True):
             figures = measure(Policy(model), rollouts, layers, replay)
-            texts = [f"{figures[0]:.2%}", *(f"{value:.1e}" for value in figures[1:])]
-            rows.append((name, engines.dtype, layers, "on" if replay else "off", *texts))
+            rows.append(Figures(name, engines.dtype, layers, "on" if replay else "off", *figures))
     return rows
 
 
@@ -141,8 +155,7 @@ def in_bf16(model: PreTrainedModel) -> PreTrainedModel:
 
 @torch.no_grad()
 def measure(policy: Policy, rollouts: list[Rollout], layers: str, replay: bool) -> tuple:
-    """Share of (token, layer) pairs with different experts; mean and max |trainer - sampler|
-    log-probability; KL(sampler || trainer) by Schulman's k3 estimator."""
+    """The numbers of `Figures`."""
     device = policy.model.device
     batch = pack([Sample(rollout, 0.0) for rollout in rollouts], device)
     routes_NLK = pack_routes([s.rollout.routes for s in batch.samples], device).long()

@@ -34,6 +34,7 @@ from r1pipe.utils.watchdog import Watchdog, clear_stacks
 
 if TYPE_CHECKING:
     from r1pipe.context import StageContext
+    from r1pipe.rollout.engines import Engines
 
 
 def run_recipe(recipe: Recipe, redo: str | None = None, skip_doctor: bool = False) -> None:
@@ -153,9 +154,11 @@ def run_stages(
     redone: Collection[str] = (),
     skip_doctor: bool = False,
     make: Callable | None = None,
+    engines: "Engines | None" = None,
 ) -> None:
     """Run the stages: those in `redone` from the start, the others from their last checkpoint.
-    `make` replaces the `run` of their kind."""
+    `make` replaces the `run` of their kind. `engines` stay open; by default the stages have their
+    own."""
     if not stages:
         return
     silence_libraries()
@@ -171,7 +174,8 @@ def run_stages(
     # A misspelt reward of the last stage is worth knowing before the first one has run for hours.
     problem_sets = ProblemSets(run.path)
     preflight = Preflight(recipe, devices, stages, problem_sets, skip_doctor)
-    engines = Engines(recipe.engine, recipe.dtype, device, recipe.chat_template)
+    own = engines is None
+    engines = engines or Engines(recipe.engine, recipe.dtype, device, recipe.chat_template)
     ledger = Ledger(run.path, recipe, Hardware.here(recipe, device.type))
     started = time.monotonic()
     try:
@@ -195,7 +199,8 @@ def run_stages(
             )
             make_stage(stage, context, tracking, make or find_module(stage).run)
     finally:
-        engines.close()
+        if own:
+            engines.close()
     if len(stages) > 1:
         log_line(f"{recipe.name}: {len(stages)} stages in {time.monotonic() - started:.0f} s")
 

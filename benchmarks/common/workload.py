@@ -1,0 +1,208 @@
+"""One workload for r1pipe's trainer and for others': a model from random weights whose completions
+end at random, problems, and made-up rollouts of the lengths of sampled ones."""
+
+import math
+import random
+import resource
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from r1pipe.config.base import ProblemSet
+from r1pipe.config.recipe import Engine, Recipe
+from r1pipe.config.rl import Grpo
+from r1pipe.data.problems import load_problems
+from r1pipe.models.model import build_model
+from r1pipe.models.tokenizer import build_tokenizer
+from r1pipe.models.weights import save_checkpoint
+from r1pipe.pipeline import open_run, run_stages
+from r1pipe.rl.grpo_update import GrpoUpdater
+from r1pipe.runs.logs import read_metrics
+from r1pipe.trainer.fsdp import load_sharded
+from r1pipe.trainer.packing import Sample
+from r1pipe.trainer.policy import Policy
+from r1pipe.types import Problem, Rollout
+
+if TYPE_CHECKING:
+    from r1pipe.rollout.engines import Engines
+
+DATA = {"recipe": "arithmetic", "options": {"size": 500}}
+MADE_UP_IDS = (10, 250)
+ATTENTION = Recipe.model_fields["attn_implementation"].default
+
+
+@dataclass
+class Workload:
+    """`folder`: of the checkpoint. `settings`: as for `build_model`."""
+
+    folder: str
+    settings: dict[str, Any] = field(repr=False)
+    device: torch.device
+    prompts: int
+    generations: int
+    max_completion_length: int
+    steps: int
+    mean_length: int = 80
+    """Of completions: geometric, 10 times apart between the 10th and 90th percentile."""
+    micro_batch_tokens: int | None = None
+    kv_cache_gib: float = 1.0
+    learning_rate: float = 1e-6
+    trl_batch: int = 8
+    """Completions in a micro-batch of TRL's."""
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.device.type == "cuda" else "float32"
+
+    @property
+    def num_samples(self) -> int:
+        return self.prompts * self.generations
+
+    @property
+    def engine(self) -> Engine:
+        context = self.max_completion_length + 128
+        return Engine(max_model_len=context, max_num_seqs=256, kv_cache_gib=self.kv_cache_gib)
+
+    @property
+    def stage(self) -> Grpo:
+        return Grpo.model_validate(
+            {
+                "kind": "grpo",
+                "from": self.folder,
+                "data": DATA,
+                "rewards": [{"function": f"{reward_parity.__module__}.reward_parity"}],
+                "max_steps": self.steps,
+                "prompts_per_step": self.prompts,
+                "num_generations": self.generations,
+                "max_completion_length": self.max_completion_length,
+                "micro_batch_tokens": self.micro_batch_tokens,
+                "loss_type": "dapo",
+                # A figure, here: no reason to end the run.
+                "breaker": {"logprob_diff": {"action": "ignore"}},
+                "learning_rate": self.learning_rate,
+            }
+        )
+
+    def make_checkpoint(self) -> None:
+        """Random weights whose completions end with probability 1 / mean_length at each token: a
+        common direction in all embeddings acts as a bias on the end token's logit."""
+        problems = load_rows()
+        texts = (f"{p.question}\n{p.solution}" for p in problems)
+        tokenizer = build_tokenizer(texts, min(512, self.settings.get("vocab_size", 512)))
+        with self.device:
+            model = build_model({**self.settings, "pad_token_id": 0}, tokenizer, seed=0)
+        with torch.no_grad():
+            size = model.config.hidden_size
+            direction = torch.ones(size, device=self.device) / math.sqrt(size)
+            embedding = model.get_input_embeddings().weight
+            head = model.get_output_embeddings().weight
+            embedding.add_(4 * direction)
+            bias = math.log(len(head) / self.mean_length) / math.sqrt(size)
+            head[tokenizer.eos_token_id] = (bias + 4 * (head is embedding)) * direction
+        save_checkpoint(model, tokenizer, Path(self.folder))
+
+
+def load_rows() -> list[Problem]:
+    return load_problems(ProblemSet.model_validate(DATA))
+
+
+def reward_parity(completion_ids: list[list[int]], **columns: object) -> list[float]:
+    """Costs nothing, and groups without spread are rare."""
+    return [float(sum(ids) % 2) for ids in completion_ids]
+
+
+def make_rollouts(work: Workload, step: int) -> list[Rollout]:
+    """Made-up rollouts with the lengths of sampled ones."""
+    rng = random.Random(step)
+    rollouts = []
+    for number in range(work.prompts):
+        prompt = [rng.randrange(*MADE_UP_IDS) for _ in range(rng.randint(20, 40))]
+        for sample in range(work.generations):
+            length = math.ceil(rng.expovariate(1 / work.mean_length))
+            length = max(2, min(work.max_completion_length, length))
+            ids = [rng.randrange(*MADE_UP_IDS) for _ in range(length)]
+            rollouts.append(make_rollout(prompt, ids, str(number), sample))
+    return rollouts
+
+
+def make_rollout(
+    prompt: list[int], completion: list[int], problem_id: str = "", sample: int = 0
+) -> Rollout:
+    logprobs = [-math.log(MADE_UP_IDS[1])] * len(completion)
+    return Rollout(problem_id, sample, prompt, completion, logprobs, "", "stop")
+
+
+def load_updater(work: Workload, attn_implementation: str = ATTENTION) -> GrpoUpdater:
+    """As a stage makes it."""
+    source = (work.folder, work.device, attn_implementation, Policy)
+    policy = load_sharded(*source, dtype=work.dtype)
+    return GrpoUpdater(policy, None, work.stage, dtype=work.dtype, seed=0)
+
+
+def time_update(updater: Any, rollouts: list[Rollout], step: int) -> dict[str, float]:
+    samples = [Sample(rollout, (-1.0) ** i) for i, rollout in enumerate(rollouts)]
+    synchronize()
+    started = time.perf_counter()
+    metrics = updater.step(samples, step, lambda metrics: None)
+    synchronize()
+    elapsed = time.perf_counter() - started
+    return {"step": elapsed, "update": elapsed, "tokens_trained": metrics["tokens_trained"]}
+
+
+def run_ours(work: Workload, engines: "Engines | None" = None) -> list[dict[str, Any]]:
+    """A grpo stage, run as its command runs it; the rows of its metrics.jsonl. `engines`: stay
+    open."""
+    recipe = Recipe(
+        name="r1pipe",
+        runs_dir=tempfile.mkdtemp(dir=work.folder),
+        dtype=work.dtype,
+        device=work.device.type,
+        engine=work.engine,
+        phase_timeout_s=None,
+        stages=[work.stage],
+    )
+    with open_run(recipe) as run:
+        run_stages(run, recipe.stages, skip_doctor=True, engines=engines)
+        return read_metrics(run.stage_dir("grpo"))
+
+
+def describe_step(metrics: dict[str, float]) -> dict[str, float]:
+    """A row of metrics.jsonl, as `list_figures` wants it."""
+    seconds = {p: metrics[f"seconds/{p}"] for p in ("step", "sample", "score", "update", "sync")}
+    sampled = metrics["tokens_per_s/sample"] * seconds["sample"]
+    return {**seconds, "tokens_sampled": sampled, "tokens_trained": metrics["tokens_trained"]}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def device_name() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
+
+
+def peak_gib() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure_matmul(device: torch.device, size: int) -> float:
+    """Floating-point operations a second of one large product."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = []
+    for _ in range(8):
+        synchronize()
+        started = time.perf_counter()
+        a @ b
+        synchronize()
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / sorted(times)[len(times) // 2]
