@@ -19,7 +19,7 @@ endif
 
 STAGES = $(filter-out __init__,$(basename $(notdir $(wildcard r1pipe/stages/*.py))))
 
-.PHONY: help setup doctor demo run $(STAGES) publish report serve test test-slow test-unit test-gpu lint format bench clean
+.PHONY: help setup doctor demo run $(STAGES) publish report serve test test-slow test-unit test-gpu gpu-check lint format bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -59,6 +59,10 @@ test-unit: setup
 # Skips, saying why, what the machine has no GPU for.
 test-gpu: setup
 	@.venv/bin/python -m pytest tests/gpu -rs $(ARGS)
+
+# One GPU, seven minutes: figures beside their goals, in runs/gpu-check/.
+gpu-check: setup
+	@.venv/bin/python benchmarks/gpu_check.py $(ARGS)
 
 lint: setup
 	@.venv/bin/ruff check .

@@ -1,5 +1,6 @@
 """Every benchmark runs: one step of it, tiny. What it prints is not looked at but for its table."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ BENCHMARKS = {
         *("--blocks", "1", "--steps", "2", "--prompts", "2", "--generations", "2"),
         *("--trl-batch", "4", "--max-completion-length", "16"),
     ],
+    "gpu_check": ["--cpu", "--quick", "--limit", "1500"],
     "lm_eval_check": ["configs/demo.yaml", "runs/demo/sft"],
     "memory": ["--only", "0", "3", "--layers", "1"],
     "report_page": ["--steps", "1"],
@@ -41,6 +43,8 @@ def test_benchmark_runs(name: str, tmp_path: Path) -> None:
     options = [*BENCHMARKS[name]]
     if name == "distillation":
         options += ["--runs-dir", str(tmp_path)]
+    if name == "gpu_check":
+        options += ["--out", str(tmp_path)]
     result = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / f"{name}.py", *options],
         cwd=ROOT,
@@ -50,4 +54,10 @@ def test_benchmark_runs(name: str, tmp_path: Path) -> None:
         timeout=1800,
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    if name == "gpu_check":
+        for check in json.loads((tmp_path / "gpu-check.json").read_text())["checks"]:
+            assert check["state"] == "done", check
+            assert check["rows"], check
+            assert all(row["met"] is not False for row in check["rows"]), check
+        return
     assert "|" in result.stdout or "rollouts: written" in result.stdout

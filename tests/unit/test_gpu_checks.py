@@ -1,0 +1,114 @@
+"""benchmarks/common/checks.py: checks that fail, take too long or hang do not end the others."""
+
+import json
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+from common.checks import Check, Runner, format_number  # noqa: E402
+
+
+def run(folder: Path, *functions: Callable, limit_s: float = 60, each_s: float = 60) -> list[dict]:
+    """The records of checks of these functions, read back from the file."""
+    checks = [Check(n, f"check {n}", each_s, function) for n, function in enumerate(functions, 1)]
+    Runner("test", checks, folder, limit_s=limit_s, began=time.time()).run()
+    return json.loads((folder / "test.json").read_text())["checks"]
+
+
+def succeed(check: Check) -> None:
+    check.add("speed", 2.0, "tokens/s", at_least=3.0)
+
+
+def sleep(check: Check) -> None:
+    check.add("began", "yes")
+    try:
+        time.sleep(60)
+    except Exception:  # a library that catches whatever it can
+        pytest.fail("the time limit was caught")
+
+
+def test_an_exception_is_a_row_and_the_next_check_runs(tmp_path: Path) -> None:
+    def fail(check: Check) -> None:
+        check.add("before", 1)
+        raise ValueError("no such kernel")
+
+    failed, fine = run(tmp_path, fail, succeed)
+    assert (failed["state"], fine["state"]) == ("failed", "done")
+    assert "ValueError: no such kernel (test_gpu_checks.py:" in failed["error"]
+    assert [row["figure"] for row in failed["rows"]] == ["before"]
+    table = (tmp_path / "test.md").read_text()
+    assert "| speed | 2 tokens/s | ≥ 3 tokens/s | **no** |" in table
+    assert "failed: ValueError" in table
+
+
+def test_a_check_ends_at_its_limit(tmp_path: Path) -> None:
+    slow, fine = run(tmp_path, sleep, succeed, each_s=0.2)
+    assert (slow["state"], fine["state"]) == ("stopped", "done")
+    assert "its limit" in slow["error"]
+    assert slow["rows"]
+
+
+def test_checks_that_the_limit_leaves_no_time_for_are_not_reached(tmp_path: Path) -> None:
+    slow, other = run(tmp_path, sleep, succeed, limit_s=5.2)
+    assert (slow["state"], other["state"]) == ("stopped", "not reached")
+    assert "the limit of 5 s" in slow["error"]
+
+
+def test_rows_are_on_the_disk_before_the_check_ends(tmp_path: Path) -> None:
+    def look(check: Check) -> None:
+        check.add("one", 1)
+        record = json.loads((tmp_path / "test.json").read_text())["checks"]
+        assert [c["state"] for c in record] == ["running", "not reached"]
+        assert record[0]["rows"][0]["figure"] == "one"
+
+    assert run(tmp_path, look, succeed)[0]["state"] == "done"
+
+
+def test_a_hung_check_is_left_by_a_new_process(tmp_path: Path) -> None:
+    """A blocked signal is as good as a C call: no handler runs."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent(
+            f"""
+            import signal, sys, time
+            sys.path.insert(0, {str(BENCHMARKS)!r})
+            from pathlib import Path
+            from common import checks
+
+            checks.GRACE_S = 0.5
+
+            def hang(check):
+                check.add("began", "yes")
+                signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])
+                time.sleep(60)
+
+            resume = [a for a in sys.argv if a.startswith("--resume-from=")]
+            began = float(resume[0].split("=")[1]) if resume else time.time()
+            both = [checks.Check(1, "hangs", 0.3, hang)]
+            both.append(checks.Check(2, "runs", 9, lambda check: check.add("two", 2)))
+            folder = Path({str(tmp_path)!r})
+            checks.Runner(
+                "test", both, folder, limit_s=50, began=began, resume=bool(resume)
+            ).run()
+            """
+        )
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=50)
+    hung, fine = json.loads((tmp_path / "test.json").read_text())["checks"]
+    assert (hung["state"], fine["state"]) == ("stopped", "done"), done.stderr
+    assert "hung" in hung["error"]
+    assert hung["rows"]
+    assert "in hang" in done.stderr  # its stack
+
+
+def test_numbers_are_short() -> None:
+    numbers = (3.4e-7, 0.0312, 16450, 98765.4, float("nan"))
+    assert [format_number(n) for n in numbers] == ["3.4e-07", "0.0312", "16,450", "98,765.4", "nan"]
