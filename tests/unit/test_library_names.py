@@ -19,12 +19,14 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 NAMES = (
+    "torch._dynamo.exc.TorchDynamoException",
     "torch.backends.mkldnn.enabled",
     "torch.distributed.distributed_c10d._get_default_store",
     "torch.distributed.elastic.multiprocessing.api.SignalException.sigval",
     "torch.distributed.elastic.multiprocessing.errors.ChildFailedError.failures",
     "torch.distributed.run.get_args_parser",
     "torch.distributed.run.run",
+    "torch.nn.attention.varlen.varlen_attn",
     "transformers.AttentionInterface.register",
     "transformers.PreTrainedConfig._attn_implementation",
     "transformers.PreTrainedModel.all_tied_weights_keys",
