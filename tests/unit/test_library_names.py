@@ -19,6 +19,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 FUSED_MOE = "vllm.model_executor.layers.fused_moe"
 NAMES = (
+    "torch._dynamo",
     "torch._dynamo.exc.TorchDynamoException",
     "torch.backends.mkldnn.enabled",
     "torch.distributed.distributed_c10d._get_default_store",
