@@ -36,6 +36,10 @@ class Engine(Strict):
     kv_cache_gib: PositiveFloat | None = None
     """A fixed size of the KV cache instead of gpu_memory_utilization."""
     tensor_parallel_size: PositiveInt = 1
+    sleep: Literal[0, 1, 2] | None = None
+    """vLLM's sleep mode while a model learns from its samples: 1 keeps the sampler's weights in the
+    CPU's memory meanwhile, 2 keeps none, 0 does not sleep. Default: 1 on CUDA without async_steps;
+    otherwise 0. On CPU sleeping frees nothing."""
     enforce_eager: bool = False
     """No compilation: always so on CPU, where compiling takes longer than a small run."""
 
@@ -157,8 +161,21 @@ class Recipe(Strict):
                     f"engine.tensor_parallel_size 1, not {size}: collectives of two threads would "
                     "meet in another order on every rank"
                 )
+            if isinstance(stage, rl.OnPolicy) and stage.async_steps and self.engine.sleep:
+                raise ValueError(
+                    f"stages.{stage.name}.async_steps: sampling beside the training needs the "
+                    f"engine awake: leave out engine.sleep {self.engine.sleep}, or async_steps"
+                )
             earlier.add(stage.name)
         return self
+
+    def sleep_level(self, stage: Stage, device_type: str) -> int:
+        """vLLM's sleep level while the stage trains; 0: its engine stays awake."""
+        samples_for_itself = stage.samplings() and stage.optimization is not None
+        if not samples_for_itself or (isinstance(stage, rl.OnPolicy) and stage.async_steps):
+            return 0
+        default = 1 if device_type == "cuda" else 0
+        return default if self.engine.sleep is None else self.engine.sleep
 
     @property
     def run_dir(self) -> Path:

@@ -26,7 +26,7 @@ LAYER_COPIES = 3
 """Of a sharded layer in its backward pass, in the compute dtype: weights, gradient, and the next
 layer's weights being gathered. The gradient is copied once more, in float32, to be summed."""
 ENGINE_WORKSPACE = 1.5 * GIB
-"""Within vLLM's share of a GPU: its activations and graphs."""
+"""Within vLLM's share of a GPU: its activations and graphs. What an engine keeps asleep is less."""
 CPU_PROCESS, GPU_PROCESS = 1.0 * GIB, 2.0 * GIB
 """Python with torch, transformers and vLLM; CUDA's context, NCCL's buffers, fragmentation."""
 LOGIT_COPIES = 3
@@ -35,7 +35,7 @@ TEACHER_LOGIT_COPIES = 4
 """Of a chunk: the teacher's logits and log-softmax, the student's probabilities, the difference of
 log-probs."""
 
-ESTIMATED = ("activations", "logits", "process")
+ESTIMATED = ("activations", "logits", "process", "probe", "vLLM asleep")
 """Parts that are estimated, not counted."""
 
 
@@ -73,12 +73,17 @@ class Estimate:
     stage: str
     shape: Shape
     devices: Devices
-    parts: dict[str, float]
+    halves: dict[str, dict[str, float]]
+    """Where the engine sleeps: "training" and "sampling", of which a device needs the larger."""
     problems: list[str]
 
     @property
+    def parts(self) -> dict[str, float]:
+        return {name: size for half in self.halves.values() for name, size in half.items()}
+
+    @property
     def total(self) -> float:
-        return sum(self.parts.values())
+        return max(sum(half.values()) for half in self.halves.values())
 
     @property
     def fits(self) -> bool:
@@ -87,25 +92,32 @@ class Estimate:
     @property
     def is_hopeless(self) -> bool:
         """Does not fit even without the estimated parts."""
-        counted = sum(size for name, size in self.parts.items() if name not in ESTIMATED)
+        counted = max(
+            sum(size for name, size in half.items() if name not in ESTIMATED)
+            for half in self.halves.values()
+        )
         return counted > self.devices.size or bool(self.problems)
 
     def __str__(self) -> str:
-        sizes = {name: format_size(size) for name, size in self.parts.items()}
-        parts = ", ".join(f"{name} {size.removesuffix(' GiB')}" for name, size in sizes.items())
         parameters = self.shape.parameters
         size = f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
         verdict = "; ".join(["fits" if self.fits else "DOES NOT FIT", *self.problems])
         return (
             f"{self.stage}: {size} parameters on {self.devices.count} x "
-            f"{self.devices.size / GIB:.1f} GiB: about {format_size(self.total)} each ({parts}): "
-            f"{verdict}"
+            f"{self.devices.size / GIB:.1f} GiB: about "
+            f"{', '.join(map(describe_half, self.halves, self.halves.values()))}: {verdict}"
         )
+
+
+def describe_half(name: str, parts: dict[str, float]) -> str:
+    sizes = [f"{part} {format_size(size).removesuffix(' GiB')}" for part, size in parts.items()]
+    when = f" in {name}" if name else ""
+    return f"{format_size(sum(parts.values()))} each{when} ({', '.join(sizes)})"
 
 
 def estimate_shape(stage: Stage, recipe: Recipe, shape: Shape, devices: Devices) -> Estimate:
     """For a stage that trains a model of this shape: trainer, reference, teacher and the engines of
-    models that it samples from share every device."""
+    models that it samples from share every device; at different times if the engine sleeps."""
     element = 2 if recipe.dtype == "bfloat16" else 4
     is_on_policy = isinstance(stage, OnPolicy)
     context = shape.config.max_position_embeddings
@@ -119,13 +131,26 @@ def estimate_shape(stage: Stage, recipe: Recipe, shape: Shape, devices: Devices)
         teacher = Shape.of(find_config(stage.taught_by, recipe))
         parts["teacher"] = teacher_bytes(teacher, devices, element)
         parts["logits"] *= 1 + TEACHER_LOGIT_COPIES / LOGIT_COPIES
+    engines: dict[str, float] = {}
     problems = []
     for name, _ in stage.samplings():
         is_own = name == stage.weights_from
         sampled = shape if is_own else Shape.of(find_config(name, recipe))
         sampler, problems = engine_parts(recipe, sampled, devices)
-        parts |= sampler
-    return Estimate(stage.name, shape, devices, parts, problems)
+        engines |= sampler
+    halves = {"": parts | engines}
+    if devices.is_gpu and recipe.sleep_level(stage, "cuda"):
+        stays = {"process"}
+        if is_on_policy:  # other stages sample before they load what they train
+            stays |= {"weights", "reference", "teacher"}
+            stays |= set() if stage.optimization.offload_optimizer else {"optimizer"}
+        resident = {name: size for name, size in parts.items() if name in stays}
+        if is_on_policy:  # a forward pass after each wake-up: two layers gathered, and the rest
+            gathered = 2 * shape.largest_layer + shape.outside_layers
+            resident["probe"] = element * gathered + parts["logits"]
+        parts["vLLM asleep"] = ENGINE_WORKSPACE
+        halves = {"training": parts, "sampling": resident | engines}
+    return Estimate(stage.name, shape, devices, halves, problems)
 
 
 def teacher_bytes(shape: Shape, devices: Devices, element: int) -> float:

@@ -8,7 +8,7 @@ from r1pipe.doctor.golds import spread
 from r1pipe.doctor.inputs import Inputs
 from r1pipe.doctor.machine import Diagnosis
 from r1pipe.models.model import pick_device
-from r1pipe.rl.loop import measure_mismatch
+from r1pipe.rl.loop import draw_samples, measure_mismatch
 from r1pipe.rl.update import Updater
 from r1pipe.rollout.engines import Engines
 from r1pipe.trainer.fsdp import load_sharded
@@ -35,14 +35,16 @@ def examine_parity(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
     engines = Engines(recipe.engine, recipe.dtype, device, recipe.chat_template)
     try:
         sampler = engines.open(place, with_routes=stage.routing_replay)
-        source = (place, device, recipe.attn_implementation, Policy)
-        model = load_sharded(*source, dtype=recipe.dtype)
-        updater = Updater(model, stage, dtype=recipe.dtype, seed=recipe.seed)
         length = min(NUM_TOKENS, stage.max_completion_length)
         sampling = stage.sampling.model_copy(update={"max_completion_length": length})
         some = spread(problems, NUM_PROMPTS)
         seed_parts = (recipe.seed, stage.name, "doctor")
-        diff = measure_mismatch(stage, updater, sampler, some, sampling, seed_parts)
+        samples = draw_samples(stage, sampler, some, sampling, seed_parts)
+        engines.close()  # a GPU may not hold both
+        source = (place, device, recipe.attn_implementation, Policy)
+        model = load_sharded(*source, dtype=recipe.dtype)
+        updater = Updater(model, stage, dtype=recipe.dtype, seed=recipe.seed)
+        diff = measure_mismatch(updater, samples)
     finally:
         engines.close()
     line = f"sampler = trainer on {len(some)} x {length} tokens: mean |dlogp| {diff:.1e}"

@@ -49,7 +49,14 @@ class BatchSource(Protocol):
 class WeightReceiver(Protocol):
     """What `train` syncs: Sampler, or NoSampler."""
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None: ...
+    sleep_level: int
+    """0: it is always awake."""
+
+    def sleep(self) -> None:
+        """Leave the memory of a shared GPU to the trainer."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Also wakes it."""
 
 
 class BestMetric(NamedTuple):
@@ -90,9 +97,12 @@ def run_steps(
         checkpoints = Checkpoints(context.shared_folder, stage, stage.name, parts, logs)
         if done := checkpoints.restore_last_good():
             collector.warm_up()
-            sampler.load_weights(export_weights(updater.model))
             progress.start_at(done)
-        else:
+        if done or sampler.asleep:
+            sampler.load_weights(export_weights(updater.model))
+            if sampler.sleep_level:
+                probe_sync(stage, updater, sampler, breaker, problems, done)
+        if not done:
             collector.begin()
         steps = train(stage, updater, sampler, batches, breaker, done + 1)
         try:
@@ -141,6 +151,8 @@ def train(
         clock = Clock()
         batch = batches.take(step)
         clock.lap("wait")
+        sampler.sleep()
+        clock.lap("sync")
         before = updater.copy_weights() if stage.async_steps else {}  # the sampler's
 
         metrics = {"step": step, **batch.metrics()}
@@ -156,8 +168,11 @@ def train(
         if ahead := batches.ahead:
             ahead.logprob_diff = compare_ahead(updater, before, ahead)
         sampler.load_weights(export_weights(updater.model))
-        if stage.verifies_sync:
-            metrics |= probe_sync(stage, updater, cast("Sampler", sampler), breaker, batch)
+        if stage.verifies_sync or sampler.sleep_level:
+            asked = [group.problem for group in batch.groups]
+            metrics |= probe_sync(
+                stage, updater, cast("Sampler", sampler), breaker, asked, batch.step
+            )
         clock.lap("sync")
         breaker.close_step(metrics)
         metrics |= clock.metrics(metrics["tokens_trained"])
@@ -180,44 +195,53 @@ def check_last_sync(
     """Compare sampler and trainer once more, on the weights of the last sync."""
     group = problems[: stage.prompts_per_step]
     seed_parts = (updater.seed, stage.name, "last")
-    diff = measure_mismatch(stage, updater, sampler, group, stage.sampling, seed_parts)
+    samples = draw_samples(stage, sampler, group, stage.sampling, seed_parts)
+    sampler.sleep()
+    diff = measure_mismatch(updater, samples)
     breaker.examine_sync(diff, stage.max_steps)
     log_line(f"{stage.name}: sampler = trainer after the last sync: mean |dlogp| {diff:.1e}")
     return {"last_sync/logprob_diff_mean": diff}
 
 
 def probe_sync(
-    stage: OnPolicy, updater: Updater, sampler: Sampler, breaker: Breaker, batch: Batch
+    stage: OnPolicy,
+    updater: Updater,
+    sampler: Sampler,
+    breaker: Breaker,
+    problems: list[Problem],
+    step: int,
 ) -> dict[str, float]:
     """Sample a few tokens with the weights just synced, and compare with the trainer's.
 
     A checksum is not enough: vLLM repacks the weights, and syncs have failed after the tensors had
-    arrived (stale kernels, a tied head)."""
-    group = [group.problem for group in batch.groups[:PROBE_PROMPTS]]
+    arrived (stale kernels, a tied head; after sleep, tensors that are no weights: NeMo-RL#2631)."""
     length = min(PROBE_TOKENS, stage.max_completion_length)
     sampling = stage.sampling.model_copy(update={"max_completion_length": length})
-    seed_parts = (updater.seed, stage.name, "probe", batch.step)
-    diff = measure_mismatch(stage, updater, sampler, group, sampling, seed_parts)
-    breaker.examine_sync(diff, batch.step)
+    seed_parts = (updater.seed, stage.name, "probe", step)
+    samples = draw_samples(stage, sampler, problems[:PROBE_PROMPTS], sampling, seed_parts)
+    diff = measure_mismatch(updater, samples)
+    breaker.examine_sync(diff, step)
     return {"sync/logprob_diff_mean": diff}
 
 
-def measure_mismatch(
+def draw_samples(
     stage: OnPolicy,
-    updater: Updater,
     sampler: Sampler,
     problems: list[Problem],
     sampling: Sampling,
     seed_parts: tuple[object, ...],
-) -> float:
-    """Mean |sampler - trainer| log-probability of one fresh sample per problem."""
+) -> list[Sample]:
+    """One fresh sample of each problem of this rank's share."""
     groups = sampler.generate_groups(
         problems, 1, sampling, seed_parts, with_routes=stage.routing_replay
     )
     in_order = sorted(groups, key=lambda group: group.index)
-    samples = [Sample(rollout, 0.0) for group in in_order for rollout in group.rollouts]
-    metrics = updater.evaluate(samples).metrics()
-    return metrics["sampler/logprob_diff_mean"]
+    return [Sample(rollout, 0.0) for group in in_order for rollout in group.rollouts]
+
+
+def measure_mismatch(updater: Updater, samples: list[Sample]) -> float:
+    """Mean |sampler - trainer| log-probability."""
+    return updater.evaluate(samples).metrics()["sampler/logprob_diff_mean"]
 
 
 class Clock:

@@ -62,6 +62,11 @@ class ReplayBatches:
 class NoSampler:
     """In the place of a sampler: weight syncs do nothing."""
 
+    sleep_level = 0
+
+    def sleep(self) -> None:
+        """There is no engine."""
+
     def load_weights(self, weights: Iterable[Any]) -> None:
         """Does not even read them: they are put together on reading."""
 

@@ -7,7 +7,7 @@ in one process weights need no copy through the network.
 import gc
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,7 +55,8 @@ T = TypeVar("T")
 class Sampler:
     """One vLLM engine with the weights of one checkpoint at a time.
 
-    `with_routes`: for `generate` with the routes of a mixture of experts.
+    `with_routes`: for `generate` with the routes of a mixture of experts. With `settings.sleep` it
+    can sleep.
     Raises UserError if vLLM cannot run the checkpoint.
     """
 
@@ -69,6 +70,9 @@ class Sampler:
         chat_template: str | None = None,
     ):
         self.settings, self.device = settings, device
+        self.can_sleep, self.asleep = bool(settings.sleep), False
+        self.sleep_level: int = settings.sleep or 0
+        """That of the stage at hand; 0: it does not sleep."""
         self.chat_template = chat_template
         # On CPU any engine's can be recorded from outside.
         self.can_return_routes = with_routes or device.type == "cpu"
@@ -185,6 +189,8 @@ class Sampler:
         sampling: Sampling,
         seed_parts: tuple[object, ...],
     ) -> list[SampleGroup]:
+        if self.asleep:  # vLLM would wait for ever
+            raise RuntimeError("the engine sleeps: it needs weights before it can sample")
         groups = plan_groups(problems, num_samples, seed_parts)
         prompts = self.encode(problems, sampling.max_completion_length)
         for group, ids in zip(groups, prompts, strict=True):
@@ -343,8 +349,23 @@ class Sampler:
 
     @phase("sync")
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load weights, named as in a checkpoint (`models.weights.export_weights`)."""
+        """Load weights, named as in a checkpoint (`models.weights.export_weights`), and wake up.
+
+        Asleep it wakes for the weights alone at first: while a sharded trainer puts them together
+        the KV cache's memory is still free."""
+        if self.asleep:
+            self.llm.wake_up(["weights"])
         send_weights(self.llm, weights, self.device)
+        if self.asleep:
+            self.llm.wake_up(["kv_cache"])
+            self.asleep = False
+
+    def sleep(self) -> None:
+        """Leave the GPU's memory to the trainer, unless `sleep_level` is 0. Only `load_weights`
+        wakes it: at level 2 vLLM keeps buffers but no weights, and would sample garbage."""
+        if self.sleep_level and not self.asleep:
+            self.llm.sleep(self.sleep_level)
+            self.asleep = True
 
     def load_checkpoint(self, checkpoint: str) -> None:
         """Load the weights and the tokenizer of another checkpoint of the same kind."""
@@ -370,6 +391,11 @@ class Sampler:
 
     def close(self) -> None:
         """Free the engine, so that another can take its memory."""
+        if self.asleep:
+            # What sleeps is unmapped. On CUDA vLLM would unmap it once more as it is freed, and the
+            # next engine of this process would be told of that error.
+            with suppress(RuntimeError):  # the trainer may still have the memory
+                self.llm.wake_up()
         core = self.llm.llm_engine.engine_core
         if distributed.alone():
             core.shutdown()
@@ -382,6 +408,9 @@ class Sampler:
             destroy_model_parallel()
         del self.llm
         gc.collect()
+        if self.can_sleep and self.device.type == "cuda":
+            # vLLM's allocator serves one engine: the next finds it empty, or refuses to start.
+            torch.cuda.empty_cache()
 
 
 def count_routes(rollout: Rollout) -> int:

@@ -25,10 +25,12 @@ class Engines:
         self._sampler: Sampler | None = None
 
     @phase("starting vLLM")
-    def open(self, checkpoint: str, with_routes: bool = False) -> Sampler:
-        """A sampler with this checkpoint's weights, `with_routes` one that can return routes."""
-        if self._sampler is not None and self._can_reload(checkpoint, with_routes):
+    def open(self, checkpoint: str, with_routes: bool = False, sleep: int = 0) -> Sampler:
+        """A sampler with this checkpoint's weights, `with_routes` one that can return routes;
+        `sleep`: the level at which it can sleep."""
+        if self._sampler is not None and self._can_reload(checkpoint, with_routes, sleep):
             self._sampler.load_checkpoint(checkpoint)
+            self._sampler.sleep_level = sleep
             diff = self._sampler.probe(checkpoint)
             if diff is not None and diff <= PROBE_LIMITS[self.dtype]:
                 if with_routes:
@@ -39,21 +41,34 @@ class Engines:
                     f"{checkpoint}: reloaded, vLLM is {diff:.1e} off (mean |dlogp|): started anew"
                 )
         self.close()
+        settings = self.settings.model_copy(update={"sleep": sleep})
         self._sampler = Sampler(
-            checkpoint, self.settings, self.dtype, self.device, with_routes, self.chat_template
+            checkpoint, settings, self.dtype, self.device, with_routes, self.chat_template
         )
         return self._sampler
 
-    def _can_reload(self, checkpoint: str, with_routes: bool) -> bool:
+    def _can_reload(self, checkpoint: str, with_routes: bool, sleep: int) -> bool:
         # One process's engine on several devices has processes of its own, out of reach for weights
         # from here.
         if distributed.alone() and self.settings.tensor_parallel_size > 1:
+            return False
+        if sleep and not self._sampler.can_sleep:
             return False
         if self._sampler.can_return_routes < with_routes or not Path(checkpoint).is_dir():
             return False
         tokenizer = load_tokenizer(checkpoint, self.chat_template)
         end_ids = join_end_ids(tokenizer, read_end_ids(checkpoint))
         return describe_kind(read_config(checkpoint), end_ids) == self._sampler.kind
+
+    def make_room(self) -> None:
+        """Called before a model is trained that is not the sampler's: on a GPU the engine sleeps,
+        or is closed if it cannot."""
+        if self._sampler is not None and self.device.type == "cuda":
+            if self._sampler.can_sleep:
+                self._sampler.sleep_level = self._sampler.settings.sleep
+                self._sampler.sleep()
+            else:
+                self.close()
 
     def close(self) -> None:
         if self._sampler is not None:

@@ -48,6 +48,8 @@ def engine_arguments(
         # An engine per rank, or per `tensor_parallel_size` neighbouring ranks, on the trainer's
         # process group: with any other backend every engine would take the machine's first GPU.
         arguments["distributed_executor_backend"] = "external_launcher"
+    if settings.sleep and device.type == "cuda":
+        arguments["enable_sleep_mode"] = True
     if settings.kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
     if device.type == "cpu":

@@ -29,10 +29,11 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
     """Sample from the teacher `from`, keep what the rewards accept, train the student on it."""
     problems = context.load_training_problems(stage)
     teacher = context.checkpoint(stage.from_)
+    sleep = context.recipe.sleep_level(stage, context.device.type)
     traces, facts = collect_traces(
         context,
         identify_weights(teacher, context.recipe.dtype),
-        partial(context.engines.open, teacher),
+        partial(context.engines.open, teacher, sleep=sleep),
         problems,
         stage.traces,
         f"{stage.name}: samples",
@@ -42,6 +43,7 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
         raise UserError(f'stage "{stage.name}": no sample of {teacher} was accepted')
     write_jsonl(context.folder / "traces.jsonl", traces)
 
+    context.engines.make_room()
     dtype = context.recipe.dtype
     if isinstance(stage.student, str):
         base = context.checkpoint(stage.student)

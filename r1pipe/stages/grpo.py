@@ -26,14 +26,15 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
     scorer = Scorer(stage.rewards)
     problems = context.load_training_problems(stage)
     checkpoint = context.checkpoint(stage.from_)
-    sampler = context.engines.open(checkpoint, with_routes=stage.routing_replay)
+    sleep = context.recipe.sleep_level(stage, context.device.type)
+    sampler = context.engines.open(checkpoint, with_routes=stage.routing_replay, sleep=sleep)
     sampler.encode(problems, stage.max_completion_length)
-
-    updater = make_updater(stage, context)
     difficulty_log = measure_difficulty(stage, context, problems, lambda: sampler)
     rates = difficulty_log.measured_rates if difficulty_log else None
     prompts = Prompts(problems, context.recipe.seed, stage.difficulty, rates)
     collector = GrpoCollector(stage, sampler, scorer, prompts, difficulty_log)
+    sampler.sleep()
+    updater = make_updater(stage, context)
     return run_steps(stage, context, updater, sampler, collector, BEST)
 
 

@@ -38,11 +38,13 @@ def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
     scorer = Scorer(stage.rewards)
     problems = context.load_training_problems(stage)
     check_vocabularies(stage, context)
+    sleep = context.recipe.sleep_level(stage, context.device.type)
     sampler = context.engines.open(
-        context.checkpoint(stage.student), with_routes=stage.routing_replay
+        context.checkpoint(stage.student), with_routes=stage.routing_replay, sleep=sleep
     )
     prompts = sampler.encode(problems, stage.max_completion_length)
 
+    sampler.sleep()
     updater = make_updater(stage, context)
     context_size = updater.teacher.model.config.get_text_config().max_position_embeddings
     for problem, ids in zip(problems, prompts, strict=True):

@@ -19,6 +19,7 @@ def run(stage: Sft, context: StageContext) -> dict[str, Any]:
     problems = drop_flawed(context.load_training_problems(stage), stage.filters, context)
     checkpoint = context.checkpoint(stage.from_)
     tokenizer = context.tokenizer(checkpoint)
+    context.engines.make_room()
     policy = load_sharded(
         checkpoint,
         context.device,

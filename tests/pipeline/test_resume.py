@@ -46,10 +46,11 @@ def begin_beside(folder: Path, stage: str, name: str) -> Path:
     return other
 
 
-# stage: (phase in which it is killed, steps behind it; how often it saves: not when it logs)
+# stage: (phase in which it is killed, steps behind it; how often it saves: not when it logs). The
+# engine of grpo sleeps meanwhile, that of the run that it is compared with does not.
 KILLS = {
     "sft": ("supervised", 15, "stages.sft.train.save_steps=7"),
-    "grpo": ("updating", 1, "stages.grpo.save_steps=1"),
+    "grpo": ("updating", 1, "stages.grpo.save_steps=1", "engine.sleep=2"),
     "distill": ("supervised", 3, "stages.distill.train.save_steps=3"),
 }
 
@@ -57,9 +58,10 @@ KILLS = {
 @pytest.mark.parametrize("stage", ["sft", "grpo", pytest.param("distill", marks=pytest.mark.slow)])
 def test_a_killed_stage_resumes_bit_equal(stage: str, finished: tuple, tiny_recipe: Path) -> None:
     folder, _ = finished
-    phase, steps, saving = KILLS[stage]
+    phase, steps, *settings = KILLS[stage]
     other = begin_beside(folder, stage, f"killed-{stage}")
-    command = (stage, tiny_recipe, "--set", f"name={other.name}", "--set", saving)
+    settings = [f"name={other.name}", *settings]
+    command = (stage, tiny_recipe, *(part for s in settings for part in ("--set", s)))
     partial = other / f".{stage}.partial"
     run_and_kill(phase, steps, 0.01, partial, *command)
     assert list(partial.glob("checkpoints/step-*"))

@@ -42,6 +42,8 @@ NAMES = (
     "vllm.LLM.collective_rpc",
     "vllm.LLM.llm_engine",
     "vllm.LLM.reset_prefix_cache",
+    "vllm.LLM.sleep",
+    "vllm.LLM.wake_up",
     "vllm.distributed.aux_output_connector.worker.get_tp_group",
     "vllm.distributed.destroy_model_parallel",
     "vllm.envs.disable_envs_cache",

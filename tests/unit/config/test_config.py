@@ -80,6 +80,10 @@ MISTAKES = [
         {"stages": stages_with(2, async_steps=1), "engine": {"tensor_parallel_size": 2}},
         ["stages.grpo.async_steps", "tensor_parallel_size 1, not 2"],
     ),
+    (
+        {"stages": stages_with(2, async_steps=1), "engine": {"sleep": 1}},
+        ["stages.grpo.async_steps", "leave out engine.sleep 1"],
+    ),
     ({"stages": stages_with(2, kind="ppo")}, ["kind must be one of", "grpo"]),
     ({"stages": stages_with(2, data={"recipe": "a", "stage": "b"})}, ["recipe or stage"]),
     ({"stages": stages_with(1, train={"learning_rate": 1e-3})}, ["stages.sft.train", "max_steps"]),

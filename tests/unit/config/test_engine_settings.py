@@ -107,6 +107,41 @@ def test_where_attention_is_latent(
     assert has_mla(make_config(settings), device_type, dtype) == expected
 
 
+# (stage of the demo, engine, settings of its stages, device) -> level
+LEVELS = [
+    ("grpo", {}, [], "cuda", 1),
+    ("distill", {}, [], "cuda", 1),
+    ("grpo", {"sleep": 2}, [], "cuda", 2),
+    ("grpo", {"sleep": 0}, [], "cuda", 0),
+    ("grpo", {}, ["stages.grpo.async_steps=1"], "cuda", 0),
+    ("sft", {"sleep": 2}, [], "cuda", 0),
+    ("eval", {"sleep": 2}, [], "cuda", 0),
+    ("grpo", {}, [], "cpu", 0),
+]
+
+
+@pytest.mark.parametrize(("stage", "engine", "settings", "device_type", "level"), LEVELS)
+def test_where_the_engine_sleeps(
+    stage: str, engine: dict, settings: list[str], device_type: str, level: int
+) -> None:
+    """Where the stage trains on its samples, and waits for them."""
+    settings = [*settings, *(f"engine.{key}={value}" for key, value in engine.items())]
+    recipe = load_recipe(ROOT / "configs" / "demo.yaml", settings)
+    assert recipe.sleep_level(recipe.stage(stage), device_type) == level
+
+
+@pytest.mark.parametrize("level", [None, 0, 1, 2])
+def test_vllm_is_asked_for_sleep_on_cuda_alone(level: int | None) -> None:
+    """On CPU it would refuse to start."""
+    config, settings = make_config(LLAMA), Engine(sleep=level)
+    on_gpu, on_cpu = (
+        engine_arguments(config, settings, "bfloat16", torch.device(name))
+        for name in ("cuda", "cpu")
+    )
+    assert on_gpu.get("enable_sleep_mode", False) == bool(level)
+    assert "enable_sleep_mode" not in on_cpu
+
+
 def test_an_engine_takes_back_what_the_one_before_it_needed() -> None:
     """Else the second model would be computed by the first one's rule."""
     gpu = torch.device("cuda", 0)

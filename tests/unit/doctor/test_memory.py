@@ -1,5 +1,6 @@
 """The memory estimate against what is allocated, and what it says of a recipe."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from grpo_settings import make_grpo, make_on_policy_distill
 from tiny_models import MODELS, PROBLEMS
 from transformers import AutoConfig, PreTrainedModel
 
+from r1pipe.config.base import Stage
 from r1pipe.config.load import load_recipe
 from r1pipe.doctor.memory import Devices, estimate_shape, estimate_stage
 from r1pipe.doctor.model_config import find_stage_config
@@ -134,21 +136,39 @@ def test_weights_gradients_and_optimizer() -> None:
         assert parts[name] == size, name
 
 
-def test_the_large_recipe_fits_its_node(tmp_path: Path) -> None:
-    configs = {"moe": QWEN3_30B, "1.5B": QWEN2_MATH, "7B": QWEN2_MATH_7B}
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with the config of what a hub id stands for."""
+    folder = tmp_path_factory.mktemp("models")
+    configs = {
+        "Qwen/Qwen3-30B-A3B-Base": QWEN3_30B,
+        "Qwen/Qwen2.5-Math-1.5B": QWEN2_MATH,
+        "Qwen/Qwen2.5-Math-7B": QWEN2_MATH_7B,
+        "Qwen/Qwen2.5-7B": {**QWEN2_MATH_7B, "max_position_embeddings": 131072},
+    }
+    places = {name: folder / name.partition("/")[2] for name in configs}
     for name, values in configs.items():
-        AutoConfig.for_model(**values).save_pretrained(tmp_path / name)
-    overrides = [
-        f"stages.cold_start.from={tmp_path}/moe",
-        f"stages.student_1_5b.student={tmp_path}/1.5B",
-        f"stages.student_7b.student={tmp_path}/7B",
-    ]
+        AutoConfig.for_model(**values).save_pretrained(places[name])
+    return places
 
-    def lines(*more: str) -> dict[str, str]:
-        path = ROOT / "configs" / "qwen3_30b_a3b.yaml"
-        recipe, node = load_recipe(path, [*overrides, *more]), Devices.parse("8x80GB")
-        found = {stage.name: estimate_stage(stage, recipe, node) for stage in recipe.stages}
-        return {name: line for name, line in found.items() if line is not None}
+
+def estimate_recipe(
+    name: str, devices: str, models: dict[str, Path], *settings: str
+) -> dict[str, str]:
+    """The line of each stage that trains, of a shipped recipe."""
+    text = (ROOT / "configs" / f"{name}.yaml").read_text()
+    for hub_id, folder in models.items():
+        text = re.sub(rf"{hub_id}\b(?!-)", str(folder), text)
+    path = next(iter(models.values())).with_name(f"{name}.yaml")
+    path.write_text(text)
+    recipe, node = load_recipe(path, settings), Devices.parse(devices)
+    found = {stage.name: estimate_stage(stage, recipe, node) for stage in recipe.stages}
+    return {name: line for name, line in found.items() if line is not None}
+
+
+def test_the_large_recipe_fits_its_node(models: dict[str, Path]) -> None:
+    def lines(*settings: str) -> dict[str, str]:
+        return estimate_recipe("qwen3_30b_a3b", "8x80GB", models, *settings)
 
     shipped = lines()
     assert shipped.keys() == {"cold_start", "grpo", "student_1_5b", "student_7b"}
@@ -163,8 +183,50 @@ def test_the_large_recipe_fits_its_node(tmp_path: Path) -> None:
     resident = lines("stages.grpo.offload_optimizer=false")["grpo"]
     assert "optimizer 28.4" in resident
     assert "DOES NOT FIT" in resident
-    whole = lines("engine.tensor_parallel_size=1")["grpo"]
+    whole = lines("engine.tensor_parallel_size=1", "engine.gpu_memory_utilization=0.18")["grpo"]
     assert "vLLM has 0 B for its KV cache" in whole
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"), [("qwen3_30b_a3b", "8x80GB"), ("r1", "8x80GB"), ("r1_zero", "1x80GB")]
+)
+def test_trainer_and_engine_take_turns(name: str, devices: str, models: dict[str, Path]) -> None:
+    """A KV cache of 30 GiB and more, for which there is no room beside the training."""
+    lines = estimate_recipe(name, devices, models)
+    shared = {stage: line for stage, line in lines.items() if "KV cache" in line}
+    assert shared
+    for line in shared.values():
+        assert float(re.search(r"KV cache ([\d.]+)", line)[1]) >= 30
+        training, sampling = re.search(
+            r"in training \((.*?)\).* in sampling \((.*?)\)", line
+        ).groups()
+        assert "vLLM asleep" in training
+        assert "KV cache" not in training
+        assert "gradients" not in sampling
+        assert line.endswith(": fits"), line
+    at_once = estimate_recipe(name, devices, models, "engine.sleep=0")
+    assert "DOES NOT FIT" in " ".join(at_once.values())
+
+
+def test_what_stays_while_the_engine_samples() -> None:
+    """The moments unless they are offloaded; of what distill trains, nothing is loaded yet."""
+    recipe = load_recipe(ROOT / "configs" / "demo.yaml")
+    shape = Shape.of(find_stage_config(recipe.stage("grpo"), recipe))
+
+    def halves(stage: Stage) -> dict[str, dict[str, float]]:
+        return estimate_shape(stage, recipe, shape, Devices(1, 80 * GIB)).halves
+
+    of_grpo = make_grpo(**{"from": "sft"}, beta=0.1)
+    shared = {"weights", "reference", "process"}
+    engine = {"vLLM", "KV cache"}
+    assert halves(of_grpo)["sampling"].keys() == shared | engine | {"optimizer", "probe"}
+    offloaded = of_grpo.model_copy(update={"offload_optimizer": True})
+    assert halves(offloaded)["sampling"].keys() == shared | engine | {"probe"}
+    assert halves(recipe.stage("distill"))["sampling"].keys() == {"process"} | engine
+    assert halves(of_grpo.model_copy(update={"async_steps": 1})).keys() == {""}
+    assert halves(recipe.stage("sft")).keys() == {""}
+    estimate = estimate_shape(of_grpo, recipe, shape, Devices(1, 80 * GIB, is_gpu=False))
+    assert estimate.halves.keys() == {""}
 
 
 def test_the_teacher_counts() -> None:

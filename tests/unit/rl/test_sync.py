@@ -10,7 +10,6 @@ from grpo_settings import make_grpo
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from r1pipe.config.base import Sampling
-from r1pipe.rl.batch import Batch, Group
 from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.rl.loop import PROBE_PROMPTS, PROBE_TOKENS, probe_sync
 from r1pipe.rollout.groups import SampleGroup, plan_groups
@@ -69,14 +68,13 @@ def test_probe(error: float, tmp_path: Path) -> None:
     updater = GrpoUpdater(model, None, stage, dtype="float32", seed=7)
     problems = [Problem(id=str(i), kind="math", prompt=[]) for i in range(6)]
     breaker = Breaker(stage, JsonlLog(tmp_path / "events.jsonl"), tmp_path)
-    batch = Batch(3, 3, [Group(p, [], []) for p in problems], [], 1, {})
     if error:
         with pytest.raises(
             UserError, match=r"step 3: sampler and trainer disagree.* 1.00e-02 \(breaker"
         ):
-            probe_sync(stage, updater, sampler, breaker, batch)
+            probe_sync(stage, updater, sampler, breaker, problems, 3)
     else:
-        metrics = probe_sync(stage, updater, sampler, breaker, batch)
+        metrics = probe_sync(stage, updater, sampler, breaker, problems, 3)
         assert metrics["sync/logprob_diff_mean"] < 1e-5
 
 
