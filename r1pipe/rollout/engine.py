@@ -265,6 +265,15 @@ class Sampler:
         finally:
             if waiting:  # interrupted: the next call must not get their results
                 engine.abort_request(list(waiting))
+            self._end_steps_in_flight()
+
+    def _end_steps_in_flight(self) -> None:
+        """On a GPU vLLM schedules a step before it knows that the last one has ended every sample.
+        Nobody waits for that step's output, but with returned routes vLLM fails at the next sample
+        if the prefix cache was reset before it was read."""
+        engine = self.llm.llm_engine
+        while engine.engine_core.engine_core.batch_queue:
+            engine.step()
 
     def find_opening(self, prompt_ids: list[int]) -> str:
         """The beginning of the completion that the chat template puts into the prompt, such as

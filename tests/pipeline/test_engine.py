@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -275,6 +276,33 @@ def test_a_kept_prefix_cache_is_an_error(opened: tuple, monkeypatch: pytest.Monk
     monkeypatch.setattr(sampler.llm, "reset_prefix_cache", lambda: False)
     with pytest.raises(RuntimeError, match="keys and values"):
         sampler.load_weights(export_weights(model))
+
+
+def test_no_step_is_in_flight_after_sampling(
+    tokenizer: object, problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asynchronous scheduling, vLLM's default on GPUs, which only the CPU's platform turns off."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config.__func__
+
+    def check_and_schedule(cls: type, config: Any) -> None:
+        check(cls, config)
+        config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", classmethod(check_and_schedule))
+    model = make_model("llama", tokenizer, seed=0)
+    save_checkpoint(model, tokenizer, tmp_path)
+    sampler = Sampler(str(tmp_path), SETTINGS, "float32", CPU)
+    core = sampler.llm.llm_engine.engine_core.engine_core
+    assert core.batch_queue is not None
+    assert logprob_diff(model, sampler.generate(problems, 2, SAMPLING, (0,))) < LIMIT
+    assert not core.batch_queue
+    for _ in sampler.generate_groups(problems, 2, SAMPLING, (1,)):
+        break
+    assert not core.batch_queue
+    assert sampler.llm.reset_prefix_cache()
+    sampler.close()
 
 
 def test_a_reused_engine_takes_over_the_tokenizer(
