@@ -18,7 +18,12 @@ from r1pipe.utils.jsonl import read_jsonl
 ROOT = Path(__file__).parents[2]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["vllm.entrypoints.llm", *(f"r1pipe.stages.{name}" for name in ("distill", "eval", "grpo"))]
+    [
+        "vllm.entrypoints.llm",
+        "r1pipe.doctor.preflight",
+        "r1pipe.stages.distill",
+        "r1pipe.stages.grpo",
+    ]
 )
 """Imports take longer than most commands: a server does them once, and forks."""
 
@@ -39,18 +44,19 @@ def start(
 
 
 def run(
-    *arguments: object, program: Callable = main, timeout_s: float = 1800
+    *arguments: object, program: Callable = main, said: str = "", timeout_s: float = 1800
 ) -> subprocess.CompletedProcess:
-    """In a fork of the server, to the end."""
+    """In a fork of the server, to the end. `said`: on stdin."""
     arguments = tuple(map(str, arguments))
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in ("out", "err")]
+        files = [Path(folder, name) for name in ("in", "out", "err")]
+        files[0].write_text(said)
         process = FORKS.Process(target=execute, args=(program, arguments, files, dict(os.environ)))
         process.start()
         process.join(timeout_s)
         process.kill()
         process.join()
-        out, err = (file.read_text() for file in files)
+        out, err = (file.read_text() for file in files[1:])
         return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
 
 
@@ -60,8 +66,9 @@ def execute(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
-    for number, file in enumerate(files, start=1):
-        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    for number, file in enumerate(files):
+        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
+    sys.stdin = os.fdopen(0, closefd=False)
     sys.argv = ["r1pipe", *arguments]
     sys.exit(program(list(arguments)))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from commands import run
 
 ROOT = Path(__file__).parents[2]
 QUESTION = "Tom has 14 books. Monday brings 5. Tuesday drops 5. How many books now?"
@@ -91,10 +92,7 @@ def test_a_stream_gives_the_same_answer(client: openai.OpenAI) -> None:
 
 
 def test_a_question_through_a_pipe_gets_the_answer_alone(finished: tuple) -> None:
-    command = [*COMMAND, "chat", str(finished[0] / "sft"), "--temperature", "0"]
-    done = subprocess.run(
-        command, input=QUESTION, env=environment(), capture_output=True, text=True, timeout=900
-    )
+    done = run("chat", finished[0] / "sft", "--temperature", "0", said=QUESTION)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.startswith("\\boxed{")
     assert "think" not in done.stdout
@@ -123,14 +121,7 @@ def test_a_terminal_shows_the_thinking_dimmed(finished: tuple) -> None:
 
 @pytest.mark.parametrize("command", ["serve", "chat"])
 def test_a_stage_that_is_not_there_is_one_line(command: str, finished: tuple) -> None:
-    target = str(finished[0] / "grppo")
-    done = subprocess.run(
-        [*COMMAND, command, target],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-    )
+    done = run(command, finished[0] / "grppo")
     assert done.returncode == 2
     assert "did you mean grpo?" in done.stderr
     assert done.stderr.count("\n") == 1

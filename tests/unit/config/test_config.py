@@ -219,7 +219,9 @@ IDLE = [
 ]
 
 
-@pytest.mark.parametrize(("place", "idle", "change"), IDLE, ids=lambda x: str(x)[:50])
+@pytest.mark.parametrize(
+    ("place", "idle", "change"), IDLE, ids=lambda x: getattr(x, "__name__", str(x))[:50]
+)
 def test_a_key_that_does_nothing_is_refused(
     place: Callable[..., dict], idle: dict, change: dict, tmp_path: Path
 ) -> None:

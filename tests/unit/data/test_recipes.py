@@ -287,7 +287,9 @@ FILTERS = [
 
 
 @pytest.mark.parametrize(
-    ("recipe", "rows", "options", "reasons"), FILTERS, ids=lambda x: str(x)[:20]
+    ("recipe", "rows", "options", "reasons"),
+    FILTERS,
+    ids=lambda x: str(x)[:20] if isinstance(x, str | list) else "",
 )
 def test_filters_are_counted(
     recipe: str, rows: list[dict], options: dict, reasons: set[str], tmp_path: Path
