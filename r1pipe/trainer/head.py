@@ -16,14 +16,14 @@ MAX_LOGITS = {"cpu": 2**25, "cuda": 2**27}
 vocabulary of 152k, enough to fill it."""
 
 SLICE = 2**24
-"""Logits at a time for functions that could not be compiled."""
+"""Logits at a time for functions that are not compiled."""
 
 
 class Head:
     """The product that makes logits, `[C, D] -> [C, V]`, for the chunks of one micro-batch."""
 
     fuses_on = ("cuda",)
-    """Devices for `score`."""
+    """Devices for `score`, where its functions of the logits are compiled."""
 
     def __init__(self, module: nn.Module):
         self.weight_VD, self.bias_V = module.weight, getattr(module, "bias", None)
@@ -172,9 +172,9 @@ def differentiate_logits(
 
 
 def run(function: Callable, logits_CV: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """A function of a chunk's rows, compiled: as written, each operation passes over the logits.
-    Where that fails, it sees a few rows at a time."""
-    if function not in _uncompilable:
+    """A function of a chunk's rows, compiled on a GPU: as written, each operation passes over the
+    logits. Elsewhere, and where that fails, it sees a few rows at a time."""
+    if logits_CV.device.type in Head.fuses_on and function not in _uncompilable:
         try:
             return compiled(function)(logits_CV, *arguments)
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -123,6 +123,7 @@ def test_without_a_compiler_it_is_slower_and_says_so(
     def fail(*arguments: object) -> None:
         raise TorchDynamoException("no compiler is here")
 
+    monkeypatch.setattr(Head, "fuses_on", ("cpu",))
     monkeypatch.setattr(head, "compiled", lambda function: fail)
     monkeypatch.setattr(head, "_uncompilable", set())
     monkeypatch.setattr(head, "SLICE", 2 * VOCAB)
