@@ -25,7 +25,7 @@ BENCHMARKS = {
     "report_page": ["--steps", "1"],
     "routing_replay": ["--models", "Qwen3-MoE", "--dtypes", "float32"],
 }
-SLOW = ("balance", "distillation", "grpo_vs_trl", "memory", "routing_replay")
+SLOW = ("balance", "distillation", "gpu_check", "grpo_vs_trl", "memory", "routing_replay")
 
 
 def test_every_benchmark_has_a_smoke_run() -> None:
