@@ -34,6 +34,7 @@ CHECKS = {
     1: ("the machine", 40, "machine.check_machine"),
     2: ("the demo's recipe: sampler = trainer", 110, "small_models.check_demo"),
     3: ("routing replay with vLLM's routes, bf16", 80, "small_models.check_replay"),
+    4: ("sleep mode", 120, "large_models.check_sleep"),
     5: ("Qwen3-0.6B's shape, random weights", 100, "large_models.check_dense"),
     6: ("the same in TRL's GRPOTrainer", 110, "large_models.check_beside_trl"),
     7: ("a mixture of 64 experts, 1.0B active", 60, "large_models.check_mixture"),
@@ -46,6 +47,8 @@ CHECKS = {
 def main() -> None:
     options = parse_options()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if options.cpu:  # vLLM's sampling would be compiled for longer than it samples
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from common.card import Card
 
     from r1pipe.utils.errors import UserError

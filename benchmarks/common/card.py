@@ -100,7 +100,7 @@ QUICK = Sizes(
     mean_length=8,
     max_completion_length=16,
     steps=2,
-    sleep_rounds=1,
+    sleep_rounds=2,
     kv_cache_gib=0.25,
     trl_batch=4,
     mixture={**MIXTURE, **TINY, "num_experts": 4, "num_experts_per_tok": 2},
@@ -139,6 +139,11 @@ class Card:
             self.close_engines()
             self._engines, self._key = Engines(settings, dtype, self.device), key
         return self._engines
+
+    def make_room(self) -> None:
+        """The engine sleeps, if there is one: the card is the trainer's."""
+        if self._engines is not None:
+            self._engines.make_room()
 
     def close_engines(self) -> None:
         engines, self._engines, self._key = self._engines, None, None

@@ -115,8 +115,6 @@ class Runner:
     ):
         self.name, self.checks, self.folder, self.clean = name, checks, folder, clean
         self.limit_s, self.began = limit_s, began
-        self.heading: list[str] = []
-        """Lines above the tables."""
         self._lock = threading.Lock()
         self._deadline: float | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +126,18 @@ class Runner:
     @property
     def left_s(self) -> float:
         return self.began + self.limit_s - time.time()
+
+    @property
+    def summary(self) -> str:
+        goals = [(check, row) for check in self.checks for row in check.rows if row.met is not None]
+        missed = [f"{check.number} {row.figure.strip()}" for check, row in goals if not row.met]
+        lines = [f"goals met: {len(goals) - len(missed)} of {len(goals)}"]
+        if missed:
+            lines.append("not met: " + "; ".join(missed))
+        for state in ("failed", "stopped", "not reached"):
+            if numbers := [str(c.number) for c in self.checks if c.state == state]:
+                lines.append(f"{state}: {', '.join(numbers)}")
+        return ". ".join(lines)
 
     def run(self) -> bool:
         """Whether every check came to its end."""
@@ -147,6 +157,7 @@ class Runner:
             signal.signal(signal.SIGALRM, previous)
             faulthandler.cancel_dump_traceback_later()
         self.write()
+        print(self.summary)
         return all(check.state == "done" for check in self.checks)
 
     def _run_one(self, check: Check) -> None:
@@ -207,7 +218,7 @@ class Runner:
             record = {
                 "seconds": round(time.time() - self.began, 1),
                 "limit_s": self.limit_s,
-                "heading": self.heading,
+                "summary": self.summary,
                 "checks": [check.record() for check in self.checks],
             }
             replace_text(self.folder / f"{self.name}.json", json.dumps(record, indent=1) + "\n")
@@ -215,7 +226,6 @@ class Runner:
 
     def _restore(self) -> None:
         record = json.loads((self.folder / f"{self.name}.json").read_text(encoding="utf-8"))
-        self.heading = record["heading"]
         before = {values["number"]: values for values in record["checks"]}
         for check in self.checks:
             values = before.get(check.number)
@@ -225,7 +235,7 @@ class Runner:
                 check.rows = [Row(**row) for row in values["rows"]]
 
     def _markdown(self) -> Iterator[str]:
-        yield from self.heading
+        yield f"# {self.name}\n\n{self.summary}"
         for check in self.checks:
             spent = f" ({check.seconds:.0f} s)" if check.seconds else ""
             state = "" if check.state == "done" else f": {check.state}"

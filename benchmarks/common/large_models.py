@@ -3,25 +3,30 @@
 import dataclasses
 import random
 import statistics
+import time
 from typing import Any
 
 import torch
-from common.card import Card
-from common.checks import Check
+from common.card import PARITY, Card, held_gib
+from common.checks import Check, free_memory
 from common.trl_steps import run_trl
 from common.workload import (
     MADE_UP_IDS,
     describe_step,
+    load_rows,
     make_rollout,
     peak_gib,
     run_ours,
+    synchronize,
     time_update,
 )
 
 from r1pipe.models.flops import peak_flops, train_flops
 from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import build_tokenizer
+from r1pipe.models.weights import export_weights
 from r1pipe.rl.grpo_update import GrpoUpdater
+from r1pipe.rl.loop import draw_samples, measure_mismatch
 from r1pipe.trainer.fsdp import shard
 from r1pipe.trainer.policy import Policy
 from r1pipe.types import Rollout
@@ -33,9 +38,46 @@ GFLOP a token: it counts FLOPs as `train_flops` does."""
 PROMPT_TOKENS = 64
 
 
+def check_sleep(card: Card, check: Check) -> None:
+    """Sample, sleep, update, wake with the new weights, compare; at both levels."""
+    work, updater = card.dense, card.updater
+    sampler = card.engines(work.engine, work.dtype).open(work.folder, sleep=1)
+    sampling = {"max_completion_length": min(16, work.max_completion_length)}
+    sampling = work.stage.sampling.model_copy(update=sampling)
+    problems, rollouts = load_rows()[:8], make_sequences([card.sizes.row_tokens // 4])
+    held: list[float] = []
+    for level in (1, 2):
+        sampler.sleep_level, asleep, diffs, seconds = level, [], [], []
+        for number in range(card.sizes.sleep_rounds):
+            sampler.sleep()
+            free_memory()
+            asleep.append(held_gib(card.device))
+            time_update(updater, rollouts, number)
+            started = time.perf_counter()
+            sampler.load_weights(export_weights(updater.model))
+            synchronize()
+            seconds.append(time.perf_counter() - started)
+            samples = draw_samples(work.stage, sampler, problems, sampling, ("check", number))
+            held.append(held_gib(card.device))
+            diffs.append(measure_mismatch(updater, samples))
+        rounds = f"level {level}, {len(diffs)} rounds"
+        if card.on_gpu:
+            check.add(f"{rounds}: card, while sampling", max(held[-len(asleep) :]), "GiB")
+            check.add(f"{rounds}: card, the engine asleep", max(asleep), "GiB")
+        goal = PARITY[work.dtype]
+        check.add(f"{rounds}: mean abs dlogp after waking, largest", max(diffs), at_most=goal)
+        check.add(f"{rounds}: waking with new weights", statistics.median(seconds), "s")
+    if not card.on_gpu:
+        check.add("memory", "sleeping frees nothing on a CPU")
+        return
+    grown = 1024 * (held[-1] - held[1])
+    check.add(f"memory that {len(held)} rounds have added to the second", grown, "MiB", at_most=64)
+
+
 def check_dense(card: Card, check: Check) -> None:
     """The update alone, and whole GRPO steps."""
     work, sizes = card.dense, card.sizes
+    card.make_room()
     updater = card.updater
     parameters = sum(p.numel() for p in updater.model.parameters())
     check.add("parameters", parameters / 1e6, "M")
@@ -58,7 +100,7 @@ def check_dense(card: Card, check: Check) -> None:
     check.add("sampled a second of sampling", median(steps, "tokens_per_s/sample"), "tokens")
     check.add("trained a second of updating", median(steps, "tokens_per_s/update"), "tokens")
     if "mfu" in steps[0]:
-        check.add("MFU of updating", median(steps, "mfu"))
+        check.add("MFU of updating", 100 * median(steps, "mfu"), "%")
     limit = 0.3 if card.on_gpu else None
     check.add("weight sync", median(steps, "seconds/sync"), "s", at_most=limit)
 
@@ -81,11 +123,11 @@ def measure_update(
     flops = train_flops(updater.model.config, lengths, num_logits)
     peak = peak_flops(card.device, updater.dtype)
     if peak is None:
-        check.add("  MFU", "no peak known: not a GPU, or not one in models/flops.py")
+        check.add(f"  MFU, {what}", "no peak known: not a GPU, or not one in models/flops.py")
     else:
-        goal = None if is_mixture(updater) else 0.4
-        check.add("  MFU", flops / seconds / peak, at_least=goal)
-    check.add("  peak memory", peak_gib() - other, "GiB")
+        goal = None if is_mixture(updater) else 40
+        check.add(f"  MFU, {what}", 100 * flops / seconds / peak, "%", at_least=goal)
+    check.add(f"  peak memory, {what}", peak_gib() - other, "GiB")
 
 
 def held_by_others(updater: GrpoUpdater) -> float:

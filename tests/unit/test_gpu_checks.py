@@ -47,6 +47,7 @@ def test_an_exception_is_a_row_and_the_next_check_runs(tmp_path: Path) -> None:
     table = (tmp_path / "test.md").read_text()
     assert "| speed | 2 tokens/s | ≥ 3 tokens/s | **no** |" in table
     assert "failed: ValueError" in table
+    assert "goals met: 0 of 1. not met: 2 speed. failed: 1" in table
 
 
 def test_a_check_ends_at_its_limit(tmp_path: Path) -> None:

@@ -73,8 +73,8 @@ TWO_RANKS = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
 
 
 def make_case(model: dict, dtype: str = "bfloat16", **changes: object) -> dict:
-    case = {"model": model, "dtype": dtype, "routes": False, "sleep_modes": False}
-    return {**case, "engine": {}, "environment": {}, **changes}
+    case = {"model": model, "dtype": dtype, "routes": False}
+    return {**case, "engine": {}, "more": {}, "environment": {}, **changes}
 
 
 CASES = {
@@ -90,10 +90,7 @@ CASES = {
     "two ranks": make_case(
         QWEN3_MOE, routes=True, engine={"tensor_parallel_size": 2}, environment=TWO_RANKS
     ),
-    "sleeping": make_case(QWEN3, engine={"sleep": 1}, sleep_modes=True),
-    "sleeping, with routes": make_case(
-        QWEN3_MOE, routes=True, engine={"sleep": 2}, sleep_modes=True
-    ),
+    "sleeping": make_case(QWEN3, more={"enable_sleep_mode": True}),
 }
 
 
@@ -157,7 +154,7 @@ def test_arguments_arrive(answers: dict, name: str) -> None:
     assert found["prefix_caching"]
     assert found["asynchronous"]
     assert found["num_batched_tokens"] == 16384
-    assert found["sleep"] == ("sleep" in case["engine"])
+    assert found["sleep"] == ("enable_sleep_mode" in case["more"])
 
 
 def test_settings_arrive(answers: dict) -> None:
@@ -171,9 +168,3 @@ def test_settings_arrive(answers: dict) -> None:
 def test_ranks_share_an_engine_on_the_trainers_process_group(answers: dict) -> None:
     assert answers["two ranks"]["executor"] == "ExecutorWithExternalLauncher"
     assert answers["qwen3 bfloat16"]["executor"] == "UniProcExecutor"
-
-
-def test_an_engine_with_routes_sleeps_in_one_mode(answers: dict) -> None:
-    """The one in which `Sampler.sleep` asks for it."""
-    assert answers["sleeping"]["sleep_modes"] == ["abort", "keep"]
-    assert answers["sleeping, with routes"]["sleep_modes"] == ["keep"]
