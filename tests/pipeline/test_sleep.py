@@ -6,18 +6,25 @@ sleep what it would lose on a GPU at level 2: weights, keys and values become no
 """
 
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
-from test_engine import CPU, LIMIT, SAMPLING, SETTINGS, lengthen, logprob_diff, make_model
+from grpo_settings import make_grpo, make_on_policy_distill
+from test_engine import CPU, LIMIT, ROOT, SAMPLING, SETTINGS, lengthen, logprob_diff, make_model
 from test_faults import PROBLEMS, begin
 
-from r1pipe.models.tokenizer import build_tokenizer
+from r1pipe.config.load import load_recipe
+from r1pipe.models.tokenizer import build_tokenizer, load_tokenizer
 from r1pipe.models.weights import export_weights, save_checkpoint
+from r1pipe.rl.loop import check_last_sync
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.engines import Engines
+from r1pipe.trainer.breaker import Breaker, EventLog
 from r1pipe.utils.errors import Tripped
 
 LONG = [lengthen(problem, 7) for problem in PROBLEMS[:8]]
@@ -151,9 +158,6 @@ def test_garbage_after_waking_stops_the_run(
 def test_the_last_comparison_needs_one_half_at_a_time(
     sampler: Sampler, checkpoints: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from r1pipe.rl.loop import check_last_sync
-    from r1pipe.trainer.breaker import Breaker, EventLog
-
     world, _ = begin({}, checkpoints[0], sampler, tmp_path, monkeypatch)
     evaluate, asleep = world.updater.evaluate, []
 
@@ -165,6 +169,55 @@ def test_the_last_comparison_needs_one_half_at_a_time(
     breaker = Breaker(world.stage, EventLog(tmp_path), tmp_path)
     check_last_sync(world.stage, world.updater, sampler, breaker, PROBLEMS)
     assert asleep == [True]
+
+
+class Loading(Exception):
+    """A stage has come to the loading of what it trains."""
+
+
+@pytest.mark.parametrize("kind", ["grpo", "on_policy_distill"])
+def test_a_model_is_loaded_while_the_engine_sleeps(
+    kind: str,
+    engines: Engines,
+    sampler: Sampler,
+    checkpoints: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = {"grpo": make_grpo, "on_policy_distill": make_on_policy_distill}[kind]()
+    module = import_module(f"r1pipe.stages.{kind}")
+    context = SimpleNamespace(
+        engines=engines,
+        device=CPU,
+        recipe=SimpleNamespace(sleep_level=lambda *arguments: 2, seed=0),
+        load_training_problems=lambda stage: PROBLEMS,
+        checkpoint=lambda name: str(checkpoints[0]),
+        tokenizer=load_tokenizer,
+    )
+
+    def load(*arguments: object) -> None:
+        assert sampler.asleep
+        raise Loading
+
+    monkeypatch.setattr(module, "make_updater", load)
+    with pytest.raises(Loading):
+        module.run(stage, context)
+
+
+@pytest.mark.parametrize("kind", ["sft", "distill"])
+def test_a_stage_that_only_trains_asks_for_room(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before it loads a model; distill has sampled by then."""
+    stage = load_recipe(ROOT / "configs" / "demo.yaml").stage(kind)
+    module = import_module(f"r1pipe.stages.{kind}")
+    context = MagicMock()
+    context.engines.make_room.side_effect = Loading
+    for name, value in (("drop_flawed", PROBLEMS), ("collect_traces", (PROBLEMS, {}))):
+        monkeypatch.setattr(module, name, lambda *arguments, value=value: value, raising=False)
+    monkeypatch.setattr(module, "write_jsonl", lambda *arguments: None, raising=False)
+    monkeypatch.setattr(module, "identify_weights", lambda *arguments: None, raising=False)
+    for name in ("load_sharded", "build_model"):
+        monkeypatch.setattr(module, name, MagicMock(side_effect=AssertionError), raising=False)
+    with pytest.raises(Loading):
+        module.run(stage, context)
 
 
 def test_room_for_a_model_of_its_own(
