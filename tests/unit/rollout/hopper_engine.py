@@ -167,9 +167,29 @@ def describe_layers(config: VllmConfig) -> dict[str, Any]:
             if backend := getattr(getattr(module, "quant_method", None), "unquantized_backend", 0):
                 experts.add(backend.name)
         facts = {"attention": attentions, "flash": versions, "experts": experts}
+        if config.aux_output_config.enabled:
+            facts |= bind_routes(config, model)
         if config.model_config.use_mla:
             facts["prefill"] = {get_mla_prefill_backend(config).get_name()}
-    return {name: sorted(values, key=str) for name, values in facts.items()}
+    return {n: sorted(v, key=str) if isinstance(v, set) else v for n, v in facts.items()}
+
+
+def bind_routes(config: VllmConfig, model: torch.nn.Module) -> dict[str, Any]:
+    """Shape of a token's routes, and in which of its rows layers write."""
+    # They ask compiled kernels at import.
+    from vllm.model_executor.layers.fused_moe.layer import MoERunner
+    from vllm.model_executor.layers.fused_moe.routed_experts_capturer import (
+        RoutedExpertsCapturer,
+        bind_routed_experts_capturer,
+    )
+    from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+
+    with mock.patch.object(Hopper, "device_type", "meta"):
+        capturer = RoutedExpertsCapturer(16, config)
+    bind_routed_experts_capturer(model, capturer)
+    bound = [m.layer_id for m in model.modules() if isinstance(m, MoERunner)]
+    assert all(m.capture_fn for m in model.modules() if isinstance(m, BaseRouter))
+    return {"shape_of_routes": capturer.shape_per_token, "layers_with_routes": bound}
 
 
 def run(case: dict[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
+
+from r1pipe.rollout.vllm_args import require_moe_layers
 
 QWEN3 = {
     "model_type": "qwen3",
@@ -168,3 +171,12 @@ def test_settings_arrive(answers: dict) -> None:
 def test_ranks_share_an_engine_on_the_trainers_process_group(answers: dict) -> None:
     assert answers["two ranks"]["executor"] == "ExecutorWithExternalLauncher"
     assert answers["qwen3 bfloat16"]["executor"] == "UniProcExecutor"
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "tiny_deepseek", "deepseek_heads"])
+def test_routes_of_a_layer_stand_where_the_sampler_reads_them(answers: dict, name: str) -> None:
+    """A row for each decoder layer, dense ones included."""
+    found = answers[f"{name} bfloat16"]
+    config = AutoConfig.for_model(**MODELS[name])
+    assert found["layers_with_routes"] == require_moe_layers(config)
+    assert found["shape_of_routes"] == [config.num_hidden_layers, config.num_experts_per_tok]
