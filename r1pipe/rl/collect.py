@@ -71,25 +71,6 @@ class Collector:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.prompts.load_state_dict(state)
 
-    def warm_up(self) -> None:
-        """Called on resume, before the weights are synced: makes vLLM compile if sampling runs
-        ahead.
-
-        vLLM compiles when it first samples, one sequence and then several. Meanwhile
-        `torch.compiler.is_compiling()` is true in all threads, and torch's AdamW computes its bias
-        correction in float32: other last bits than in a run that was not interrupted.
-        """
-        if self.stage.async_steps:
-            sampling = self.sampling.model_copy(update={"max_completion_length": 2})
-            for count in (1, 4):
-                self.sampler.generate(
-                    self.prompts.problems[:1],
-                    count,
-                    sampling,
-                    (self.seed, "warm-up"),
-                    with_routes=self.stage.routing_replay,
-                )
-
     def _sample(
         self,
         problems: list[Problem],

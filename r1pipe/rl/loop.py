@@ -96,7 +96,6 @@ def run_steps(
         logs |= {"events": breaker.log, **collector.logs}
         checkpoints = Checkpoints(context.shared_folder, stage, stage.name, parts, logs)
         if done := checkpoints.restore_last_good():
-            collector.warm_up()
             progress.start_at(done)
         if done or sampler.asleep:
             sampler.load_weights(export_weights(updater.model))

@@ -121,6 +121,10 @@ def set_environment(
         # vLLM would keep one core free and bind its threads to the others; in one process with
         # the trainer, which waits while it samples, both use all cores.
         wanted |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        # Eager mode leaves decorated functions of its sampler and routers to torch.compile: seconds
+        # of gcc for each shape, no gain, and while one compiles, other threads' AdamW rounds
+        # otherwise (torch.compiler.is_compiling() is true in all). Read when they are imported.
+        wanted["TORCHDYNAMO_DISABLE"] = "1"
     elif with_routes:
         wanted["VLLM_USE_V2_MODEL_RUNNER"] = "1"  # the one that returns routes
     if device.type == "cuda" and dtype == "float32":

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from frequencies import counts_p
+from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
 from r1pipe.config.base import ProblemSet, Sampling
@@ -213,6 +215,55 @@ def test_logprobs_are_of_the_distribution_that_was_sampled(
     assert (now.entropy_C >= 0).all()
     if truncation.cuts:
         assert (now.logprobs_C - whole.logprobs_C).mean() > 0.05
+
+
+@pytest.mark.parametrize(("temperature", "top_p", "top_k"), [(1.5, 1.0, 0), *CUTS])
+def test_tokens_come_as_often_as_the_model_says(
+    opened: tuple,
+    tokenizer: object,
+    problems: list[Problem],
+    temperature: float,
+    top_p: float,
+    top_k: int,
+) -> None:
+    name, _, sampler = opened
+    count, model = 600, make_model(name, tokenizer, seed=0)
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_completion_length=1)
+    rollouts = sampler.generate(problems[:1], count, sampling, ("frequencies",))
+    ids = torch.tensor([rollouts[0].prompt_ids])
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, -1].double() / temperature
+    order = logits.argsort(descending=True)
+    cut = logits.softmax(-1)[order]
+    if top_k:
+        cut[top_k:] = 0
+    cut /= cut.sum()
+    cut[cut.cumsum(-1) - cut >= top_p] = 0  # what is above it is enough
+    expected = torch.zeros_like(cut)
+    expected[order] = cut / cut.sum() * count
+    found = torch.bincount(
+        torch.tensor([r.completion_ids[0] for r in rollouts]), minlength=len(cut)
+    )
+    assert not found[expected == 0].any()
+    rare = expected < 5  # counted together
+    counts = [torch.cat([n[~rare], n[rare].sum()[None]]).numpy() for n in (found, expected)]
+    kept = counts[1] > 0
+    assert counts_p(counts[0][kept], counts[1][kept]) > 1e-4
+
+
+def test_nothing_is_compiled(opened: tuple, problems: list[Problem]) -> None:
+    """vLLM decorates functions of its sampler and of routers; each shape used to take seconds."""
+    name, _, sampler = opened
+    for count, temperature in ((8, 1.0), (1, 1.0), (2, 0.0)):
+        sampling = Sampling(temperature=temperature, max_completion_length=4)
+        sampler.generate(problems[:count], 1, sampling, (0,))
+    if name in ("deepseek_v3", "qwen3_moe", "olmoe"):
+        sampler.prepare_routes()
+        sampler.generate(problems[:2], 1, SAMPLING, (0,), with_routes=True)
+    for temperature, top_p, top_k in CUTS:
+        cut = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, max_completion_length=2)
+        sampler.generate(problems[:2], 1, cut, (0,))
+    assert not counters["frames"], "frames that torch.compile has looked at in this process"
 
 
 def test_all_cores_sample_and_train(opened: tuple) -> None:

@@ -24,7 +24,13 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def client(finished: tuple) -> Iterator[openai.OpenAI]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where torch.compile would leave what it compiles for the server."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def client(finished: tuple, compiled: Path) -> Iterator[openai.OpenAI]:
     """Of a server for the cold start of the tiny recipe, which writes <think> ... </think>."""
     folder, _ = finished
     with socket.socket() as free:
@@ -32,8 +38,9 @@ def client(finished: tuple) -> Iterator[openai.OpenAI]:
         port = free.getsockname()[1]
     command = [*COMMAND, "serve", str(folder / "sft"), "--port", str(port)]
     command += ["--", "--api-key", "sesame"]  # vLLM's own flags
+    variables = environment() | {"TORCHINDUCTOR_CACHE_DIR": str(compiled)}
     server = subprocess.Popen(
-        command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
         wait_until_ready(server, port)
@@ -89,6 +96,11 @@ def test_a_stream_gives_the_same_answer(client: openai.OpenAI) -> None:
     assert "".join(d.content or "" for d in deltas) == whole.content
     thinking = "".join((d.model_extra or {}).get("reasoning") or "" for d in deltas)
     assert thinking == whole.model_extra["reasoning"]
+
+
+def test_the_server_compiles_nothing(client: openai.OpenAI, compiled: Path) -> None:
+    client.completions.create(model="tiny/sft", prompt="7 + 3", max_tokens=4, logprobs=1)
+    assert not [path for path in compiled.rglob("*") if path.is_file()]
 
 
 def test_a_question_through_a_pipe_gets_the_answer_alone(finished: tuple) -> None:
