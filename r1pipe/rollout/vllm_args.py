@@ -141,6 +141,8 @@ def set_environment(
             _own_variables.add(name)
     if "vllm.envs" in sys.modules:  # an earlier engine has cached them
         sys.modules["vllm.envs"].disable_envs_cache()
+        if device.type == "cpu":
+            torch.compiler.set_stance("force_eager")  # what was decorated before
 
 
 def check_engine(

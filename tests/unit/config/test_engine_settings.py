@@ -3,8 +3,10 @@ hand."""
 
 import os
 import re
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,6 +156,22 @@ def test_an_engine_takes_back_what_the_one_before_it_needed() -> None:
     assert [os.environ.get(key) for key in KEYS] == ["0", "ieee", None]
     set_environment(make_config(R1), gpu, "bfloat16")
     assert os.environ["VLLM_MLA_DISABLE"] == "0", "the user's own"
+
+
+def test_functions_decorated_before_are_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's, where something imported it before our engine was opened."""
+
+    def fail(graph: object, inputs: object) -> None:
+        raise AssertionError("compiled")
+
+    os.environ.pop("TORCHDYNAMO_DISABLE", None)
+    double = torch.compile(lambda x: x + x, backend=fail)
+    envs = SimpleNamespace(disable_envs_cache=lambda: None)
+    monkeypatch.setitem(sys.modules, "vllm.envs", envs)
+    with torch.compiler.set_stance("default"):  # put back at the end
+        set_environment(make_config(LLAMA), CPU, "float32")
+        assert os.environ["TORCHDYNAMO_DISABLE"] == "1"
+        assert double(torch.ones(1)) == 2
 
 
 # (model, engine, device, processes, trains) -> words of the refusal, or None
