@@ -94,6 +94,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--max-completion-length", type=int, default=256)
     parser.add_argument("--trl-batch", type=int, default=8, help="completions in a TRL micro-batch")
+    parser.add_argument("--trl-eager", action="store_true", help="TRL's engine compiles nothing")
     parser.add_argument("--micro-batch-tokens", type=int, help="of r1pipe; default: as in a recipe")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -120,6 +121,7 @@ def make_workload(options: argparse.Namespace, folder: str) -> Workload:
         steps=options.steps,
         micro_batch_tokens=options.micro_batch_tokens,
         trl_batch=options.trl_batch,
+        trl_eager=options.trl_eager,
     )
 
 

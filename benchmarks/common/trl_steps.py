@@ -118,6 +118,9 @@ def repaired(work: Workload, clock: "PhaseClock") -> Iterator[None]:
         mock.patch.object(generation, "generate", clock.timed("sample", generation.generate)),
     ):
         set_environment(architecture, work.device, work.dtype)
+        if not work.trl_eager:  # TRL leaves torch.compile on
+            os.environ.pop("TORCHDYNAMO_DISABLE", None)
+            torch.compiler.set_stance("default")
         yield
 
 

@@ -53,6 +53,8 @@ class Workload:
     learning_rate: float = 1e-6
     trl_batch: int = 8
     """Completions in a micro-batch of TRL's."""
+    trl_eager: bool = False
+    """Without torch.compile, like our engine on CPU."""
 
     @property
     def dtype(self) -> str:
