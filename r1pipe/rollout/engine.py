@@ -29,6 +29,7 @@ from r1pipe.models.tokenizer import (
     load_tokenizer,
     read_end_ids,
 )
+from r1pipe.rollout.cpu_sampling import use_counted_draws, use_norm_kernels
 from r1pipe.rollout.groups import SampleGroup, plan_groups
 from r1pipe.rollout.journal import SampleJournal
 from r1pipe.rollout.probe import PROBE_PROBLEMS, PROBE_TOKENS, measure_difference
@@ -89,13 +90,16 @@ class Sampler:
         from vllm import LLM
 
         check_architecture(checkpoint, config)
+        arguments = engine_arguments(config, settings, dtype, device, with_routes)
+        if device.type == "cpu":
+            arguments |= use_norm_kernels()
         try:
             with routes_on_every_rank(settings.tensor_parallel_size if with_routes else 1):
-                self.llm = LLM(
-                    checkpoint, **engine_arguments(config, settings, dtype, device, with_routes)
-                )
+                self.llm = LLM(checkpoint, **arguments)
         except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
             raise UserError(f"{checkpoint}: vLLM cannot run it: {describe_error(error)}") from error
+        if device.type == "cpu":
+            self.llm.collective_rpc(use_counted_draws)
         self.max_model_len = self.llm.llm_engine.model_config.max_model_len
         self._capture: RouteCapture | None = None
         self._moe_layers: list[int] = []

@@ -57,6 +57,8 @@ def engine_arguments(
         # generators cannot ("CPU Generator does not use offset").
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(8192, context)
+        # By default 128: its attention computes, and its cache keeps, whole blocks.
+        arguments["block_size"] = 32
         arguments.update(find_quirks(config.model_type).cpu_engine)
     elif with_routes:
         arguments["enable_return_routed_experts"] = True

@@ -251,6 +251,23 @@ def test_tokens_come_as_often_as_the_model_says(
     assert counts_p(counts[0][kept], counts[1][kept]) > 1e-4
 
 
+def test_draws_and_norms_are_our_own(opened: tuple, problems: list[Problem]) -> None:
+    """The kernels where they are as exact; PyTorch's for bf16, and for rows of odd lengths."""
+    from vllm.ir.ops import rms_norm
+
+    _, _, sampler = opened
+    with torch.profiler.profile() as profile:
+        sampler.generate(problems[:2], 2, Sampling(max_completion_length=2), (0,))
+    seen = {event.key for event in profile.key_averages()}
+    assert {"_C::rms_norm", "_C::fused_add_rms_norm"} <= seen
+    assert "aten::exponential_" not in seen
+    heads = torch.randn(40, 512)[:, :256].view(40, 4, 64)
+    for x in (heads, torch.randn(5, 33), torch.randn(5, 64, dtype=torch.bfloat16)):
+        weight = torch.rand(x.shape[-1], dtype=x.dtype)
+        expected = rms_norm.impls["native"].impl_fn(x, weight, 1e-6)
+        torch.testing.assert_close(rms_norm(x, weight, 1e-6), expected)
+
+
 def test_nothing_is_compiled(opened: tuple, problems: list[Problem]) -> None:
     """vLLM decorates functions of its sampler and of routers; each shape used to take seconds."""
     name, _, sampler = opened

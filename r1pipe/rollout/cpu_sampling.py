@@ -1,0 +1,127 @@
+"""vLLM on CPU, faster: one random draw for each token, and its own kernels for RMS norms.
+
+vLLM gives every request a generator and draws an exponential variate for each token of the
+vocabulary from it, one request after the other. Here a token's draw is a hash of its request's seed
+and its position: the same whatever else is in the batch, before and after a preemption, on every
+rank of an engine; all rows of a batch in one call. One uniform variate through the inverse of the
+cumulative distribution replaces the exponential ones.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KERNELS = "r1pipe"
+LANES = 16
+"""The norms' kernels take rows of a multiple of so many numbers."""
+
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+DRAW_BITS = 50
+"""Fewer than float64's 53: a draw times a distribution's sum stays below the sum."""
+
+
+def mix(values_N: np.ndarray) -> np.ndarray:
+    """splitmix64's output function (Steele, Lea and Flood 2014, doi:10.1145/2660193.2660195), a
+    bijection of 64 bits."""
+    values_N = (values_N ^ (values_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values_N = (values_N ^ (values_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values_N ^ (values_N >> np.uint64(31))
+
+
+def draw_uniforms(seeds_N: np.ndarray, positions_N: np.ndarray) -> np.ndarray:
+    """Uniform in [0, 1), float64 `[N]`: number `position` of splitmix64 started at the mixed seed.
+    Both are non-negative integers."""
+    start_N = mix((seeds_N.astype(np.uint64) + np.uint64(1)) * GOLDEN)
+    bits_N = mix(start_N + (positions_N.astype(np.uint64) + np.uint64(1)) * GOLDEN)
+    return (bits_N >> np.uint64(64 - DRAW_BITS)) * 2.0**-DRAW_BITS
+
+
+def choose_tokens(logprobs_NV: Tensor, uniforms_N: np.ndarray) -> Tensor:
+    """Token ids `[N]`. Sums are float64: in float32 a large vocabulary's small probabilities would
+    be lost."""
+    cumulative_NV = logprobs_NV.exp().cumsum(-1, dtype=torch.float64)
+    targets_N1 = torch.from_numpy(uniforms_N)[:, None] * cumulative_NV[:, -1:]
+    chosen_N1 = torch.searchsorted(cumulative_NV, targets_N1, right=True)
+    # A row of NaN, which the breaker will look at, must not leave the vocabulary.
+    return chosen_N1.squeeze(-1).clamp_(max=logprobs_NV.shape[1] - 1)
+
+
+def use_counted_draws(worker: Any) -> None:
+    """Runs inside the engine. Requests must have seeds, and prompts must not be cut into chunks:
+    then every row of logits is for its request's next token."""
+    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+    runner = worker.model_runner
+
+    def sample(
+        logits_NV: Tensor,
+        generators: dict[int, torch.Generator],
+        top_k_N: Tensor | None,
+        top_p_N: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        batch, count = runner.input_batch, len(logits_NV)
+        seeds_N = np.array([runner.requests[name].sampling_params.seed for name in batch.req_ids])
+        positions_N = batch.num_tokens_no_spec[:count] - batch.num_prompt_tokens[:count]
+        logprobs_NV = apply_top_k_top_p(logits_NV, top_k_N, top_p_N).log_softmax(-1)
+        return choose_tokens(logprobs_NV, draw_uniforms(seeds_N, positions_N)), logprobs_NV
+
+    runner.sampler.topk_topp_sampler.forward = sample
+
+
+def use_norm_kernels() -> dict[str, Any]:
+    """The argument of vLLM's LLM with which float32 norms run in one of its C++ kernels, which on
+    CPU it compiles and leaves alone, instead of in eight of PyTorch's: 4 us instead of 16. In bf16
+    they would round once where the trainer rounds twice."""
+    from vllm.ir import ops
+
+    if KERNELS not in ops.rms_norm.impls:  # an earlier engine's
+        ops.rms_norm.register_impl(KERNELS, supports_args=has_norm_kernel)(rms_norm)
+        ops.fused_add_rms_norm.register_impl(
+            KERNELS, supports_args=has_fused_norm_kernel, inplace=True
+        )(fused_add_rms_norm)
+    order = [KERNELS, "native"]
+    return {"ir_op_priority": {"rms_norm": order, "fused_add_rms_norm": order}}
+
+
+def has_norm_kernel(
+    x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+) -> bool:
+    return (
+        weight is not None
+        and variance_size is None
+        and x.dtype == weight.dtype == torch.float32
+        and x.shape[-1] % LANES == 0
+    )
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, epsilon: float, variance_size: int | None = None
+) -> Tensor:
+    x = x.contiguous()
+    output = torch.empty_like(x)
+    torch.ops._C.rms_norm(output, x, weight, epsilon)
+    return output
+
+
+def has_fused_norm_kernel(
+    x: Tensor,
+    x_residual: Tensor,
+    weight: Tensor | None,
+    epsilon: float,
+    variance_size: int | None = None,
+) -> bool:
+    whole = x.is_contiguous() and x_residual.is_contiguous() and x_residual.dtype == x.dtype
+    return whole and has_norm_kernel(x, weight, epsilon, variance_size)
+
+
+def fused_add_rms_norm(
+    x: Tensor,
+    x_residual: Tensor,
+    weight: Tensor | None,
+    epsilon: float,
+    variance_size: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    torch.ops._C.fused_add_rms_norm(x, x_residual, weight, epsilon)
+    return x, x_residual
