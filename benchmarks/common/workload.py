@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 
 from r1pipe.config.base import ProblemSet
 from r1pipe.config.recipe import Engine, Recipe
@@ -90,22 +91,33 @@ class Workload:
         )
 
     def make_checkpoint(self) -> None:
-        """Random weights whose completions end with probability 1 / mean_length at each token: a
-        common direction in all embeddings acts as a bias on the end token's logit."""
+        """Random weights whose completions end with probability 1 / mean_length at each token."""
         problems = load_rows()
         texts = (f"{p.question}\n{p.solution}" for p in problems)
         tokenizer = build_tokenizer(texts, min(512, self.settings.get("vocab_size", 512)))
         with self.device:
             model = build_model({**self.settings, "pad_token_id": 0}, tokenizer, seed=0)
-        with torch.no_grad():
-            size = model.config.hidden_size
-            direction = torch.ones(size, device=self.device) / math.sqrt(size)
-            embedding = model.get_input_embeddings().weight
-            head = model.get_output_embeddings().weight
-            embedding.add_(4 * direction)
-            bias = math.log(len(head) / self.mean_length) / math.sqrt(size)
-            head[tokenizer.eos_token_id] = (bias + 4 * (head is embedding)) * direction
+        end_at_random(model, tokenizer.eos_token_id, self.mean_length)
         save_checkpoint(model, tokenizer, Path(self.folder))
+
+
+@torch.no_grad()
+def end_at_random(model: PreTrainedModel, end_id: int, mean_length: float) -> None:
+    """Make one coordinate of the hidden states a constant, which no layer writes and only the end
+    token's logit reads: its bias. A bias that all embeddings share would be drowned by 28 layers,
+    and where the head is tied raise all logits to where bf16 is coarse."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    for name, parameter in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name:  # [D, I], or [E, D, I] of experts
+            parameter.select(-2, 0).zero_()
+    head[:, 0] = 0
+    embedding[:, 0] = 1
+    model.base_model.norm.weight[0] = 0.1
+    head[end_id] = 0
+    ids_1N = torch.randint(*MADE_UP_IDS, (1, 64), device=embedding.device)
+    hidden_ND = model.base_model(ids_1N, use_cache=False).last_hidden_state[0].float()
+    others = (hidden_ND @ head.T).logsumexp(-1).mean()
+    head[end_id, 0] = (others - math.log(mean_length)) / hidden_ND[:, 0].mean()
 
 
 def load_rows() -> list[Problem]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -108,6 +109,23 @@ def test_a_hung_check_is_left_by_a_new_process(tmp_path: Path) -> None:
     assert "hung" in hung["error"]
     assert hung["rows"]
     assert "in hang" in done.stderr  # its stack
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "qwen3_moe"])
+def test_completions_of_a_deep_random_model_end_at_random(model_type: str) -> None:
+    from common.card import DENSE, MIXTURE
+    from common.workload import end_at_random
+
+    from r1pipe.models.model import make_model
+
+    shape = {"qwen3": DENSE, "qwen3_moe": {**MIXTURE, "num_experts": 8, "num_experts_per_tok": 2}}
+    small = {"hidden_size": 256, "intermediate_size": 768, "head_dim": 32, "vocab_size": 4000}
+    model = make_model({**shape[model_type], **small, "num_hidden_layers": 28}, seed=0)
+    end_at_random(model, 1, mean_length=50)
+    with torch.no_grad():
+        probs = model(torch.randint(2, 4000, (2, 64))).logits.softmax(-1)[..., 1]
+    assert float(probs.mean()) == pytest.approx(1 / 50, rel=0.2)
+    assert probs.std() < 0.3 / 50
 
 
 def test_numbers_are_short() -> None:
