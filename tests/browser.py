@@ -31,6 +31,8 @@ class Browser:
         self._process = subprocess.Popen(
             ["bash", "-c", command],
             pass_fds=(to_browser, from_browser),
+            # Its socket there has a path of at most 107 characters, which a test's folder uses up.
+            env={**os.environ, "TMPDIR": "/tmp"},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
