@@ -15,7 +15,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from r1pipe.config.base import Sampling
@@ -32,12 +31,12 @@ from r1pipe.models.tokenizer import (
 from r1pipe.rollout.cpu_sampling import use_counted_draws, use_norm_kernels
 from r1pipe.rollout.groups import SampleGroup, plan_groups
 from r1pipe.rollout.journal import SampleJournal
-from r1pipe.rollout.probe import PROBE_PROBLEMS, PROBE_TOKENS, measure_difference
-from r1pipe.rollout.route_capture import RouteCapture, routes_on_every_rank
+from r1pipe.rollout.route_capture import RouteCapture, count_routes, routes_on_every_rank
 from r1pipe.rollout.vllm_args import (
     check_architecture,
     check_engine,
     check_files,
+    describe_error,
     describe_kind,
     engine_arguments,
     read_config,
@@ -47,7 +46,7 @@ from r1pipe.rollout.vllm_args import (
 from r1pipe.rollout.weight_sync import read_weights, send_weights
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils import distributed
-from r1pipe.utils.errors import UserError, first_line
+from r1pipe.utils.errors import UserError
 from r1pipe.utils.phases import heartbeat, phase
 
 T = TypeVar("T")
@@ -343,22 +342,22 @@ class Sampler:
         return rows[:length, self._moe_layers]
 
     @property
-    def _num_ranks(self) -> int:
+    def num_ranks(self) -> int:
         """Ranks of one engine: a tensor-parallel group, which samples together."""
         return 1 if distributed.alone() else self.settings.tensor_parallel_size
 
     def _engine_share(self, items: list[T]) -> list[T]:
         """What this rank's engine samples: the same on all ranks of the engine."""
         number, count = (
-            n // self._num_ranks for n in (distributed.rank(), distributed.world_size())
+            n // self.num_ranks for n in (distributed.rank(), distributed.world_size())
         )
         return items[distributed.cut(len(items), number, count)]
 
     def share(self, items: list[T]) -> list[T]:
         """This rank's part of all problems: it scores and trains on these."""
         items = self._engine_share(items)
-        number = distributed.rank() % self._num_ranks
-        return items[distributed.cut(len(items), number, self._num_ranks)]
+        number = distributed.rank() % self.num_ranks
+        return items[distributed.cut(len(items), number, self.num_ranks)]
 
     @phase("sync")
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -385,23 +384,6 @@ class Sampler:
         self.open_tokenizer(checkpoint)
         self.load_weights(read_weights(Path(checkpoint)))
 
-    def probe(self, checkpoint: str) -> float | None:
-        """Mean |log-probability in vLLM - in transformers| of a few tokens from every rank's
-        engine; None if transformers cannot load the checkpoint or memory does not suffice."""
-        length = min(PROBE_TOKENS, self.max_model_len // 2)
-        try:
-            sampling = Sampling(max_completion_length=length)
-            own = self.generate(
-                PROBE_PROBLEMS, 1, sampling, ("probe", distributed.rank() // self._num_ranks)
-            )
-        except UserError:  # a context too short for these prompts
-            own = []
-        by_rank = distributed.gather_to_first(own)
-        rollouts = [rollout for part in by_rank for rollout in part]
-        return distributed.on_first_rank(
-            lambda: measure_difference(checkpoint, rollouts, self.dtype, self.device)
-        )
-
     def close(self) -> None:
         """Free the engine, so that another can take its memory."""
         if self.asleep:
@@ -424,17 +406,3 @@ class Sampler:
         if self.can_sleep and self.device.type == "cuda":
             # vLLM's allocator serves one engine: the next finds it empty, or refuses to start.
             torch.cuda.empty_cache()
-
-
-def count_routes(rollout: Rollout) -> int:
-    """Number of tokens that the sampler has read."""
-    return len(rollout.prompt_ids) + len(rollout.completion_ids) - 1
-
-
-def describe_error(error: Exception) -> str:
-    """One line; pydantic's own text starts with a count."""
-    problems = error.errors() if isinstance(error, ValidationError) else []
-    if problems:
-        message = problems[0]["msg"].removeprefix("Value error, ").strip()
-        return message.splitlines()[0]
-    return first_line(error)

@@ -7,7 +7,7 @@ import torch
 from r1pipe.config.recipe import Engine
 from r1pipe.models.tokenizer import join_end_ids, load_tokenizer, read_end_ids
 from r1pipe.rollout.engine import Sampler
-from r1pipe.rollout.probe import PROBE_LIMITS
+from r1pipe.rollout.probe import PROBE_LIMITS, probe
 from r1pipe.rollout.vllm_args import describe_kind, read_config
 from r1pipe.utils import distributed
 from r1pipe.utils.phases import phase
@@ -31,7 +31,7 @@ class Engines:
         if self._sampler is not None and self._can_reload(checkpoint, with_routes, sleep):
             self._sampler.load_checkpoint(checkpoint)
             self._sampler.sleep_level = sleep
-            diff = self._sampler.probe(checkpoint)
+            diff = probe(self._sampler, checkpoint)
             if diff is not None and diff <= PROBE_LIMITS[self.dtype]:
                 if with_routes:
                     self._sampler.prepare_routes()

@@ -4,10 +4,13 @@ from pathlib import Path
 
 import torch
 
+from r1pipe.config.base import Sampling
 from r1pipe.models.model import fast_training_kernels, load_model
 from r1pipe.models.weights import list_weights
+from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.vllm_args import available_memory
 from r1pipe.types import Problem, Rollout
+from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError
 
 PROBE_PROBLEMS = [
@@ -22,11 +25,29 @@ PROBE_LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
 engines differ by about 1e-2; the wrong ones seen so far by 0.2 to 5.6."""
 
 
+def probe(sampler: Sampler, checkpoint: str) -> float | None:
+    """Mean |log-probability in vLLM - in transformers| of a few tokens from every rank's engine;
+    None if transformers cannot load the checkpoint or memory does not suffice."""
+    length = min(PROBE_TOKENS, sampler.max_model_len // 2)
+    try:
+        sampling = Sampling(max_completion_length=length)
+        own = sampler.generate(
+            PROBE_PROBLEMS, 1, sampling, ("probe", distributed.rank() // sampler.num_ranks)
+        )
+    except UserError:  # a context too short for these prompts
+        own = []
+    by_rank = distributed.gather_to_first(own)
+    rollouts = [rollout for part in by_rank for rollout in part]
+    return distributed.on_first_rank(
+        lambda: measure_difference(checkpoint, rollouts, sampler.dtype, sampler.device)
+    )
+
+
 @torch.no_grad()
 def measure_difference(
     checkpoint: str, rollouts: list[Rollout], dtype: str, device: torch.device
 ) -> float | None:
-    """Mean |sampler - transformers| log-probability; see Sampler.probe."""
+    """Mean |sampler - transformers| log-probability."""
     size = sum(file.stat().st_size for file in list_weights(Path(checkpoint)))
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.5 * size:
         device = torch.device("cpu")

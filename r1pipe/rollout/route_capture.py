@@ -14,6 +14,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from r1pipe.types import Rollout
 from r1pipe.utils import distributed
 
 
@@ -111,3 +112,8 @@ def routes_on_every_rank(tensor_parallel_size: int) -> contextlib.AbstractContex
         "vllm.distributed.aux_output_connector.worker.get_tp_group",
         return_value=SimpleNamespace(is_first_rank=True),
     )
+
+
+def count_routes(rollout: Rollout) -> int:
+    """Number of tokens that the sampler has read."""
+    return len(rollout.prompt_ids) + len(rollout.completion_ids) - 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -259,6 +260,15 @@ def describe_kind(config: Any, end_ids: list[int]) -> str:
         if key not in ("_name_or_path", "transformers_version", "dtype")
     }
     return json.dumps([values, sorted(end_ids)], sort_keys=True, default=str)
+
+
+def describe_error(error: Exception) -> str:
+    """One line; pydantic's own text starts with a count."""
+    problems = error.errors() if isinstance(error, ValidationError) else []
+    if problems:
+        message = problems[0]["msg"].removeprefix("Value error, ").strip()
+        return message.splitlines()[0]
+    return first_line(error)
 
 
 def available_memory() -> int:
