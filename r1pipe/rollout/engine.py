@@ -376,7 +376,8 @@ class Sampler:
         """Leave the GPU's memory to the trainer, unless `sleep_level` is 0. Only `load_weights`
         wakes it: at level 2 vLLM keeps buffers but no weights, and would sample garbage."""
         if self.sleep_level and not self.asleep:
-            self.llm.sleep(self.sleep_level)
+            # By its default, "abort", an engine that returns routes refuses; no request is left.
+            self.llm.sleep(self.sleep_level, mode="keep")
             self.asleep = True
 
     def load_checkpoint(self, checkpoint: str) -> None:

@@ -68,9 +68,10 @@ def events(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     sleep, wake_up = sampler.llm.sleep, sampler.llm.wake_up
 
-    def note_sleep(level: int) -> None:
+    def note_sleep(level: int, mode: str) -> None:
+        assert mode == "keep", "test_cuda_engine.py says why"
         seen.append(f"sleep {level}")
-        sleep(level)
+        sleep(level, mode)
 
     def note_wake_up(tags: list[str] | None = None) -> None:
         seen.append(f"wake {tags and ' '.join(tags)}")

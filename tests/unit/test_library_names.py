@@ -62,6 +62,8 @@ NAMES = (
     "vllm.outputs.CompletionOutput.routed_experts",
     "vllm.sampling_params.RequestOutputKind.FINAL_ONLY",
     "vllm.v1.engine.core.cleanup_dist_env_and_memory",
+    "vllm.v1.engine.core.EngineCore.batch_queue",
+    "vllm.v1.engine.core_client.InprocClient.engine_core",
     "vllm.v1.engine.llm_engine.LLMEngine.abort_request",
     "vllm.v1.engine.llm_engine.LLMEngine.add_request",
     "vllm.v1.engine.llm_engine.LLMEngine.engine_core",

@@ -81,12 +81,20 @@ from vllm.distributed import (  # noqa: E402
 from vllm.model_executor.model_loader.utils import initialize_model  # noqa: E402
 from vllm.utils.torch_utils import set_default_torch_dtype  # noqa: E402
 from vllm.v1.attention.backends.mla.prefill.selector import get_mla_prefill_backend  # noqa: E402
+from vllm.v1.core.sched.interface import PauseState  # noqa: E402
 from vllm.v1.executor.abstract import Executor  # noqa: E402
+from vllm.v1.kv_cache_interface import (  # noqa: E402
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+)
+from vllm.v1.structured_output import StructuredOutputManager  # noqa: E402
 
 from r1pipe.config.recipe import Engine  # noqa: E402
 from r1pipe.rollout.vllm_args import engine_arguments, set_environment  # noqa: E402
 
 DEVICE = torch.device("cuda", 0)
+BLOCK = 16
 
 
 class Kernel:
@@ -111,8 +119,10 @@ def answer(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     config.save_pretrained(folder)
     set_environment(config, DEVICE, dtype, with_routes)
     arguments = engine_arguments(config, Engine(**case["engine"]), dtype, DEVICE, with_routes)
-    made = make_config(folder, arguments | case["more"])
+    made = make_config(folder, arguments)
     facts = describe(made)
+    if case["sleep_modes"]:
+        facts["sleep_modes"] = find_sleep_modes(made)
     if made.parallel_config.world_size == 1:
         facts |= describe_layers(made)
     return facts
@@ -151,6 +161,27 @@ def describe(config: VllmConfig) -> dict[str, Any]:
         "largest_graph": graphs.max_cudagraph_capture_size,
         "sleep": config.model_config.enable_sleep_mode,
     }
+
+
+def find_sleep_modes(config: VllmConfig) -> list[str]:
+    """Those in which the scheduler can drop its caches, as the engine asks it to before sleeping;
+    see EngineCore.pause_scheduler."""
+    config.cache_config.block_size = BLOCK
+    layer = FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=1, head_size=64, dtype=config.model_config.dtype
+    )
+    config.cache_config.num_gpu_blocks = 10
+    cache = KVCacheConfig(10, [], [KVCacheGroupSpec(["layer"], layer)])
+    structured = StructuredOutputManager(config)
+    make = config.scheduler_config.get_scheduler_cls()
+    scheduler = make(config, cache, structured, BLOCK, BLOCK)
+    modes = []
+    for mode, state in (("abort", PauseState.PAUSED_NEW), ("keep", PauseState.PAUSED_ALL)):
+        scheduler.set_pause_state(state)
+        with contextlib.suppress(RuntimeError):
+            if scheduler.reset_prefix_cache(reset_running_requests=True):
+                modes.append(mode)
+    return modes
 
 
 def describe_layers(config: VllmConfig) -> dict[str, Any]:

@@ -76,8 +76,8 @@ TWO_RANKS = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
 
 
 def make_case(model: dict, dtype: str = "bfloat16", **changes: object) -> dict:
-    case = {"model": model, "dtype": dtype, "routes": False}
-    return {**case, "engine": {}, "more": {}, "environment": {}, **changes}
+    case = {"model": model, "dtype": dtype, "routes": False, "sleep_modes": False}
+    return {**case, "engine": {}, "environment": {}, **changes}
 
 
 CASES = {
@@ -93,7 +93,10 @@ CASES = {
     "two ranks": make_case(
         QWEN3_MOE, routes=True, engine={"tensor_parallel_size": 2}, environment=TWO_RANKS
     ),
-    "sleeping": make_case(QWEN3, more={"enable_sleep_mode": True}),
+    "sleeping": make_case(QWEN3, engine={"sleep": 1}, sleep_modes=True),
+    "sleeping, with routes": make_case(
+        QWEN3_MOE, routes=True, engine={"sleep": 2}, sleep_modes=True
+    ),
 }
 
 
@@ -157,7 +160,7 @@ def test_arguments_arrive(answers: dict, name: str) -> None:
     assert found["prefix_caching"]
     assert found["asynchronous"]
     assert found["num_batched_tokens"] == 16384
-    assert found["sleep"] == ("enable_sleep_mode" in case["more"])
+    assert found["sleep"] == ("sleep" in case["engine"])
 
 
 def test_settings_arrive(answers: dict) -> None:
@@ -180,3 +183,9 @@ def test_routes_of_a_layer_stand_where_the_sampler_reads_them(answers: dict, nam
     config = AutoConfig.for_model(**MODELS[name])
     assert found["layers_with_routes"] == require_moe_layers(config)
     assert found["shape_of_routes"] == [config.num_hidden_layers, config.num_experts_per_tok]
+
+
+def test_an_engine_with_routes_sleeps_in_one_mode(answers: dict) -> None:
+    """The one in which `Sampler.sleep` asks for it."""
+    assert answers["sleeping"]["sleep_modes"] == ["abort", "keep"]
+    assert answers["sleeping, with routes"]["sleep_modes"] == ["keep"]
