@@ -47,8 +47,6 @@ CHECKS = {
 def main() -> None:
     options = parse_options()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    if options.cpu:  # vLLM's sampling would be compiled for longer than it samples
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     from common.card import Card
 
     from r1pipe.utils.errors import UserError

@@ -166,6 +166,7 @@ class Card:
             mean_length=sizes.mean_length,
             kv_cache_gib=sizes.kv_cache_gib,
             trl_batch=sizes.trl_batch,
+            trl_eager=not self.on_gpu,
         )
         if not folder.exists():
             work.make_checkpoint()
