@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
 
-import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -31,7 +30,12 @@ from r1pipe.models.tokenizer import (
 from r1pipe.rollout.cpu_sampling import use_counted_draws, use_norm_kernels
 from r1pipe.rollout.groups import SampleGroup, plan_groups
 from r1pipe.rollout.journal import SampleJournal
-from r1pipe.rollout.route_capture import RouteCapture, count_routes, routes_on_every_rank
+from r1pipe.rollout.route_capture import (
+    RouteCapture,
+    count_routes,
+    routes_on_every_rank,
+    take_routes,
+)
 from r1pipe.rollout.vllm_args import (
     check_architecture,
     check_engine,
@@ -215,7 +219,7 @@ class Sampler:
                 group, number = missing[place]
                 rollout = self._read(result, group, number)
                 if with_routes and capture is None:
-                    rollout.routes = self._take_routes(result)
+                    rollout.routes = take_routes(result, self._moe_layers)
                 group.samples[number] = rollout
                 yield group, rollout
         if capture:
@@ -326,20 +330,6 @@ class Sampler:
             completion=self.find_opening(group.prompt_ids) + said,
             finish_reason=output.finish_reason,
         )
-
-    def _take_routes(self, result: Any) -> np.ndarray:
-        """The routes that vLLM returns, `[prompt + completion - 1, L, K]`, L its mixture-of-experts
-        layers. Raises RuntimeError if the sampler was not opened with them."""
-        if not self._moe_layers:
-            raise RuntimeError("the sampler was opened without routes")
-        output = result.outputs[0]
-        rows = output.routed_experts
-        length = len(result.prompt_token_ids) + len(output.token_ids) - 1
-        if rows is None or len(rows) < length:
-            found = 0 if rows is None else len(rows)
-            raise RuntimeError(f"vLLM returned the routes of {found} of {length} tokens")
-        # One column per decoder layer; those of dense layers are unused.
-        return rows[:length, self._moe_layers]
 
     @property
     def num_ranks(self) -> int:

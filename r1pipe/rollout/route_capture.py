@@ -117,3 +117,18 @@ def routes_on_every_rank(tensor_parallel_size: int) -> contextlib.AbstractContex
 def count_routes(rollout: Rollout) -> int:
     """Number of tokens that the sampler has read."""
     return len(rollout.prompt_ids) + len(rollout.completion_ids) - 1
+
+
+def take_routes(result: Any, moe_layers: list[int]) -> np.ndarray:
+    """The routes that vLLM returns, `[prompt + completion - 1, L, K]`, L its mixture-of-experts
+    layers. Raises RuntimeError if the sampler was not opened with them."""
+    if not moe_layers:
+        raise RuntimeError("the sampler was opened without routes")
+    output = result.outputs[0]
+    rows = output.routed_experts
+    length = len(result.prompt_token_ids) + len(output.token_ids) - 1
+    if rows is None or len(rows) < length:
+        found = 0 if rows is None else len(rows)
+        raise RuntimeError(f"vLLM returned the routes of {found} of {length} tokens")
+    # One column per decoder layer; those of dense layers are unused.
+    return rows[:length, moe_layers]
