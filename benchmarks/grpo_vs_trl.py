@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 
 from common.trl_steps import run_trl
@@ -69,6 +70,8 @@ SIDES = ("r1pipe", "TRL")
 def main() -> None:
     options = parse_options()
     if options.side:
+        if options.cpu_time:
+            time.perf_counter = time.process_time
         with contextlib.redirect_stdout(sys.stderr):
             steps = run_side(options)
         print(json.dumps({"steps": steps[1:], "peak_gib": peak_gib()}), flush=True)
@@ -96,6 +99,11 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--trl-batch", type=int, default=8, help="completions in a TRL micro-batch")
     parser.add_argument("--trl-eager", action="store_true", help="TRL's engine compiles nothing")
     parser.add_argument("--micro-batch-tokens", type=int, help="of r1pipe; default: as in a recipe")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="seconds of CPU time, not the clock's: on a busy machine, with OMP_NUM_THREADS=1",
+    )
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args()
