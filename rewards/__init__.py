@@ -1,4 +1,4 @@
-"""Rule-based rewards: pure functions from completions to numbers.
+"""Rewards by rules, pure functions from completions to numbers, and by a model (`judge`).
 
 Every reward follows one contract, TRL's: it is called by keyword as
 ``fn(prompts=..., completions=..., completion_ids=..., **dataset_columns)``, takes completions as
@@ -12,6 +12,7 @@ Importing this package is cheap: sympy and math-verify live in the worker proces
 
 from rewards.code.extract import extract_code
 from rewards.code.judge import CodeVerdict, code_passes, count_code_verdicts, judge_code
+from rewards.judges.judge import JudgeBudgetError, JudgeError, judge
 from rewards.math.verify import (
     Verdict,
     count_verdicts,
@@ -29,9 +30,10 @@ from rewards.text.answers import extract_answer
 from rewards.workers.pool import configure_workers, shut_down_workers
 
 __all__ = [
-    "CodeVerdict", "SandboxError", "Verdict", "code_passes", "configure_sandbox",
-    "configure_workers", "cosine_length", "count_code_verdicts", "count_verdicts",
-    "countdown_correct", "extract_answer", "extract_code", "format", "grade_answer", "judge_code",
-    "judge_math", "judge_pairs", "language_consistency", "math_correct", "reasoning_gym_score",
-    "repetition", "sandbox_in_use", "shut_down_workers", "soft_overlong",
+    "CodeVerdict", "JudgeBudgetError", "JudgeError", "SandboxError", "Verdict", "code_passes",
+    "configure_sandbox", "configure_workers", "cosine_length", "count_code_verdicts",
+    "count_verdicts", "countdown_correct", "extract_answer", "extract_code", "format",
+    "grade_answer", "judge", "judge_code", "judge_math", "judge_pairs", "language_consistency",
+    "math_correct", "reasoning_gym_score", "repetition", "sandbox_in_use", "shut_down_workers",
+    "soft_overlong",
 ]  # fmt: skip

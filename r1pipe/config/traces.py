@@ -1,7 +1,6 @@
 """The two stages that sample traces to train on: reject and distill."""
 
 from typing import Annotated, Any, ClassVar, Literal
-from urllib.parse import urlsplit
 
 from pydantic import (
     Field,
@@ -21,6 +20,7 @@ from r1pipe.config.base import (
     refuse_idle,
 )
 from r1pipe.config.sft import SupervisedStage, TraceFilters
+from rewards.judges.endpoint import check_url
 
 
 class FewShot(Strict):
@@ -82,13 +82,7 @@ class TeacherEndpoint(Strict):
     @field_validator("base_url")
     @classmethod
     def be_a_url(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError("give a URL such as http://localhost:8000/v1")
-        if parts.username or parts.password:
-            raise ValueError(
-                "no name and password in the URL: it is written into the run's records"
-            )
+        check_url(url)
         return url
 
 

@@ -2,12 +2,10 @@
 
 vLLM's server (`vllm serve`), SGLang, DeepSeek, OpenRouter and others speak this protocol. One
 request per sample, each with its seed: finished ones are not asked again, and a server that heeds
-seeds gives the same samples each time. The client library retries connection errors, 408, 409, 429
-and 5xx with exponential backoff and after `Retry-After`.
+seeds gives the same samples each time.
 """
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +17,7 @@ from r1pipe.rollout.journal import SampleJournal
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError
+from rewards.judges.endpoint import Endpoint, EndpointError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -31,7 +30,10 @@ class TeacherClient:
 
     def __init__(self, settings: TeacherEndpoint):
         self.settings = settings
-        self._key = find_key(settings)
+        try:
+            self._endpoint = Endpoint(settings, "teacher")
+        except EndpointError as error:
+            raise UserError(str(error)) from None
 
     def share(self, items: list[T]) -> list[T]:
         """All on the first rank: there is one server, however many ranks ask."""
@@ -76,7 +78,7 @@ class TeacherClient:
             return None if group.missing else group
 
         running: set[asyncio.Task[SampleGroup | None]] = set()
-        async with self._open_client() as client:
+        async with self._endpoint.open() as client:
             while True:
                 for pair in islice(missing, self.settings.max_concurrency - len(running)):
                     running.add(asyncio.create_task(ask(client, *pair)))
@@ -87,39 +89,23 @@ class TeacherClient:
                     if group := task.result():
                         yield group
 
-    def _open_client(self) -> "AsyncOpenAI":
-        from openai import AsyncOpenAI
-
-        return AsyncOpenAI(
-            base_url=self.settings.base_url,
-            api_key=self._key or "none",
-            max_retries=self.settings.max_retries,
-            timeout=self.settings.timeout_s,
-        )
-
     async def _ask(
         self, client: "AsyncOpenAI", group: SampleGroup, number: int, sampling: Sampling
     ) -> Rollout:
-        from openai import OpenAIError
-
-        settings, problem = self.settings, group.problem
+        problem = group.problem
         try:
-            answer = await client.chat.completions.create(
-                model=settings.model,
-                messages=problem.prompt,
+            answer = await self._endpoint.complete(
+                client,
+                problem.prompt,
+                {"top_k": sampling.top_k} if sampling.top_k else {},
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 max_completion_tokens=sampling.max_completion_length,
                 seed=group.seeds[number],
-                extra_body={
-                    **({"top_k": sampling.top_k} if sampling.top_k else {}),
-                    **settings.extra_body,
-                },
             )
-        except OpenAIError as error:
-            raise UserError(self._describe(error, problem)) from None
-        if not answer.choices:
-            raise UserError(f'teacher {settings.base_url}: no answer to problem "{problem.id}"')
+        except EndpointError as error:
+            where = f'(problem "{problem.id}"); finished samples are kept'
+            raise UserError(f"{error} {where}") from None
         choice = answer.choices[0]
         return Rollout(
             problem_id=problem.id,
@@ -130,26 +116,6 @@ class TeacherClient:
             completion=join_thinking(choice.message),
             finish_reason=choice.finish_reason,
         )
-
-    def _describe(self, error: Exception, problem: Problem) -> str:
-        """One line, without the key, which some servers repeat."""
-        text = " ".join(str(error).split()) or type(error).__name__
-        if self._key:
-            text = text.replace(self._key, "***")
-        what = f"teacher {self.settings.base_url}, model {self.settings.model}: {text[:300]}"
-        return f'{what} (problem "{problem.id}"); finished samples are kept'
-
-
-def find_key(settings: TeacherEndpoint) -> str:
-    """From the environment: recipes are published, keys are not."""
-    if settings.api_key_env is None:
-        return ""
-    key = os.environ.get(settings.api_key_env, "")
-    if not key:
-        raise UserError(
-            f"teacher.api_key_env: the environment variable {settings.api_key_env} is not set"
-        )
-    return key
 
 
 def join_thinking(message: Any) -> str:

@@ -25,7 +25,7 @@ FLOORS = {
     "rewards": (
         "bench",
         "tasks",
-        "code shaping",
+        "code judges shaping",
         "math sandbox",
         "text workers",
     ),
