@@ -1,7 +1,10 @@
 """The records that stages hand to each other: Problem, Rollout, Score. Imports no torch."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +29,37 @@ class Problem:
 
 
 @dataclass(slots=True)
+class Episode:
+    """What a rollout in an environment has beyond one of a single turn. Plain values, as in JSON.
+
+    `given` are the spans `[start, stop)` of `completion_ids` that the environment put in: prompts
+    of later turns, which nothing is learnt from. `messages` are the policy's and the environment's
+    after the prompt. `reward` is the sum of what the environment gave, None if it gave nothing.
+    `ended` says what ended it: "done", or a limit, "turns", "tokens" or "tool_time"; or "error",
+    the environment's exception, whose text is `error`.
+    """
+
+    given: list[list[int]]
+    messages: list[dict[str, Any]]
+    reward: float | None = None
+    ended: str = "done"
+    error: str | None = None
+    num_tool_calls: int = 0
+
+    @property
+    def num_turns(self) -> int:
+        return sum(message["role"] == "assistant" for message in self.messages)
+
+
+@dataclass(slots=True)
 class Rollout:
-    """One sampled completion of one problem.
+    """One sampled completion of one problem, or in an `episode` all that follows the prompt.
 
     `logprobs[t]` is the sampler's log-probability (natural log, at the sampling temperature) of
-    `completion_ids[t]`. `finish_reason` is vLLM's: "stop" or "length". `routes`, if they were asked
-    for, are the experts that the sampler chose for every token that it read (all but the last), an
-    integer array `[prompt + completion - 1, mixture-of-experts layers, experts per token]`.
+    `completion_ids[t]`, 0 where an environment gave it. `finish_reason` is vLLM's: "stop" or
+    "length", which a limit of an episode is as well. `routes`, if they were asked for, are the
+    experts that the sampler chose for every token that it read (all but the last), an integer array
+    `[prompt + completion - 1, mixture-of-experts layers, experts per token]`.
     """
 
     problem_id: str
@@ -44,16 +71,38 @@ class Rollout:
     finish_reason: str
     routes: Any = field(default=None, repr=False, compare=False)
     num_tokens: int = -1
-    """Tokens of the completion, also after `empty` has dropped `completion_ids`."""
+    """Sampled tokens of the completion, also after `empty` has dropped `completion_ids`."""
+    episode: Episode | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.episode, dict):  # from a file
+            self.episode = Episode(**self.episode)
         if self.num_tokens < 0:
-            self.num_tokens = len(self.completion_ids)
+            self.num_tokens = len(self.pick_sampled(self.completion_ids))
+
+    @property
+    def sampled_spans(self) -> list[tuple[int, int]]:
+        """Of `completion_ids`: all but what an environment gave."""
+        given = self.episode.given if self.episode else []
+        borders = [0, *chain.from_iterable(given), len(self.completion_ids)]
+        return list(zip(borders[::2], borders[1::2], strict=True))
+
+    def pick_sampled(self, values: list[T]) -> list[T]:
+        """Of a list with a value for each of `completion_ids`, those of sampled tokens."""
+        if self.episode is None:
+            return values
+        return [value for start, stop in self.sampled_spans for value in values[start:stop]]
+
+    def describe_episode(self) -> dict[str, Any] | None:
+        """For a file; `Rollout` takes it back."""
+        return None if self.episode is None else asdict(self.episode)
 
     def empty(self) -> None:
         """Let go of text and tokens, once nothing but figures is asked for."""
         self.prompt_ids, self.completion_ids, self.logprobs = [], [], []
         self.completion, self.routes = "", None
+        if self.episode:
+            self.episode.given, self.episode.messages = [], []
 
     @property
     def truncated(self) -> bool:

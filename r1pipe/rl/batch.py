@@ -15,7 +15,7 @@ from r1pipe.rl.advantages import find_silent_groups
 from r1pipe.rollout.scoring import mean, reward_metrics
 from r1pipe.rollout.store import rename
 from r1pipe.trainer.packing import Sample
-from r1pipe.types import Problem, Rollout, Score, describe_rollout
+from r1pipe.types import Episode, Problem, Rollout, Score, describe_rollout
 from r1pipe.utils import distributed
 
 BATCH_FACTS = ("step", "policy_step", "rounds", "seconds", "logprob_diff")
@@ -64,6 +64,20 @@ def describe_values(name: str, by_group: list[list[float | None]]) -> dict[str, 
         f"{name}/stderr": stdev(means) / math.sqrt(len(means)) if len(means) > 1 else math.inf,
         f"{name}/low": min(values),
         f"{name}/high": max(values),
+    }
+
+
+def describe_episodes(episodes: list[Episode]) -> dict[str, float]:
+    """Mean turns and tool calls, and the shares that a limit or an error ended."""
+    if not episodes:
+        return {}
+    return {
+        "episodes/turns": fmean(episode.num_turns for episode in episodes),
+        "episodes/tool_calls": fmean(episode.num_tool_calls for episode in episodes),
+        **{
+            f"episodes/ended_by_{why}": share(episode.ended == why for episode in episodes)
+            for why in ("turns", "tokens", "tool_time", "error")
+        },
     }
 
 
@@ -125,6 +139,7 @@ class Group:
                 "completion_ids": rollout.completion_ids,
                 "logprobs": rollout.logprobs,
                 "routes": rollout.routes,
+                "episode": rollout.describe_episode(),
             }
             for rollout, score, advantage in zip(
                 self.rollouts, self.scores, self.advantages, strict=True
@@ -155,18 +170,19 @@ class Batch:
 
     @cached_property
     def samples(self) -> list[Sample]:
-        """Those of this rank's used groups."""
+        """Those of this rank's used groups, without episodes that ended before the first token."""
         return [
             Sample(rollout, advantage)
             for group in self.own_groups
             if group.used
             for rollout, advantage in zip(group.rollouts, group.advantages, strict=True)
+            if rollout.num_tokens
         ]
 
     def metrics(self) -> dict[str, Any]:
         """Rewards and lengths of all samples, including those that dynamic sampling dropped."""
         rollouts = self.rollouts
-        num_tokens = sum(len(r.completion_ids) for r in rollouts)
+        num_tokens = sum(r.num_tokens for r in rollouts)
         return {
             **self.reward_metrics(),
             "groups_sampled": len(self.groups),
@@ -176,6 +192,7 @@ class Batch:
             "tokens_sampled": num_tokens,
             "completions/mean_length": num_tokens / len(rollouts),
             "completions/truncated": mean([float(r.truncated) for r in rollouts]),
+            **describe_episodes([r.episode for r in rollouts if r.episode]),
             **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
             "tokens_per_s/sample": num_tokens / self.seconds["sample"],
         }
@@ -236,8 +253,9 @@ def gather_groups(groups: list[Group]) -> list[Group]:
 
 def flatten_rollout(rollout: Rollout) -> dict[str, Any]:
     values = {entry.name: getattr(rollout, entry.name) for entry in fields(rollout)}
-    routes = values.pop("routes")
-    return {**values, "routes": None if routes is None else torch.from_numpy(routes)}
+    routes, episode = values.pop("routes"), values.pop("episode")
+    values |= {"routes": None if routes is None else torch.from_numpy(routes)}
+    return {**values, "episode": rollout.describe_episode()} if episode else values
 
 
 def restore_rollout(values: dict[str, Any]) -> Rollout:

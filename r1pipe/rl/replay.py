@@ -75,11 +75,10 @@ def make_group(rows: list[dict[str, Any]]) -> Group:
     """From the rows of one prompt. The problem has only what was kept."""
     first = rows[0]
     prompt = [{"role": "user", "content": first["prompt"]}]
+    names = [column.name for column in fields(Rollout)]
     return Group(
         problem=Problem(first["problem_id"], "", prompt, first["answer"]),
-        rollouts=[
-            Rollout(**{column.name: row[column.name] for column in fields(Rollout)}) for row in rows
-        ],
+        rollouts=[Rollout(**{name: row[name] for name in names if name in row}) for row in rows],
         scores=[Score(row["rewards"], row["reward"]) for row in rows],
         advantages=[row["advantage"] for row in rows],
         used=first["used"],

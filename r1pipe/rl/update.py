@@ -173,7 +173,7 @@ class Updater(PackedTrainer):
         sizes = distributed.sum_counts(
             {
                 "completions": len(minibatch),
-                "tokens": sum(len(s.rollout.completion_ids) for s in minibatch),
+                "tokens": sum(s.rollout.num_tokens for s in minibatch),
                 "informative": len(informative),
             }
         )
@@ -287,7 +287,7 @@ class UpdateLog:
     def add_step(self, grad_norm: float, samples: list[Sample]) -> None:
         self._grad_norm_sum += grad_norm
         self._num_steps += 1
-        self._num_tokens += sum(len(s.rollout.completion_ids) for s in samples)
+        self._num_tokens += sum(s.rollout.num_tokens for s in samples)
         self._num_model_tokens += sum(s.num_tokens for s in samples)
 
     def add(self, other: "UpdateLog") -> None:

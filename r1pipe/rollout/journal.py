@@ -84,6 +84,7 @@ class SampleJournal:
                 "completion_ids": rollout.completion_ids,
                 "completion": rollout.completion,
                 "finish_reason": rollout.finish_reason,
+                **({"episode": rollout.describe_episode()} if rollout.episode else {}),
             }
         )
 

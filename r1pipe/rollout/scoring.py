@@ -4,7 +4,9 @@ The contract is TRL's (1.16, GRPOTrainer._calculate_rewards): plain functions, c
 `async` functions of these, called by keyword with
 
     prompts, completions, completion_ids   one entry per rollout; completions are strings, or with
-                                           `conversational` lists of messages
+                                           `conversational` lists of messages; in an environment
+                                           they are the sampled parts, or with `conversational` the
+                                           environment's messages as well
     id, kind, answer, tests, solution, ... every column of the problem, one entry per rollout
     trainer_state                          transformers.TrainerState: global_step, max_steps, epoch
     log_extra(column, values)              a value per rollout, kept with it
@@ -58,10 +60,14 @@ def name_rewards(rewards: Iterable[Reward]) -> list[str]:
 class Scorer:
     """The reward functions of a stage, looked up once.
 
+    With `environment_weight`, the weight of an environment's own rewards, these count as one more
+    function, `environment`. A rollout whose environment failed has no total.
+
     Raises UserError for a function that does not exist or does not take its `options`.
     """
 
-    def __init__(self, rewards: list[Reward]):
+    def __init__(self, rewards: list[Reward], environment_weight: float | None = None):
+        self.environment_weight = environment_weight
         names = name_rewards(rewards)
         self.calls = [Call(*pair) for pair in zip(names, rewards, strict=True)]
 
@@ -90,11 +96,19 @@ class Scorer:
 
             running = asyncio.run_coroutine_threadsafe(run_all(), start_event_loop())
             values |= zip(waiting, running.result(), strict=True)
-        for call in self.calls:
-            for score, value in zip(scores, values[call], strict=True):
-                score.rewards[call.name] = value
+        columns = [(call.name, call.reward.weight, values[call]) for call in self.calls]
+        if (weight := self.environment_weight) is not None:
+            own = [rollout.episode.reward if rollout.episode else None for rollout in rollouts]
+            columns.append(("environment", weight, own))
+        for name, weight, column in columns:
+            for score, value in zip(scores, column, strict=True):
+                score.rewards[name] = value
                 if value is not None:
-                    score.total = (score.total or 0.0) + call.reward.weight * value
+                    score.total = (score.total or 0.0) + weight * value
+        for score, rollout in zip(scores, rollouts, strict=True):
+            if rollout.episode and rollout.episode.error:
+                score.total = None
+                score.extra = {**(score.extra or {}), "environment_error": rollout.episode.error}
         return scores
 
 
@@ -149,8 +163,8 @@ class Call:
         given: dict[str, Callable[[], Any]] = {
             **columns,
             "prompts": lambda: [[dict(message) for message in p.prompt] for p in problems],
-            "completions": lambda: [self.shape_completion(r.completion) for r in rollouts],
-            "completion_ids": lambda: [list(r.completion_ids) for r in rollouts],
+            "completions": lambda: [self.shape_completion(r) for r in rollouts],
+            "completion_ids": lambda: [list(r.pick_sampled(r.completion_ids)) for r in rollouts],
             "trainer_state": lambda: make_trainer_state(trainer_state),
             "log_extra": lambda: partial(self.log_extra, scores),
             "log_metric": lambda: partial(self.log_metric, scores),
@@ -158,8 +172,12 @@ class Call:
         values = {n: make() for n, make in given.items() if self.takes_all or n in self.takes}
         return {**values, **self.reward.options}
 
-    def shape_completion(self, text: str) -> str | list[dict[str, str]]:
-        return [{"role": "assistant", "content": text}] if self.reward.conversational else text
+    def shape_completion(self, rollout: Rollout) -> str | list[dict[str, Any]]:
+        if not self.reward.conversational:
+            return rollout.completion
+        if rollout.episode:
+            return [dict(message) for message in rollout.episode.messages]
+        return [{"role": "assistant", "content": rollout.completion}]
 
     def explain(self, error: BaseException) -> UserError:
         if isinstance(error, UserError):

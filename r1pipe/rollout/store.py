@@ -36,10 +36,13 @@ TEXT = {
     "advantage": pa.float64(),
     "used": pa.bool_(),
     "extra": pa.string(),
+    "episode": pa.string(),
 }
 """For people. `group` numbers the step's prompts; `rewards` has one value per function, null where
 it could not judge, and is null itself in a stage without rewards; `used` is false for groups that
-dynamic sampling dropped. `extra` is JSON: what reward functions logged."""
+dynamic sampling dropped. JSON: `extra`, what reward functions logged; `episode`, a `types.Episode`,
+in files of stages with an environment."""
+JSON = ("extra", "episode")
 TOKENS = {
     "prompt_ids": pa.list_(pa.int32()),
     "completion_ids": pa.list_(pa.int32()),
@@ -74,13 +77,17 @@ class RolloutFiles:
         names = rows[0]["rewards"]
         # Parquet has no structs without fields.
         rewards = pa.struct([(name, pa.float64()) for name in names]) if names else pa.null()
-        schema = pa.schema({**TEXT, "rewards": rewards, **TOKENS})
+        kinds = {**TEXT, "rewards": rewards, **TOKENS}
+        if not any(row.get("episode") for row in rows):
+            del kinds["episode"]
+        schema = pa.schema(kinds)
         columns = {
             name: [pack_routes(row[name]) if name == "routes" else row[name] for row in rows]
             for name in schema.names
-            if name not in ("step", "extra")
+            if name not in ("step", *JSON)
         }
-        columns["extra"] = [(extra := row.get("extra")) and json.dumps(extra) for row in rows]
+        for name in set(JSON) & set(kinds):
+            columns[name] = [(value := row.get(name)) and json.dumps(value) for row in rows]
         if not names:
             columns["rewards"] = [None] * len(rows)
         if not self.settings.routes:
@@ -142,8 +149,9 @@ def read_rollouts(
         for row in rows:
             if "rewards" in row:
                 row["rewards"] = row["rewards"] or {}
-            if row.get("extra") is not None:
-                row["extra"] = json.loads(row["extra"])
+            for name in JSON:
+                if row.get(name) is not None:
+                    row[name] = json.loads(row[name])
             if row.get("routes") is not None:
                 row["routes"] = np.load(BytesIO(row["routes"]))
         yield from rows

@@ -15,7 +15,7 @@ from r1pipe.types import Rollout
 
 @dataclass
 class Sample:
-    """A rollout in the trainer. Log-probs are of its completion's tokens, `[T]`."""
+    """A rollout in the trainer. Log-probs are of its sampled tokens, `[T]`."""
 
     rollout: Rollout
     advantage: float
@@ -31,17 +31,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Samples in one row: N tokens of prompts and completions, C of them in completions."""
+    """Samples in one row: N tokens of prompts and completions, C of them sampled."""
 
     samples: list[Sample]
     ids_N: Tensor
     position_N: Tensor
     """Counts from 0 in each sequence."""
     predictor_C: Tensor
-    """Index into N of the token whose output predicts the completion's token."""
+    """Index into N of the token whose output predicts the sampled one."""
     target_C: Tensor
     sequence_C: Tensor
-    """The sample that a completion's token belongs to."""
+    """The sample that a sampled token belongs to."""
 
     @property
     def lengths(self) -> list[int]:
@@ -50,7 +50,8 @@ class PackedBatch:
 
     @property
     def completion_lengths(self) -> list[int]:
-        return [len(sample.rollout.completion_ids) for sample in self.samples]
+        """Sampled tokens of each sequence."""
+        return [sample.rollout.num_tokens for sample in self.samples]
 
     @property
     def advantages_B(self) -> Tensor:
@@ -58,7 +59,8 @@ class PackedBatch:
 
     @property
     def sampler_logprobs_C(self) -> Tensor:
-        values = [value for sample in self.samples for value in sample.rollout.logprobs]
+        rollouts = [sample.rollout for sample in self.samples]
+        values = [value for r in rollouts for value in r.pick_sampled(r.logprobs)]
         return torch.tensor(values, device=self.ids_N.device)
 
     def split(self, values_C: Tensor) -> list[Tensor]:
@@ -94,9 +96,10 @@ def pack(samples: list[Sample], device: torch.device) -> PackedBatch:
         first = len(ids) + len(prompt) - 1
         ids += prompt + completion
         positions += range(len(prompt) + len(completion))
-        predictors += range(first, first + len(completion))
-        targets += completion
-        sequences += [number] * len(completion)
+        for start, stop in sample.rollout.sampled_spans:
+            predictors += range(first + start, first + stop)
+        targets += sample.rollout.pick_sampled(completion)
+        sequences += [number] * sample.rollout.num_tokens
     columns = (ids, positions, predictors, targets, sequences)
     return PackedBatch(samples, *(torch.tensor(column, device=device) for column in columns))
 

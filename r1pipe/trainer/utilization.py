@@ -22,7 +22,7 @@ class Utilization:
         """Samples that this rank has computed forward and backward, for an optimizer step that was
         applied."""
         if self.peak:
-            num_logits = sum(len(sample.rollout.completion_ids) for sample in samples)
+            num_logits = sum(sample.rollout.num_tokens for sample in samples)
             lengths = [sample.num_tokens for sample in samples]
             self._flops += train_flops(self.config, lengths, num_logits)
 
