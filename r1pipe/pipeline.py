@@ -21,6 +21,7 @@ from r1pipe.config.recipe import Recipe
 from r1pipe.data.problem_sets import ProblemSets, list_needed
 from r1pipe.doctor.disk_checks import find_ancestor
 from r1pipe.report.costs import describe_costs
+from r1pipe.rollout.judging import begin_judges, bind_judges, count_requests
 from r1pipe.rollout.store import find_rollouts
 from r1pipe.runs.folder import RunFolder
 from r1pipe.runs.ledger import Hardware, Ledger
@@ -210,10 +211,12 @@ def make_stage(
 ) -> None:
     """Run one stage and put its folder in place; on failure keep what it can resume from."""
     started, run = time.monotonic(), context.run
-    with context.ledger.stage(stage.name):
+    bound = bind_judges(stage, run.path)
+    with context.ledger.stage(stage.name, partial(count_requests, bound.rewards_used())):
         try:
             with tracking, phase(stage.name):
-                facts = make(stage, context)
+                distributed.on_first_rank(lambda: begin_judges(bound))
+                facts = make(bound, context)
         except BaseException as error:
             if step := run.abandon(context.folder, keep=isinstance(error, Tripped)):
                 log_line(f"{stage.name}: step {step} is saved")

@@ -12,7 +12,8 @@ Importing this package is cheap: sympy and math-verify live in the worker proces
 
 from rewards.code.extract import extract_code
 from rewards.code.judge import CodeVerdict, code_passes, count_code_verdicts, judge_code
-from rewards.judges.judge import JudgeBudgetError, JudgeError, judge
+from rewards.judges.judge import judge
+from rewards.judges.settings import JudgeBudgetError, JudgeError
 from rewards.math.verify import (
     Verdict,
     count_verdicts,

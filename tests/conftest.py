@@ -9,7 +9,13 @@ import pytest
 # that are compared bit by bit need the same number.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-FINISHED = {"test_on_policy_distill.py", "test_resume.py", "test_run.py", "test_serve.py"}
+FINISHED = {
+    "test_judge.py",
+    "test_on_policy_distill.py",
+    "test_resume.py",
+    "test_run.py",
+    "test_serve.py",
+}
 """They look at the `finished` run, which takes a minute to make: one process has them all."""
 
 

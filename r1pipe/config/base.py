@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from rewards.judges.settings import LIMITS
+
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -92,6 +94,19 @@ class Reward(Strict):
     conversational: bool = Field(default=False, exclude_if=lambda given: not given)
     """Completions are lists of messages, as TRL gives them where prompts are: for a function that
     reads completion[0]["content"]. Default: strings."""
+
+    @property
+    def is_judge(self) -> bool:
+        """Whether a model judges: it costs money, so the doctor does not ask it."""
+        return self.function == "rewards.judge"
+
+    def decisive(self) -> dict[str, Any]:
+        """As JSON, without the options that change no reward."""
+        dumped = self.model_dump(mode="json")
+        if self.is_judge:
+            options = dumped["options"].items()
+            dumped["options"] = {name: value for name, value in options if name not in LIMITS}
+        return dumped
 
 
 class Saving(Strict):

@@ -21,6 +21,14 @@ def examine_functions(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
         yield Diagnosis("", "warn", remark)
     if names := name_rewards(stage.rewards_used()):
         yield Diagnosis("", "ok", ", ".join(names))
+    for reward in stage.rewards_used():
+        if reward.is_judge and "labelled" not in reward.options:
+            yield Diagnosis(
+                "",
+                "warn",
+                f"{reward.function}: nobody knows how far {reward.options['model']} agrees with "
+                "people: give labelled, rows that they have graded",
+            )
 
 
 def examine_data(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
@@ -78,6 +86,20 @@ def check_solutions(stage: Stage, source: ProblemSet, problems: Sequence[Problem
             )
 
 
+def find_rule_rows(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
+    """A policy learns to please a judge; where the truth is known, that is not what is wanted."""
+    for source, problems in inputs.load_problems(stage):
+        if gold := [problem for problem in problems if problem.answer or problem.tests]:
+            name = "answer" if gold[0].answer else "tests"
+            yield Diagnosis(
+                "rewards",
+                "FAIL",
+                f"{describe_source(source)}: a judge alone rewards what a rule can judge: "
+                f'{len(gold)} problems have answer or tests, first "{gold[0].id}" ({name}); add '
+                "rewards.math_correct, rewards.code_passes or a rule of your own",
+            )
+
+
 def examine_golds(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
     rewards = stage.rewards_used()
     try:
@@ -90,9 +112,14 @@ def examine_golds(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
     except UserError as error:
         yield Diagnosis("rewards", "FAIL", str(error))
         return
+    has_judge = any(reward.is_judge for reward in rewards)
+    if has_judge and not judging:
+        yield from find_rule_rows(stage, inputs)
     settings = inputs.recipe.doctor
     for source, problems in inputs.load_problems(stage) if judging else ():
         name = describe_source(source)
+        if has_judge:  # the other rows are for it
+            problems = [problem for problem in problems if problem.answer or problem.tests]
         tried = spread(problems, None if inputs.thorough else settings.gold_rows)
         try:
             trial = try_golds(judging, tried)

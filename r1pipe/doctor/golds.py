@@ -35,19 +35,21 @@ def pick_judging(rewards: Sequence[Reward]) -> list[Reward]:
     return [
         reward
         for reward in rewards
-        if set(GOLD_COLUMNS) & set(inspect.signature(find_reward(reward.function)).parameters)
+        if not reward.is_judge
+        and set(GOLD_COLUMNS) & set(inspect.signature(find_reward(reward.function)).parameters)
     ]
 
 
 def try_rewards(rewards: Sequence[Reward], problems: Sequence[Problem]) -> None:
-    """Call every reward once, on a gold and a non-answer of each problem. Raises UserError for a
-    reward that fails or returns no rewards."""
+    """Call every reward once, but for judges, on a gold and a non-answer of each problem. Raises
+    UserError for a reward that fails or returns no rewards."""
     tried = [
         (problem, as_rollout(problem, text))
         for problem in problems
         for text in (*list_golds(problem)[:1], "I do not know.")
     ]
-    Scorer(list(rewards)).score(*map(list, zip(*tried)))
+    called = [reward for reward in rewards if not reward.is_judge]
+    Scorer(called).score(*map(list, zip(*tried)))
 
 
 def try_golds(rewards: Sequence[Reward], problems: Sequence[Problem]) -> GoldTrial:

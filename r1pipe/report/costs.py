@@ -48,7 +48,17 @@ def describe_costs(run_dir: Path) -> str:
     ]
     if total["cost"] is None:
         lines.append("cost: unknown, the recipe has no price_per_device_hour")
+    lines += [describe_judge(stage) for stage in stages if "judge" in stage]
     return "\n".join([*lines, describe_paper()])
+
+
+def describe_judge(stage: dict[str, Any]) -> str:
+    spent = stage["judge"]
+    cost = f"{format_money(spent['cost'])} {stage['currency']}" if spent["cost"] else "no price"
+    return (
+        f"judge of {stage['stage']}, not in the table: {spent['requests']:,} requests, "
+        f"{spent['prompt_tokens']:,} tokens read and {spent['completion_tokens']:,} written, {cost}"
+    )
 
 
 def describe_paper() -> str:

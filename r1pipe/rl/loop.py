@@ -21,11 +21,13 @@ from r1pipe.rl.prefetch import Prefetcher
 from r1pipe.rl.update import Updater
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.store import RolloutFiles
+from r1pipe.runs.folder import find_steps
 from r1pipe.trainer.breaker import Breaker, EventLog
 from r1pipe.trainer.checkpoints import AppendOnlyLog, Checkpoints, Stateful
 from r1pipe.trainer.packing import Sample
 from r1pipe.types import Problem
-from r1pipe.utils.errors import Tripped
+from r1pipe.utils import distributed
+from r1pipe.utils.errors import OutOfBudget, Tripped
 from r1pipe.utils.progress import Interrupt, StageProgress, log_line
 
 PROBE_PROMPTS, PROBE_TOKENS = 4, 16
@@ -104,6 +106,7 @@ def run_steps(
         if not done:
             collector.begin()
         steps = train(stage, updater, sampler, batches, breaker, done + 1)
+        steps = save_at_budget(steps, stage, collector, checkpoints)
         try:
             for metrics, batch in steps:
                 metrics |= collector.end_step(metrics["step"])
@@ -125,6 +128,33 @@ def run_steps(
         **checkpoints.facts(),
         **final,
     }
+
+
+def save_at_budget(
+    steps: Iterator[tuple[dict[str, Any], Batch]],
+    stage: OnPolicy,
+    collector: Collector,
+    checkpoints: Checkpoints,
+) -> Iterator[tuple[dict[str, Any], Batch]]:
+    """The steps. If a judge's budget is used up while the next batch is scored, the last step is
+    saved, as it was before that batch was drawn. Not with `async_steps`, where the policy that has
+    sampled it is gone, nor of several processes, of which the others still sample: those resume
+    from the last of `save_steps`."""
+    last = 0
+    while True:
+        state = collector.state_dict()
+        try:
+            metrics, batch = next(steps)
+        except StopIteration:
+            return
+        except OutOfBudget:
+            saved = last in find_steps(checkpoints.folder)
+            if last and not saved and not stage.async_steps and distributed.alone():
+                collector.load_state_dict(state)
+                checkpoints.save(last)
+            raise
+        yield metrics, batch
+        last = metrics["step"]
 
 
 def show(progress: StageProgress, metrics: dict[str, Any], goal: BestMetric) -> None:

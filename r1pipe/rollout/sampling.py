@@ -67,7 +67,7 @@ class SamplingJob:
             self.num_samples,
             self.sampling.model_dump(),
             self.seed_parts,
-            [reward.model_dump() for reward in self.rewards],
+            [reward.decisive() for reward in self.rewards],
         ]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for problem in self.problems:

@@ -32,10 +32,12 @@ from typing import Any, Generic, TypeVar
 from r1pipe.config.base import Reward
 from r1pipe.rollout.groups import SampleGroup
 from r1pipe.types import Problem, Rollout, Score
-from r1pipe.utils.errors import UserError
+from r1pipe.utils.errors import OutOfBudget, UserError
 from r1pipe.utils.imports import describe_failure, find_reward
 from r1pipe.utils.phases import phase
-from rewards import SandboxError
+from rewards import JudgeBudgetError, JudgeError, SandboxError
+from rewards.judges.judge import find_judge
+from rewards.judges.settings import OPTIONS
 from rewards.workers.pool import WorkerError
 
 T = TypeVar("T")
@@ -126,11 +128,17 @@ class Call:
         # Our own ignore what they do not name, and need no transformers.
         is_ours = getattr(inner, "__module__", "").partition(".")[0] == "rewards"
         self.takes_all = not is_ours and len(self.takes) < len(parameters)
+        known = OPTIONS if reward.is_judge else self.takes
         for option in reward.options:
-            if option not in self.takes:
-                near = get_close_matches(option, self.takes, n=1)
+            if option not in known:
+                near = get_close_matches(option, known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
                 raise UserError(f'reward "{reward.function}": no option "{option}"{hint}')
+        if reward.is_judge:
+            try:
+                find_judge(reward.options)
+            except Exception as error:
+                raise self.explain(error) from error
 
     def run(self, *given: Any) -> list[float | None]:
         try:
@@ -182,7 +190,9 @@ class Call:
     def explain(self, error: BaseException) -> UserError:
         if isinstance(error, UserError):
             return error
-        if isinstance(error, SandboxError | WorkerError):
+        if isinstance(error, JudgeBudgetError):
+            return OutOfBudget(f'reward "{self.name}": {error}')
+        if isinstance(error, SandboxError | WorkerError | JudgeError):
             return UserError(f'reward "{self.name}": {error}')
         hint = ""
         if isinstance(error, TypeError) and "string indices" in str(error):

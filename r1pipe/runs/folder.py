@@ -188,6 +188,9 @@ class RunFolder:
         saving = set(Saving.model_fields)
         left_out = {"train": saving} | dict.fromkeys({*saving, "breaker"}, True)
         own = stage.model_dump(mode="json", by_alias=True, exclude=left_out)
+        for part in (own, own.get("traces") or {}):
+            if "rewards" in part:
+                part["rewards"] = [reward.decisive() for reward in stage.rewards_used()]
         return {**shared, **own}
 
     def is_finished(self, stage: Stage) -> bool:

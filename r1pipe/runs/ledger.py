@@ -12,7 +12,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,19 +54,23 @@ class Ledger:
         self.price, self.currency = recipe.price_per_device_hour, recipe.currency
         self._journal = LedgerFile(run_dir / LEDGER)
         self._stage = ""
+        self._count_judged: Callable[[], dict[str, Any] | None] = lambda: None
         self._began = self._last = 0.0
         self._spent_before_s = 0.0
         self._noted = {"tokens_sampled": 0, "tokens_trained": 0}
 
     @contextmanager
-    def stage(self, name: str) -> Iterator["Ledger"]:
-        """Books time to the stage `name`; without `finish`, as a stopped attempt."""
+    def stage(
+        self, name: str, count_judged: Callable[[], dict[str, Any] | None] = lambda: None
+    ) -> Iterator["Ledger"]:
+        """Books time to the stage `name`; without `finish`, as a stopped attempt. `count_judged`:
+        what its judges have asked and cost in all attempts."""
         if not distributed.is_first():
             yield self
             return
         self._journal.close_last_attempt()
         self._spent_before_s = sum(a.wall_s for a in read_attempts(self.run_dir) if a.stage == name)
-        self._stage = name
+        self._stage, self._count_judged = name, count_judged
         self._noted = dict.fromkeys(self._noted, 0)
         self._began = self._last = time.monotonic()
         self._journal.write(
@@ -76,6 +80,7 @@ class Ledger:
             devices=self.hardware.count,
             price_per_device_hour=self.price,
             currency=self.currency,
+            **self._judged(),
         )
         with self._journal.kept_current():
             try:
@@ -117,6 +122,7 @@ class Ledger:
             idle_s=find_idle_seconds(metrics),
             tokens_sampled=int(sampled),
             tokens_trained=int(trained),
+            **self._judged(),
         )
         self._last = now
 
@@ -127,8 +133,13 @@ class Ledger:
             outcome=outcome,
             wall_s=round(time.monotonic() - self._began, 3),
             **{key: max(0, int(facts.get(key, 0)) - n) for key, n in self._noted.items()},
+            **self._judged(),
         )
         self._stage = ""
+
+    def _judged(self) -> dict[str, Any]:
+        judged = self._count_judged()
+        return {"judge": judged} if judged else {}
 
     def project(self, left_s: float) -> str:
         """The stage's cost now and in `left_s`, all attempts: for the progress line."""
@@ -221,6 +232,8 @@ class Attempt:
     wall_s: float = 0.0
     rest: dict = field(default_factory=dict)
     """The end event: tokens that no step counted."""
+    judged: dict | None = None
+    """What the stage's judges had been asked and had cost by then, in all attempts."""
 
     def sum(self, key: str) -> float:
         """Over its steps and its end."""
@@ -246,6 +259,7 @@ def read_attempts(run_dir: Path) -> list[Attempt]:
         else:
             attempts[-1].outcome, attempts[-1].wall_s = row["outcome"], row["wall_s"]
             attempts[-1].rest = row
+        attempts[-1].judged = row.get("judge", attempts[-1].judged)
     if attempts and attempts[-1].outcome == "running":
         attempts[-1].wall_s = round(path.stat().st_mtime - attempts[-1].began, 3)
     return attempts
@@ -293,6 +307,7 @@ def summarize(stage: str, attempts: list[Attempt]) -> dict[str, Any]:
             None if None in prices else round(sum(a.device_hours * a.price for a in attempts), 4)
         ),
         "currency": last.currency,
+        **({"judge": last.judged} if last.judged else {}),
     }
 
 

@@ -19,6 +19,10 @@ class UserError(Exception):
     with 2."""
 
 
+class OutOfBudget(UserError):
+    """A judge's budget is used up: the run ends as it is, and resumes when it is raised."""
+
+
 class LostRank(Exception):
     """Another process of the run is gone. The CLI exits with `LOST`."""
 

@@ -137,12 +137,13 @@ function showCost() {
   const rows = Array.isArray(data.cost) ? data.cost : data.cost?.stages;
   if (!rows?.length) return hide("cost");
   const columns = { stage: "stage", wall_s: "wall, s", lost_s: "lost, s", device_hours: "device-hours", idle_share: "idle",
-    tokens_sampled: "tokens sampled", tokens_trained: "tokens trained", cost: "cost",
+    tokens_sampled: "tokens sampled", tokens_trained: "tokens trained", cost: "cost", judge: "judge",
     points_gained: "points of pass@1", cost_per_point: "cost a point" };
   const shown = Object.keys(columns).filter((key) => rows.some((row) => row[key] != null));
   const cell = (row, key) =>
     key === "device_hours" && row.unit ? `${format(row[key])} ${row.unit}`
     : key.startsWith("cost") && row[key] != null ? `${format(row[key])} ${row.currency ?? ""}`
+    : key === "judge" && row.judge ? `${format(row.judge.requests)} requests, ${format(row.judge.cost)} ${row.currency ?? ""}`
     : key === "idle_share" ? percent(row[key]) : format(row[key]);
   $("cost-table").append(table(shown.map((key) => columns[key]), rows.map((row) => shown.map((key) => cell(row, key)))));
 }

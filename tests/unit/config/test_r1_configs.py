@@ -47,7 +47,8 @@ def test_small_recipe_has_the_large_one_s_stages(large: str, stages: list[str]) 
         for key in SAME[type(stage)]:
             assert read(small, key) == read(stage, key), f"{stage.name}.{key}"
         if isinstance(stage, Grpo):
-            assert [r.function for r in small.rewards] == [r.function for r in stage.rewards]
+            rules = [r.function for r in stage.rewards if not r.is_judge]  # a laptop has no judge
+            assert [r.function for r in small.rewards] == rules
         parents = [name for name in stage.parents() if name == base or whole.stage(name)]
         assert small.parents() == ["base" if name == base else name for name in parents]
 
@@ -63,7 +64,8 @@ def test_r1_is_the_paper_s(name: str) -> None:
     assert recipe.stage("cold_start").filters.min_language_share > 0
     assert recipe.stage("reject").mix.share == 0.25
     for stage in ("rl", "rl_final"):
-        rewards = {reward.function: reward.weight for reward in recipe.stage(stage).rewards}
+        rules = [reward for reward in recipe.stage(stage).rewards if not reward.is_judge]
+        rewards = {reward.function: reward.weight for reward in rules}
         names = ("math_correct", "format", "language_consistency")
         assert rewards == {f"rewards.{name}": 1.0 for name in names}
     assert {recipe.stage(s).from_ for s in ("student_small", "student_large")} == {"rl_final"}
@@ -74,10 +76,14 @@ def test_r1_is_the_paper_s(name: str) -> None:
 
 
 def test_the_second_rl_stage_keeps_the_first_one_s_parameters() -> None:
-    """But for the temperature, and how long it takes (arXiv:2501.12948, its supplement)."""
+    """But for the temperature, how long it takes, and general prompts with a judge of their
+    helpfulness (arXiv:2501.12948, its supplement)."""
+    (*_, judge) = load("r1").stage("rl_final").rewards
+    assert judge.is_judge
+    assert judge.options["only_without_gold"]
     first, second = (load("r1").stage(name).model_dump() for name in ("rl", "rl_final"))
     differing = {key for key, value in first.items() if second[key] != value}
-    assert differing == {"name", "from_", "temperature", "max_steps"}
+    assert differing == {"name", "from_", "data", "rewards", "temperature", "max_steps"}
     assert (second["temperature"], second["epsilon"]) == (0.7, 10.0)
     updates = second["reference_refresh_steps"] * second["steps_per_generation"]
     assert updates == 400

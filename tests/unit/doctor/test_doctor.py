@@ -243,6 +243,53 @@ def test_each_check_finds_what_is_broken_for_it(case: str, project: Path) -> Non
     assert re.search(words, trouble[first]), trouble
 
 
+NOWHERE = "http://127.0.0.1:9/v1"
+JUDGE = f"function: rewards.judge, options: {{base_url: '{NOWHERE}', model: m, rubric: r"
+
+
+def test_a_judge_is_checked_and_not_asked(project: Path) -> None:
+    """No server is there: a request would fail."""
+    rule = "{function: rewards.math_correct}"
+    diagnoses = examine(f"stages.grpo.rewards=[{rule}, {{{JUDGE}}}}}]")
+    assert find_trouble(diagnoses) == {
+        "grpo: rewards and loss": "warn: rewards.judge: nobody knows how far m agrees with people: "
+        "give labelled, rows that they have graded"
+    }
+    trouble = find_trouble(
+        examine(f"stages.grpo.rewards=[{{function: rewards.format}}, {{{JUDGE}}}}}]")
+    )
+    assert re.fullmatch(
+        "FAIL: mydata.py/train: a judge alone rewards what a rule can judge: 3 problems have "
+        r'answer or tests, first "row-0" \(answer\); add rewards\.math_correct, .*',
+        trouble["grpo: rewards"],
+    )
+    for options, words in (
+        (", max_cost: 3}", "FAIL: .*max_cost: needs price_per_million"),
+        (", labelled: none.jsonl}", "FAIL: .*labelled: none.jsonl: No such file"),
+        (", api_key_env: NO_SUCH_KEY}", "FAIL: .*NO_SUCH_KEY is not set"),
+        (", rubrik: x}", 'FAIL: .*no option "rubrik"; did you mean rubric'),
+        (", max_requests: many}", "FAIL: .*max_requests"),
+    ):
+        trouble = find_trouble(examine(f"stages.grpo.rewards=[{rule}, {{{JUDGE}{options}}}]"))
+        assert re.search(words, trouble["grpo: rewards and loss"]), trouble
+    assert not list(project.rglob("judge.sqlite"))
+
+
+def test_rows_for_the_judge_need_no_gold(project: Path) -> None:
+    """R1's second RL stage: mathematics by rules, and prompts that only a judge can judge."""
+    data = {"recipe": "mydata.py", "options": {"answers": [None], "kind": "text", "solution": "Hi"}}
+    mixed = [load().stage("grpo").data[0].model_dump(exclude={"weight"}), data]
+    rewards = f"[{{function: rewards.math_correct}}, {{{JUDGE}}}}}]"
+    diagnoses = examine(
+        f"stages.grpo.data={yaml.safe_dump(mixed)}", f"stages.grpo.rewards={rewards}"
+    )
+    trouble = find_trouble(diagnoses)
+    assert trouble.pop("grpo: rewards and loss").startswith("warn")
+    assert trouble == {"grpo: golds": "skipped: mydata.py/train: no row has a gold to be tried"}
+    details = [diagnosis.detail for diagnosis in diagnoses]
+    assert "3 of 3 golds of mydata.py/train tried, all score 1" in details
+
+
 TRAIN = {"max_steps": 1}
 TRACES = {"num_generations": 2, "sampling": {"max_completion_length": 8}}
 
