@@ -91,7 +91,8 @@ class Collector:
             ]
 
         started = time.perf_counter()
-        with ScoringThread(score, batched=False) as scoring:
+        num_threads = self.scorer.num_threads
+        with ScoringThread(score, batched=False, num_threads=num_threads) as scoring:
             for group in self.sampler.generate_groups(
                 problems, num_samples, self.sampling, seed_parts, with_routes=with_routes
             ):

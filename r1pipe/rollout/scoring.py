@@ -45,6 +45,9 @@ T = TypeVar("T")
 MAX_WAITING = 256
 """Groups that may wait for their scores before sampling waits for the graders."""
 
+ASKED_AT_ONCE = 32
+"""Groups whose async rewards run at the same time: each waits for a server's answers."""
+
 COLUMNS = tuple(f.name for f in fields(Problem) if f.name not in ("prompt", "extra"))
 
 
@@ -72,6 +75,12 @@ class Scorer:
         self.environment_weight = environment_weight
         names = name_rewards(rewards)
         self.calls = [Call(*pair) for pair in zip(names, rewards, strict=True)]
+        self._one_at_a_time = threading.Lock()
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that may call `score` to some use."""
+        return ASKED_AT_ONCE if any(call.is_async for call in self.calls) else 1
 
     @phase("scoring")
     def score(
@@ -90,7 +99,8 @@ class Scorer:
         if not rollouts:
             return scores
         given = (problems, rollouts, trainer_state or {}, scores)
-        values = {call: call.run(*given) for call in self.calls if not call.is_async}
+        with self._one_at_a_time:  # users' functions need not be safe for threads
+            values = {call: call.run(*given) for call in self.calls if not call.is_async}
         if waiting := [call for call in self.calls if call.is_async]:
 
             async def run_all() -> list[list[float | None]]:
@@ -249,15 +259,21 @@ class ScoringThread(Generic[T]):
     """Scores groups in a thread while others are being sampled. Use as a context manager, which
     waits for the last one; `results` then has, by the group's index, what `score` gave for it.
 
-    `score` is called with one group at a time; `batched`, with all that have piled up, so that the
-    graders' processes always have work.
+    `score` is called with one group, by `num_threads` at a time; `batched`, with all that have
+    piled up, so that the graders' processes always have work.
     """
 
-    def __init__(self, score: Callable[[list[SampleGroup]], Iterable[T]], *, batched: bool):
+    def __init__(
+        self,
+        score: Callable[[list[SampleGroup]], Iterable[T]],
+        *,
+        batched: bool,
+        num_threads: int = 1,
+    ):
         self._score, self._batched = score, batched
         self.results: dict[int, T] = {}
         self._waiting: deque[SampleGroup] = deque()
-        self._thread = ThreadPoolExecutor(1, "judge")
+        self._thread = ThreadPoolExecutor(num_threads, "judge")
         self._running: deque[Future[None]] = deque()
 
     def __enter__(self) -> "ScoringThread[T]":

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from r1pipe.config.base import Reward
-from r1pipe.rollout.scoring import Scorer, reward_metrics
+from r1pipe.rollout.groups import SampleGroup
+from r1pipe.rollout.scoring import Scorer, ScoringThread, reward_metrics
 from r1pipe.sft.rejection import find_rejection
 from r1pipe.types import Problem, Rollout, Score
 from r1pipe.utils.errors import UserError
@@ -58,7 +59,7 @@ def test_what_no_reward_can_judge_is_none_not_zero() -> None:
 
 # What users write; each function is called with three rollouts.
 MINE = """
-import asyncio, functools, math
+import asyncio, functools, math, threading, time
 import numpy, torch
 def flat(completions, **columns): return 1.0
 def nothing(completions, **columns): return None
@@ -97,6 +98,18 @@ def logs(completions, log_extra, log_metric, **columns):
     log_metric("judge/seconds", numpy.float32(0.5))
     log_metric("judge/seconds", 1.5)
     return [0, 0.5, 1]
+arrived, lock = [], threading.Lock()
+async def meets_others(completions, id, **columns):
+    arrived.append(id)
+    for _ in range(3000):
+        if len(arrived) == 3: return [float(i) for i in id]
+        await asyncio.sleep(0.01)
+    raise TimeoutError("nobody else came")
+def alone(completions, **columns):
+    is_alone = lock.acquire(blocking=False)
+    time.sleep(0.02)
+    if is_alone: lock.release()
+    return [float(is_alone)] * len(completions)
 """
 
 
@@ -225,3 +238,20 @@ def test_where_nothing_trains_a_function_may_divide_by_max_steps(
     rollout = Rollout("a", 0, [], [], [], "1", "stop")
     (score,) = Scorer([Reward(function="schedule.share_of_steps")]).score([problem], [rollout])
     assert score.total == 0.0
+
+
+def test_groups_wait_for_servers_side_by_side(mine: None) -> None:
+    """But functions that are not async are called by one thread at a time."""
+    scorer = Scorer([Reward(function="mine.meets_others"), Reward(function="mine.alone")])
+    prompts = [Problem(str(n), "math", PROMPT) for n in range(3)]
+
+    def judge(groups: list[SampleGroup]) -> list[list[Score]]:
+        (group,) = groups
+        return [scorer.score([group.problem], [make_rollout("x")])]
+
+    with ScoringThread(judge, batched=False, num_threads=scorer.num_threads) as scoring:
+        for index, problem in enumerate(prompts):
+            scoring.add(SampleGroup(index, problem, [0]))
+    rewards = {index: scores[0].rewards for index, scores in scoring.results.items()}
+    assert rewards == {n: {"mine.meets_others": n, "mine.alone": 1} for n in range(3)}
+    assert Scorer([Reward(function="mine.alone")]).num_threads == 1
