@@ -109,6 +109,24 @@ class Reward(Strict):
         return dumped
 
 
+class Environment(Strict):
+    """What the policy talks to in several turns (docs/extending.md). A row's own column
+    `environment`, a name or `{name, options}`, wins over `name` and `options`."""
+
+    name: str
+    """`tools`, or the dotted name of a class or function: called with the problem and `options`, it
+    returns an envs.base.Environment."""
+    options: dict[str, Any] = {}
+    weight: float = 1.0
+    """Of the environment's own rewards, beside the stage's reward functions."""
+    max_turns: PositiveInt = 8
+    max_tool_s: PositiveFloat = 60.0
+    """Seconds that the environment may take to answer; then the episode ends."""
+    tool_parser: str | None = None
+    """vLLM's parser of the model's tool calls (its --tool-call-parser): hermes, llama3_json,
+    deepseek_v3, ... For environments with tools."""
+
+
 class Saving(Strict):
     """When a training stage saves the checkpoint that it can be resumed from exactly."""
 

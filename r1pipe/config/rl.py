@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from r1pipe.config.base import (
+    Environment,
     Optimization,
     PromptingStage,
     Reward,
@@ -103,7 +104,7 @@ class OnPolicy(PromptingStage, Optimization):
         return self
 
     @property
-    def longest_sequence(self) -> int:
+    def longest_sequence(self) -> int | None:
         return self.max_completion_length + 1
 
     @property
@@ -142,7 +143,11 @@ class Grpo(OnPolicy):
 
     kind: Literal["grpo"]
     learns_from_rewards = True
-    rewards: Annotated[list[Reward], Field(min_length=1)]
+    rewards: list[Reward] = []
+    """Reward functions; at least one, or an environment."""
+    environment: Environment | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Samples are episodes of several turns in it. `max_completion_length` then is that of all
+    sampled tokens of an episode."""
     num_generations: Annotated[int, Field(ge=2)]
     """Samples per prompt: the group."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -199,9 +204,13 @@ class Grpo(OnPolicy):
         cut = {"top_p": self.top_p, "top_k": self.top_k}
         return super().sampling.model_copy(update=cut)
 
+    @property
+    def longest_sequence(self) -> int | None:
+        return None if self.environment else super().longest_sequence
+
     def functions_used(self) -> list[str]:
-        own_loss = [self.loss_type] if "." in self.loss_type else []
-        return [*super().functions_used(), *own_loss]
+        own = [self.loss_type, *([self.environment.name] if self.environment else [])]
+        return [*super().functions_used(), *(name for name in own if "." in name)]
 
     def remarks(self) -> list[str]:
         ranges = (self.epsilon, self.epsilon_high, self.delta)
@@ -256,8 +265,19 @@ class Grpo(OnPolicy):
             },
         )
         refuse_idle(self.breaker, {"kl": no_kl}, "breaker.")
-        if not any(reward.weight for reward in self.rewards):
+        own = [self.environment.weight] if self.environment else []
+        weights = [*own, *(reward.weight for reward in self.rewards)]
+        if not weights:
+            raise ValueError("rewards: there is nothing to learn from: give one, or an environment")
+        if not any(weights):
             raise ValueError("rewards: every weight is 0, so there is nothing to learn")
+        return self
+
+    @model_validator(mode="after")
+    def fit_the_environment(self) -> "Grpo":
+        for key in ("difficulty", "routing_replay"):
+            if self.environment and getattr(self, key):
+                raise ValueError(f"{key}: not supported with an environment yet; leave it out")
         return self
 
 

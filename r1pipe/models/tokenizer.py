@@ -142,16 +142,55 @@ def join_end_ids(tokenizer: PreTrainedTokenizerBase, others: Iterable[int]) -> l
     return list(dict.fromkeys([tokenizer.eos_token_id, *others]))
 
 
-Messages = list[dict[str, str]]
+Messages = list[dict[str, Any]]
 
 
 def encode_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Messages, name: str = "the conversation"
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    name: str = "the conversation",
+    tools: Messages | None = None,
 ) -> list[int]:
-    """Token ids up to where the assistant's turn begins.
+    """Token ids up to where the assistant's turn begins. `tools`: their JSON schemas.
 
     Raises UserError, with the prompt's `name`, if the chat template rejects it."""
-    return apply_template(tokenizer, messages, name, add_generation_prompt=True, return_dict=False)
+    options = {"tools": tools} if tools else {}
+    return apply_template(
+        tokenizer, messages, name, add_generation_prompt=True, return_dict=False, **options
+    )
+
+
+def encode_next_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    end_ids: Iterable[int],
+    name: str = "the conversation",
+    tools: Messages | None = None,
+) -> list[int]:
+    """Only what the chat template adds behind the end token of the last answer in `messages`, up to
+    where the assistant's next turn begins. To be appended to that answer as it was sampled: encoded
+    from its text it may be other tokens, and templates leave out earlier turns' reasoning.
+
+    Raises UserError if the template cannot go on from an answer."""
+    place = max(n for n, message in enumerate(messages) if message["role"] == "assistant")
+    written = "".join(str(message.get("content")) for message in messages)
+    answer = SHOWN
+    while answer in written:
+        answer += "?"
+    # Without calls, and answers as plain text: what stands before the last one's end is not used.
+    shown = [{k: v for k, v in message.items() if k != "tool_calls"} for message in messages]
+    shown[place] = {"role": "assistant", "content": answer}
+    options = {"tools": tools} if tools else {}
+    text = apply_template(
+        tokenizer, shown, name, add_generation_prompt=True, tokenize=False, **options
+    )
+    _, found, behind = text.rpartition(answer)
+    if not found:
+        raise UserError(f"{name}: the chat template leaves out an answer that messages follow")
+    end = tokenizer.convert_ids_to_tokens(find_end_id(tokenizer, end_ids))
+    if end in find_answer_frame(tokenizer)[1]:
+        behind = behind.partition(end)[2]
+    return tokenizer.encode(behind, add_special_tokens=False)
 
 
 def apply_template(

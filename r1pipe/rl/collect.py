@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from r1pipe.config.rl import OnPolicy
+from r1pipe.envs.driver import EpisodeSampler
 from r1pipe.rl.batch import Batch, Group, gather_groups
 from r1pipe.rl.curriculum import Prompts
 from r1pipe.rollout.engine import Sampler
@@ -13,6 +14,8 @@ from r1pipe.rollout.scoring import Scorer, ScoringThread
 from r1pipe.runs.logs import JsonlLog
 from r1pipe.types import Problem
 from r1pipe.utils.progress import Interrupt
+
+Source = Sampler | EpisodeSampler
 
 
 class Collector:
@@ -25,7 +28,7 @@ class Collector:
     logs: Mapping[str, JsonlLog] = {}
     """Its own log files by name, to be cut back on resume."""
 
-    def __init__(self, stage: OnPolicy, sampler: Sampler, scorer: Scorer, prompts: Prompts):
+    def __init__(self, stage: OnPolicy, sampler: Source, scorer: Scorer, prompts: Prompts):
         self.stage, self.sampler, self.scorer, self.prompts = stage, sampler, scorer, prompts
         self.sampling, self.seed = stage.sampling, prompts.seed
 

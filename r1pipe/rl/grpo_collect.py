@@ -5,10 +5,9 @@ import torch
 from r1pipe.config.rl import Difficulty, Grpo
 from r1pipe.rl.advantages import compute_advantages, find_silent_groups
 from r1pipe.rl.batch import Batch, Group, gather_groups
-from r1pipe.rl.collect import Collector
+from r1pipe.rl.collect import Collector, Source
 from r1pipe.rl.curriculum import PassRates, Prompts, compute_pass_rate, find_reward
 from r1pipe.rl.difficulty import DifficultyLog
-from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.scoring import Scorer, mean
 from r1pipe.utils import distributed
 
@@ -21,7 +20,7 @@ class GrpoCollector(Collector):
     def __init__(
         self,
         stage: Grpo,
-        sampler: Sampler,
+        sampler: Source,
         scorer: Scorer,
         prompts: Prompts,
         difficulty_log: DifficultyLog | None = None,

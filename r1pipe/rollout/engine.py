@@ -8,7 +8,7 @@ import gc
 from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext, suppress
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -28,7 +28,7 @@ from r1pipe.models.tokenizer import (
     read_end_ids,
 )
 from r1pipe.rollout.cpu_sampling import use_counted_draws, use_norm_kernels
-from r1pipe.rollout.groups import SampleGroup, plan_groups
+from r1pipe.rollout.groups import Sampled, SampleFunction, SampleGroup, plan_groups
 from r1pipe.rollout.journal import SampleJournal
 from r1pipe.rollout.route_capture import (
     RouteCapture,
@@ -45,6 +45,7 @@ from r1pipe.rollout.vllm_args import (
     engine_arguments,
     read_config,
     require_moe_layers,
+    sampling_parameters,
     set_environment,
 )
 from r1pipe.rollout.weight_sync import read_weights, send_weights
@@ -165,12 +166,13 @@ class Sampler:
         *,
         with_routes: bool = False,
         journal: SampleJournal | None = None,
+        sample: SampleFunction | None = None,
     ) -> Iterator[SampleGroup]:
         """The groups of this rank's `share` of the problems, each as soon as it is finished, while
         others are still being sampled. The samples are those of `generate`.
 
         On CPU routes come with the last group. Samples in the `journal` are taken from there,
-        without routes, and new ones are added to it.
+        without routes, and new ones are added to it. `sample` takes the place of a single turn.
         """
         groups = self._plan(problems, num_samples, sampling, seed_parts)
         own = {group.index for group in self.share(groups)}
@@ -179,7 +181,7 @@ class Sampler:
             for group in groups:
                 group.samples = journal.find_samples(group.problem.id, num_samples)
         yield from [group for group in groups if group.index in own and not group.missing]
-        for group, rollout in self._sample(groups, sampling, with_routes):
+        for group, rollout in (sample or self._sample)(groups, sampling, with_routes):
             if group.index not in own:  # that of another rank of this engine
                 if journal:
                     rollout.empty()
@@ -204,18 +206,16 @@ class Sampler:
             group.prompt_ids = ids
         return groups
 
-    def _sample(
-        self, groups: list[SampleGroup], sampling: Sampling, with_routes: bool
-    ) -> Iterator[tuple[SampleGroup, Rollout]]:
+    def _sample(self, groups: list[SampleGroup], sampling: Sampling, with_routes: bool) -> Sampled:
         """Every missing sample of the groups as it is finished, already in its group."""
         missing = [(group, number) for group in groups for number in group.missing]
         requests = (
-            (group.prompt_ids, self._parameters(sampling, group.seeds[number], with_routes))
+            (group.prompt_ids, self.parameters(sampling, group.seeds[number], with_routes))
             for group, number in missing
         )
         capture = self._capture if with_routes else None
         with phase("sampling"), capture.recording() if capture else nullcontext():
-            for place, result in self._run(requests):
+            for place, result in self.run(requests):
                 group, number = missing[place]
                 rollout = self._read(result, group, number)
                 if with_routes and capture is None:
@@ -228,39 +228,27 @@ class Sampler:
             for place, rollout in enumerate(rollouts):
                 rollout.routes = routes[str(place)]
 
-    def _parameters(self, sampling: Sampling, seed: int, with_routes: bool) -> Any:
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+    def parameters(self, sampling: Sampling, seed: int, with_routes: bool) -> Any:
+        # A prompt from the cache is not routed again: its routes would be missing.
+        uncached = with_routes and self._capture is not None
+        return sampling_parameters(sampling, seed, self.end_ids, skip_prefix_cache=uncached)
 
-        return SamplingParams(
-            output_kind=RequestOutputKind.FINAL_ONLY,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k or -1,
-            max_tokens=sampling.max_completion_length,
-            stop_token_ids=self.end_ids,
-            seed=seed,
-            # Only the sampled tokens', in one list instead of an object per token.
-            logprobs=0,
-            flat_logprobs=True,
-            detokenize=False,
-            skip_special_tokens=False,
-            # A prompt from the cache is not routed again: its routes would be missing.
-            skip_reading_prefix_cache=with_routes and self._capture is not None,
-        )
-
-    def _run(self, requests: Iterable[tuple[list[int], Any]]) -> Iterator[tuple[int, Any]]:
+    def run(self, requests: Iterable[tuple[list[int], Any] | None]) -> Iterator[tuple[int, Any]]:
         """vLLM's results as they come, each with the index of its request. `requests`: prompts and
-        parameters; the engine gets just enough at a time that it never waits for more."""
+        parameters; the engine gets just enough at a time that it never waits for more. None: there
+        is no request before the next step."""
         from vllm.inputs import tokens_input
 
         engine = self.llm.llm_engine
-        coming, waiting = enumerate(requests), set()
+        coming, places, waiting = iter(requests), count(), set()
         try:
             while True:
-                for place, (ids, wanted) in islice(coming, self._queue_size - len(waiting)):
-                    engine.add_request(str(place), tokens_input(ids), wanted)
-                    waiting.add(str(place))
+                for request in islice(coming, self.queue_size - len(waiting)):
+                    if request is None:
+                        break
+                    place, (ids, wanted) = str(next(places)), request
+                    engine.add_request(place, tokens_input(ids), wanted)
+                    waiting.add(place)
                 if not engine.has_unfinished_requests():
                     break
                 results = engine.step()
@@ -288,7 +276,7 @@ class Sampler:
         return find_opening(self.tokenizer, prompt_ids, self._header)
 
     @property
-    def _queue_size(self) -> int:
+    def queue_size(self) -> int:
         """Twice what can run: a step admits no more, so the batches are the same as with all
         requests in the queue."""
         return 2 * self.settings.max_num_seqs
@@ -308,26 +296,30 @@ class Sampler:
         remaining = self.max_model_len - len(ids)
         if remaining < 1:
             raise UserError(f"the conversation does not fit the context of {self.max_model_len}")
-        parameters = self._parameters(sampling, seed, with_routes=False)
+        parameters = self.parameters(sampling, seed, with_routes=False)
         parameters.max_tokens = min(parameters.max_tokens, remaining)
         parameters.output_kind = RequestOutputKind.DELTA
         parameters.detokenize = True
-        for _, result in self._run([(ids, parameters)]):
+        for _, result in self.run([(ids, parameters)]):
             yield result.outputs[0].text
+
+    def decode(self, prompt_ids: list[int], tokens: list[int]) -> str:
+        """What was said after the prompt, with the tag that the prompt opens."""
+        # Special tokens stay: <think> may be one, and rewards must see a policy that writes
+        # <|user|>.
+        said = self.tokenizer.decode([token for token in tokens if token not in self._unsaid])
+        return self.find_opening(prompt_ids) + said
 
     def _read(self, result: Any, group: SampleGroup, number: int) -> Rollout:
         output = result.outputs[0]
         tokens = list(output.token_ids)
-        # Special tokens stay: <think> may be one, and rewards must see a policy that writes
-        # <|user|>.
-        said = self.tokenizer.decode([token for token in tokens if token not in self._unsaid])
         return Rollout(
             problem_id=group.problem.id,
             sample=number,
             prompt_ids=group.prompt_ids,
             completion_ids=tokens,
             logprobs=list(output.logprobs.logprobs),
-            completion=self.find_opening(group.prompt_ids) + said,
+            completion=self.decode(group.prompt_ids, tokens),
             finish_reason=output.finish_reason,
         )
 

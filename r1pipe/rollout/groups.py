@@ -1,8 +1,10 @@
 """The samples of one problem on their way through a sampler."""
 
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+from r1pipe.config.base import Sampling
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils.seeds import derive_seed
 
@@ -27,6 +29,12 @@ class SampleGroup:
     def rollouts(self) -> list[Rollout]:
         """All samples of a finished group, in order."""
         return [self.samples[number] for number in range(len(self.seeds))]
+
+
+Sampled = Iterator[tuple[SampleGroup, Rollout]]
+SampleFunction = Callable[[list[SampleGroup], Sampling, bool], Sampled]
+"""Samples what is missing in these groups, with routes or without: each sample as it is finished,
+already in its group."""
 
 
 def plan_groups(

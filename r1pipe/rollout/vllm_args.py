@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from r1pipe.config.base import Sampling
 from r1pipe.config.recipe import Engine
 from r1pipe.models.quirks import find_quirks, has_mla
 from r1pipe.models.routing import find_moe_layers
@@ -275,3 +276,26 @@ def available_memory() -> int:
     """Bytes of available memory, file cache included."""
     found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     return int(found[1]) * 1024 if found else 0
+
+
+def sampling_parameters(
+    sampling: Sampling, seed: int, end_ids: list[int], *, skip_prefix_cache: bool
+) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k or -1,
+        max_tokens=sampling.max_completion_length,
+        stop_token_ids=end_ids,
+        seed=seed,
+        # Only the sampled tokens', in one list instead of an object per token.
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        skip_special_tokens=False,
+        skip_reading_prefix_cache=skip_prefix_cache,
+    )

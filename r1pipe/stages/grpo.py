@@ -8,6 +8,7 @@ from typing import Any
 
 from r1pipe.config.rl import Grpo
 from r1pipe.context import StageContext
+from r1pipe.envs.driver import EpisodeSampler
 from r1pipe.rl.curriculum import Prompts
 from r1pipe.rl.difficulty import measure_difficulty
 from r1pipe.rl.grpo_collect import GrpoCollector
@@ -23,7 +24,8 @@ BEST = BestMetric("reward")
 
 def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
     """Train the policy; write its checkpoint, metrics.jsonl and rollouts."""
-    scorer = Scorer(stage.rewards)
+    environment = stage.environment
+    scorer = Scorer(stage.rewards, environment.weight if environment else None)
     problems = context.load_training_problems(stage)
     checkpoint = context.checkpoint(stage.from_)
     sleep = context.recipe.sleep_level(stage, context.device.type)
@@ -32,7 +34,8 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
     difficulty_log = measure_difficulty(stage, context, problems, lambda: sampler)
     rates = difficulty_log.measured_rates if difficulty_log else None
     prompts = Prompts(problems, context.recipe.seed, stage.difficulty, rates)
-    collector = GrpoCollector(stage, sampler, scorer, prompts, difficulty_log)
+    source = EpisodeSampler(sampler, environment, problems[0]) if environment else sampler
+    collector = GrpoCollector(stage, source, scorer, prompts, difficulty_log)
     sampler.sleep()
     updater = make_updater(stage, context)
     return run_steps(stage, context, updater, sampler, collector, BEST)

@@ -17,6 +17,7 @@ FLOORS = {
         "stages doctor report",
         "rl sft evals",
         "context trainer",
+        "envs",
         "rollout runs",
         "models data",
         "config",

@@ -5,13 +5,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import trl
 from tiny_models import change_json, save_llama
 from transformers import PreTrainedTokenizerBase
 
 from r1pipe.models.model import load_model
 from r1pipe.models.tokenizer import (
+    SHOWN,
     build_tokenizer,
     encode_completion,
+    encode_next_prompt,
     encode_prompt,
     list_ids,
     load_tokenizer,
@@ -210,3 +213,55 @@ def test_thinking_marks_are_single_tokens_that_decoding_keeps(
         ids = tokenizer.encode(mark, add_special_tokens=False)
         assert len(ids) == 1
         assert tokenizer.decode(ids, skip_special_tokens=True) == mark
+
+
+TEMPLATES = Path(trl.__file__).parent / "chat_templates"
+USER, TOOL = {"role": "user", "content": "again"}, {"role": "tool", "content": "42"}
+NEXT_PROMPTS = {
+    ("qwen3", "<|im_end|>"): (
+        "\n<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n",
+        "\n<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n",
+    ),
+    ("qwen2_5", "<|im_end|>"): (
+        "\n<|im_start|>user\nagain<|im_end|>\n<|im_start|>assistant\n",
+        "\n<|im_start|>user\n<tool_response>\n42\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\n",
+    ),
+    ("llama3_2", "<|eot_id|>"): (
+        "<|start_header_id|>user<|end_header_id|>\n\nagain<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        '<|start_header_id|>ipython<|end_header_id|>\n\n"42"<|eot_id|>'
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    ("deepseekv3", "<｜end▁of▁sentence｜>"): (
+        "<｜User｜>again<｜Assistant｜><think>\n",
+        "<｜tool▁outputs▁begin｜><｜tool▁output▁begin｜>42<｜tool▁output▁end｜><｜tool▁outputs▁end｜>",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "end"), NEXT_PROMPTS)
+def test_the_next_turn_adds_only_what_the_template_writes_behind_an_answer(
+    tokenizer: PreTrainedTokenizerBase, name: str, end: str
+) -> None:
+    """For real templates: whatever the answer said, and although some leave out its reasoning."""
+    tokenizer.add_special_tokens({"eos_token": end})
+    tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
+    call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+    answer = {
+        "role": "assistant",
+        "content": f"<think>\n{SHOWN}\n</think>\nso",
+        "tool_calls": [call],
+    }
+    for added, expected in zip((USER, TOOL), NEXT_PROMPTS[name, end], strict=True):
+        messages = [*QUESTION, answer, USER, answer, added]
+        ids = encode_next_prompt(tokenizer, messages, [tokenizer.eos_token_id])
+        assert tokenizer.decode(ids) == expected, added
+
+
+def test_a_template_without_answers_has_no_next_turn(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "{{ messages[0].content }} {{ messages[-1].content }}:"
+    messages = [*QUESTION, {"role": "assistant", "content": "3"}, USER]
+    with pytest.raises(UserError, match="leaves out an answer that messages follow"):
+        encode_next_prompt(tokenizer, messages, [tokenizer.eos_token_id])

@@ -1,0 +1,78 @@
+"""What an environment is: two methods, made for one sample of one problem and used once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from r1pipe.config.base import Environment as Settings
+from r1pipe.types import Problem
+from r1pipe.utils.errors import UserError
+from r1pipe.utils.imports import describe_failure, import_named
+
+Message = dict[str, Any]
+"""As in a chat template: `role`, `content` and, of an assistant that calls tools, `tool_calls`."""
+
+ENVIRONMENTS = {"tools": "r1pipe.envs.tools.ToolEnvironment"}
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """An environment's answer: messages for the policy to read, and a reward, None if there is none
+    yet. `done`: it was the last; otherwise there must be a message."""
+
+    messages: Sequence[Message] = ()
+    reward: float | None = None
+    done: bool = False
+
+
+class Environment(Protocol):
+    """One episode. Its methods run in the event loop that all episodes share: what takes long must
+    be awaited, in a thread if need be (`asyncio.to_thread`)."""
+
+    tools: Sequence[dict[str, Any]] = ()
+    """JSON schemas that the chat template writes into the prompt."""
+
+    async def start(self) -> list[Message]:
+        """The first prompt."""
+
+    async def step(self, message: Message) -> Turn:
+        """Answer the policy's message. With `tools` it may have `tool_calls`, as in OpenAI's API
+        (arguments are JSON text), or `tool_call_error`: why what looks like a call is none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The environment of a row."""
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def choose_environment(settings: Settings, problem: Problem) -> Choice:
+    """The row's own, else the stage's. Raises UserError for a column that is neither a name nor
+    `{name, options}`."""
+    own = (problem.extra or {}).get("environment")
+    if own is None:
+        return Choice(settings.name, settings.options)
+    try:
+        return Choice(own) if isinstance(own, str) else Choice(**own)
+    except TypeError as error:
+        raise UserError(
+            f'problem "{problem.id}": its column environment is a name or {{name, options}}'
+        ) from error
+
+
+def make_environment(settings: Settings, problem: Problem) -> Environment:
+    """Raises UserError if it cannot be made."""
+    choice = choose_environment(settings, problem)
+    make = import_named("environment", ENVIRONMENTS.get(choice.name, choice.name))
+    try:
+        return make(problem, **choice.options)
+    except UserError:
+        raise
+    except Exception as error:  # the user's own
+        what = describe_failure(error)
+        raise UserError(
+            f'environment "{choice.name}": problem "{problem.id}": {what}; it is called with the '
+            "problem and its options"
+        ) from error

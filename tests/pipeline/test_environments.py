@@ -1,0 +1,220 @@
+"""Episodes of several turns, from a real engine: token-exact, seeded, within limits."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import read_lines, run, run_and_kill
+from envs_of_tests import AGAIN
+from test_engine import ARCHITECTURES, CPU, LIMIT, SETTINGS, logprob_diff
+from test_resume import assert_equal
+from transformers import PreTrainedModel
+
+from r1pipe.config.base import Environment, ProblemSet, Sampling
+from r1pipe.data.problems import load_problems
+from r1pipe.envs.driver import PATIENCE_S, EpisodeSampler
+from r1pipe.models.model import build_model
+from r1pipe.models.tokenizer import build_tokenizer
+from r1pipe.models.weights import save_checkpoint
+from r1pipe.rollout.engine import Sampler
+from r1pipe.rollout.store import read_rollouts
+from r1pipe.types import Problem, Rollout
+from r1pipe.utils.errors import UserError
+
+PROBLEMS = load_problems(ProblemSet(recipe="arithmetic", options={"size": 8}))
+SAMPLING = Sampling(max_completion_length=60)
+
+
+def save_talker(folder: Path) -> PreTrainedModel:
+    """A random model that ends a turn after eight tokens or so: every eighth is an end token."""
+    tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in PROBLEMS), 400)
+    model = build_model({**ARCHITECTURES["llama"], "initializer_range": 0.1}, tokenizer, 0)
+    model.generation_config.eos_token_id = [1, *range(5, len(tokenizer), 8)]
+    save_checkpoint(model, tokenizer, folder)
+    return model
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Sampler, PreTrainedModel]]:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    model = save_talker(folder)
+    sampler = Sampler(str(folder), SETTINGS, "float32", CPU)
+    yield sampler, model
+    sampler.close()
+
+
+def play(
+    sampler: Sampler,
+    problems: list[Problem] = PROBLEMS,
+    max_turns: int = 8,
+    max_tool_s: float = 60.0,
+    **options: object,
+) -> list[Rollout]:
+    settings = Environment(
+        name="envs_of_tests.Talk", options=options, max_turns=max_turns, max_tool_s=max_tool_s
+    )
+    episodes = EpisodeSampler(sampler, settings, problems[0])
+    groups = episodes.generate_groups(problems, 4, SAMPLING, (0,))
+    return [r for group in sorted(groups, key=lambda g: g.index) for r in group.rollouts]
+
+
+def test_a_path_is_what_was_sampled_and_what_the_template_adds(opened: tuple) -> None:
+    sampler, model = opened
+    rollouts = play(sampler)
+    added = "<|user|>again<|assistant|>"
+    long = [r for r in rollouts if r.episode.ended == "done"]
+    assert len(long) > len(rollouts) / 2
+    for rollout in rollouts:
+        episode, ids = rollout.episode, rollout.completion_ids
+        assert [sampler.tokenizer.decode(ids[a:b]) for a, b in episode.given] == [added] * (
+            episode.num_turns - 1
+        )
+        said = [m["content"] for m in episode.messages if m["role"] == "assistant"]
+        assert [sampler.decode(rollout.prompt_ids, ids[a:b]) for a, b in rollout.sampled_spans] == (
+            said
+        )
+        assert rollout.completion == "\n\n".join(said)
+        assert episode.reward == sum(map(len, said))
+        assert rollout.num_tokens <= SAMPLING.max_completion_length
+        assert all(value < 0 for value in rollout.pick_sampled(rollout.logprobs))
+    assert all(r.episode.num_turns == 3 and r.finish_reason == "stop" for r in long)
+    assert all(m == AGAIN for r in long for m in r.episode.messages[1::2])
+    assert logprob_diff(model, rollouts) < LIMIT
+
+
+def test_text_encoded_again_is_not_what_was_sampled(opened: tuple) -> None:
+    """What the path of token ids avoids: log-probabilities of other tokens."""
+    sampler, _ = opened
+    rollouts = [r for r in play(sampler) if r.episode.num_turns == 3]
+    changed = 0
+    for rollout in rollouts:
+        spans = [rollout.completion_ids[a:b] for a, b in rollout.sampled_spans]
+        again = [
+            sampler.tokenizer.encode(sampler.tokenizer.decode(span), add_special_tokens=False)
+            for span in spans
+        ]
+        changed += again != spans
+    assert changed > len(rollouts) / 2
+
+
+def test_turns_do_not_depend_on_when_environments_answer(
+    opened: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slow ones join later, beside others; the tokens are those of their seeds."""
+    sampler, _ = opened
+    monkeypatch.setitem(PATIENCE_S, "cpu", 0.0)
+    quick, slow = play(sampler), play(sampler, waits_at=1, wait_s=0.2)
+    assert [r.completion_ids for r in slow] == [r.completion_ids for r in quick]
+    assert len({tuple(r.completion_ids) for r in quick}) == len(quick)
+    turns = [r.completion_ids[a:b] for r in quick for a, b in r.sampled_spans]
+    assert len(set(map(tuple, turns))) > 0.9 * len(turns), "each turn has its own seed"
+
+
+def test_the_engine_goes_on_while_an_environment_is_slow(opened: tuple) -> None:
+    sampler, _ = opened
+    problems = [
+        replace(p, extra={"environment": {"name": "envs_of_tests.Talk", "options": o}})
+        for p, o in zip(PROBLEMS, ({"waits_at": 1, "wait_s": 3.0}, *[{}] * 7))
+    ]
+    ended: list[str] = []
+    settings = Environment(name="envs_of_tests.Talk")
+    episodes = EpisodeSampler(sampler, settings, problems[0])
+    for group in episodes.generate_groups(problems, 2, SAMPLING, (0,)):
+        ended.append(group.problem.id)
+    assert ended[-1] == problems[0].id
+    assert len(ended) == 8
+
+
+def test_limits_and_errors_end_an_episode(opened: tuple) -> None:
+    sampler, _ = opened
+    by_limit = play(sampler, turns=100, max_turns=2)
+    assert sum(r.episode.ended == "turns" for r in by_limit) > len(by_limit) / 2
+    assert all(r.truncated and r.episode.num_turns <= 2 for r in by_limit)
+
+    by_time = play(sampler, PROBLEMS[:2], max_tool_s=0.05, waits_at=2, wait_s=30.0)
+    assert "tool_time" in {r.episode.ended for r in by_time}
+    assert all(r.episode.num_turns <= 2 for r in by_time)
+
+    by_tokens = play(sampler, turns=100, max_turns=100)
+    assert {r.episode.ended for r in by_tokens} == {"tokens"}
+    assert all(r.num_tokens > 30 for r in by_tokens)
+
+    failed = play(sampler, PROBLEMS[:2], fails_at=1)
+    assert {r.episode.ended for r in failed} == {"error"}
+    assert {r.episode.error for r in failed} == {"LookupError: no such place"}
+    assert {r.episode.reward for r in failed} == {None}
+
+
+def test_the_context_ends_an_episode(opened: tuple) -> None:
+    sampler, _ = opened
+    settings = Environment(name="envs_of_tests.Talk", options={"turns": 100}, max_turns=100)
+    sampling = Sampling(max_completion_length=200)
+    groups = EpisodeSampler(sampler, settings, PROBLEMS[0]).generate_groups(
+        PROBLEMS[:2], 4, sampling, (0,)
+    )
+    rollouts = [r for group in groups for r in group.rollouts]
+    lengths = [len(r.prompt_ids) + len(r.completion_ids) for r in rollouts]
+    assert max(lengths) <= sampler.max_model_len
+    assert any(r.num_tokens < 200 for r in rollouts)
+    assert {r.episode.ended for r in rollouts} == {"tokens"}
+
+
+def test_what_cannot_be_opened_is_one_line(opened: tuple) -> None:
+    sampler, _ = opened
+    for name, options, message in (
+        ("envs_of_tests.Tolk", {}, 'has no function "Tolk"; did you mean envs_of_tests.Talk'),
+        ("envs_of_tests.Talk", {"moves": 3}, "unexpected keyword argument 'moves'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            EpisodeSampler(sampler, Environment(name=name, options=options), PROBLEMS[0])
+    odd = replace(PROBLEMS[0], extra={"environment": 3})
+    with pytest.raises(UserError, match="its column environment is a name or"):
+        EpisodeSampler(sampler, Environment(name="envs_of_tests.Talk"), odd)
+
+
+def test_a_killed_run_in_an_environment_resumes_bit_equal(tmp_path: Path) -> None:
+    save_talker(tmp_path / "talker")
+    stage = {
+        "kind": "grpo",
+        "from": str(tmp_path / "talker"),
+        "data": {"recipe": "arithmetic", "options": {"size": 40}},
+        "environment": {"name": "envs_of_tests.Talk", "options": {"turns": 2}},
+        "max_steps": 2,
+        "save_steps": 1,
+        "prompts_per_step": 4,
+        "num_generations": 4,
+        "max_completion_length": 60,
+        "learning_rate": 1e-3,
+    }
+    engine = {"max_model_len": 256, "max_num_seqs": 16, "kv_cache_gib": 0.25}
+    values = {"runs_dir": str(tmp_path), "engine": engine, "dtype": "float32", "stages": [stage]}
+    for name in ("whole", "killed"):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"name": name, **values}))
+    result = run("grpo", tmp_path / "whole.yaml")
+    assert result.returncode == 0, result.stderr[-3000:]
+    partial = tmp_path / "killed" / ".grpo.partial"
+    run_and_kill("updating", 1, 0.0, partial, "grpo", tmp_path / "killed.yaml")
+    result = run("grpo", tmp_path / "killed.yaml")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "resumes after step 1" in result.stderr
+    folder = tmp_path / "whole" / "grpo"
+    assert_equal(folder, tmp_path / "killed" / "grpo")
+
+    first, last = read_lines(folder / "metrics.jsonl")
+    for row in (first, last):
+        assert row["sampler/logprob_diff_mean"] < LIMIT
+        assert row["episodes/turns"] > 1.5
+        assert row["rewards/environment/mean"] == row["reward"] > 0
+    rows = list(read_rollouts(folder, [2]))
+    assert {row["episode"]["ended"] for row in rows} >= {"done"}
+
+    result = run("grpo", tmp_path / "whole.yaml", "--replay", "1:2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    replayed = tmp_path / "whole" / "grpo-replay"
+    assert [row["loss"] for row in read_lines(replayed / "metrics.jsonl")] == [
+        row["loss"] for row in (first, last)
+    ]
+    weights = [(path / "model.safetensors").read_bytes() for path in (folder, replayed)]
+    assert weights[0] == weights[1]
