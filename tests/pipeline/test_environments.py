@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from commands import read_lines, run, run_and_kill
 from envs_of_tests import AGAIN
@@ -16,8 +17,8 @@ from r1pipe.config.base import Environment, ProblemSet, Sampling
 from r1pipe.data.problems import load_problems
 from r1pipe.envs.driver import PATIENCE_S, EpisodeSampler
 from r1pipe.models.model import build_model
-from r1pipe.models.tokenizer import build_tokenizer
-from r1pipe.models.weights import save_checkpoint
+from r1pipe.models.tokenizer import build_tokenizer, encode_completion, encode_prompt
+from r1pipe.models.weights import export_weights, save_checkpoint
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.store import read_rollouts
 from r1pipe.types import Problem, Rollout
@@ -25,13 +26,19 @@ from r1pipe.utils.errors import UserError
 
 PROBLEMS = load_problems(ProblemSet(recipe="arithmetic", options={"size": 8}))
 SAMPLING = Sampling(max_completion_length=60)
+TALKER = {**ARCHITECTURES["llama"], "initializer_range": 0.1}
+CALL = '<tool_call>{"name": "calculator", "arguments": {"expression": "6*7"}}</tool_call>'
 
 
 def save_talker(folder: Path) -> PreTrainedModel:
-    """A random model that ends a turn after eight tokens or so: every eighth is an end token."""
+    """A random model that ends a turn after eight tokens or so: every eighth is an end token, if
+    CALL does without it."""
     tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in PROBLEMS), 400)
-    model = build_model({**ARCHITECTURES["llama"], "initializer_range": 0.1}, tokenizer, 0)
-    model.generation_config.eos_token_id = [1, *range(5, len(tokenizer), 8)]
+    model = build_model(TALKER, tokenizer, 0)
+    model.generation_config.eos_token_id = [
+        tokenizer.eos_token_id,
+        *sorted(set(range(5, len(tokenizer), 8)) - set(tokenizer.encode(CALL))),
+    ]
     save_checkpoint(model, tokenizer, folder)
     return model
 
@@ -125,6 +132,47 @@ def test_the_engine_goes_on_while_an_environment_is_slow(opened: tuple) -> None:
         ended.append(group.problem.id)
     assert ended[-1] == problems[0].id
     assert len(ended) == 8
+
+
+def teach(sampler: Sampler, completion: str) -> PreTrainedModel:
+    """To answer every problem so."""
+    model = build_model(TALKER, sampler.tokenizer, 0).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    answer = encode_completion(sampler.tokenizer, completion)
+    rows = [[*encode_prompt(sampler.tokenizer, p.prompt), *answer] for p in PROBLEMS]
+    for step in range(160):
+        ids = torch.tensor([rows[step % len(rows)]])
+        logits = model(input_ids=ids).logits[0, -len(answer) - 1 : -1]
+        torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+def test_a_model_that_calls_a_tool_reads_its_result(opened: tuple) -> None:
+    sampler, model = opened
+    caller = teach(sampler, CALL)
+    settings = Environment(name="tools", tool_parser="hermes")
+    episodes = EpisodeSampler(sampler, settings, PROBLEMS[0])
+    sampler.load_weights(export_weights(caller))
+    try:
+        sampling = Sampling(max_completion_length=160)
+        groups = list(episodes.generate_groups(PROBLEMS, 2, sampling, (0,)))
+    finally:
+        sampler.load_weights(export_weights(model))
+    rollouts = [r for group in groups for r in group.rollouts if r.episode.num_tool_calls]
+    assert len(rollouts) > 8
+    for rollout in rollouts:
+        assert {"role": "tool", "name": "calculator", "content": "42"} in rollout.episode.messages
+        start, stop = rollout.episode.given[0]
+        added = sampler.tokenizer.decode(rollout.completion_ids[start:stop])
+        assert added == "<|tool|>42<|assistant|>"
+    assert logprob_diff(caller, rollouts) < LIMIT
+
+
+def test_a_parser_is_needed_for_tools(opened: tuple) -> None:
+    with pytest.raises(UserError, match="which of vLLM's parsers reads this model's tool calls"):
+        EpisodeSampler(opened[0], Environment(name="tools"), PROBLEMS[0])
 
 
 def test_limits_and_errors_end_an_episode(opened: tuple) -> None:

@@ -1,0 +1,196 @@
+"""Tools: exact arithmetic, calls by vLLM's own parsers, errors that are the policy's to mend."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from r1pipe.envs.calculator import calculator
+from r1pipe.envs.tools import ToolEnvironment
+from r1pipe.models.tokenizer import build_tokenizer, encode_prompt
+from r1pipe.rollout.tool_parser import ToolParser
+from r1pipe.types import Problem
+from r1pipe.utils.errors import UserError
+
+PROBLEM = Problem("p", "math", [{"role": "user", "content": "17 * 23?"}], "391")
+
+
+@pytest.mark.parametrize(
+    ("expression", "result"),
+    [
+        ("17 * 23", "391"),
+        ("(3 + 4) * 12 - -1", "85"),
+        ("0.1 + 0.2", "0.3"),
+        ("1/3", "0.333333333333"),
+        ("7 // 2 + 7 % 4", "6"),
+        ("2^10 × 3", "3072"),
+        ("2**-2", "0.25"),
+        ("10**30", "1" + "0" * 30),
+        ("1e3", "1000"),
+    ],
+)
+def test_the_calculator_is_exact(expression: str, result: str) -> None:
+    assert calculator(expression) == result
+
+
+@pytest.mark.parametrize(
+    ("expression", "says"),
+    [
+        ("1/0", "division by zero"),
+        ("2 +", "not an arithmetic expression"),
+        ("9**9**9**9", "too large"),
+        ("(10**1000)**1000", "too large"),
+        ("10**400 / 3", "too large"),
+        ("2**0.5", "whole exponents"),
+        ("__import__('os').system('true')", "not arithmetic"),
+        ("x", "not arithmetic"),
+        ("'a' * 9", "not arithmetic"),
+        ("True + 1", "not arithmetic"),
+        ("1 < 2", "not arithmetic"),
+        ("1j", "not arithmetic"),
+        ("(" * 250 + ")" * 40, "not an arithmetic"),
+        ("1+" * 200 + "1", "300 characters"),
+    ],
+)
+def test_the_calculator_refuses_the_rest_at_once(expression: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        calculator(expression)
+
+
+def count_letters(word: str, letter: str = "a") -> int:
+    """Count a letter.
+
+    Args:
+        word: Where.
+        letter: Which.
+    """
+    return word.count(letter)
+
+
+async def look_up(key: str) -> dict[str, str]:
+    """Look a key up.
+
+    Args:
+        key: Which.
+    """
+    await asyncio.sleep(0)
+    return {key: "found"}
+
+
+def undescribed(key):
+    return key
+
+
+def answer(environment: ToolEnvironment, *calls: tuple[str, str]) -> list[str]:
+    called = [{"type": "function", "function": {"name": n, "arguments": a}} for n, a in calls]
+    message = {"role": "assistant", "content": "", "tool_calls": called}
+    turn = asyncio.run(environment.step(message))
+    assert not turn.done
+    assert turn.reward is None
+    assert [m["role"] for m in turn.messages] == ["tool"] * len(calls)
+    return [message["content"] for message in turn.messages]
+
+
+def test_calls_are_answered_in_their_order() -> None:
+    tools = ["calculator", "test_tools.count_letters", "test_tools.look_up"]
+    environment = ToolEnvironment(PROBLEM, tools)
+    assert asyncio.run(environment.start()) == PROBLEM.prompt
+    assert [tool["function"]["name"] for tool in environment.tools] == [
+        "calculator", "count_letters", "look_up",
+    ]  # fmt: skip
+    results = answer(
+        environment,
+        ("calculator", '{"expression": "17*23"}'),
+        ("count_letters", '{"word": "banana"}'),
+        ("look_up", '{"key": "k"}'),
+    )
+    assert results == ["391", "3", '{"k": "found"}']
+    last = asyncio.run(environment.step({"role": "assistant", "content": "391"}))
+    assert last.done
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        ("calculator", '{"expression": "1/0"}', "division by zero"),
+        ("calculator", "{}", "missing a required argument: 'expression'"),
+        ("calculator", '{"expression": "1", "digits": 3}', "unexpected keyword argument 'digits'"),
+        ("calculator", '["1"]', "arguments are a JSON object"),
+        ("calculator", '{"expression": ', "Expecting value"),
+        ("calc", '{"expression": "1"}', "no tool calc; there are calculator"),
+    ],
+)
+def test_a_wrong_call_is_an_error_message(name: str, arguments: str, says: str) -> None:
+    (result,) = answer(ToolEnvironment(PROBLEM), (name, arguments))
+    assert result.startswith("error: ")
+    assert says in result
+
+
+def test_tools_that_cannot_be_opened() -> None:
+    with pytest.raises(UserError, match='tool "calc": there are calculator'):
+        ToolEnvironment(PROBLEM, ["calc"])
+    with pytest.raises(UserError, match=r'tool "undescribed": .*with Args are its schema'):
+        ToolEnvironment(PROBLEM, ["test_tools.undescribed"])
+
+
+CALL = {"name": "calculator", "arguments": {"expression": "1+1"}}
+DEEPSEEK = (
+    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
+)  # fmt: skip
+WRITTEN = {
+    "hermes": ("<tool_call>\n{}\n</tool_call>", json.dumps(CALL)),
+    "llama3_json": ("<|python_tag|>{}", json.dumps(CALL)),
+    "deepseek_v3": (
+        "{}{}function{}calculator\n```json\n{{}}\n```{}{}".format(*DEEPSEEK),
+        json.dumps(CALL["arguments"]),
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    tokenizer = build_tokenizer(["17 * 23?"], 300)
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>", "<|python_tag|>", *DEEPSEEK])
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_vllms_parser_of_each_family(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    frame, inner = WRITTEN[name]
+    parser, tools = ToolParser(name, tokenizer), ToolEnvironment(PROBLEM).tools
+    assert parser.parse("It is 2.", tools) == {}
+    found: dict[str, Any] = parser.parse("Let me see. " + frame.replace("{}", inner), tools)
+    (call,) = found["tool_calls"]
+    assert call["function"]["name"] == "calculator"
+    assert json.loads(call["function"]["arguments"]) == CALL["arguments"]
+    environment = ToolEnvironment(PROBLEM)
+    assert answer(environment, tuple(call["function"].values())) == ["2"]
+
+    for broken in (inner[:-3], ""):
+        message = parser.parse(frame.replace("{}", broken), tools)
+        if "tool_calls" in message:  # deepseek's parser leaves the arguments to their reader
+            (call,) = message["tool_calls"]
+            assert answer(environment, tuple(call["function"].values()))[0].startswith("error: ")
+            continue
+        assert set(message) == {"tool_call_error"}
+        turn = asyncio.run(environment.step({"role": "assistant", "content": "", **message}))
+        assert turn.messages[0]["content"].startswith("error: ")
+        assert not turn.done
+
+
+def test_a_parser_that_is_none(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(UserError, match='tool_parser "hermit": '):
+        ToolParser("hermit", tokenizer)
+
+
+def test_a_template_that_knows_tools_is_given_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = (
+        "{% if tools %}<|system|>{{ tools | tojson }}{% endif %}{{ messages[0].content }}"
+    )
+    tools = ToolEnvironment(PROBLEM).tools
+    text = tokenizer.decode(encode_prompt(tokenizer, PROBLEM.prompt, tools=tools))
+    assert '"name": "calculator"' in text
+    assert encode_prompt(tokenizer, PROBLEM.prompt) == tokenizer.encode("17 * 23?")
