@@ -15,7 +15,11 @@ if TYPE_CHECKING:
 
 
 class EndpointError(Exception):
-    """What the server refuses, or that it was not reached, in one line."""
+    """What the server refuses, or that it was not reached, in one line. `status`: HTTP's."""
+
+    def __init__(self, line: str, status: int | None = None):
+        super().__init__(line)
+        self.status = status
 
 
 class EndpointSettings(Protocol):
@@ -73,7 +77,8 @@ class Endpoint:
                 **fields,
             )
         except OpenAIError as error:
-            raise EndpointError(self._describe(error)) from None
+            status = getattr(error, "status_code", None)
+            raise EndpointError(self._describe(error), status) from None
         if not answer.choices:
             raise EndpointError(f"{self.role} {settings.base_url}: no answer")
         return answer

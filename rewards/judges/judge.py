@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 TEMPLATE_TOKENS = 100
 """A chat template's own, at most: a token of the texts has at least one byte."""
 
+REFUSED = (400, 413, 422)
+"""A server that answers others says so of a text too long for it, or that its filter does not let
+pass: that is doubt. From one that has never answered it is a mistake in the settings."""
+
 
 class Connection:
     """What belongs to one event loop."""
@@ -146,6 +150,9 @@ class Judge:
                 )
                 return self._book(number, answer, messages)
             except EndpointError as error:
+                if error.status in REFUSED and self.record.has_answers(settings.account):
+                    self.record.answer(number, None, str(error), (0, 0), 0.0)
+                    return None
                 self.record.drop(number)
                 raise JudgeError(f"{error}; answers are kept") from None
             finally:

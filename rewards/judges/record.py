@@ -85,6 +85,10 @@ class RequestRecord:
             (score, reply, *tokens, cost, number),
         )
 
+    def has_answers(self, account: str) -> bool:
+        query = "select 1 from requests where account = ? and answered limit 1"
+        return self._db.execute(query, (account,)).fetchone() is not None
+
     def drop(self, number: int) -> None:
         """Of a request that failed."""
         self._db.execute("delete from requests where id = ?", (number,))

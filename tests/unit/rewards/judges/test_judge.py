@@ -245,6 +245,25 @@ def test_busy_servers_are_asked_again_and_broken_ones_end_the_run(
     assert spent({**options, **more})[0] == 2  # what failed is not booked
 
 
+def test_a_text_that_the_server_does_not_take_is_doubt(
+    server: TeacherServer, options: dict
+) -> None:
+    """But not if it takes none."""
+    right = server.answer
+    server.answer = lambda number, request: (
+        (400, {"error": {"message": "This model's maximum context length is 10 tokens"}})
+        if "long" in read_material(request)[1]
+        else right(number, request)
+    )
+    with pytest.raises(rewards.JudgeError, match="maximum context length"):
+        grade(options, "long")
+    assert grade(options, "abc") == [0.3]
+    assert grade(options, "long", "abc", "longer") == [None, 0.3, None]
+    server.requests.clear()
+    assert grade(options, "long", "longer") == [None, None]
+    assert not server.requests
+
+
 # (options, the message)
 MISTAKES = [
     ({"base_url": "localhost"}, "base_url: give a URL"),
