@@ -10,11 +10,18 @@ from transformers.utils import get_json_schema
 
 from r1pipe.envs.base import Message, Turn
 from r1pipe.envs.calculator import calculator
+from r1pipe.envs.python_tool import PythonSession
 from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError, first_line
 from r1pipe.utils.imports import import_named
+from rewards import SandboxError
+from rewards.workers.pool import WorkerError
 
-TOOLS: dict[str, Callable[..., Any]] = {"calculator": calculator}
+TOOLS: dict[str, Callable[[], Callable[..., Any]]] = {
+    "calculator": lambda: calculator,
+    "python": lambda: PythonSession().python,
+}
+"""By name; called for each episode."""
 
 MAX_RESULT_CHARS = 4000
 """Of a result that the policy reads; the rest is cut."""
@@ -49,6 +56,8 @@ class ToolEnvironment:
     async def call(self, name: str, arguments: str) -> str:
         try:
             result = await self.compute(name, arguments)
+        except (SandboxError, WorkerError):
+            raise
         except Exception as error:  # the policy's: it may do better at the next turn
             return f"error: {first_line(error)}"[:MAX_RESULT_CHARS]
         return (result if isinstance(result, str) else json.dumps(result))[:MAX_RESULT_CHARS]
@@ -69,7 +78,7 @@ class ToolEnvironment:
 def find_tool(name: str) -> Callable[..., Any]:
     if name not in TOOLS and "." not in name:
         raise UserError(f'tool "{name}": there are {", ".join(TOOLS)}; or give a dotted name')
-    return TOOLS.get(name) or import_named("tool", name)
+    return TOOLS[name]() if name in TOOLS else import_named("tool", name)
 
 
 def describe_tool(function: Callable[..., Any]) -> dict[str, Any]:

@@ -2,17 +2,24 @@
 
 import asyncio
 import json
+import os
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
 from r1pipe.envs.calculator import calculator
+from r1pipe.envs.python_tool import PythonSession
 from r1pipe.envs.tools import ToolEnvironment
 from r1pipe.models.tokenizer import build_tokenizer, encode_prompt
 from r1pipe.rollout.tool_parser import ToolParser
 from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError
+
+sys.path.append(str(Path(__file__).parents[1] / "rewards"))
+import code_attacks
 
 PROBLEM = Problem("p", "math", [{"role": "user", "content": "17 * 23?"}], "391")
 
@@ -129,10 +136,47 @@ def test_a_wrong_call_is_an_error_message(name: str, arguments: str, says: str) 
 
 
 def test_tools_that_cannot_be_opened() -> None:
-    with pytest.raises(UserError, match='tool "calc": there are calculator'):
+    with pytest.raises(UserError, match='tool "calc": there are calculator, python'):
         ToolEnvironment(PROBLEM, ["calc"])
     with pytest.raises(UserError, match=r'tool "undescribed": .*with Args are its schema'):
         ToolEnvironment(PROBLEM, ["test_tools.undescribed"])
+
+
+def test_python_keeps_its_variables_within_an_episode() -> None:
+    environment = ToolEnvironment(PROBLEM, ["python"])
+    cells = [
+        "x = 6\nprint('set')",
+        "x * 7",
+        "x += 1\nraise KeyError('no')",
+        "def double(n):\n    return 2 * n\ndouble(x)",
+        "while True: pass",
+        "x",
+        "1 +",
+        "import os; os._exit(3)",
+        "print(x)\nNone",
+    ]
+    results = [answer(environment, ("python", json.dumps({"code": c})))[0] for c in cells]
+    assert results[:4] == ["set", "42", "KeyError: 'no'", "14"]
+    assert results[4].endswith("out of time (5 s)")
+    assert results[5] == "7"
+    assert "SyntaxError" in results[6]
+    assert results[7:] == ["error: the process ended with 3", "7"]
+    other = ToolEnvironment(PROBLEM, ["python"])
+    assert "NameError" in answer(other, ("python", '{"code": "x"}'))[0]
+
+
+def test_python_runs_in_the_sandbox(tmp_path: Path) -> None:
+    """The attacks on code rewards, as cells: what a cell prints is all that it can do."""
+    (tmp_path / "canary").write_text("secret")
+    context = {"canary": str(tmp_path / "canary"), "home": str(Path.home()), "pid": os.getpid()}
+    prelude = code_attacks.PRELUDE.format(context=context)
+    names = [name for name in code_attacks.PROGRAMS if name.startswith(("read", "list", "write"))]
+    assert len(names) > 8
+    for name in names:
+        session = PythonSession()
+        session.python(prelude)
+        assert session.python(code_attacks.PROGRAMS[name]) != code_attacks.ESCAPED, name
+    assert (tmp_path / "canary").read_text() == "secret"
 
 
 CALL = {"name": "calculator", "arguments": {"expression": "1+1"}}
