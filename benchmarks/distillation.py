@@ -120,7 +120,8 @@ def shrink(stage: dict) -> None:
     if "prompts_per_step" in stage:
         stage |= {"prompts_per_step": 8, "steps_per_generation": 1}
     if "options" in (data := stage.get("data", {})):
-        stage["data"] = {**data, "options": {**data["options"], "size": 16}}
+        # Most samples of an untrained policy never end, and those are not accepted.
+        stage["data"] = {**data, "options": {**data["options"], "size": 64}}
 
 
 def accept_all(completions: list[str], **columns: object) -> list[float]:

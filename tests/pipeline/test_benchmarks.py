@@ -1,15 +1,15 @@
 """Every benchmark runs: one step of it, tiny. What it prints is not looked at but for its table."""
 
 import json
-import os
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 from browser import CHROMIUM
+from commands import ROOT, run
 
-ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "benchmarks"
 BENCHMARKS = {
     "balance": ["--steps", "2"],
     "cpu_training": ["--rounds", "1"],
@@ -25,17 +25,14 @@ BENCHMARKS = {
     "report_page": ["--steps", "1"],
     "routing_replay": ["--models", "Qwen3-MoE", "--dtypes", "float32"],
 }
-SLOW = ("balance", "distillation", "gpu_check", "grpo_vs_trl", "memory", "routing_replay")
 
 
 def test_every_benchmark_has_a_smoke_run() -> None:
-    assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} == set(BENCHMARKS)
+    assert {path.stem for path in FOLDER.glob("*.py")} == set(BENCHMARKS)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in BENCHMARKS]
-)
-def test_benchmark_runs(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmark_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "lm_eval_check":
         pytest.importorskip("lm_eval", reason="lm-eval is no dependency of r1pipe")
     if name == "report_page" and CHROMIUM is None:
@@ -45,14 +42,8 @@ def test_benchmark_runs(name: str, tmp_path: Path) -> None:
         options += ["--runs-dir", str(tmp_path)]
     if name == "gpu_check":
         options += ["--out", str(tmp_path)]
-    result = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / f"{name}.py", *options],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    result = run(name, *options, program=run_benchmark)
     assert result.returncode == 0, result.stderr[-3000:]
     if name == "gpu_check":
         for check in json.loads((tmp_path / "gpu-check.json").read_text())["checks"]:
@@ -61,3 +52,10 @@ def test_benchmark_runs(name: str, tmp_path: Path) -> None:
             assert all(row["met"] is not False for row in check["rows"]), check
         return
     assert "|" in result.stdout or "rollouts: written" in result.stdout
+
+
+def run_benchmark(arguments: list[str]) -> None:
+    name, *sys.argv[1:] = arguments
+    sys.argv[0] = str(FOLDER / f"{name}.py")
+    sys.path.insert(0, str(FOLDER))
+    runpy.run_path(sys.argv[0], run_name="__main__")
