@@ -123,6 +123,21 @@ def test_a_stage_made_again_has_lost_all_of_the_first_time(tmp_path: Path) -> No
     assert cost["lost_s"] == first["wall_s"]
 
 
+def test_what_judges_cost_is_that_of_all_attempts(tmp_path: Path) -> None:
+    """They count it themselves, also for killed attempts: the last figure is the sum."""
+    spent = {"requests": 5, "prompt_tokens": 7000, "completion_tokens": 90, "cost": 0.25}
+    for count in (5, 1200):
+        account = Ledger(tmp_path, make_recipe(), Hardware("GPU", 4))
+        with account.stage("grpo", lambda count=count: {**spent, "requests": count}):
+            pass
+    (cost,) = summarize_run(tmp_path)
+    assert cost["judge"] == {**spent, "requests": 1200}
+    assert (
+        "judge of grpo, not in the table: 1,200 requests, 7,000 tokens read and 90 written, "
+        "0.25 USD"
+    ) in describe_costs(tmp_path)
+
+
 def test_a_half_written_line_is_cut_off(tmp_path: Path) -> None:
     spend(tmp_path, range(1, 3))
     with (tmp_path / "ledger.jsonl").open("a") as file:

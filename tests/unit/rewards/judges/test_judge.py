@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from judge_server import COMPLETION_TOKENS, PROMPT_TOKENS, grade_by, read_material, reply
-from teacher_server import TeacherServer, teacher_server
+from teacher_server import TeacherServer, make_answer, teacher_server
 
 import rewards
 from rewards.judges import judge as judging
@@ -213,6 +213,21 @@ def test_money_is_never_overspent(server: TeacherServer, options: dict) -> None:
     assert (prompt_tokens, completion_tokens) == (50 * count, 10 * count)
     assert limit - 30 * COST <= cost <= limit
     assert cost == pytest.approx(count * COST)
+
+
+def test_what_is_not_known_is_booked_at_the_most(server: TeacherServer, options: dict) -> None:
+    """A server that does not count tokens, and a process that was killed while it asked."""
+    more = {**options, "price_per_million": PRICES, "max_completion_tokens": 1000}
+    server.answer = lambda number, request: make_answer("score: 3")
+    assert grade(more, "abc") == [0.3]
+    count, *tokens, cost = spent(more)
+    assert (count, tokens) == (1, [0, 0])
+    assert cost > 1000 * PRICES["output"] / 1e6
+    record = find_judge(more).record
+    assert record.reserve("key", "run/rl", 1.0, 2, None)
+    assert find_judge(more).count_spent().cost == pytest.approx(cost + 1)
+    assert record.reserve("key", "run/rl", 1.0, 2, None) is None
+    assert record.find("key") is None
 
 
 def test_other_accounts_have_their_own_budget(server: TeacherServer, options: dict) -> None:
