@@ -10,7 +10,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FINISHED = {
-    "test_judge.py",
+    "test_judged_runs.py",
     "test_on_policy_distill.py",
     "test_resume.py",
     "test_run.py",
