@@ -112,3 +112,18 @@ def describe_evaluation(name: str, pass_at_1: float) -> dict:
         "samples": f"samples_{name}.jsonl",
         "compared_with": None,
     }
+
+
+CALL = {"type": "function", "function": {"name": "calculator", "arguments": '{"expression": "0"}'}}
+
+
+def write_episode(grpo: Path, step: int) -> None:
+    """A step of one rollout of two turns."""
+    messages = [
+        {"role": "assistant", "content": "<tool_call>0</tool_call>", "tool_calls": [CALL]},
+        {"role": "tool", "name": "calculator", "content": "0, said the tool"},
+        {"role": "assistant", "content": "<think>As it says.</think>none"},
+    ]
+    episode = {"given": [[1, 2]], "messages": messages, "reward": None, "ended": "done"}
+    row = describe_sample(0, 0, right=True) | {"prompt": "An episode?", "episode": episode}
+    RolloutFiles(grpo, KeptRollouts()).write(step, [add_tokens(row)], {})

@@ -224,7 +224,9 @@ class Rollouts:
                 int(row["finish_reason"] == "length"),
             ]
         )
-        self.texts.append([row["completion"], rewards])
+        episode = row.get("episode")
+        turns = [[episode["messages"], episode["ended"]]] if episode else []
+        self.texts.append([row["completion"], rewards, *turns])
 
     def pack(self) -> dict[str, Any]:
         kept = thin(list(range(len(self.rows))), MAX_ROLLOUTS)

@@ -58,7 +58,13 @@ def format_rollout(row: dict[str, Any]) -> str:
         f"{format_reward(row['reward'])} ({parts}), advantage {row['advantage']:+.3f}{unused}, "
         f"{row['num_tokens']} tokens, {row['finish_reason']}"
     )
-    blocks = {"prompt": row["prompt"], "answer": row["answer"], "completion": row["completion"]}
+    blocks = {"prompt": row["prompt"], "answer": row["answer"]}
+    if episode := row.get("episode"):
+        head += f", {len(episode['messages'])} messages, ended: {episode['ended']}"
+        said = [f"{m['role']}: {m['content']}" for m in episode["messages"]]
+        blocks["episode"] = "\n".join(said)
+    else:
+        blocks["completion"] = row["completion"]
     blocks |= {name: str(value) for name, value in (row.get("extra") or {}).items()}
     lines = [f"  {name}:\n{textwrap.indent(text, '    ')}" for name, text in blocks.items() if text]
     return "\n".join([head, *lines, ""])

@@ -460,18 +460,34 @@ function others(i) {
   return box;
 }
 
+function fold(label, text) {
+  return make("details", { class: "thinking", open: thinkingOpen }, make("summary", {}, `${label}, ${text.length.toLocaleString("en")} characters`), make("pre", {}, text));
+}
+
+// A turn of an episode, as the policy or the environment gave it.
+function showMessage(message) {
+  const calls = (message.tool_calls ?? []).map((call) => call.function.name);
+  const name = message.name ? `${message.role} ${message.name}` : message.role;
+  return fold(calls.length ? `${name} calls ${calls.join(", ")}` : name, String(message.content ?? ""));
+}
+
 async function pane(i) {
-  const [completion, rewards] = await readText(i);
+  const [whole, rewards, [messages, ended] = [[], ""]] = await readText(i);
+  const completion = messages.length ? messages.findLast((m) => m.role === "assistant")?.content ?? "" : whole;
+  const last = messages.findLastIndex((m) => m.role === "assistant");
   const end = completion.lastIndexOf("</think>");
   const thinking = end >= 0 ? completion.slice(0, end).replace(/^\s*<think>\s*/, "") : column.truncated[i] ? completion : "";
   const answer = end >= 0 ? completion.slice(end + "</think>".length) : thinking ? "" : completion;
   return make("article", { class: "rollout" },
     make("h4", {}, make("span", { class: outcomeOf(i) }, outcomeOf(i)), `, ${placeOf(i)}, sample ${column.sample[i]}`),
-    thinking && make("details", { class: "thinking", open: thinkingOpen }, make("summary", {}, `thinking, ${thinking.length.toLocaleString("en")} characters`), make("pre", {}, thinking)),
+    ...messages.slice(0, Math.max(0, last)).map(showMessage),
+    thinking && fold("thinking", thinking),
     make("pre", { class: "answer" }, answer.trim() || (column.truncated[i] ? "cut off while thinking" : "")),
+    ...messages.slice(last + 1).map(showMessage),
     make("div", { class: "note" },
       [...rewards.map(([f, value]) => `${store.functions[f].split(".").at(-1)} ${format(value)}`),
         column.advantage[i] == null ? "" : `advantage ${format(column.advantage[i])}`,
+        messages.length && `${messages.filter((m) => m.role === "assistant").length} turns, ended: ${ended}`,
         `${column.tokens[i]} tokens${column.truncated[i] ? ", cut" : ""}`].filter(Boolean).join(" · ")));
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from browser import CHROMIUM, Browser
-from report_run import write_run
+from report_run import write_episode, write_run
 
 from r1pipe.cli.main import main
 from r1pipe.report import html as report
@@ -186,6 +186,29 @@ def test_filters_leave_what_they_say(page: Browser, filters: dict, expected: int
     for name, value in filters.items():
         set_filter(page, name, value)
     assert count_shown(page) == expected
+
+
+@needs_browser
+def test_turns_and_tool_calls_are_folded(browser: Browser, tmp_path: Path) -> None:
+    run, out = write_run(tmp_path / "run"), tmp_path / "report.html"
+    write_episode(run / "grpo", 7)
+    assert main(["report", str(run), "--out", str(out)]) == 0
+    browser.errors.clear()
+    browser.open(out.as_uri(), READY)
+    set_filter(browser, "search", "An episode?")
+    browser.wait_for("document.querySelector('#detail .answer')?.textContent === 'none'")
+    folded = browser.evaluate(
+        "[...document.querySelectorAll('#detail details')].map("
+        "d => [d.open, d.querySelector('summary').textContent, d.querySelector('pre').textContent])"
+    )
+    assert folded == [
+        [False, "assistant calls calculator, 24 characters", "<tool_call>0</tool_call>"],
+        [False, "tool calculator, 16 characters", "0, said the tool"],
+        [False, "thinking, 11 characters", "As it says."],
+    ]
+    note = browser.evaluate("document.querySelector('#detail .rollout .note').textContent")
+    assert "2 turns, ended: done" in note
+    assert browser.errors == []
 
 
 @needs_browser

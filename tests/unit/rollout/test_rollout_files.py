@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from report_run import write_episode
 
 from r1pipe.config.recipe import KeptRollouts
 from r1pipe.report.rollouts import describe_step, describe_steps
@@ -200,3 +201,11 @@ def test_the_stage_is_found(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="choose with --stage: rl2, grpo"):
         find_rollouts(tmp_path)
     assert find_rollouts(tmp_path, "rl2") == tmp_path / ".rl2.partial"
+
+
+def test_an_episode_is_shown_turn_by_turn(tmp_path: Path) -> None:
+    write_episode(tmp_path, 1)
+    (text,) = describe_step(tmp_path, 1)
+    assert "3 messages, ended: done" in text
+    assert "    assistant: <tool_call>0</tool_call>\n    tool: 0, said the tool\n" in text
+    assert "completion:" not in text
