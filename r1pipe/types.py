@@ -136,4 +136,5 @@ def describe_rollout(problem: Problem, rollout: Rollout, score: Score) -> dict[s
         "rewards": score.rewards,
         "reward": score.total,
         "extra": score.extra,
+        **({"episode": rollout.describe_episode()} if rollout.episode else {}),
     }

@@ -109,6 +109,10 @@ class Reward(Strict):
         return dumped
 
 
+ENVIRONMENT = "environment"
+"""The name of an environment's own rewards among those of the reward functions."""
+
+
 class Environment(Strict):
     """What the policy talks to in several turns (docs/extending.md). A row's own column
     `environment`, a name or `{name, options}`, wins over `name` and `options`."""
@@ -125,6 +129,9 @@ class Environment(Strict):
     tool_parser: str | None = None
     """vLLM's parser of the model's tool calls (its --tool-call-parser): hermes, llama3_json,
     deepseek_v3, ... For environments with tools."""
+
+    def functions_used(self) -> list[str]:
+        return [self.name] if "." in self.name else []
 
 
 class Saving(Strict):

@@ -15,7 +15,17 @@ from pydantic import (
     model_validator,
 )
 
-from r1pipe.config.base import ProblemSet, Reward, Sampling, Share, Stage, as_list, refuse_idle
+from r1pipe.config.base import (
+    ENVIRONMENT,
+    Environment,
+    ProblemSet,
+    Reward,
+    Sampling,
+    Share,
+    Stage,
+    as_list,
+    refuse_idle,
+)
 
 
 class EvalSet(ProblemSet):
@@ -54,6 +64,8 @@ class Eval(Stage):
     k: PositiveInt | None = None
     """For pass@k and maj@k of the table; default: num_samples. summary.md has pass@2, 4, 8, ..."""
     sampling: EvalSampling = EvalSampling()
+    environment: Environment | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Samples are episodes in it. `reward: environment`: right is a sum of its own rewards of 1."""
     reward: str = "rewards.math_correct"
     format_reward: str = "rewards.format"
     max_overlap: Share = 0.0
@@ -82,7 +94,12 @@ class Eval(Stage):
 
     def rewards_used(self) -> list[Reward]:
         own = [problems.reward for problems in self.data if problems.reward]
-        return [Reward(function=name) for name in (self.reward, self.format_reward, *own)]
+        names = (self.reward, self.format_reward, *own)
+        return [Reward(function=name) for name in names if name != ENVIRONMENT]
+
+    def functions_used(self) -> list[str]:
+        own = self.environment.functions_used() if self.environment else []
+        return [*super().functions_used(), *own]
 
     def for_one(self, checkpoint: str) -> "Eval":
         """A stage that evaluates another checkpoint alone by the same protocol."""
@@ -93,6 +110,9 @@ class Eval(Stage):
 
     @model_validator(mode="after")
     def use_every_key(self) -> "Eval":
+        named = (self.reward, *(problems.reward for problems in self.data))
+        if ENVIRONMENT in named and self.environment is None:
+            raise ValueError("reward: environment does nothing without an environment")
         own = "where every set of data has its own"
         for key in ("num_samples", "reward"):
             idle = all(getattr(problems, key) for problems in self.data) and own

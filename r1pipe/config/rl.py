@@ -209,8 +209,9 @@ class Grpo(OnPolicy):
         return None if self.environment else super().longest_sequence
 
     def functions_used(self) -> list[str]:
-        own = [self.loss_type, *([self.environment.name] if self.environment else [])]
-        return [*super().functions_used(), *(name for name in own if "." in name)]
+        own_loss = [self.loss_type] if "." in self.loss_type else []
+        own_environment = self.environment.functions_used() if self.environment else []
+        return [*super().functions_used(), *own_loss, *own_environment]
 
     def remarks(self) -> list[str]:
         ranges = (self.epsilon, self.epsilon_high, self.delta)

@@ -139,7 +139,6 @@ class Group:
                 "completion_ids": rollout.completion_ids,
                 "logprobs": rollout.logprobs,
                 "routes": rollout.routes,
-                "episode": rollout.describe_episode(),
             }
             for rollout, score, advantage in zip(
                 self.rollouts, self.scores, self.advantages, strict=True

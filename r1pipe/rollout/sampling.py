@@ -12,7 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from r1pipe.config.base import Reward, Sampling
+from r1pipe.config.base import Environment, Reward, Sampling
 from r1pipe.rollout.groups import SampleGroup
 from r1pipe.rollout.journal import SampleJournal
 from r1pipe.rollout.scoring import Scorer, ScoringThread
@@ -59,6 +59,8 @@ class SamplingJob:
     folder: Path
     """The journal's, the same for every rank."""
     label: str
+    environment: Environment | None = None
+    """In which the source's samples are episodes."""
 
     def digest(self) -> str:
         """Hash of everything that decides what the samples and their scores are."""
@@ -68,6 +70,7 @@ class SamplingJob:
             self.sampling.model_dump(),
             self.seed_parts,
             [reward.decisive() for reward in self.rewards],
+            *([self.environment.model_dump()] if self.environment else []),
         ]
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
         for problem in self.problems:
@@ -84,7 +87,7 @@ def sample_and_score(
     rank samples and scores its share, and all get what was kept of every share: other texts and
     tokens never leave the rank and the journal.
     """
-    scorer = Scorer(job.rewards)
+    scorer = Scorer(job.rewards, job.environment.weight if job.environment else None)
     journal = SampleJournal(job.folder, job.digest())
     journal.read()
     if journal.places:

@@ -29,7 +29,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any, Generic, TypeVar
 
-from r1pipe.config.base import Reward
+from r1pipe.config.base import ENVIRONMENT, Reward
 from r1pipe.rollout.groups import SampleGroup
 from r1pipe.types import Problem, Rollout, Score
 from r1pipe.utils.errors import OutOfBudget, UserError
@@ -111,7 +111,7 @@ class Scorer:
         columns = [(call.name, call.reward.weight, values[call]) for call in self.calls]
         if (weight := self.environment_weight) is not None:
             own = [rollout.episode.reward if rollout.episode else None for rollout in rollouts]
-            columns.append(("environment", weight, own))
+            columns.append((ENVIRONMENT, weight, own))
         for name, weight, column in columns:
             for score, value in zip(scores, column, strict=True):
                 score.rewards[name] = value

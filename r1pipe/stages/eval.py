@@ -3,7 +3,6 @@
 Run it with `r1pipe eval configs/demo.yaml`.
 """
 
-import functools
 import json
 import time
 from dataclasses import asdict
@@ -11,10 +10,11 @@ from itertools import starmap
 from pathlib import Path
 from typing import Any
 
-from r1pipe.config.base import Reward
+from r1pipe.config.base import ENVIRONMENT, Reward
 from r1pipe.config.evals import Eval, EvalSet
 from r1pipe.context import StageContext
 from r1pipe.data.decontamination import OverlapIndex
+from r1pipe.envs.driver import EpisodeSampler
 from r1pipe.evals.metrics import (
     ProblemResult,
     compare_paired,
@@ -26,7 +26,13 @@ from r1pipe.evals.metrics import (
 )
 from r1pipe.evals.plots import plot_curves, plot_expert_load
 from r1pipe.evals.tables import describe_lengths, format_report, format_table
-from r1pipe.rollout.sampling import SamplingJob, identify_weights, read_samples, sample_and_score
+from r1pipe.rollout.sampling import (
+    SampleSource,
+    SamplingJob,
+    identify_weights,
+    read_samples,
+    sample_and_score,
+)
 from r1pipe.runs.folder import JOURNAL
 from r1pipe.types import Problem, Rollout, Score, describe_rollout
 from r1pipe.utils.distributed import is_first
@@ -104,10 +110,11 @@ def evaluate(
         sampling=stage.sampling,
         # Common random numbers: the seeds depend on neither checkpoint nor stage.
         seed_parts=(context.recipe.seed, stage.kind),
-        rewards=[Reward(function=reward), Reward(function=stage.format_reward)],
+        rewards=[Reward(function=f) for f in (reward, stage.format_reward) if f != ENVIRONMENT],
         origin=identify_weights(checkpoint, context.recipe.dtype),
         folder=context.shared_folder / JOURNAL / str(number),
         label=f"{stage.name}: {name}" + (f" on {heldout.label}" if len(stage.data) > 1 else ""),
+        environment=stage.environment,
     )
     k = min(stage.k or num_samples, num_samples)
 
@@ -120,7 +127,13 @@ def evaluate(
             rollout.empty()
         return result, rollouts, scores
 
-    groups = sample_and_score(job, functools.partial(context.engines.open, checkpoint), keep)
+    def open_source() -> SampleSource:
+        sampler = context.engines.open(checkpoint)
+        if stage.environment is None:
+            return sampler
+        return EpisodeSampler(sampler, stage.environment, problems[0])
+
+    groups = sample_and_score(job, open_source, keep)
     results = [result for result, _, _ in groups]
     rollouts = [rollout for _, some, _ in groups for rollout in some]
     scores = [score for _, _, some in groups for score in some]
@@ -139,6 +152,7 @@ def evaluate(
         # Time of the stage that made the checkpoint, if any; its evaluation took eval_s.
         "wall_s": record["wall_s"] if record else None,
         "eval_s": round(time.monotonic() - started, 1),
+        **({"environment": stage.environment.name} if stage.environment else {}),
         "samples": samples,
     }
     return entry, results

@@ -1,5 +1,6 @@
 """Episodes of several turns, from a real engine: token-exact, seeded, within limits."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,17 +10,19 @@ import torch
 import yaml
 from commands import read_lines, run, run_and_kill
 from envs_of_tests import AGAIN
+from samples import sample_all
 from test_engine import ARCHITECTURES, CPU, LIMIT, SETTINGS, logprob_diff
 from test_resume import assert_equal
 from transformers import PreTrainedModel
 
-from r1pipe.config.base import Environment, ProblemSet, Sampling
+from r1pipe.config.base import Environment, ProblemSet, Reward, Sampling
 from r1pipe.data.problems import load_problems
 from r1pipe.envs.driver import PATIENCE_S, EpisodeSampler
 from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import build_tokenizer, encode_completion, encode_prompt
 from r1pipe.models.weights import export_weights, save_checkpoint
 from r1pipe.rollout.engine import Sampler
+from r1pipe.rollout.sampling import SamplingJob, read_samples
 from r1pipe.rollout.store import read_rollouts
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils.errors import UserError
@@ -222,6 +225,31 @@ def test_what_cannot_be_opened_is_one_line(opened: tuple) -> None:
         EpisodeSampler(sampler, Environment(name="envs_of_tests.Talk"), odd)
 
 
+def test_sampled_episodes_are_kept_and_not_sampled_again(opened: tuple, tmp_path: Path) -> None:
+    sampler, _ = opened
+    settings = Environment(name="envs_of_tests.Talk", weight=2.0)
+    job = SamplingJob(
+        problems=PROBLEMS,
+        num_samples=2,
+        sampling=SAMPLING,
+        seed_parts=(0,),
+        rewards=[Reward(function="rewards.math_correct")],
+        origin="talker",
+        folder=tmp_path,
+        label="test",
+        environment=settings,
+    )
+    rollouts, scores = sample_all(job, lambda: EpisodeSampler(sampler, settings, PROBLEMS[0]))
+    for rollout, score in zip(rollouts, scores, strict=True):
+        assert score.rewards["environment"] == rollout.episode.reward > 0
+        assert score.total == score.rewards["rewards.math_correct"] + 2.0 * rollout.episode.reward
+    again, same_scores = sample_all(job, lambda: pytest.fail("sampled again"))
+    assert same_scores == scores
+    assert again == [replace(r, prompt_ids=[], logprobs=[]) for r in rollouts]
+    assert [r for _, r, _ in read_samples(job)] == again
+    assert replace(job, environment=None).digest() != job.digest()
+
+
 def test_a_killed_run_in_an_environment_resumes_bit_equal(tmp_path: Path) -> None:
     save_talker(tmp_path / "talker")
     stage = {
@@ -237,7 +265,17 @@ def test_a_killed_run_in_an_environment_resumes_bit_equal(tmp_path: Path) -> Non
         "learning_rate": 1e-3,
     }
     engine = {"max_model_len": 256, "max_num_seqs": 16, "kv_cache_gib": 0.25}
-    values = {"runs_dir": str(tmp_path), "engine": engine, "dtype": "float32", "stages": [stage]}
+    measured = {
+        "kind": "eval",
+        "checkpoints": ["grpo"],
+        "data": {"recipe": "arithmetic", "split": "test", "options": {"size": 4}},
+        "num_samples": 2,
+        "sampling": {"max_completion_length": 60},
+        "environment": {"name": "envs_of_tests.Talk", "options": {"turns": 2}},
+        "reward": "environment",
+    }
+    values = {"runs_dir": str(tmp_path), "engine": engine, "dtype": "float32"}
+    values["stages"] = [stage, measured]
     for name in ("whole", "killed"):
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"name": name, **values}))
     result = run("grpo", tmp_path / "whole.yaml")
@@ -257,6 +295,16 @@ def test_a_killed_run_in_an_environment_resumes_bit_equal(tmp_path: Path) -> Non
         assert row["rewards/environment/mean"] == row["reward"] > 0
     rows = list(read_rollouts(folder, [2]))
     assert {row["episode"]["ended"] for row in rows} >= {"done"}
+
+    result = run("eval", tmp_path / "whole.yaml")
+    assert result.returncode == 0, result.stderr[-3000:]
+    (entry,) = json.loads((folder.parent / "summary.json").read_text())
+    assert (entry["environment"], entry["pass_at_1"]) == ("envs_of_tests.Talk", 1.0)
+    samples = read_lines(folder.parent / "eval" / entry["samples"])
+    assert all(
+        row["episode"]["reward"] == row["reward"] - row["rewards"]["rewards.format"]
+        for row in samples
+    )
 
     result = run("grpo", tmp_path / "whole.yaml", "--replay", "1:2")
     assert result.returncode == 0, result.stderr[-3000:]

@@ -211,6 +211,7 @@ IDLE = [
     ),
     (distill_with, {"sampling": {**GREEDY, "top_p": 0.9}}, {"sampling": {**GREEDY, "top_p": 1.0}}),
     (eval_with, {"sampling": {**GREEDY, "top_k": 4}}, {"sampling": GREEDY}),
+    (eval_with, {"reward": "environment"}, {"environment": {"name": "my.Game"}}),
     (eval_with, {"k": 9, "num_samples": 8}, {"k": 8}),
     (
         eval_with,
