@@ -276,9 +276,8 @@ class Grpo(OnPolicy):
 
     @model_validator(mode="after")
     def fit_the_environment(self) -> "Grpo":
-        for key in ("difficulty", "routing_replay"):
-            if self.environment and getattr(self, key):
-                raise ValueError(f"{key}: not supported with an environment yet; leave it out")
+        if self.environment and self.difficulty:
+            raise ValueError("difficulty: not supported with an environment yet; leave it out")
         return self
 
 

@@ -11,8 +11,11 @@ import math
 from collections import deque
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import nullcontext
 from itertools import count
 from typing import Any
+
+import numpy as np
 
 from r1pipe.config.base import Environment as Settings
 from r1pipe.config.base import Sampling
@@ -21,6 +24,7 @@ from r1pipe.models.tokenizer import check_length, encode_next_prompt, encode_pro
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.groups import SampleGroup
 from r1pipe.rollout.journal import SampleJournal
+from r1pipe.rollout.route_capture import take_routes
 from r1pipe.rollout.scoring import start_event_loop
 from r1pipe.rollout.tool_parser import ToolParser
 from r1pipe.types import Episode, Problem, Rollout
@@ -70,7 +74,7 @@ class EpisodeSampler:
         with_routes: bool = False,
         journal: SampleJournal | None = None,
     ) -> Iterator[SampleGroup]:
-        """As Sampler's; without routes."""
+        """As Sampler's."""
         return self.sampler.generate_groups(
             problems,
             num_samples,
@@ -85,11 +89,14 @@ class EpisodeSampler:
         self, groups: list[SampleGroup], sampling: Sampling, with_routes: bool
     ) -> Iterator[tuple[SampleGroup, Rollout]]:
         """Every missing sample as its episode ends, already in its group."""
-        if with_routes:
-            raise RuntimeError("episodes are sampled without routes")
-        paths = [Path(self, sampling, g, number) for g in groups for number in g.missing]
+        paths = [
+            Path(self, sampling, group, number, with_routes)
+            for group in groups
+            for number in group.missing
+        ]
         turns = Turns(self, paths)
-        with phase("sampling"):
+        capture = self.sampler.capture if with_routes else None
+        with phase("sampling"), capture.recording() if capture else nullcontext():
             try:
                 for place, result in self.sampler.run(turns.requests()):
                     turns.take(place, result)
@@ -97,13 +104,31 @@ class EpisodeSampler:
                 yield from turns.pop_ended()
             finally:
                 turns.cancel()
+        if capture:
+            routes = capture.collect(
+                {name: length for path in paths for name, length in path.requests}
+            )
+            for path in paths:
+                parts = [routes[name] for name, _ in path.requests]
+                path.group.samples[path.number].routes = join_routes(parts)
 
 
 class Path:
     """One episode on its way: its tokens, and what its environment knows."""
 
-    def __init__(self, owner: EpisodeSampler, sampling: Sampling, group: SampleGroup, number: int):
+    def __init__(
+        self,
+        owner: EpisodeSampler,
+        sampling: Sampling,
+        group: SampleGroup,
+        number: int,
+        with_routes: bool,
+    ):
         self.owner, self.sampling, self.group, self.number = owner, sampling, group, number
+        self.with_routes = with_routes
+        self.requests: list[tuple[str, int]] = []
+        """Of each turn: the request's name, and the tokens that were read in it."""
+        self.routes: list[np.ndarray] = []
         self.environment: Environment | None = None
         self.started = False
         self.prompt: list[Message] = []
@@ -209,10 +234,14 @@ class Path:
         self.ids += given
         self.logprobs += [0.0] * len(given)
 
-    def take_sampled(self, result: Any) -> Message:
+    def take_sampled(self, place: int, result: Any) -> Message:
         """What vLLM sampled, as the message that it says."""
         sampler, output = self.owner.sampler, result.outputs[0]
         tokens = list(output.token_ids)
+        num_read = len(self.prompt_ids) + len(self.ids) + len(tokens) - 1
+        self.requests.append((str(place), num_read))
+        if self.with_routes and sampler.capture is None:
+            self.routes.append(take_routes(result, sampler.moe_layers))
         text = sampler.decode([*self.prompt_ids, *self.ids], tokens)
         self.ids += tokens
         self.logprobs += output.logprobs.logprobs
@@ -231,7 +260,7 @@ class Path:
         seed, number = self.group.seeds[self.number], self.episode.num_turns
         sampling = self.sampling.model_copy(update={"max_completion_length": self.room})
         own = derive_seed(seed, "turn", number) if number else seed
-        parameters = self.owner.sampler.parameters(sampling, own, with_routes=False)
+        parameters = self.owner.sampler.parameters(sampling, own, self.with_routes)
         return [*self.prompt_ids, *self.ids], parameters
 
     def make_rollout(self) -> Rollout:
@@ -243,8 +272,17 @@ class Path:
             logprobs=self.logprobs,
             completion="\n\n".join(self.texts),
             finish_reason="stop" if self.episode.ended in ("done", "error") else "length",
+            routes=join_routes(self.routes),
             episode=self.episode,
         )
+
+
+def join_routes(turns: list[np.ndarray]) -> np.ndarray | None:
+    """Each token's as it was read first: in later turns' prompts it may be routed otherwise."""
+    rows: list[np.ndarray] = []
+    for routes in turns:
+        rows.append(routes[sum(map(len, rows)) :])
+    return np.concatenate(rows) if rows else None
 
 
 class Turns:
@@ -291,7 +329,7 @@ class Turns:
 
     def take(self, place: int, result: Any) -> None:
         path = self.running.pop(place)
-        self.ask(path, path.step(path.take_sampled(result)))
+        self.ask(path, path.step(path.take_sampled(place, result)))
 
     def hear(self) -> None:
         """Take the answers that are there, in the order of the questions."""

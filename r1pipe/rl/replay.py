@@ -36,7 +36,8 @@ class ReplayBatches:
         started = time.perf_counter()
         rows = read_rollouts(self.stage_dir, [step], (*TEXT, *TOKENS))
         groups = [make_group(list(group)) for _, group in groupby(rows, lambda row: row["group"])]
-        routed = all(rollout.routes is not None for group in groups for rollout in group.rollouts)
+        rollouts = [rollout for group in groups for rollout in group.rollouts]
+        routed = all(r.routes is not None for r in rollouts if r.num_tokens)
         if self.needs_routes and not routed:
             raise UserError(
                 f"{self.stage_dir}: the rollouts of step {step} were kept without routes "

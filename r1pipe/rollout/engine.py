@@ -105,8 +105,8 @@ class Sampler:
         if device.type == "cpu":
             self.llm.collective_rpc(use_counted_draws)
         self.max_model_len = self.llm.llm_engine.model_config.max_model_len
-        self._capture: RouteCapture | None = None
-        self._moe_layers: list[int] = []
+        self.capture: RouteCapture | None = None
+        self.moe_layers: list[int] = []
         if with_routes:
             self.prepare_routes()
 
@@ -123,10 +123,10 @@ class Sampler:
         """Raises UserError for a model without routes."""
         if not self.can_return_routes:
             raise RuntimeError("the sampler was opened without routes")
-        self._moe_layers = require_moe_layers(self.config)
-        if self.device.type == "cpu" and self._capture is None:
+        self.moe_layers = require_moe_layers(self.config)
+        if self.device.type == "cpu" and self.capture is None:
             runner = self.llm.collective_rpc(lambda worker: worker.model_runner)[0]
-            self._capture = RouteCapture(runner)
+            self.capture = RouteCapture(runner)
 
     def encode(self, problems: Iterable[Problem], max_completion_length: int) -> list[list[int]]:
         """Prompt token ids, tokenized once per checkpoint. Raises UserError for a problem that does
@@ -213,13 +213,13 @@ class Sampler:
             (group.prompt_ids, self.parameters(sampling, group.seeds[number], with_routes))
             for group, number in missing
         )
-        capture = self._capture if with_routes else None
+        capture = self.capture if with_routes else None
         with phase("sampling"), capture.recording() if capture else nullcontext():
             for place, result in self.run(requests):
                 group, number = missing[place]
                 rollout = self._read(result, group, number)
                 if with_routes and capture is None:
-                    rollout.routes = take_routes(result, self._moe_layers)
+                    rollout.routes = take_routes(result, self.moe_layers)
                 group.samples[number] = rollout
                 yield group, rollout
         if capture:
@@ -230,7 +230,7 @@ class Sampler:
 
     def parameters(self, sampling: Sampling, seed: int, with_routes: bool) -> Any:
         # A prompt from the cache is not routed again: its routes would be missing.
-        uncached = with_routes and self._capture is not None
+        uncached = with_routes and self.capture is not None
         return sampling_parameters(sampling, seed, self.end_ids, skip_prefix_cache=uncached)
 
     def run(self, requests: Iterable[tuple[list[int], Any] | None]) -> Iterator[tuple[int, Any]]:

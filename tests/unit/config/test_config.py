@@ -198,7 +198,7 @@ IDLE = [
         {"rewards": [{"function": MATHS, "weight": 0}]},
         {"rewards": [{"function": MATHS}]},
     ),
-    (grpo_with, {"rewards": []}, {"environment": {"name": "my.Game"}, "routing_replay": False}),
+    (grpo_with, {"rewards": []}, {"environment": {"name": "my.Game"}}),
     (grpo_with, {"breaker": {"entropy": {"limit": 1, "action": "ignore"}}}, {"breaker": {}}),
     (grpo_with, {"data": {"stage": "sft", "split": "test"}}, {"data": {"stage": "sft"}}),
     (grpo_with, {"data": {"stage": "sft", "options": {"size": 5}}}, {"data": {"stage": "sft"}}),
@@ -221,12 +221,11 @@ IDLE = [
 ]
 
 
-@pytest.mark.parametrize("key", [{"difficulty": {}}, {"routing_replay": True}])
-def test_what_environments_cannot_do_yet(key: dict, tmp_path: Path) -> None:
-    settings = {"routing_replay": False, "environment": {"name": "my.Game"}}
+def test_what_environments_cannot_do_yet(tmp_path: Path) -> None:
+    settings = {"environment": {"name": "my.Game"}}
     assert load_recipe(write_demo(tmp_path, **grpo_with(**settings)))
     with pytest.raises(UserError, match="not supported with an environment yet"):
-        load_recipe(write_demo(tmp_path, **grpo_with(**settings | key)))
+        load_recipe(write_demo(tmp_path, **grpo_with(**settings, difficulty={})))
 
 
 @pytest.mark.parametrize(
