@@ -3,10 +3,12 @@
 from collections.abc import Iterator, Sequence
 
 from r1pipe.config.base import ProblemSet, Stage
+from r1pipe.config.evals import Eval
 from r1pipe.config.rl import Grpo
 from r1pipe.doctor.golds import pick_judging, spread, try_golds, try_rewards
 from r1pipe.doctor.inputs import Inputs, describe_source
 from r1pipe.doctor.machine import Diagnosis
+from r1pipe.envs.base import check_environment
 from r1pipe.rl.losses import find_loss
 from r1pipe.rollout.scoring import Scorer, name_rewards
 from r1pipe.types import Problem
@@ -17,6 +19,10 @@ def examine_functions(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
     Scorer(stage.rewards_used())
     if isinstance(stage, Grpo):
         find_loss(stage.loss_type)
+    if isinstance(stage, Grpo | Eval) and stage.environment:
+        for _, problems in inputs.load_problems(stage):
+            check_environment(stage.environment, problems[0])
+        yield Diagnosis("", "ok", f"environment {stage.environment.name}")
     for remark in stage.remarks():
         yield Diagnosis("", "warn", remark)
     if names := name_rewards(stage.rewards_used()):

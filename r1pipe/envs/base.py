@@ -76,3 +76,12 @@ def make_environment(settings: Settings, problem: Problem) -> Environment:
             f'environment "{choice.name}": problem "{problem.id}": {what}; it is called with the '
             "problem and its options"
         ) from error
+
+
+def check_environment(settings: Settings, problem: Problem) -> None:
+    """Raises UserError if the problem's environment cannot be made, or needs a parser of tools."""
+    if make_environment(settings, problem).tools and settings.tool_parser is None:
+        raise UserError(
+            "environment.tool_parser: which of vLLM's parsers reads this model's tool calls? "
+            "hermes, llama3_json, deepseek_v3, ..."
+        )

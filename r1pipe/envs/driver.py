@@ -19,7 +19,7 @@ import numpy as np
 
 from r1pipe.config.base import Environment as Settings
 from r1pipe.config.base import Sampling
-from r1pipe.envs.base import Environment, Message, Turn, make_environment
+from r1pipe.envs.base import Environment, Message, Turn, check_environment, make_environment
 from r1pipe.models.tokenizer import check_length, encode_next_prompt, encode_prompt
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.groups import SampleGroup
@@ -51,12 +51,7 @@ class EpisodeSampler:
                 "environment: needs engine.tensor_parallel_size 1 where several processes train: "
                 "ranks of one engine would hear of an environment's answer at different steps"
             )
-        tools = make_environment(settings, problem).tools
-        if tools and settings.tool_parser is None:
-            raise UserError(
-                "environment.tool_parser: which of vLLM's parsers reads this model's tool calls? "
-                "hermes, llama3_json, deepseek_v3, ..."
-            )
+        check_environment(settings, problem)
         self.parser = (
             ToolParser(settings.tool_parser, sampler.tokenizer) if settings.tool_parser else None
         )

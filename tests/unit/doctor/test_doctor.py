@@ -172,6 +172,16 @@ BROKEN = {
         "grpo: rewards and loss",
         "FAIL: .*doctored",
     ),
+    "an environment that is none": (
+        ["stages.grpo.environment={name: doctored.Game}"],
+        "grpo: rewards and loss",
+        'FAIL: .*doctored has no function "Game"',
+    ),
+    "tools without a parser of calls": (
+        ["stages.grpo.environment={name: tools}"],
+        "grpo: rewards and loss",
+        "FAIL: environment.tool_parser: which of vLLM's parsers",
+    ),
     "a row without an answer": (
         ["stages.grpo.data.options.answers=['1', '']"],
         "grpo: data and grpo: prompts",
@@ -785,3 +795,10 @@ def test_stages_are_checked_again_when_their_parent_exists(project: Path) -> Non
     write_template("{{ raise_exception('broken') }}", project / "runs" / "mine" / "init")
     with pytest.raises(UserError, match=r"second: tokenizers: .*broken"):
         preflight.begin(recipe.stage("second"))
+
+
+def test_an_environment_may_be_all_that_rewards(project: Path) -> None:
+    environment = "stages.grpo.environment={name: tools, tool_parser: hermes}"
+    found = examine(environment, "stages.grpo.rewards=[]")
+    assert [d.status for d in found if d.status in ("FAIL", "warn")] == []
+    assert "environment tools" in [d.detail for d in found]
