@@ -272,9 +272,9 @@ class Stage(Strict):
         return None
 
     @property
-    def taught_by(self) -> str | None:
-        """The checkpoint whose samples or distribution this or a later stage learns from."""
-        return None
+    def taught_by(self) -> list[str]:
+        """The checkpoints whose samples or distributions this or a later stage learns from."""
+        return []
 
     @property
     def new_model(self) -> dict[str, Any] | None:
@@ -283,7 +283,7 @@ class Stage(Strict):
 
     def models(self) -> list[str]:
         """The checkpoints that the stage loads."""
-        names = (self.taught_by, self.weights_from)
+        names = (*self.taught_by, self.weights_from)
         return [name for name in names if name is not None]
 
     # What it does with them

@@ -283,9 +283,16 @@ class Grpo(OnPolicy):
 
 class OnPolicyDistill(OnPolicy):
     """Distillation on the student's own samples: at each of their tokens its distribution over the
-    vocabulary is pulled to that of the teacher `from`. Both must have one vocabulary."""
+    vocabulary is pulled to that of the teacher `from`, or of its problem's own among `teachers`.
+    All must have one vocabulary."""
 
     kind: Literal["on_policy_distill"]
+    from_: Annotated[str | None, Field(alias="from", exclude_if=lambda given: given is None)] = None  # type: ignore[assignment]  # or teachers
+    """The teacher: an earlier stage, a folder or a hub id."""
+    teachers: dict[str, str] = Field(default={}, exclude_if=lambda given: not given)
+    """Instead of `from`: a teacher for each value of `teacher_field`."""
+    teacher_field: str | None = Field(default=None, exclude_if=lambda given: given is None)
+    """The problems' column that says who teaches: kind, source, category, or one of their own."""
     student: str
     """An earlier stage, a folder or a hub id. Not from random weights: its samples are noise, of
     which the teacher has nothing to say."""
@@ -296,6 +303,17 @@ class OnPolicyDistill(OnPolicy):
     temperature: PositiveFloat = 1.0
     """Temperature of the samples and of both distributions in the divergence."""
     breaker: DistillBreaker = DistillBreaker()
+
+    @model_validator(mode="after")
+    def name_the_teachers(self) -> "OnPolicyDistill":
+        if (self.from_ is None) == (not self.teachers):
+            raise ValueError("give either from or teachers")
+        if "" in self.teachers:
+            raise ValueError("teachers: an empty value names no teacher; leave it out")
+        if self.teachers and not self.teacher_field:
+            raise ValueError("teachers need teacher_field, the column that says who teaches a row")
+        refuse_idle(self, {"teacher_field": not self.teachers and "without teachers"})
+        return self
 
     @model_validator(mode="after")
     def use_every_key(self) -> "OnPolicyDistill":
@@ -312,11 +330,12 @@ class OnPolicyDistill(OnPolicy):
         return self.student
 
     @property
-    def taught_by(self) -> str:
-        return self.from_
+    def taught_by(self) -> list[str]:
+        return [self.from_] if self.from_ else list(dict.fromkeys(self.teachers.values()))
 
     def parents(self) -> list[str]:
-        return [*super().parents(), self.student]
+        others = [name for name in super().parents() if name != self.from_]
+        return [*self.taught_by, *others, self.student]
 
     @field_validator("student", mode="before")
     @classmethod

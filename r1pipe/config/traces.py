@@ -111,8 +111,8 @@ class Reject(PromptingStage):
     then = "r1pipe sft configs/r1.yaml"
 
     @property
-    def taught_by(self) -> str | None:
-        return self.from_
+    def taught_by(self) -> list[str]:
+        return [self.from_] if self.from_ else []
 
     def parents(self) -> list[str]:
         return [name for name in super().parents() if name is not None]
@@ -164,8 +164,8 @@ class Distill(PromptingStage, SupervisedStage):
         return self.student if isinstance(self.student, dict) else None
 
     @property
-    def taught_by(self) -> str:
-        return self.from_
+    def taught_by(self) -> list[str]:
+        return [self.from_]
 
     def parents(self) -> list[str]:
         student = [self.weights_from] if self.weights_from else []

@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 
 from r1pipe.config.base import ProblemSet, Stage
 from r1pipe.config.evals import Eval
-from r1pipe.config.rl import Grpo
+from r1pipe.config.rl import Grpo, OnPolicyDistill
 from r1pipe.doctor.golds import pick_judging, spread, try_golds, try_rewards
 from r1pipe.doctor.inputs import Inputs, describe_source
 from r1pipe.doctor.machine import Diagnosis
 from r1pipe.envs.base import check_environment
+from r1pipe.rl.distill_update import find_value
 from r1pipe.rl.losses import find_loss
 from r1pipe.rollout.scoring import Scorer, name_rewards
 from r1pipe.types import Problem
@@ -59,6 +60,21 @@ def examine_data(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
         of_rows = f" ({loaded.describe()})" if filtered else ""
         count = f"{describe_source(source)}: {len(loaded.problems)} problems{of_rows}"
         yield Diagnosis("", "ok", count)
+
+
+def examine_teachers(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
+    """Whether every row of a stage with several teachers has one."""
+    if not (isinstance(stage, OnPolicyDistill) and stage.teachers):
+        return
+    counts = dict.fromkeys(stage.teachers, 0)
+    for _, problems in inputs.load_problems(stage):
+        for problem in problems:
+            counts[find_value(stage, problem)] += 1
+    if not any(counts.values()):
+        yield Diagnosis("", "skipped", "there are no problems yet")
+        return
+    told = ", ".join(f"{value} {count}" for value, count in counts.items())
+    yield Diagnosis("", "ok" if all(counts.values()) else "warn", f"problems of each: {told}")
 
 
 def is_out_of_reach(error: BaseException | None) -> bool:

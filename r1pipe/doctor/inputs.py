@@ -104,7 +104,7 @@ class Inputs:
 
 def find_origin(stage: Stage) -> str | None:
     """The checkpoint that a stage takes its tokenizer from."""
-    return stage.weights_from or stage.taught_by
+    return stage.weights_from or next(iter(stage.taught_by), None)
 
 
 def describe_source(source: ProblemSet) -> str:

@@ -128,8 +128,8 @@ def estimate_shape(stage: Stage, recipe: Recipe, shape: Shape, devices: Devices)
     if is_on_policy and stage.keeps_reference:
         parts["reference"] = element * shape.parameters / devices.count
     if is_on_policy and stage.taught_by:
-        teacher = Shape.of(find_config(stage.taught_by, recipe))
-        parts["teacher"] = teacher_bytes(teacher, devices, element)
+        teachers = [Shape.of(find_config(name, recipe)) for name in stage.taught_by]
+        parts["teacher"] = teacher_bytes(teachers, devices, element)
         parts["logits"] *= 1 + TEACHER_LOGIT_COPIES / LOGIT_COPIES
     engines: dict[str, float] = {}
     problems = []
@@ -153,13 +153,19 @@ def estimate_shape(stage: Stage, recipe: Recipe, shape: Shape, devices: Devices)
     return Estimate(stage.name, shape, devices, halves, problems)
 
 
-def teacher_bytes(shape: Shape, devices: Devices, element: int) -> float:
-    """Frozen weights; sharded: with one gathered layer and the whole head."""
+def teacher_bytes(shapes: list[Shape], devices: Devices, element: int) -> float:
+    """Frozen weights of all teachers; sharded: with the whole head and one gathered layer of the
+    one whose turn it is."""
+    share = sum(shape.parameters for shape in shapes) / devices.count
     if devices.count == 1:
-        return element * shape.parameters
-    head = shape.config.vocab_size * shape.config.hidden_size
-    share = shape.parameters / devices.count
-    return element * (share + shape.largest_layer + shape.outside_layers + head)
+        return element * share
+    whole = (
+        shape.largest_layer
+        + shape.outside_layers
+        + shape.config.vocab_size * shape.config.hidden_size
+        for shape in shapes
+    )
+    return element * (share + max(whole))
 
 
 def engine_parts(

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from r1pipe.config.base import Sampling, Stage
-from r1pipe.config.rl import OnPolicy
+from r1pipe.config.rl import OnPolicy, OnPolicyDistill
 from r1pipe.doctor.inputs import Inputs, count_characters, describe_source
 from r1pipe.doctor.machine import Diagnosis
 from r1pipe.doctor.memory import Estimate, describe_estimate, make_estimate
@@ -50,8 +50,8 @@ def examine_architecture(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
         find_implementation(recipe.attn_implementation, device, recipe.dtype)
         with contextlib.suppress(ValueError):  # a config that is missing is told below
             configs = [find_stage_config(stage, recipe)]
-            if trains and stage.taught_by:
-                configs.append(find_config(stage.taught_by, recipe))
+            if trains:
+                configs += [find_config(name, recipe) for name in stage.taught_by]
             for config in configs:
                 require_trainable(config, recipe.attn_implementation)
     for name, _ in stage.samplings():
@@ -184,19 +184,21 @@ def find_tag_problem(tokenizer: PreTrainedTokenizerBase, tag: str) -> str:
 
 
 def examine_vocabulary(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
-    """Teacher and student of on-policy distillation, whose distributions are compared."""
-    if not (isinstance(stage, OnPolicy) and stage.taught_by):
-        return
-    names = (stage.taught_by, stage.policy)
-    try:
-        pair = [inputs.find_tokenizer(name) for name in names]
-    except UserError:
-        return  # `examine_tokenizers` tells
-    if None in pair:
-        yield Diagnosis("", "skipped", "teacher and student are not both here yet")
-        return
-    require_same_vocabulary(stage, *pair, *map(inputs.find_end_ids, names))
-    yield Diagnosis("", "ok", f"{len(pair[0])} tokens, the same of teacher and student")
+    """Teachers and student of on-policy distillation, whose distributions are compared."""
+    for teacher in stage.taught_by if isinstance(stage, OnPolicyDistill) else ():
+        names = (teacher, stage.student)
+        try:
+            pair = [inputs.find_tokenizer(name) for name in names]
+        except UserError:
+            continue  # `examine_tokenizers` tells
+        of_which = f" {teacher}" if stage.teachers else ""
+        if None in pair:
+            what = f"teacher{of_which} and student are not both here yet"
+            yield Diagnosis("", "skipped", what)
+            continue
+        require_same_vocabulary(stage, teacher, *pair, *map(inputs.find_end_ids, names))
+        what = f"{len(pair[0])} tokens, the same of teacher{of_which} and student"
+        yield Diagnosis("", "ok", what)
 
 
 # --- Prompts ------------------------------------------------------------------------------------

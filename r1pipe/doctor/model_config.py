@@ -18,7 +18,7 @@ def find_stage_config(stage: Stage, recipe: Recipe) -> PretrainedConfig:
             raise ValueError(f'the stage "{stage.name}" makes no checkpoint')
         return find_config(stage.weights_from, recipe)
     if stage.taught_by:
-        teacher = find_config(stage.taught_by, recipe).get_text_config()
+        teacher = find_config(stage.taught_by[0], recipe).get_text_config()
         settings = {"vocab_size": teacher.vocab_size, **settings}
     return make_config(settings)
 

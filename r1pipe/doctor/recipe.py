@@ -16,7 +16,12 @@ from huggingface_hub import constants
 from r1pipe.config.base import Stage
 from r1pipe.config.recipe import Recipe
 from r1pipe.config.rl import OnPolicy
-from r1pipe.doctor.data_checks import examine_data, examine_functions, examine_golds
+from r1pipe.doctor.data_checks import (
+    examine_data,
+    examine_functions,
+    examine_golds,
+    examine_teachers,
+)
 from r1pipe.doctor.disk_checks import examine_disk, examine_folder
 from r1pipe.doctor.inputs import Inputs
 from r1pipe.doctor.machine import Diagnosis, examine_sandbox
@@ -39,6 +44,7 @@ STAGE_CHECKS: dict[str, Check] = {
     "rewards and loss": examine_functions,
     "data": examine_data,
     "golds": examine_golds,
+    "teachers": examine_teachers,
     "architecture": examine_architecture,
     "memory": examine_memory,
 }

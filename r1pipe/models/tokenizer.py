@@ -267,23 +267,24 @@ def encode_completion(
 
 def require_same_vocabulary(
     stage: OnPolicyDistill,
+    name: str,
     teacher: PreTrainedTokenizerBase,
     student: PreTrainedTokenizerBase,
     teacher_end_ids: list[int],
     student_end_ids: list[int],
 ) -> None:
-    """Raises UserError naming the first token that differs, or an end token of the teacher's at
-    which the student does not stop."""
+    """`name`: the teacher's. Raises UserError naming the first token that differs, or an end token
+    of the teacher's at which the student does not stop."""
     if difference := find_difference(teacher, student):
         raise UserError(
-            f'stage "{stage.name}": teacher {stage.from_} and student {stage.student} have not the '
+            f'stage "{stage.name}": teacher {name} and student {stage.student} have not the '
             f"same vocabulary: {difference}; take a student of the teacher's family, or teach it "
             "off-policy, by a distill stage"
         )
     end = find_end_id(teacher, teacher_end_ids)
     if end not in student_end_ids:
         raise UserError(
-            f'stage "{stage.name}": teacher {stage.from_} ends with '
+            f'stage "{stage.name}": teacher {name} ends with '
             f"{teacher.convert_ids_to_tokens(end)!r}, at which student {stage.student} does not "
             "stop: add it to eos_token_id in the student's generation_config.json"
         )

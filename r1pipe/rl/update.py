@@ -22,6 +22,9 @@ from r1pipe.utils.phases import phase
 Check = Callable[[dict[str, float]], bool | None]
 """Whether to skip the update, by its metrics; raises if the run must end."""
 
+COUNT = "tokens of "
+"""See `UpdateLog.metrics`."""
+
 
 class Updater(PackedTrainer):
     """Updates a policy, sharded or not, on its own samples, and compares it with the sampler.
@@ -299,14 +302,18 @@ class UpdateLog:
 
     def metrics(self) -> dict[str, float]:
         """Means over completion tokens, of loss and gradient norm over optimizer steps; and the
-        number of prompt and completion tokens trained on. Over all ranks, which must all call
-        it."""
+        number of prompt and completion tokens trained on. A sum over some of the tokens has their
+        number beside it, named `COUNT` + its own name. Over all ranks, which must all call it."""
         own = (self._num_tokens, self._num_model_tokens, self._grad_norm_sum)
         counts, model_counts, grad_norm_sums = zip(*distributed.gather(own))
         num_tokens, num_model_tokens = sum(counts), sum(model_counts)
+        sums = distributed.sum_counts(self._sums)
+        counts_by_name = {"loss": self._num_steps}
+        for name in [name for name in sums if name.startswith(COUNT)]:
+            counts_by_name[name.removeprefix(COUNT)] = int(sums.pop(name))
         metrics = {
-            name: value / max(1, self._num_steps if name == "loss" else num_tokens)
-            for name, value in distributed.sum_counts(self._sums).items()
+            name: value / max(1, counts_by_name.get(name, num_tokens))
+            for name, value in sums.items()
         }
         if self._num_steps:
             metrics["grad_norm"] = grad_norm_sums[0] / self._num_steps

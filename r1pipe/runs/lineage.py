@@ -207,7 +207,9 @@ def find_sources(package: str) -> dict[str, str]:
 
 def list_checkpoints(settings: dict[str, Any]) -> list[str]:
     """Models that a stage of these settings reads: stages' names, folders, hub ids."""
-    names = [settings.get("from"), settings.get("student"), *settings.get("checkpoints", ())]
+    teachers = dict.fromkeys(settings.get("teachers", {}).values())
+    start = (settings.get("from"), *teachers, settings.get("student"))
+    names = [*start, *settings.get("checkpoints", ())]
     return [name for name in names if isinstance(name, str)]
 
 

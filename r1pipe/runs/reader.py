@@ -72,7 +72,7 @@ class StageFolder:
         if section.measures:
             return []
         traces = [source.stage for source in section.problem_sets()]
-        parents = (section.weights_from, section.taught_by, *traces)
+        parents = (section.weights_from, *section.taught_by, *traces)
         return list(dict.fromkeys(parent for parent in parents if parent is not None))
 
     def read_summary(self) -> list[dict[str, Any]]:

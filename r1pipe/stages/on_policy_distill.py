@@ -2,9 +2,9 @@
 
     r1pipe on_policy_distill configs/on_policy.yaml
 
-The student samples with vLLM, the teacher reads every sample, and at each token the student's
-distribution is pulled to the teacher's: GKD with lambda = 1, by the reverse KL unless `beta` says
-otherwise (papers and equation: trainer/divergence.py).
+The student samples with vLLM, the teacher (of several: the problem's own) reads every sample, and
+at each token the student's distribution is pulled to the teacher's: GKD with lambda = 1, by the
+reverse KL unless `beta` says otherwise (papers and equation: trainer/divergence.py).
 
 TRL's DistillationTrainer (1.16) has the same loss, but pads, takes vocabularies of equal size for
 equal, and has no bit-equal resume, comparison of sampler and trainer, or routing replay.
@@ -23,12 +23,13 @@ from r1pipe.models.tokenizer import (
 )
 from r1pipe.rl.collect import Collector
 from r1pipe.rl.curriculum import Prompts
-from r1pipe.rl.distill_update import DistillUpdater, TeacherModel
+from r1pipe.rl.distill_update import DistillUpdater, TeacherModel, route_problems
 from r1pipe.rl.loop import BestMetric, run_steps
 from r1pipe.rl.replay import replay_steps
 from r1pipe.rollout.scoring import Scorer
 from r1pipe.trainer.fsdp import load_sharded
 from r1pipe.trainer.policy import Policy
+from r1pipe.types import Problem
 
 BEST = BestMetric("divergence", is_cost=True)
 
@@ -37,6 +38,7 @@ def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
     """Train the student; write its checkpoint, metrics.jsonl and rollouts."""
     scorer = Scorer(stage.rewards)
     problems = context.load_training_problems(stage)
+    route_problems(stage, problems)  # before an engine starts
     check_vocabularies(stage, context)
     sleep = context.recipe.sleep_level(stage, context.device.type)
     sampler = context.engines.open(
@@ -45,8 +47,11 @@ def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
     prompts = sampler.encode(problems, stage.max_completion_length)
 
     sampler.sleep()
-    updater = make_updater(stage, context)
-    context_size = updater.teacher.model.config.get_text_config().max_position_embeddings
+    updater = make_updater(stage, context, problems)
+    context_size = min(
+        teacher.model.config.get_text_config().max_position_embeddings
+        for teacher in updater.teachers.values()
+    )
     for problem, ids in zip(problems, prompts, strict=True):
         check_length(problem, len(ids), stage.max_completion_length, context_size)
     collector = Collector(stage, sampler, scorer, Prompts(problems, context.recipe.seed))
@@ -58,28 +63,40 @@ def replay(
 ) -> dict[str, Any]:
     """See `replay_steps`."""
     check_vocabularies(stage, context)
-    return replay_steps(stage, context, make_updater(stage, context), BEST, source, steps)
+    # The rollouts do not say who taught them.
+    problems = context.load_training_problems(stage) if stage.teachers else []
+    updater = make_updater(stage, context, problems)
+    return replay_steps(stage, context, updater, BEST, source, steps)
 
 
 def check_vocabularies(stage: OnPolicyDistill, context: StageContext) -> None:
-    teacher, student = context.checkpoint(stage.from_), context.checkpoint(stage.student)
-    tokenizers = [context.tokenizer(place) for place in (teacher, student)]
-    end_ids = [
-        join_end_ids(tokenizer, read_end_ids(place))
-        for tokenizer, place in zip(tokenizers, (teacher, student))
-    ]
-    require_same_vocabulary(stage, *tokenizers, *end_ids)
+    for name in stage.taught_by:
+        places = context.checkpoint(name), context.checkpoint(stage.student)
+        tokenizers = [context.tokenizer(place) for place in places]
+        end_ids = [
+            join_end_ids(tokenizer, read_end_ids(place))
+            for tokenizer, place in zip(tokenizers, places)
+        ]
+        require_same_vocabulary(stage, name, *tokenizers, *end_ids)
 
 
-def make_updater(stage: OnPolicyDistill, context: StageContext) -> DistillUpdater:
+def make_updater(
+    stage: OnPolicyDistill, context: StageContext, problems: list[Problem]
+) -> DistillUpdater:
     place = (context.device, context.recipe.attn_implementation)
     dtype = context.recipe.dtype
+    student = load_sharded(context.checkpoint(stage.student), *place, Policy, dtype=dtype)
+    models = {
+        name: load_sharded(
+            context.checkpoint(name), *place, TeacherModel, dtype=dtype, trained=False
+        )
+        for name in stage.taught_by
+    }
     return DistillUpdater(
-        load_sharded(context.checkpoint(stage.student), *place, Policy, dtype=dtype),
-        load_sharded(
-            context.checkpoint(stage.from_), *place, TeacherModel, dtype=dtype, trained=False
-        ),
+        student,
+        {value: models[name] for value, name in (stage.teachers or {"": stage.from_}).items()},
         stage,
         dtype=dtype,
         seed=context.recipe.seed,
+        routes=route_problems(stage, problems),
     )

@@ -131,3 +131,66 @@ def test_another_vocabulary_is_refused(
     assert "by a distill stage" in line
     assert "Traceback" not in result.stderr
     assert not list((recipe.parent / "runs" / "other").glob(f"*{STAGE}*"))
+
+
+@pytest.fixture(scope="module")
+def merging(finished: tuple, recipe: Path) -> Path:
+    """The same stage with two teachers of the finished run, by the problems' category."""
+    run_dir, _ = finished
+    values = yaml.safe_load(recipe.read_text())
+    values["name"] = "merged"
+    [stage] = values["stages"]
+    del stage["from"]
+    teachers = {"2 steps": "sft", "3 steps": "grpo", "4 steps": "sft"}
+    stage["teachers"] = {value: str(run_dir / name) for value, name in teachers.items()}
+    stage |= {"teacher_field": "category", "max_steps": 2}
+    path = recipe.with_name("merged.yaml")
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    return path
+
+
+def test_two_teachers_of_one_student(merging: Path) -> None:
+    """Each step's divergence is that of all tokens and of each value's; a killed run resumes, and
+    rollouts are replayed, bit by bit. All teachers are in the lineage."""
+    result = run(STAGE, merging)
+    assert result.returncode == 0, result.stderr[-3000:]
+    merged = merging.parent / "runs" / "merged"
+    rows = read_lines(merged / STAGE / "metrics.jsonl")
+    for row in rows:
+        parts = [value for name, value in row.items() if name.startswith("divergence/")]
+        assert len(parts) >= 2
+        assert min(parts) < row["divergence"] < max(parts)
+    lineage = json.loads((merged / STAGE / "lineage.json").read_text())
+    names = [Path(entry["name"]).name for entry in lineage["inputs"]["checkpoints"]]
+    assert names == ["sft", "grpo", "distill"]
+    assert run("verify", merged).stdout == f"ok  {STAGE}\n"
+
+    killed = merged.with_name("merged-killed")
+    more = ("--set", f"name={killed.name}", "--set", f"stages.{STAGE}.save_steps=1")
+    run_and_kill("updating", 1, 0.01, killed / f".{STAGE}.partial", STAGE, merging, *more)
+    result = run(STAGE, merging, *more)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "resumes after step 1" in result.stderr
+    assert_equal(merged / STAGE, killed / STAGE)
+
+    result = run(STAGE, merging, "--replay", "1:2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    replay = merged / f"{STAGE}-replay"
+    again = read_lines(replay / "metrics.jsonl")
+    assert [row["divergence"] for row in again] == [row["divergence"] for row in rows]
+    weights = [(merged / name / "model.safetensors").read_bytes() for name in (STAGE, replay.name)]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("options", [[], ["--skip-doctor"]])
+def test_a_row_that_nobody_teaches_is_refused(options: list[str], merging: Path) -> None:
+    """In one line, before vLLM is started, by the doctor and by the stage."""
+    teacher = yaml.safe_load(merging.read_text())["stages"][0]["teachers"]["2 steps"]
+    only = f"stages.{STAGE}.teachers={{2 steps: {teacher}}}"
+    result = run(STAGE, merging, "--set", "name=other", "--set", only, *options)
+    assert result.returncode == 2, result.stderr[-3000:]
+    line = result.stderr.splitlines()[-1]
+    assert "no teacher for category" in line
+    assert "teachers has 2 steps:" in line
+    assert "Traceback" not in result.stderr
+    assert not list((merging.parent / "runs" / "other").glob(f"*{STAGE}*"))

@@ -64,6 +64,8 @@ def stages_with(index: int, **changes: object) -> list[dict]:
 ON_POLICY = {"kind": "on_policy_distill", "from": "sft", "num_generations": 1, "loss_type": None}
 """In the place of the demo's grpo stage."""
 
+SEVERAL = {**ON_POLICY, "from": None, "teachers": {"math": "sft"}}
+
 
 A = {"recipe": "a"}
 
@@ -150,6 +152,26 @@ MISTAKES = [
     (
         {"stages": stages_with(2, **ON_POLICY, student="sft", beta=1.5)},
         ["stages.on_policy_distill.beta", "1.5"],
+    ),
+    (
+        {"stages": stages_with(2, **ON_POLICY, student="sft", teachers={"math": "sft"})},
+        ["stages.on_policy_distill", "either from or teachers"],
+    ),
+    (
+        {"stages": stages_with(2, **{**ON_POLICY, "from": None}, student="sft")},
+        ["stages.on_policy_distill", "either from or teachers"],
+    ),
+    (
+        {"stages": stages_with(2, **SEVERAL, student="sft")},
+        ["stages.on_policy_distill", "teacher_field"],
+    ),
+    (
+        {"stages": stages_with(2, **{**SEVERAL, "teachers": {"": "sft"}}, student="sft")},
+        ["stages.on_policy_distill", "an empty value"],
+    ),
+    (
+        {"stages": stages_with(2, **ON_POLICY, student="sft", teacher_field="kind")},
+        ["stages.on_policy_distill", "teacher_field does nothing without teachers"],
     ),
 ]
 

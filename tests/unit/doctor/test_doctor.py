@@ -146,6 +146,22 @@ def test_vocabularies_of_teacher_and_student(project: Path, tmp_path: Path) -> N
         Preflight(load(), LARGE, load().stages, ProblemSets(load().run_dir))
 
 
+def test_who_teaches_the_rows(project: Path) -> None:
+    values = yaml.safe_load(Path("mine.yaml").read_text())
+    stage = values["stages"][0]
+    stage |= {"kind": "on_policy_distill", "name": "merged", "num_generations": 1}
+    stage |= {"student": "model", "teacher_field": "kind"}
+    model = stage.pop("from")
+    for taught, trouble in (
+        (["math"], None),
+        (["math", "code"], "warn: problems of each: code 0, math 3"),
+        (["code"], r'FAIL: stage "merged": problem "\S+": no teacher for kind \'math\''),
+    ):
+        stage["teachers"] = dict.fromkeys(taught, model)
+        Path("mine.yaml").write_text(yaml.safe_dump(values))
+        assert re.match(str(trouble), find_trouble(examine()).get("merged: teachers", "None"))
+
+
 def test_the_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """In a fresh clone: what needs a checkpoint is left for later, nothing else."""
     recipe = load_recipe(ROOT / "configs" / "demo.yaml", [f"runs_dir={tmp_path}"])

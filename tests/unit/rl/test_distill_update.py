@@ -157,7 +157,7 @@ def make_updater(
     values = {"temperature": T, "learning_rate": 1e-3, "max_grad_norm": 1e9, **changes}
     settings = make_on_policy_distill(**values)
     own, theirs = Policy(copy.deepcopy(student)), TeacherModel(copy.deepcopy(teacher))
-    return DistillUpdater(own, theirs, settings, dtype="float32", seed=0)
+    return DistillUpdater(own, {"": theirs}, settings, dtype="float32", seed=0)
 
 
 def accept(metrics: dict[str, float]) -> None: ...
@@ -258,7 +258,7 @@ def test_where_the_student_comes_from(tmp_path: Path) -> None:
     settings = stage.model_dump(mode="json", by_alias=True)
     record = {"stage": "taught", "kind": stage.kind, "settings": settings}
     finished = StageFolder(tmp_path, record)
-    assert (finished.section.weights_from, finished.section.taught_by) == ("start", "rl")
+    assert (finished.section.weights_from, finished.section.taught_by) == ("start", ["rl"])
     assert finished.parents == ["start", "rl"]
     assert list_checkpoints(settings) == ["rl", "start"]
     (tmp_path / "stage.json").write_text(json.dumps(record))
@@ -296,15 +296,15 @@ DIFFERENCES = {
 def test_another_vocabulary_is_refused(tokenizer: PreTrainedTokenizerBase, case: str) -> None:
     stage = make_on_policy_distill(name="taught")
     ends = [tokenizer.eos_token_id], [tokenizer.eos_token_id]
-    require_same_vocabulary(stage, tokenizer, copy.deepcopy(tokenizer), *ends)
+    require_same_vocabulary(stage, "x", tokenizer, copy.deepcopy(tokenizer), *ends)
     with pytest.raises(UserError, match=DIFFERENCES[case]) as error:
-        require_same_vocabulary(stage, tokenizer, change_tokenizer(tokenizer, case), *ends)
+        require_same_vocabulary(stage, "x", tokenizer, change_tokenizer(tokenizer, case), *ends)
     chatty = copy.deepcopy(tokenizer)
     chatty.chat_template = chatty.chat_template.replace("<|end|>", "<|user|>")
     both = chatty.convert_tokens_to_ids(["<|end|>", "<|user|>"])
-    require_same_vocabulary(stage, chatty, tokenizer, both, both)
+    require_same_vocabulary(stage, "x", chatty, tokenizer, both, both)
     with pytest.raises(UserError, match=r"ends with '<\|user\|>', at which student y does not"):
-        require_same_vocabulary(stage, chatty, tokenizer, both, ends[1])
+        require_same_vocabulary(stage, "x", chatty, tokenizer, both, ends[1])
     line = str(error.value)
     assert line.startswith('stage "taught": teacher x and student y have not the same vocabulary: ')
     assert "by a distill stage" in line

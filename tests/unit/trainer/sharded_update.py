@@ -77,7 +77,12 @@ def begin(
         reference = load_sharded(
             taught_by, device, "sdpa", TeacherModel, dtype=dtype, trained=False
         )
-        updater = DistillUpdater(policy, reference, settings, dtype=dtype, seed=0)
+        teachers = {"": reference}
+        if settings.teachers:
+            other = load_sharded(start, device, "sdpa", TeacherModel, dtype=dtype, trained=False)
+            teachers = {"math": reference, "code": other}
+        routes = case["routes"]
+        updater = DistillUpdater(policy, teachers, settings, dtype=dtype, seed=0, routes=routes)
     else:
         reference = load_sharded(start, device, "sdpa", Policy, dtype=dtype, trained=False)
         kept = reference if settings.beta else None

@@ -60,6 +60,19 @@ CASES = {
         {"kind": "on_policy_distill", "steps_per_generation": 4},
         (5, 0),
     ),
+    # By two teachers: minibatches in which a rank has nothing of one of them.
+    "merged": (
+        "qwen3",
+        {},
+        {
+            "kind": "on_policy_distill",
+            "from": None,
+            "teachers": {"math": "x", "code": "z"},
+            "teacher_field": "kind",
+            "steps_per_generation": 4,
+        },
+        (8, 3),
+    ),
 }
 FLOAT32 = [name for name in CASES if name != "bf16"]
 
@@ -116,10 +129,12 @@ def run_cases(folder: Path, device: str) -> tuple[Path, dict]:
         save_checkpoint(start, tokenizer, checkpoint)
         teacher = build_model({**MODELS[model], **changes}, tokenizer, 1)
         save_checkpoint(teacher, tokenizer, folder / f"{name}-teacher")
+        routes = {s.rollout.problem_id: "math" if n % 3 else "code" for n, s in enumerate(samples)}
         cases[name] = {
             "dtype": "float32" if name in FLOAT32 else "bfloat16",
             "settings": make_stage(micro_batch_tokens=200, max_grad_norm=0.1, **settings),
             "samples": (samples[:first], samples[first : first + second]),
+            "routes": routes,
         }
     (folder / "cases.pickle").write_bytes(pickle.dumps(cases))
     result = run_ranks("sharded_update.py", folder, device)
@@ -195,7 +210,12 @@ def make_updater(folder: Path, name: str, case: dict) -> Updater:
         teacher = TeacherModel(
             load_model(str(folder / f"{name}-teacher"), CPU).requires_grad_(False)
         )
-        return DistillUpdater(model, teacher, settings, dtype=dtype, seed=0)
+        teachers = {"": teacher}
+        if settings.teachers:
+            other = TeacherModel(copy.deepcopy(model).requires_grad_(False))
+            teachers = {"math": teacher, "code": other}
+        routes = case["routes"]
+        return DistillUpdater(model, teachers, settings, dtype=dtype, seed=0, routes=routes)
     reference = copy.deepcopy(model) if settings.beta else None
     return GrpoUpdater(model, reference, settings, dtype=dtype, seed=0)
 
