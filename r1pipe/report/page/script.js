@@ -154,7 +154,7 @@ function hide(section) { $(section).hidden = true; }
 
 const CHARTS = [
   ["reward", (n) => n === "reward" || (n.startsWith("rewards/") && n.endsWith("/mean"))],
-  ["divergence from the teacher, nats per token", (n) => n === "divergence"],
+  ["divergence from the teacher, nats per token", (n) => n === "divergence" || n.startsWith("divergence/")],
   ["tokens per completion", (n) => n === "completions/mean_length"],
   ["entropy, nats", (n) => n === "entropy"],
   ["KL to the reference", (n) => n === "kl"],

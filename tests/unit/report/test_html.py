@@ -267,6 +267,19 @@ def test_filters_outlive_a_reload(page: Browser) -> None:
 
 
 @needs_browser
+def test_teachers_share_a_chart(browser: Browser, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    rows = [
+        {"step": step, "divergence": 2 / step, "divergence/math": 1 / step, "divergence/zh": 3}
+        for step in (1, 2, 3)
+    ]
+    write_jsonl(run / "grpo" / "metrics.jsonl", rows)
+    browser.open(report.write_report(run, tmp_path / "report.html").as_uri(), READY)
+    lines = "document.querySelectorAll('.charts svg[aria-label^=divergence] path').length"
+    assert browser.evaluate(lines) == 3
+
+
+@needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone_shows_it_without_scrolling_sideways(page: Browser, scheme: str) -> None:
     page.prefer(scheme)
