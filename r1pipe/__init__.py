@@ -30,5 +30,8 @@ def put_working_folder_last() -> None:
 
 
 put_own_packages_first()
-# OpenMP reads it once, when torch is imported: waiting threads sleep. See utils/threads.py.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# OpenMP reads it once, when torch is imported: threads that wait spin for about 0.1 ms and then
+# sleep. See utils/threads.py.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+    os.environ.setdefault("KMP_BLOCKTIME", "1")

@@ -1,8 +1,9 @@
 """How many CPU threads a run computes with. Imports no torch.
 
 Two threads that spin while they wait, on two cores of which others use one, are up to 40 times
-slower than one thread (docs/log.md). So waiting threads sleep (r1pipe/__init__.py), and a run takes
-as many as the machine has cores to spare when it begins. It keeps that number: float sums, and with
+slower than one thread; threads that never spin are 2.5 times slower than spinning ones when both
+cores are free (docs/log.md). So they spin for a moment (r1pipe/__init__.py), and a run takes as
+many as the machine has cores to spare when it begins. It keeps that number: float sums, and with
 them weights, differ in their last bits between numbers of threads.
 """
 

@@ -133,7 +133,9 @@ def run(tmp_path: Path, checkpoint: Path) -> Path:
 
 
 def start(hub: FakeHub, target: Path, *options: object, token: str = TOKEN) -> subprocess.Popen:
-    environment = {name: v for name, v in os.environ.items() if not name.startswith("HF_")}
+    # Without what an engine of another test in this process has set.
+    foreign = ("HF_", "TORCHDYNAMO_", "VLLM_")
+    environment = {name: v for name, v in os.environ.items() if not name.startswith(foreign)}
     environment |= {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",
@@ -540,7 +542,9 @@ def test_examples_of_the_card_run(
     _, text = read_card(hub.repos["model", "ana/mini"].files)
     code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number]
     (tmp_path / "example.py").write_text(code)
-    environment = {name: v for name, v in os.environ.items() if not name.startswith("HF_")}
+    # Without what an engine of another test in this process has set.
+    foreign = ("HF_", "TORCHDYNAMO_", "VLLM_")
+    environment = {name: v for name, v in os.environ.items() if not name.startswith(foreign)}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
     result = subprocess.run(
         [sys.executable, tmp_path / "example.py"],

@@ -81,14 +81,19 @@ def test_usage_counts_what_this_process_does() -> None:
     assert now.machine > start.machine
 
 
-def test_waiting_threads_sleep() -> None:
-    """The policy that OpenMP itself has read, in a process that imports r1pipe and then torch."""
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    shown = subprocess.run(
-        [sys.executable, "-c", "import r1pipe, torch"],
-        env={**environment, "OMP_DISPLAY_ENV": "true"},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr
-    assert "OMP_WAIT_POLICY = 'PASSIVE'" in shown
+def test_waiting_threads_sleep_after_a_moment() -> None:
+    """What OpenMP itself has read, in a process that imports r1pipe and then torch."""
+    policy = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in policy}
+    shown = [
+        subprocess.run(
+            [sys.executable, "-c", "import r1pipe, torch"],
+            env={**environment, **own, "OMP_DISPLAY_ENV": "verbose"},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stderr
+        for own in ({}, {"OMP_WAIT_POLICY": "passive"})
+    ]
+    assert "GOMP_SPINCOUNT = '3000'" in shown[0]
+    assert "GOMP_SPINCOUNT = '0'" in shown[1]  # the user's policy
