@@ -70,4 +70,5 @@ def count_requests(rewards: Iterable[Reward]) -> dict[str, Any] | None:
     spent = [judge.count_spent() for judge in booked.values()]
     if not spent:
         return None
-    return {name: sum(getattr(part, name) for part in spent) for name in spent[0]._fields}
+    names = spent[0].__annotations__
+    return {name: sum(getattr(part, name) for part in spent) for name in names}

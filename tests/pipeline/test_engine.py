@@ -347,9 +347,14 @@ def test_a_kept_prefix_cache_is_an_error(opened: tuple, monkeypatch: pytest.Monk
 
 
 def test_no_step_is_in_flight_after_sampling(
-    tokenizer: object, problems: list[Problem], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engines: Engines,
+    tokenizer: object,
+    problems: list[Problem],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Asynchronous scheduling, vLLM's default on GPUs, which only the CPU's platform turns off."""
+    engines.close()  # an engine that ends takes the process groups of all with it
     from vllm.platforms.cpu import CpuPlatform
 
     check = CpuPlatform.check_and_update_config.__func__

@@ -21,10 +21,11 @@ SMALL = (
     "stages.rl_final.max_steps=2",
     "stages.rl_final.prompts_per_step=8",
     "stages.rl_final.data.options.size=100",
-    "stages.student_small.data.options.size=100",
+    # Of the samples of such a policy one in a hundred is right.
+    "stages.student_small.data.options.size=400",
     "stages.student_small.traces.num_generations=2",
     "stages.student_small.train.max_steps=2",
-    "stages.student_large.data.options.size=100",
+    "stages.student_large.data.options.size=400",
     "stages.student_large.traces.num_generations=2",
     "stages.student_large.train.max_steps=2",
     "stages.eval.num_samples=2",
