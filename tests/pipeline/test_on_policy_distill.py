@@ -90,14 +90,19 @@ def test_what_the_run_shows(taught: Path) -> None:
     assert '"divergence"' in taught.with_suffix(".html").read_text()
 
 
-def test_a_killed_stage_resumes_bit_equal(taught: Path, recipe: Path) -> None:
-    other = taught.with_name("taught-killed")
-    more = ("--set", f"name={other.name}", "--set", f"stages.{STAGE}.save_steps=1")
-    run_and_kill("updating", 2, 0.01, other / f".{STAGE}.partial", STAGE, recipe, *more)
+def kill_and_resume(made: Path, recipe: Path, step: int) -> None:
+    """The stage once more, killed in the update after `step`: it ends as in the run `made`."""
+    killed = made.with_name(f"{made.name}-killed")
+    more = ("--set", f"name={killed.name}", "--set", f"stages.{STAGE}.save_steps=1")
+    run_and_kill("updating", step, 0.01, killed / f".{STAGE}.partial", STAGE, recipe, *more)
     result = run(STAGE, recipe, *more)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "resumes after step 2" in result.stderr
-    assert_equal(taught / STAGE, other / STAGE)
+    assert f"resumes after step {step}" in result.stderr
+    assert_equal(made / STAGE, killed / STAGE)
+
+
+def test_a_killed_stage_resumes_bit_equal(taught: Path, recipe: Path) -> None:
+    kill_and_resume(taught, recipe, 2)
 
 
 def test_replayed_rollouts_give_the_same_losses_and_weights(taught: Path, recipe: Path) -> None:
@@ -165,13 +170,7 @@ def test_two_teachers_of_one_student(merging: Path) -> None:
     assert names == ["sft", "grpo", "distill"]
     assert run("verify", merged).stdout == f"ok  {STAGE}\n"
 
-    killed = merged.with_name("merged-killed")
-    more = ("--set", f"name={killed.name}", "--set", f"stages.{STAGE}.save_steps=1")
-    run_and_kill("updating", 1, 0.01, killed / f".{STAGE}.partial", STAGE, merging, *more)
-    result = run(STAGE, merging, *more)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "resumes after step 1" in result.stderr
-    assert_equal(merged / STAGE, killed / STAGE)
+    kill_and_resume(merged, merging, 1)
 
     result = run(STAGE, merging, "--replay", "1:2")
     assert result.returncode == 0, result.stderr[-3000:]
