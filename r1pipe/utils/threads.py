@@ -82,7 +82,9 @@ def threads_in_use() -> int:
 def settle_threads(run_dir: Path) -> None:
     """Compute with as many threads as the run began with, or, if it begins now, as there are cores
     that others leave; with OMP_NUM_THREADS if the user has set it."""
-    if os.environ.get(VARIABLE):
+    if os.environ.get(VARIABLE) or "torch" in sys.modules:
+        # torch has read its number; another one would hold in this thread alone, and vLLM's kernels
+        # end a run whose threads differ.
         return
     note, cores = run_dir / ".threads", available_cores()
     count = read_count(note)
@@ -96,8 +98,6 @@ def settle_threads(run_dir: Path) -> None:
                 f"{cores} would take all"
             )
     os.environ[VARIABLE] = str(count)
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(count)
 
 
 def measure_others() -> float:

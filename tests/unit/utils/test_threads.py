@@ -14,7 +14,7 @@ def cores(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight of them, no quota, and OMP_NUM_THREADS not set by the user."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setattr(threads, "find_quota", lambda _: None)
-    monkeypatch.setitem(sys.modules, "torch", None)  # that of the tests keeps its number
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     monkeypatch.setenv(VARIABLE, "")
 
 
@@ -45,6 +45,15 @@ def test_the_users_number_stands(
     monkeypatch.setenv(VARIABLE, "6")
     settle_threads(tmp_path)
     assert os.environ[VARIABLE] == "6"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_number_that_torch_has_read_stands(
+    cores: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", object())
+    settle_threads(tmp_path)
+    assert not os.environ[VARIABLE]
     assert not list(tmp_path.iterdir())
 
 
