@@ -39,7 +39,9 @@ def read_jsonl(
         if lines is not None:
             lines.seek(begin)
         for number, line in enumerate(lines or (), 1):
-            if not line.strip() or (growing and not line.endswith(b"\n")):
+            if growing and not line.endswith(b"\n"):
+                return  # not to go on with the rest of it, which may have come by now
+            if not line.strip():
                 continue
             try:
                 row = json.loads(line)

@@ -7,7 +7,6 @@ says in which phases it was. A thread looks at the stacks of the others for that
 knows nothing of it.
 """
 
-import json
 import os
 import signal
 import sys
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from r1pipe.cli.main import main
 from r1pipe.runs.folder import find_steps
+from r1pipe.runs.logs import read_metrics
 
 # Phase: the function that is running in some thread, and its file.
 PHASES = {
@@ -42,9 +42,7 @@ def is_running(file: str, function: str) -> bool:
 
 def count_steps(folder: Path) -> int:
     """As far as the log and the checkpoints tell."""
-    log = folder / "metrics.jsonl"
-    lines = log.read_text().splitlines() if log.exists() else []
-    steps = [json.loads(line)["step"] for line in lines[-1:]]
+    steps = [row["step"] for row in read_metrics(folder)][-1:]
     return max([0, *steps, *find_steps(folder / "checkpoints")])
 
 

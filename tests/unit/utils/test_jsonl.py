@@ -1,5 +1,6 @@
 """JSON and JSONL files: what is missing or broken is one line that names the file and the row."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,20 @@ def test_of_a_growing_file_only_whole_lines_are_read(tmp_path: Path) -> None:
     assert [row for _, row in read_jsonl(path, growing=True, begin=9)] == [{"a": 2}]
     with pytest.raises(UserError, match="row 3: not JSON"):
         list(read_jsonl(path))
+
+
+def test_a_line_whose_end_comes_while_it_is_read_is_not_read_in_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Growing(io.BytesIO):
+        """A file whose last line is at first half written."""
+
+        def __next__(self) -> bytes:
+            line = super().__next__()
+            if line == b'{"a": \n':  # where the file ended a moment ago
+                return line[:-1]
+            return line
+
+    file = Growing(b'{"a": 1}\n{"a": \n2}\n')
+    monkeypatch.setattr(Path, "open", lambda path, mode: file)
+    assert [row for _, row in read_jsonl(tmp_path / "a", growing=True)] == [{"a": 1}]
