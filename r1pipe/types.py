@@ -1,5 +1,6 @@
 """The records that stages hand to each other: Problem, Rollout, Score. Imports no torch."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ class Problem:
     prompt: list[dict[str, str]]
     answer: str | None = None
     tests: Any = None
-    solution: str | None = None
+    solution: str | list[dict[str, Any]] | None = None
     source: str = ""
     category: str = ""
     extra: dict[str, Any] | None = None
@@ -26,6 +27,29 @@ class Problem:
     def question(self) -> str:
         """The user's messages as one text: what decontamination compares."""
         return "\n".join(m["content"] for m in self.prompt if m["role"] == "user")
+
+    @property
+    def trace(self) -> list[dict[str, Any]]:
+        """The solution as messages: one answer, or several turns with what tools said between."""
+        if isinstance(self.solution, str):
+            return [{"role": "assistant", "content": self.solution}]
+        return self.solution or []
+
+    @property
+    def trace_text(self) -> str:
+        """What the policy says in the solution, calls of tools as JSON."""
+        parts = []
+        for message in self.trace:
+            if message["role"] == "assistant":
+                calls = [call["function"] for call in message.get("tool_calls") or ()]
+                written = [json.dumps(call, separators=(",", ":")) for call in calls]
+                parts.append("\n".join(filter(None, [message["content"], *written])))
+        return "\n\n".join(parts)
+
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """JSON schemas that the trace's prompt shows: the column `tools`."""
+        return (self.extra or {}).get("tools")
 
 
 @dataclass(slots=True)
@@ -45,6 +69,8 @@ class Episode:
     ended: str = "done"
     error: str | None = None
     num_tool_calls: int = 0
+    num_malformed_calls: int = 0
+    """Answers that look like a call and cannot be read as one."""
 
     @property
     def num_turns(self) -> int:

@@ -51,7 +51,7 @@ def decontaminate(training: list[Problem], heldout: list[Problem], ngram: int) -
     """Drop training rows whose prompt or trace overlaps with a held-out problem."""
     index = OverlapIndex(heldout, ngram)
     in_prompts = index.find_texts([problem.question for problem in training])
-    in_traces = index.find_texts([problem.solution or "" for problem in training], are_traces=True)
+    in_traces = index.find_texts([problem.trace_text for problem in training], are_traces=True)
     kept = [p for p, a, b in zip(training, in_prompts, in_traces) if not a and not b]
     num_for_trace = sum(not a and bool(b) for a, b in zip(in_prompts, in_traces))
     return Decontaminated(kept, len(training) - len(kept), num_for_trace)
@@ -99,7 +99,7 @@ class OverlapIndex:
     def find_rows(self, rows: list[Problem]) -> list[set[str]]:
         """For each training row, the ids of the held-out problems that it overlaps with."""
         in_prompts = self.find_texts([row.question for row in rows])
-        in_traces = self.find_texts([row.solution or "" for row in rows], are_traces=True)
+        in_traces = self.find_texts([row.trace_text for row in rows], are_traces=True)
         return [a | b for a, b in zip(in_prompts, in_traces)]
 
     def find_texts(self, texts: Sequence[str], are_traces: bool = False) -> list[set[str]]:

@@ -35,7 +35,7 @@ DATA_DIRS = (Path("data"), SHIPPED)
 """Where a recipe's bare name is looked up: the working folder's data/, then ours."""
 
 COLUMNS = tuple(f.name for f in fields(Problem) if f.name != "extra")
-TEXTS = ("id", "kind", "answer", "solution", "source", "category")
+TEXTS = ("id", "kind", "answer", "source", "category")
 TAKEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -245,6 +245,7 @@ def check_row(row: object) -> Problem:
     if row["kind"] not in NEEDED:
         raise ValueError(f'kind "{row["kind"]}": there are {", ".join(NEEDED)}')
     check_prompt(row["prompt"])
+    check_solution(row.get("solution"))
     if is_missing(row.get(NEEDED[row["kind"]])):
         raise ValueError(f'(id {row["id"]}): no "{NEEDED[row["kind"]]}"')
     values = {c: row[c] for c in COLUMNS if c in row} | {"extra": extra or None}
@@ -257,6 +258,7 @@ def check_writable(values: dict) -> None:
     """Raises ValueError for values that cannot be written as JSON in UTF-8."""
     texts = [*(values.get(column) for column in TEXTS), *(m["content"] for m in values["prompt"])]
     others = [values.get("tests"), values["extra"], *(m for m in values["prompt"] if len(m) > 2)]
+    (texts if isinstance(solution := values.get("solution"), str) else others).append(solution)
     try:
         if any(others):
             texts.append(json.dumps(others, ensure_ascii=False))
@@ -300,6 +302,23 @@ def check_prompt(prompt: object) -> None:
         )
     if not any(m["role"] in ("user", "tool") and m["content"].strip() for m in prompt):
         raise ValueError("the prompt is empty: no message of the user has text")
+
+
+def check_solution(solution: object) -> None:
+    """Raises ValueError unless it is text, missing, or turns from the assistant's first to its
+    last."""
+    if not isinstance(solution, list):
+        if not isinstance(solution, str | None):
+            raise ValueError(f'"solution" is {type(solution).__name__}, not a string or messages')
+        return
+    for number, message in enumerate(solution, 1):
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            raise ValueError(f"message {number} of the solution: no role of {', '.join(ROLES)}")
+        if not isinstance(message.get("content"), str):
+            raise ValueError(f"message {number} of the solution: its content is not text")
+    ends = {message["role"] for message in (solution[:1] + solution[-1:])}
+    if ends != {"assistant"}:
+        raise ValueError("the solution begins and ends with the assistant's messages")
 
 
 def is_missing(value: object) -> bool:

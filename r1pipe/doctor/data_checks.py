@@ -87,7 +87,7 @@ def is_out_of_reach(error: BaseException | None) -> bool:
 def check_solutions(stage: Stage, source: ProblemSet, problems: Sequence[Problem]) -> None:
     """Raises UserError if the stage is to learn solutions that some problems lack, or to show more
     examples than there are."""
-    missing = [problem for problem in problems if not (problem.solution or "").strip()]
+    missing = [problem for problem in problems if not problem.trace_text.strip()]
     if source in stage.learnt_sets() and missing:
         raise UserError(
             f"{describe_source(source)}: {len(missing)} of {len(problems)} problems have no "
@@ -156,7 +156,7 @@ def examine_golds(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
         else:
             problem, score = trial.refused[0]
             got = ", ".join(f"{name} {value}" for name, value in score.rewards.items())
-            gold = repr(problem.answer or problem.solution)
+            gold = repr(problem.answer or problem.trace_text)
             yield Diagnosis(
                 "",
                 "FAIL" if trial.share < settings.min_gold_share else "warn",

@@ -80,7 +80,7 @@ def list_golds(problem: Problem) -> list[str]:
     if problem.answer:
         golds.append(f"<think>\nThe answer is known.\n</think>\n\\boxed{{{problem.answer}}}")
     if problem.solution:
-        golds.append(problem.solution)
+        golds.append(problem.trace_text)
     return golds
 
 

@@ -304,7 +304,7 @@ def find_long_trace(
     """A warning if the longest row, by characters, exceeds the model's context and is kept."""
 
     def count(problem: Problem) -> int:
-        return count_characters(problem) + len(problem.solution or "")
+        return count_characters(problem) + len(problem.trace_text)
 
     try:
         config = find_config(name, inputs.recipe).get_text_config()
@@ -316,7 +316,7 @@ def find_long_trace(
         return None
     problem = max(problems, key=count)
     length = len(encode_prompt(tokenizer, problem.prompt, f'problem "{problem.id}"'))
-    length += len(tokenizer.encode(problem.solution or "", add_special_tokens=False)) + 1
+    length += len(tokenizer.encode(problem.trace_text, add_special_tokens=False)) + 1
     if length <= context:
         return None
     return (

@@ -248,6 +248,7 @@ class Path:
         if parser and self.environment and self.environment.tools:
             message |= parser.parse(text, self.environment.tools)
             self.episode.num_tool_calls += len(message.get("tool_calls", ()))
+            self.episode.num_malformed_calls += "tool_call_error" in message
         return message
 
     def request(self) -> tuple[list[int], Any]:

@@ -12,7 +12,7 @@ from typing import Any
 from r1pipe.config.evals import EvalSampling
 from r1pipe.evals.statistics import clustered_interval, estimate_pass_at_k, paired_interval, vote
 from r1pipe.rollout.scoring import mean
-from r1pipe.types import Problem, Rollout, Score
+from r1pipe.types import Episode, Problem, Rollout, Score
 from rewards import extract_answer
 
 R1_NUM_SAMPLES = ((200, 64), (500, 16), (math.inf, 8))
@@ -130,8 +130,21 @@ def measure(
         "mean_tokens": round(mean([r.num_tokens for r in rollouts]), 1),
         "truncated": round(mean([r.truncated for r in rollouts]), 4),
         "unjudged": round(mean([s.rewards[reward] is None for s in scores]), 4),
+        **describe_calls([r.episode for r in rollouts if r.episode]),
         "by_category": split_by_category(results),
         "by_length": split_by_length(rollouts, right),
+    }
+
+
+def describe_calls(episodes: list[Episode]) -> dict[str, float]:
+    """Mean tool calls and malformed ones, and the share of episodes that call; empty outside an
+    environment."""
+    if not episodes:
+        return {}
+    return {
+        "tool_calls": round(mean([e.num_tool_calls for e in episodes]), 4),
+        "malformed_calls": round(mean([e.num_malformed_calls for e in episodes]), 4),
+        "calling": round(mean([e.num_tool_calls > 0 for e in episodes]), 4),
     }
 
 

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from r1pipe.evals.tables import LENGTH, group_by_set, list_rewards, read_on_policy_metrics
+from r1pipe.evals.tables import CALLING, LENGTH, group_by_set, list_rewards, read_on_policy_metrics
 from r1pipe.runs.folder import RunFolder
 from r1pipe.runs.logs import read_metrics
 
@@ -28,6 +28,8 @@ def plot_curves(run: RunFolder, summary: list[dict], path: Path) -> None:
         steps = [offset + row["step"] for row in metrics]
         lines = {name: (label, {}) for name, label in list_rewards(metrics).items()}
         totals = {"reward": "k--", "divergence": "r:"}
+        if any(row.get(CALLING) for row in metrics):
+            totals |= {CALLING: "m-."}
         for name, style in totals.items():
             if any(name in row for row in metrics):
                 lines[name] = (name, {"lw": 1, "ls": style[1:], "color": style[0]})

@@ -11,6 +11,8 @@ from r1pipe.runs.logs import read_metrics
 
 LENGTH = "completions/mean_length"
 """Metric: mean tokens of a step's completions."""
+CALLING = "episodes/calling"
+"""Metric: share of a step's episodes that call a tool."""
 COLUMNS: dict[str, Callable[[dict], str]] = {
     "checkpoint": lambda entry: entry["stage"],
     "pass@1": lambda entry: percent(entry["pass_at_1"]),
@@ -25,15 +27,30 @@ COLUMNS: dict[str, Callable[[dict], str]] = {
     "wall": lambda entry: "-" if entry["wall_s"] is None else f"{entry['wall_s']:.0f} s",
 }
 
+CALLS: dict[str, Callable[[dict], str]] = {
+    "calls": lambda entry: f"{entry['tool_calls']:.2f}",
+    "calling": lambda entry: percent(entry["calling"]),
+    "malformed": lambda entry: f"{entry['malformed_calls']:.2f}",
+}
+"""Where samples called tools, or tried to: calls per sample, samples that call, malformed calls."""
+
 
 def format_table(summary: list[dict]) -> str:
     """For each set of problems a table, with its protocol in the line below."""
     return "\n\n".join(
-        draw_table([list(COLUMNS), *([cell(e) for cell in COLUMNS.values()] for e in entries)])
+        draw_table([list(columns), *([cell(e) for cell in columns.values()] for e in entries)])
         + "\n\n"
         + describe_protocol(entries)
         for entries in group_by_set(summary)
+        for columns in [list_columns(entries)]
     )
+
+
+def list_columns(entries: list[dict]) -> dict[str, Callable[[dict], str]]:
+    calls = any(entry.get("tool_calls") or entry.get("malformed_calls") for entry in entries)
+    if not calls or not all("tool_calls" in entry for entry in entries):
+        return COLUMNS
+    return {**COLUMNS, **CALLS}
 
 
 def format_report(summary: list[dict], lengths: Sequence[str] = ()) -> str:

@@ -23,20 +23,31 @@ from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError, first_line
 
 CHAT_TEMPLATE = (
+    # A tool's signature, calculator(expression): its JSON schema would be a hundred tokens more.
+    "{% if tools %}<|tools|>{% for tool in tools %}{{ tool.function.name }}"
+    "({{ tool.function.parameters.properties | join(', ') }}){% endfor %}{% endif %}"
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}"
+    "{% for call in message.tool_calls %}<tool_call>"
+    "{{ {'name': call.function.name, 'arguments': call.function.arguments}"
+    " | tojson(separators=(',', ':')) }}</tool_call>{% endfor %}"
     "{% if message.role == 'assistant' %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 PAD, END, ROLES = "<|pad|>", "<|end|>", ("<|system|>", "<|user|>", "<|assistant|>")
 THINK = ("<think>", "</think>")
+TOOL_ROLES, CALL = ("<|tools|>", "<|tool|>"), ("<tool_call>", "</tool_call>")
+"""Of those who call tools; vLLM's parser `hermes` reads the calls."""
 SPECIAL = ("pad", "eos", "bos")
 
 TAIL = 16
 """Tokens at a prompt's end that are searched for an opened tag."""
 
 
-def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE with a chat template, an end token and `<think>`/`</think>`.
+def build_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, calls_tools: bool = False
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE with a chat template, an end token and `<think>`/`</think>`; for who
+    `calls_tools`, `<tool_call>`/`</tool_call>` as well.
 
     Words, numbers of up to three digits and single signs are split first, so a frequent number is
     one token. Decoding gives back any text exactly.
@@ -50,16 +61,17 @@ def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    roles, marks = ((*ROLES, *TOOL_ROLES), THINK + CALL) if calls_tools else (ROLES, THINK)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(THINK),
-        special_tokens=[PAD, END, *ROLES],
+        vocab_size=vocab_size - len(marks),
+        special_tokens=[PAD, END, *roles],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=END)
     # Not special tokens: decoding would drop them, and rewards read them.
-    wrapped.add_tokens(list(THINK))
+    wrapped.add_tokens(list(marks))
     wrapped.chat_template = CHAT_TEMPLATE
     return wrapped
 
@@ -191,6 +203,37 @@ def encode_next_prompt(
     if end in find_answer_frame(tokenizer)[1]:
         behind = behind.partition(end)[2]
     return tokenizer.encode(behind, add_special_tokens=False)
+
+
+def write_answer(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Messages,
+    end_id: int,
+    name: str = "the conversation",
+    tools: Messages | None = None,
+) -> str:
+    """The last of `messages` as the policy is to say it: its content or, with calls of tools, what
+    the chat template writes, up to its end token.
+
+    Raises UserError for a template that does not write a call where an answer begins."""
+    *before, message = messages
+    if not message.get("tool_calls"):
+        return message["content"]
+    options = {"tools": tools} if tools else {}
+    asked = apply_template(
+        tokenizer, before, name, add_generation_prompt=True, tokenize=False, **options
+    )
+    header, behind = find_answer_frame(tokenizer)
+    asked = asked.removesuffix(find_opened_tag(asked, header))
+    whole = apply_template(tokenizer, messages, name, tokenize=False, **options)
+    if not whole.startswith(asked):
+        raise UserError(
+            f"{name}: the chat template does not write a tool call where an answer begins: write "
+            "it into the content, as text"
+        )
+    end = tokenizer.convert_ids_to_tokens(end_id)
+    said = whole.removeprefix(asked)
+    return said.rpartition(end)[0] if end in behind else said
 
 
 def apply_template(

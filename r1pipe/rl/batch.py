@@ -68,12 +68,14 @@ def describe_values(name: str, by_group: list[list[float | None]]) -> dict[str, 
 
 
 def describe_episodes(episodes: list[Episode]) -> dict[str, float]:
-    """Mean turns and tool calls, and the shares that a limit or an error ended."""
+    """Mean turns and tool calls, the share that calls, and those that a limit or an error ended."""
     if not episodes:
         return {}
     return {
         "episodes/turns": fmean(episode.num_turns for episode in episodes),
         "episodes/tool_calls": fmean(episode.num_tool_calls for episode in episodes),
+        "episodes/malformed_calls": fmean(episode.num_malformed_calls for episode in episodes),
+        "episodes/calling": share(episode.num_tool_calls > 0 for episode in episodes),
         **{
             f"episodes/ended_by_{why}": share(episode.ended == why for episode in episodes)
             for why in ("turns", "tokens", "tool_time", "error")

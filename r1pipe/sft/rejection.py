@@ -86,7 +86,7 @@ def drop_flawed(
     """The traces that pass the filters. Raises UserError if none does."""
     kept, counts = [], Counter()
     for problem in problems:
-        if flaw := problem.solution and find_flaw(problem.solution, filters):
+        if flaw := problem.solution and find_flaw(problem.trace_text, filters):
             counts[flaw] += 1
         else:
             kept.append(problem)
@@ -126,7 +126,7 @@ def prepend_few_shot(
             for example in shown
             for message in (
                 *(m for m in example.prompt if m["role"] != "system"),
-                {"role": "assistant", "content": example.solution},
+                *example.trace,
             )
         ]
         system = [m for m in problem.prompt if m["role"] == "system"]

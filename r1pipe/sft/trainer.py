@@ -60,7 +60,7 @@ class SupervisedTrainer(PackedTrainer):
             range(len(traces)), [t.num_tokens for t in traces], distributed.world_size()
         )
         own = [traces[n].make_sample() for n, rank in shares.items() if rank == distributed.rank()]
-        num_targets = sum(len(trace.completion_ids) for trace in traces)
+        num_targets = sum(trace.num_targets for trace in traces)
         sums = {"loss": 0.0, "entropy": 0.0}
         for batch in self.batches(own):
             if batch is None:

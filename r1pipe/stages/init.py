@@ -16,8 +16,9 @@ from r1pipe.utils.progress import log_line
 def run(stage: Init, context: StageContext) -> dict[str, Any]:
     """Write a checkpoint with random weights."""
     problems = context.load_problems(stage.tokenizer.data)
-    texts = (f"{p.question}\n{p.solution or ''}" for p in problems)
-    tokenizer = build_tokenizer(texts, stage.tokenizer.vocab_size)
+    texts = (f"{p.question}\n{p.trace_text}" for p in problems)
+    calls_tools = any(p.tools for p in problems)
+    tokenizer = build_tokenizer(texts, stage.tokenizer.vocab_size, calls_tools=calls_tools)
     model = build_model(stage.model, tokenizer, context.recipe.seed)
     save_checkpoint(model, tokenizer, context.folder)
     num_parameters = sum(p.numel() for p in model.parameters())

@@ -101,11 +101,13 @@ function interval(entry) {
 
 function showAccuracy() {
   if (!data.summary.length) return hide("accuracy");
-  const columns = ["checkpoint", "data", "pass@1", "95% interval", "pass@k", "maj@k", "format", "tokens", "truncated", "overlap", "difference (paired 95% interval)"];
+  const calls = data.summary.some((e) => e.tool_calls || e.malformed_calls) ? ["calls", "calling", "malformed"] : [];
+  const columns = ["checkpoint", "data", "pass@1", "95% interval", "pass@k", "maj@k", "format", "tokens", "truncated", ...calls, "overlap", "difference (paired 95% interval)"];
   $("accuracy-table").append(table(columns, data.summary.map((e) => [
     e.stage, e.dataset, percent(e.pass_at_1), `${percent(e.ci_low)} – ${percent(e.ci_high)}`,
     percent(e.pass_at_k), percent(e.maj_at_k), percent(e.format_rate), format(e.mean_tokens),
-    percent(e.truncated), e.overlap == null ? "unknown" : percent(e.overlap), difference(e.compared_with)])));
+    percent(e.truncated), ...(calls.length ? [format(e.tool_calls), percent(e.calling), format(e.malformed_calls)] : []),
+    e.overlap == null ? "unknown" : percent(e.overlap), difference(e.compared_with)])));
   const e = data.summary[0];
   $("protocol").textContent = `${e.num_problems} problems × ${e.num_samples} samples, T = ${e.temperature}, ` +
     `top-p = ${e.top_p}, k = ${e.k}; interval clustered by problem; overlap with training data`;
@@ -156,6 +158,7 @@ const CHARTS = [
   ["reward", (n) => n === "reward" || (n.startsWith("rewards/") && n.endsWith("/mean"))],
   ["divergence from the teacher, nats per token", (n) => n === "divergence" || n.startsWith("divergence/")],
   ["tokens per completion", (n) => n === "completions/mean_length"],
+  ["tool calls per episode; share of episodes that call", (n) => ["tool_calls", "malformed_calls", "calling"].includes(n.replace("episodes/", ""))],
   ["entropy, nats", (n) => n === "entropy"],
   ["KL to the reference", (n) => n === "kl"],
   ["|log-prob difference|, sampler and trainer", (n) => n.startsWith("sampler/logprob_diff") || n === "sync/logprob_diff_mean", { log: true }],

@@ -1,5 +1,6 @@
 """Data recipes as files, and their rows."""
 
+import asyncio
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 
 import rewards
 from r1pipe.config.base import ProblemSet
-from r1pipe.data.problems import load_problems
+from r1pipe.data.problems import check_row, load_problems
+from r1pipe.envs.tools import ToolEnvironment
 from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError
 
@@ -81,6 +83,63 @@ def test_splits_share_no_sum() -> None:
         return {p.solution for p in load_arithmetic(size=2000, split=split)}
 
     assert not sums("train") & sums("test")
+
+
+def test_products_are_for_a_calculator() -> None:
+    """Their calls, by the tool itself, give the result and the answer that the trace has."""
+    problems = load_problems(ProblemSet(recipe="products", options={"size": 300}))
+    assert problems == load_problems(ProblemSet(recipe="products", options={"size": 300}))
+    for problem in problems:
+        call, result, last = problem.trace
+        (called,) = call["tool_calls"]
+        turn = asyncio.run(ToolEnvironment(problem).step({**call, "tool_calls": [written(called)]}))
+        assert turn.messages == [result]
+        assert last["content"] == f"\\boxed{{{result['content']}}}"
+        assert problem.tools == ToolEnvironment(problem).tools
+        told = re.findall(r"\d+", problem.question)
+        assert told == re.findall(r"\d+", called["function"]["arguments"]["expression"])
+    right = rewards.math_correct(
+        completions=[p.trace_text for p in problems], answer=[p.answer for p in problems]
+    )
+    assert right == [1.0] * 300
+
+
+def written(call: dict) -> dict:
+    """As a parser gives it: the arguments are JSON text."""
+    function = call["function"]
+    return {**call, "function": {**function, "arguments": json.dumps(function["arguments"])}}
+
+
+def test_products_guess_as_often_as_asked_and_splits_share_none() -> None:
+    def load(**options: object) -> list[Problem]:
+        return load_problems(ProblemSet(recipe="products", **options))
+
+    calling, mixed = load(options={"size": 1000}), load(options={"size": 1000, "guess_share": 0.7})
+    assert [(p.prompt, p.answer) for p in mixed] == [(p.prompt, p.answer) for p in calling]
+    guesses = [p for p in mixed if len(p.trace) == 1]
+    assert 0.64 < len(guesses) / 1000 < 0.76  # four standard errors around 0.7
+    assert all(p.trace_text == f"\\boxed{{{p.answer}}}" for p in guesses)
+    heldout = load(split="test", options={"size": 300})
+    assert not {p.trace_text for p in calling} & {p.trace_text for p in heldout}
+
+
+SAID = {"role": "assistant", "content": "2"}
+# a solution, words of the error
+UNREADABLE = [
+    (3, '"solution" is int, not a string or messages'),
+    (["2"], "message 1 of the solution: no role of"),
+    ([{"role": "oracle", "content": "2"}], "message 1 of the solution: no role of"),
+    ([SAID, {"role": "tool", "content": 3}, SAID], "message 2 of the solution: its content is not"),
+    ([{"role": "tool", "content": "2"}, SAID], "begins and ends with the assistant's messages"),
+    ([SAID, {"role": "tool", "content": "2"}], "begins and ends with the assistant's messages"),
+    ([{**SAID, "tool_calls": [{"x": {1}}]}], "cannot be written as JSON"),
+]
+
+
+@pytest.mark.parametrize(("solution", "words"), UNREADABLE)
+def test_a_trace_of_several_turns_is_checked(solution: object, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        check_row({**ROW, "solution": solution})
 
 
 def test_gsm8k_reads_the_hub_s_rows_and_separate_columns(tmp_path: Path) -> None:

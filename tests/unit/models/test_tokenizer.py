@@ -19,6 +19,7 @@ from r1pipe.models.tokenizer import (
     list_ids,
     load_tokenizer,
     read_end_ids,
+    write_answer,
 )
 from r1pipe.models.weights import save_checkpoint
 from r1pipe.rollout.engine import Sampler
@@ -258,6 +259,53 @@ def test_the_next_turn_adds_only_what_the_template_writes_behind_an_answer(
         messages = [*QUESTION, answer, USER, answer, added]
         ids = encode_next_prompt(tokenizer, messages, [tokenizer.eos_token_id])
         assert tokenizer.decode(ids) == expected, added
+
+
+CALLS = {
+    ("qwen3", "<|im_end|>"): "<think>\n\n</think>\n\nso\n<tool_call>\n"
+    '{"name": "add", "arguments": {"x": 1}}\n</tool_call>',
+    (
+        "qwen2_5",
+        "<|im_end|>",
+    ): 'so\n<tool_call>\n{"name": "add", "arguments": {"x": 1}}\n</tool_call>',
+    ("llama3_2", "<|eot_id|>"): '{"name": "add", "parameters": {"x": 1}}',
+    (None, "<|end|>"): 'so<tool_call>{"name":"add","arguments":{"x":1}}</tool_call>',
+}
+
+
+@pytest.mark.parametrize(("name", "end"), CALLS)
+def test_a_call_is_written_by_the_template(
+    tokenizer: PreTrainedTokenizerBase, name: str | None, end: str
+) -> None:
+    """Real templates' and our own: what the policy is to say, without what stands around it."""
+    if name:
+        tokenizer.add_special_tokens({"eos_token": end})
+        tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
+    call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    answer = {"role": "assistant", "content": "so", "tool_calls": [call]}
+    for before in (QUESTION, [*QUESTION, answer, TOOL]):
+        said = write_answer(tokenizer, [*before, answer], tokenizer.eos_token_id)
+        assert said == CALLS[name, end]
+    plain = {"role": "assistant", "content": " so "}
+    assert write_answer(tokenizer, [*QUESTION, plain], tokenizer.eos_token_id) == " so "
+
+
+def test_a_call_that_the_template_writes_elsewhere(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = "{{ messages | length }} " + tokenizer.chat_template
+    call = {"type": "function", "function": {"name": "add", "arguments": {"x": 1}}}
+    answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+    with pytest.raises(UserError, match="does not write a tool call where an answer begins"):
+        write_answer(tokenizer, [*QUESTION, answer], tokenizer.eos_token_id)
+
+
+def test_tools_have_tokens_of_their_own() -> None:
+    """Where some are called: a demo without tools keeps its vocabulary."""
+    tokenizer = build_tokenizer(["What is 1 + 2?"], 300, calls_tools=True)
+    for mark in ("<|tools|>", "<|tool|>", "<tool_call>", "</tool_call>", "<think>"):
+        assert len(tokenizer.encode(mark, add_special_tokens=False)) == 1
+    call = "<tool_call>{}</tool_call>"
+    assert tokenizer.decode(tokenizer.encode(call), skip_special_tokens=True) == call
+    assert "<tool_call>" not in build_tokenizer(["What is 1 + 2?"], 300).get_vocab()
 
 
 def test_a_template_without_answers_has_no_next_turn(tokenizer: PreTrainedTokenizerBase) -> None:
