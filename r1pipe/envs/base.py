@@ -12,7 +12,10 @@ from r1pipe.utils.imports import describe_failure, import_named
 Message = dict[str, Any]
 """As in a chat template: `role`, `content` and, of an assistant that calls tools, `tool_calls`."""
 
-ENVIRONMENTS = {"tools": "r1pipe.envs.tools.ToolEnvironment"}
+ENVIRONMENTS = {
+    "tools": "r1pipe.envs.tools.ToolEnvironment",
+    "trl": "r1pipe.envs.trl.TrlEnvironment",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,12 @@ class Turn:
 
 class Environment(Protocol):
     """One episode. Its methods run in the event loop that all episodes share: what takes long must
-    be awaited, in a thread if need be (`asyncio.to_thread`)."""
+    be awaited, in a thread if need be (`asyncio.to_thread`).
+
+    If it has a method `async end(ended) -> float | None`, that is called once when the episode is
+    over, with what ended it (`types.Episode.ended`), a limit or an error as well: to clean up, and
+    for a reward of the whole episode.
+    """
 
     tools: Sequence[dict[str, Any]] = ()
     """JSON schemas that the chat template writes into the prompt."""

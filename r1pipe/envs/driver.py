@@ -126,6 +126,7 @@ class Path:
         self.routes: list[np.ndarray] = []
         self.environment: Environment | None = None
         self.started = False
+        self.was_told = False
         self.prompt: list[Message] = []
         self.prompt_ids = group.prompt_ids
         self.ids: list[int] = []
@@ -159,6 +160,16 @@ class Path:
         assert self.environment
         return await self.within_limit(self.environment.step(message))
 
+    async def end(self) -> float | None:
+        self.was_told = True
+        return await self.within_limit(self.environment.end(self.episode.ended))
+
+    @property
+    def must_be_told(self) -> bool:
+        """Whether the episode has ended and its environment wants to know."""
+        wants = hasattr(self.environment, "end") and not self.was_told
+        return bool(self.episode.ended) and wants
+
     async def within_limit(self, answer: Coroutine[Any, Any, Any]) -> Any:
         return await asyncio.wait_for(answer, self.owner.settings.max_tool_s)
 
@@ -178,7 +189,10 @@ class Path:
             self.open(answer.result())
         else:
             try:
-                self.take_turn(answer.result())
+                if self.was_told:
+                    self.add_reward(answer.result())
+                else:
+                    self.take_turn(answer.result())
             except UserError:
                 raise
             except Exception as error:  # no Turn, or one that makes no sense
@@ -198,14 +212,18 @@ class Path:
         longest = self.sampling.max_completion_length
         check_length(self.problem, len(self.prompt_ids), longest, sampler.max_model_len)
 
+    def add_reward(self, given: float | None) -> None:
+        if given is None or self.episode.ended == "error":
+            return
+        reward = float(given)
+        if not math.isfinite(reward):
+            raise ValueError(f"the environment's reward is {reward}")
+        self.episode.reward = (self.episode.reward or 0.0) + reward
+
     def take_turn(self, turn: Turn) -> None:
         assert self.environment
         episode = self.episode
-        if turn.reward is not None:
-            reward = float(turn.reward)
-            if not math.isfinite(reward):
-                raise ValueError(f"the environment's reward is {reward}")
-            episode.reward = (episode.reward or 0.0) + reward
+        self.add_reward(turn.reward)
         added = json.loads(json.dumps([dict(message) for message in turn.messages]))
         episode.messages += added
         if turn.done:
@@ -337,7 +355,10 @@ class Turns:
                 self.asked.append((path, answer))
                 continue
             path.take_answer(answer)
-            (self.ended if path.episode.ended else self.ready).append(path)
+            if path.must_be_told:
+                self.ask(path, path.end())
+            else:
+                (self.ended if path.episode.ended else self.ready).append(path)
 
     def pop_ended(self) -> Iterator[tuple[SampleGroup, Rollout]]:
         while self.ended:

@@ -3,7 +3,7 @@
 import asyncio
 import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from transformers.utils import get_json_schema
@@ -37,7 +37,10 @@ class ToolEnvironment:
 
     def __init__(self, problem: Problem, tools: Sequence[str] = ("calculator",)):
         self.problem = problem
-        self.functions = {tool.__name__: tool for tool in map(find_tool, tools)}
+        self.take_functions(map(find_tool, tools))
+
+    def take_functions(self, functions: Iterable[Callable[..., Any]]) -> None:
+        self.functions = {function.__name__: function for function in functions}
         self.tools = [describe_tool(function) for function in self.functions.values()]
 
     async def start(self) -> list[Message]:
@@ -59,8 +62,14 @@ class ToolEnvironment:
         except (SandboxError, WorkerError):
             raise
         except Exception as error:  # the policy's: it may do better at the next turn
-            return f"error: {first_line(error)}"[:MAX_RESULT_CHARS]
-        return (result if isinstance(result, str) else json.dumps(result))[:MAX_RESULT_CHARS]
+            return self.write_error(error)[:MAX_RESULT_CHARS]
+        return self.write(result)[:MAX_RESULT_CHARS]
+
+    def write(self, result: Any) -> str:
+        return result if isinstance(result, str) else json.dumps(result)
+
+    def write_error(self, error: Exception) -> str:
+        return f"error: {first_line(error)}"
 
     async def compute(self, name: str, arguments: str) -> Any:
         if name not in self.functions:
@@ -70,9 +79,14 @@ class ToolEnvironment:
             raise ValueError("arguments are a JSON object")
         function = self.functions[name]
         inspect.signature(function).bind(**given)  # says what is missing or unknown
-        if inspect.iscoroutinefunction(function):
-            return await function(**given)
-        return await asyncio.to_thread(function, **given)
+        return await run_function(function, **given)
+
+
+async def run_function(function: Callable[..., Any], **given: Any) -> Any:
+    """In a thread of its own, unless it is async."""
+    if inspect.iscoroutinefunction(function):
+        return await function(**given)
+    return await asyncio.to_thread(function, **given)
 
 
 def find_tool(name: str) -> Callable[..., Any]:

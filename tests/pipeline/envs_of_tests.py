@@ -37,3 +37,42 @@ class Talk:
         if self.turn == self.fails_at:
             raise LookupError("no such place")
         return Turn([AGAIN], float(len(message["content"])), done=self.turn == self.turns)
+
+
+class Listener(Talk):
+    """Gives 1000 more at the end, whatever it is."""
+
+    def __init__(self, problem: Problem, end_fails: bool = False, **options: Any):
+        super().__init__(problem, **options)
+        self.end_fails, self.ended = end_fails, ""
+
+    async def end(self, ended: str) -> float:
+        assert not self.ended, "asked twice"
+        self.ended = ended
+        HEARD.append((self.problem.id, ended))
+        if self.end_fails:
+            raise LookupError("no judge")
+        return 1000.0
+
+
+HEARD: list[tuple[str, str]] = []
+
+
+class Guess:
+    """For TRL's `environment_factory`: is 42 above the row's answer?"""
+
+    def reset(self, answer: str, **row: object) -> str:
+        self.number, self.num_calls = int(answer), 0
+        return " Compare."
+
+    def compare(self, number: int) -> str:
+        """Compare a number with the answer.
+
+        Args:
+            number: Which.
+        """
+        self.num_calls += 1
+        return "more" if number > self.number else "not more"
+
+    def get_reward(self) -> float:
+        return float(self.num_calls)

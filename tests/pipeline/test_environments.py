@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 from commands import read_lines, run, run_and_kill
-from envs_of_tests import AGAIN
+from envs_of_tests import AGAIN, HEARD
 from samples import sample_all
 from test_engine import ARCHITECTURES, CPU, LIMIT, SETTINGS, logprob_diff
 from test_resume import assert_equal
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1pipe.config.base import Environment, ProblemSet, Reward, Sampling
 from r1pipe.data.problems import load_problems
@@ -60,10 +60,11 @@ def play(
     problems: list[Problem] = PROBLEMS,
     max_turns: int = 8,
     max_tool_s: float = 60.0,
+    name: str = "Talk",
     **options: object,
 ) -> list[Rollout]:
     settings = Environment(
-        name="envs_of_tests.Talk", options=options, max_turns=max_turns, max_tool_s=max_tool_s
+        name=f"envs_of_tests.{name}", options=options, max_turns=max_turns, max_tool_s=max_tool_s
     )
     episodes = EpisodeSampler(sampler, settings, problems[0])
     groups = episodes.generate_groups(problems, 4, SAMPLING, (0,))
@@ -137,12 +138,14 @@ def test_the_engine_goes_on_while_an_environment_is_slow(opened: tuple) -> None:
     assert len(ended) == 8
 
 
-def teach(sampler: Sampler, completion: str) -> PreTrainedModel:
+def teach(
+    tokenizer: PreTrainedTokenizerBase, completion: str, problems: list[Problem] = PROBLEMS
+) -> PreTrainedModel:
     """To answer every problem so."""
-    model = build_model(TALKER, sampler.tokenizer, 0).train()
+    model = build_model(TALKER, tokenizer, 0).train()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
-    answer = encode_completion(sampler.tokenizer, completion)
-    rows = [[*encode_prompt(sampler.tokenizer, p.prompt), *answer] for p in PROBLEMS]
+    answer = encode_completion(tokenizer, completion)
+    rows = [[*encode_prompt(tokenizer, p.prompt), *answer] for p in problems]
     for step in range(160):
         ids = torch.tensor([rows[step % len(rows)]])
         logits = model(input_ids=ids).logits[0, -len(answer) - 1 : -1]
@@ -154,7 +157,7 @@ def teach(sampler: Sampler, completion: str) -> PreTrainedModel:
 
 def test_a_model_that_calls_a_tool_reads_its_result(opened: tuple) -> None:
     sampler, model = opened
-    caller = teach(sampler, CALL)
+    caller = teach(sampler.tokenizer, CALL)
     settings = Environment(name="tools", tool_parser="hermes")
     episodes = EpisodeSampler(sampler, settings, PROBLEMS[0])
     sampler.load_weights(export_weights(caller))
@@ -196,6 +199,25 @@ def test_limits_and_errors_end_an_episode(opened: tuple) -> None:
     assert {r.episode.ended for r in failed} == {"error"}
     assert {r.episode.error for r in failed} == {"LookupError: no such place"}
     assert {r.episode.reward for r in failed} == {None}
+
+
+def test_an_environment_hears_once_what_ended_the_episode(opened: tuple) -> None:
+    sampler, _ = opened
+    for options in ({}, {"turns": 100, "max_turns": 2}, {"turns": 100, "max_turns": 100}):
+        HEARD.clear()
+        rollouts = play(sampler, name="Listener", **options)
+        assert sorted(HEARD) == sorted((r.problem_id, r.episode.ended) for r in rollouts)
+        for rollout in rollouts:
+            said = sum(len(m["content"]) for m in rollout.episode.messages if m != AGAIN)
+            assert rollout.episode.reward == 1000 + said
+    HEARD.clear()
+    failed = play(sampler, PROBLEMS[:1], name="Listener", fails_at=1)
+    assert [(PROBLEMS[0].id, "error")] * 4 == HEARD
+    assert {r.episode.reward for r in failed} == {None}
+    failed = play(sampler, PROBLEMS[:1], name="Listener", end_fails=True)
+    assert {(r.episode.ended, r.episode.error, r.episode.reward) for r in failed} == {
+        ("error", "LookupError: no judge", None)
+    }
 
 
 def test_the_context_ends_an_episode(opened: tuple) -> None:
