@@ -40,26 +40,28 @@ MODEL = {
     "head_dim": 64,
     "vocab_size": 1024,
 }
-PROMPTS, SAMPLES = 8, 8
+SAMPLES = 8
+"""Of a prompt."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=7, help="the first is not counted")
+    parser.add_argument("--prompts", type=int, default=8)
     options = parser.parse_args()
     silence_libraries()
     if "RANK" in os.environ:
         with distributed.joined("cpu"):
-            measure(options.steps)
+            measure(options.steps, options.prompts)
         return
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *launch, __file__, "--steps", str(options.steps)]
+    command = [sys.executable, "-m", *launch, __file__, *sys.argv[1:]]
     subprocess.run(command, check=True, env=environment)
 
 
-def measure(num_steps: int) -> None:
+def measure(num_steps: int, num_prompts: int) -> None:
     tokenizer = build_tokenizer(["1 + 1 = 2"], 300)
     model = build_model(MODEL, tokenizer, seed=0)
     policy = shard(Policy(model), model, CPU, dtype="float32")
@@ -70,7 +72,7 @@ def measure(num_steps: int) -> None:
             "data": {"recipe": "arithmetic"},
             "rewards": [{"function": "rewards.math_correct"}],
             "max_steps": num_steps,
-            "prompts_per_step": PROMPTS,
+            "prompts_per_step": num_prompts,
             "num_generations": SAMPLES,
             "max_completion_length": 1024,
         }
@@ -85,7 +87,7 @@ def measure(num_steps: int) -> None:
     for step in range(1, num_steps + 1):
         for way, share_out in ways.items():
             update.share_out = share_out
-            samples = make_samples(step)
+            samples = make_samples(step, num_prompts)
             plan = updater.plan_minibatches(samples, step)
             shares = updater.share_out(samples, plan).values()
             loads = distributed.gather(sum(sample.num_tokens for sample in shares))
@@ -105,11 +107,11 @@ def measure(num_steps: int) -> None:
             print(f"| {way} | {statistics.median(uneven[way]):.2f} | {median:.2f} | {ratio} |")
 
 
-def make_samples(step: int) -> list[Sample]:
+def make_samples(step: int, num_prompts: int) -> list[Sample]:
     """This rank's groups."""
     rng = random.Random(step)
     samples = []
-    for _ in range(PROMPTS):
+    for _ in range(num_prompts):
         # 10 times (2.3 nats) between percentiles 2.56 standard deviations apart.
         typical = rng.gauss(4.6, 0.85)
         for _ in range(SAMPLES):
@@ -117,7 +119,7 @@ def make_samples(step: int) -> list[Sample]:
             ids = [rng.randrange(8, 300) for _ in range(length + 16)]
             rollout = Rollout("", 0, ids[:16], ids[16:], [-6.0] * length, "", "stop")
             samples.append(Sample(rollout, rng.choice([-1.0, 1.0])))
-    part = distributed.cut(PROMPTS, distributed.rank(), distributed.world_size())
+    part = distributed.cut(num_prompts, distributed.rank(), distributed.world_size())
     return samples[part.start * SAMPLES : part.stop * SAMPLES]
 
 

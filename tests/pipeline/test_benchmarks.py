@@ -11,7 +11,7 @@ from commands import ROOT, run
 
 FOLDER = ROOT / "benchmarks"
 BENCHMARKS = {
-    "balance": ["--steps", "2"],
+    "balance": ["--steps", "2", "--prompts", "2"],
     "cpu_training": ["--rounds", "1"],
     "decontamination": ["--rows", "100"],
     "distillation": ["--seeds", "0", "--smoke"],
