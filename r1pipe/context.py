@@ -124,15 +124,17 @@ class StageContext:
         return [problem for problem in problems if problem.id in chosen]
 
     def _drop_long(self, problems: list[Problem], stage: PromptingStage) -> list[Problem]:
+        from r1pipe.envs.base import read_first_prompts
         from r1pipe.models.tokenizer import encode_prompt
 
         [(name, _)] = stage.samplings()
         tokenizer = self.tokenizer(self.checkpoint(name))
         limit = stage.max_prompt_length
+        begun = read_first_prompts(stage.environment_used(), problems)
         kept = [
             p
-            for p in problems
-            if len(encode_prompt(tokenizer, p.prompt, f'problem "{p.id}"')) <= limit
+            for p, (messages, tools) in zip(problems, begun, strict=True)
+            if len(encode_prompt(tokenizer, messages, f'problem "{p.id}"', tools)) <= limit
         ]
         dropped = self.facts["prompts_too_long"] = len(problems) - len(kept)
         counts = (

@@ -296,9 +296,15 @@ class Stage(Strict):
         """The rewards that the stage calls."""
         return []
 
+    def environment_used(self) -> Environment | None:
+        """In which the stage's samples are episodes."""
+        return None
+
     def functions_used(self) -> list[str]:
         """Dotted names of all functions of the user's choice: their sources are in the lineage."""
-        return [reward.function for reward in self.rewards_used()]
+        environment = self.environment_used()
+        own = environment.functions_used() if environment else []
+        return [*(reward.function for reward in self.rewards_used()), *own]
 
     @property
     def optimization(self) -> Optimization | None:
@@ -368,7 +374,8 @@ class PromptingStage(TrainingStage):
 
     max_prompt_length: PositiveInt | None = None
     """Tokens; problems with longer prompts are dropped and counted, never cut. Default: such a
-    problem is an error if it does not fit the context."""
+    problem is an error if it does not fit the context. In an environment the prompt is its first,
+    with the tools: one is started for each problem."""
 
 
 class Init(Stage):

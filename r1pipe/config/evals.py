@@ -97,9 +97,8 @@ class Eval(Stage):
         names = (self.reward, self.format_reward, *own)
         return [Reward(function=name) for name in names if name != ENVIRONMENT]
 
-    def functions_used(self) -> list[str]:
-        own = self.environment.functions_used() if self.environment else []
-        return [*super().functions_used(), *own]
+    def environment_used(self) -> Environment | None:
+        return self.environment
 
     def for_one(self, checkpoint: str) -> "Eval":
         """A stage that evaluates another checkpoint alone by the same protocol."""

@@ -44,7 +44,8 @@ class Difficulty(Strict):
     max_pass_rate: Share = 1.0
     """Problems outside these limits, or that no reward could judge, are left out."""
     reward: str | None = None
-    """The reward function for which a 1 means "passed". Default: the stage's first."""
+    """The reward function for which a 1 means "passed", or `environment` for the sum of its own
+    rewards. Default: the stage's first."""
     order: Literal["none", "easy_first"] = "none"
     """Within an epoch."""
     refresh_steps: PositiveInt | None = None
@@ -64,6 +65,9 @@ class OnPolicy(PromptingStage, Optimization):
     save_steps: PositiveInt | None = 10
     rewards: list[Reward] = []
     """Reward functions. on_policy_distill uses them for the log and the breaker only."""
+    environment: Environment | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Samples are episodes of several turns in it. `max_completion_length` then is that of all
+    sampled tokens of an episode."""
     max_steps: PositiveInt
     prompts_per_step: PositiveInt
     num_generations: PositiveInt
@@ -105,7 +109,7 @@ class OnPolicy(PromptingStage, Optimization):
 
     @property
     def longest_sequence(self) -> int | None:
-        return self.max_completion_length + 1
+        return None if self.environment else self.max_completion_length + 1
 
     @property
     def keeps_reference(self) -> bool:
@@ -124,6 +128,9 @@ class OnPolicy(PromptingStage, Optimization):
 
     def rewards_used(self) -> list[Reward]:
         return self.rewards
+
+    def environment_used(self) -> Environment | None:
+        return self.environment
 
     @property
     def verifies_sync(self) -> bool:
@@ -145,9 +152,6 @@ class Grpo(OnPolicy):
     learns_from_rewards = True
     rewards: list[Reward] = []
     """Reward functions; at least one, or an environment."""
-    environment: Environment | None = Field(default=None, exclude_if=lambda given: given is None)
-    """Samples are episodes of several turns in it. `max_completion_length` then is that of all
-    sampled tokens of an episode."""
     num_generations: Annotated[int, Field(ge=2)]
     """Samples per prompt: the group."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -204,14 +208,9 @@ class Grpo(OnPolicy):
         cut = {"top_p": self.top_p, "top_k": self.top_k}
         return super().sampling.model_copy(update=cut)
 
-    @property
-    def longest_sequence(self) -> int | None:
-        return None if self.environment else super().longest_sequence
-
     def functions_used(self) -> list[str]:
         own_loss = [self.loss_type] if "." in self.loss_type else []
-        own_environment = self.environment.functions_used() if self.environment else []
-        return [*super().functions_used(), *own_loss, *own_environment]
+        return [*super().functions_used(), *own_loss]
 
     def remarks(self) -> list[str]:
         ranges = (self.epsilon, self.epsilon_high, self.delta)
@@ -272,12 +271,6 @@ class Grpo(OnPolicy):
             raise ValueError("rewards: there is nothing to learn from: give one, or an environment")
         if not any(weights):
             raise ValueError("rewards: every weight is 0, so there is nothing to learn")
-        return self
-
-    @model_validator(mode="after")
-    def fit_the_environment(self) -> "Grpo":
-        if self.environment and self.difficulty:
-            raise ValueError("difficulty: not supported with an environment yet; leave it out")
         return self
 
 

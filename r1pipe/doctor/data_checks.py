@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 
 from r1pipe.config.base import ProblemSet, Stage
-from r1pipe.config.evals import Eval
 from r1pipe.config.rl import Grpo, OnPolicyDistill
 from r1pipe.doctor.golds import pick_judging, spread, try_golds, try_rewards
 from r1pipe.doctor.inputs import Inputs, describe_source
@@ -20,10 +19,10 @@ def examine_functions(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
     Scorer(stage.rewards_used())
     if isinstance(stage, Grpo):
         find_loss(stage.loss_type)
-    if isinstance(stage, Grpo | Eval) and stage.environment:
+    if environment := stage.environment_used():
         for _, problems in inputs.load_problems(stage):
-            check_environment(stage.environment, problems[0])
-        yield Diagnosis("", "ok", f"environment {stage.environment.name}")
+            check_environment(environment, problems[0])
+        yield Diagnosis("", "ok", f"environment {environment.name}")
     for remark in stage.remarks():
         yield Diagnosis("", "warn", remark)
     if names := name_rewards(stage.rewards_used()):

@@ -11,6 +11,7 @@ from r1pipe.doctor.inputs import Inputs, count_characters, describe_source
 from r1pipe.doctor.machine import Diagnosis
 from r1pipe.doctor.memory import Estimate, describe_estimate, make_estimate
 from r1pipe.doctor.model_config import find_config, find_stage_config
+from r1pipe.envs.base import read_first_prompts
 from r1pipe.models.model import check_settings, pick_device
 from r1pipe.models.thinking import OPEN, close_tag
 from r1pipe.models.tokenizer import (
@@ -280,7 +281,8 @@ def measure_prompts(
     for _, problems in inputs.load_problems(stage):
         num_left = len(problems) if inputs.thorough else LONGEST_PROMPTS
         for problem in sorted(problems, key=count_characters, reverse=True):
-            length = len(encode_prompt(tokenizer, problem.prompt, f'problem "{problem.id}"'))
+            [(messages, tools)] = read_first_prompts(stage.environment_used(), [problem])
+            length = len(encode_prompt(tokenizer, messages, f'problem "{problem.id}"', tools))
             if limit is not None and length > limit:
                 shortest = min(length, shortest or length)
                 continue  # dropped

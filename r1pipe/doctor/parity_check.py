@@ -7,6 +7,7 @@ from r1pipe.config.rl import OnPolicy
 from r1pipe.doctor.golds import spread
 from r1pipe.doctor.inputs import Inputs
 from r1pipe.doctor.machine import Diagnosis
+from r1pipe.envs.driver import choose_source
 from r1pipe.models.model import pick_device
 from r1pipe.rl.loop import draw_samples, measure_mismatch
 from r1pipe.rl.update import Updater
@@ -39,14 +40,18 @@ def examine_parity(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
         sampling = stage.sampling.model_copy(update={"max_completion_length": length})
         some = spread(problems, NUM_PROMPTS)
         seed_parts = (recipe.seed, stage.name, "doctor")
-        samples = draw_samples(stage, sampler, some, sampling, seed_parts)
+        source = choose_source(sampler, stage.environment, some)
+        samples = draw_samples(stage, source, some, sampling, seed_parts)
         engines.close()  # a GPU may not hold both
-        source = (place, device, recipe.attn_implementation, Policy)
-        model = load_sharded(*source, dtype=recipe.dtype)
+        origin = (place, device, recipe.attn_implementation, Policy)
+        model = load_sharded(*origin, dtype=recipe.dtype)
         updater = Updater(model, stage, dtype=recipe.dtype, seed=recipe.seed)
         diff = measure_mismatch(updater, samples)
     finally:
         engines.close()
+    if diff is None:
+        yield Diagnosis("", "FAIL", f"environment {stage.environment.name}: no episode could begin")
+        return
     line = f"sampler = trainer on {len(some)} x {length} tokens: mean |dlogp| {diff:.1e}"
     gate = stage.breaker.logprob_diff
     if diff <= gate.limit:

@@ -1,16 +1,21 @@
 """What an environment is: two methods, made for one sample of one problem and used once."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from r1pipe.config.base import Environment as Settings
+from r1pipe.rollout.scoring import start_event_loop
 from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.imports import describe_failure, import_named
 
 Message = dict[str, Any]
 """As in a chat template: `role`, `content` and, of an assistant that calls tools, `tool_calls`."""
+
+STARTED_AT_ONCE = 32
+"""Environments that are only asked for their first prompt."""
 
 ENVIRONMENTS = {
     "tools": "r1pipe.envs.tools.ToolEnvironment",
@@ -84,6 +89,36 @@ def make_environment(settings: Settings, problem: Problem) -> Environment:
             f'environment "{choice.name}": problem "{problem.id}": {what}; it is called with the '
             "problem and its options"
         ) from error
+
+
+def read_first_prompts(
+    settings: Settings | None, problems: Sequence[Problem]
+) -> list[tuple[list[Message], list[dict[str, Any]]]]:
+    """Messages and tools' schemas that each problem's samples begin with. In an environment: of one
+    that is made for it, started, and thrown away.
+
+    Raises UserError if one cannot be made or started."""
+    if settings is None:
+        return [(problem.prompt, []) for problem in problems]
+    slots = asyncio.Semaphore(STARTED_AT_ONCE)
+
+    async def begin(problem: Problem) -> tuple[list[Message], list[dict[str, Any]]]:
+        async with slots:
+            environment = make_environment(settings, problem)
+            try:
+                messages = await asyncio.wait_for(environment.start(), settings.max_tool_s)
+            except UserError:
+                raise
+            except Exception as error:  # the user's own
+                name, what = choose_environment(settings, problem).name, describe_failure(error)
+                line = f'environment "{name}": problem "{problem.id}": it cannot start: {what}'
+                raise UserError(line) from error
+            return [dict(message) for message in messages], list(environment.tools)
+
+    async def begin_all() -> list[tuple[list[Message], list[dict[str, Any]]]]:
+        return await asyncio.gather(*map(begin, problems))
+
+    return asyncio.run_coroutine_threadsafe(begin_all(), start_event_loop()).result()
 
 
 def check_environment(settings: Settings, problem: Problem) -> None:

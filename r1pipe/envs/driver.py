@@ -9,18 +9,20 @@ import asyncio
 import json
 import math
 from collections import deque
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import nullcontext
 from itertools import count
 from typing import Any
 
 import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
 
 from r1pipe.config.base import Environment as Settings
 from r1pipe.config.base import Sampling
 from r1pipe.envs.base import Environment, Message, Turn, check_environment, make_environment
-from r1pipe.models.tokenizer import check_length, encode_next_prompt, encode_prompt
+from r1pipe.models.tokenizer import encode_next_prompt, encode_prompt
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.groups import SampleGroup
 from r1pipe.rollout.journal import SampleJournal
@@ -55,6 +57,26 @@ class EpisodeSampler:
         self.parser = (
             ToolParser(settings.tool_parser, sampler.tokenizer) if settings.tool_parser else None
         )
+
+    # The engine's own
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.sampler.tokenizer
+
+    @property
+    def asleep(self) -> bool:
+        return self.sampler.asleep
+
+    @property
+    def sleep_level(self) -> int:
+        return self.sampler.sleep_level
+
+    def sleep(self) -> None:
+        self.sampler.sleep()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self.sampler.load_weights(weights)
 
     def share(self, items: list[Problem]) -> list[Problem]:
         return self.sampler.share(items)
@@ -106,6 +128,14 @@ class EpisodeSampler:
             for path in paths:
                 parts = [routes[name] for name, _ in path.requests]
                 path.group.samples[path.number].routes = join_routes(parts)
+
+
+Source = Sampler | EpisodeSampler
+
+
+def choose_source(sampler: Sampler, settings: Settings | None, problems: list[Problem]) -> Source:
+    """The sampler itself or, with settings of an environment, one of episodes."""
+    return EpisodeSampler(sampler, settings, problems[0]) if settings else sampler
 
 
 class Path:
@@ -203,14 +233,14 @@ class Path:
         self.episode.error = first_line(error, with_type=True)
 
     def open(self, messages: list[Message]) -> None:
-        """Raises UserError for a prompt that the chat template refuses or that is too long."""
+        """Raises UserError for a prompt that the chat template refuses."""
         assert self.environment
         sampler, name = self.owner.sampler, f'problem "{self.problem.id}"'
         tools = list(self.environment.tools)
         self.prompt = [dict(message) for message in messages]
         self.prompt_ids = encode_prompt(sampler.tokenizer, self.prompt, name, tools)
-        longest = self.sampling.max_completion_length
-        check_length(self.problem, len(self.prompt_ids), longest, sampler.max_model_len)
+        if self.room < 1:
+            self.episode.ended = "tokens"
 
     def add_reward(self, given: float | None) -> None:
         if given is None or self.episode.ended == "error":

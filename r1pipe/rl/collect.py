@@ -5,17 +5,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from r1pipe.config.rl import OnPolicy
-from r1pipe.envs.driver import EpisodeSampler
+from r1pipe.envs.driver import Source
 from r1pipe.rl.batch import Batch, Group, gather_groups
 from r1pipe.rl.curriculum import Prompts
-from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.groups import SampleGroup
 from r1pipe.rollout.scoring import Scorer, ScoringThread
 from r1pipe.runs.logs import JsonlLog
 from r1pipe.types import Problem
 from r1pipe.utils.progress import Interrupt
-
-Source = Sampler | EpisodeSampler
 
 
 class Collector:

@@ -4,8 +4,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from r1pipe.config.base import Reward
-from r1pipe.config.rl import Difficulty
+from r1pipe.config.base import ENVIRONMENT
+from r1pipe.config.rl import Difficulty, Grpo
 from r1pipe.types import Problem, Score
 from r1pipe.utils.errors import UserError
 
@@ -87,21 +87,21 @@ class Prompts:
         self._order = self._make_order()
 
 
-def find_reward(settings: Difficulty, rewards: list[Reward]) -> Reward:
-    """The reward function of the stage that decides what passes. Raises UserError."""
-    if settings.reward is None:
-        return rewards[0]
-    names = [reward.function for reward in rewards]
-    if settings.reward not in names:
-        raise UserError(
-            f'difficulty.reward "{settings.reward}" is none of the stage\'s: {", ".join(names)}'
-        )
-    return rewards[names.index(settings.reward)]
+def find_passing(settings: Difficulty, stage: Grpo) -> str:
+    """The name of the stage's reward that decides what passes. Raises UserError."""
+    names = [reward.function for reward in stage.rewards]
+    if stage.environment:
+        names.append(ENVIRONMENT)
+    name = settings.reward or names[0]
+    if name not in names:
+        raise UserError(f'difficulty.reward "{name}" is none of the stage\'s: {", ".join(names)}')
+    return name
 
 
-def compute_pass_rate(scores: Sequence[Score], reward: Reward) -> float | None:
-    """Share of the judged samples with the full reward; None if none could be judged."""
-    judged = [v for score in scores if (v := score.rewards[reward.function]) is not None]
+def compute_pass_rate(scores: Sequence[Score], reward: str) -> float | None:
+    """Share of the judged samples with the full reward of this name; None if none could be
+    judged."""
+    judged = [v for score in scores if (v := score.rewards[reward]) is not None]
     return sum(value >= 1.0 for value in judged) / len(judged) if judged else None
 
 

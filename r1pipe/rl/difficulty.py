@@ -17,7 +17,7 @@ from typing import Any
 
 from r1pipe.config.rl import Difficulty, Grpo
 from r1pipe.context import StageContext
-from r1pipe.rl.curriculum import PassRates, choose_problems, compute_pass_rate, find_reward
+from r1pipe.rl.curriculum import PassRates, choose_problems, compute_pass_rate, find_passing
 from r1pipe.rollout.sampling import SampleSource, SamplingJob, identify_weights, sample_and_score
 from r1pipe.rollout.scoring import mean
 from r1pipe.runs.folder import JOURNAL
@@ -64,7 +64,8 @@ def measure_difficulty(
     known = distributed.on_first_rank(lambda: read_known(context, origin))
     keys = {problem.id: digest(asdict(problem)) for problem in problems}
     if missing := [problem for problem in problems if keys[problem.id] not in known]:
-        sampled = sample_pass_rates(replace(job, problems=missing), open_source)
+        name = find_passing(settings, stage)
+        sampled = sample_pass_rates(replace(job, problems=missing), name, open_source)
         known |= {keys[problem.id]: rate for problem, rate in zip(missing, sampled, strict=True)}
     rates = {problem.id: known[keys[problem.id]] for problem in problems}
     check_choice(context, settings, rates, len(choose_problems(problems, rates, settings)))
@@ -84,26 +85,26 @@ def make_job(
         num_samples=settings.num_samples,
         sampling=stage.sampling,
         seed_parts=(context.recipe.seed, "difficulty"),
-        rewards=[find_reward(settings, stage.rewards)],
+        rewards=[r for r in stage.rewards if r.function == find_passing(settings, stage)][:1],
         origin=identify_weights(context.checkpoint(stage.from_), context.recipe.dtype),
         folder=context.shared_folder / JOURNAL / "difficulty",
         label=f"{stage.name}: difficulty",
+        environment=stage.environment,
     )
 
 
 def describe_origin(stage: Grpo, context: StageContext, job: SamplingJob) -> dict[str, str]:
     """`checkpoint` and `protocol` of difficulty.jsonl."""
-    (reward,) = job.rewards
-    protocol = [job.num_samples, job.sampling.model_dump(), reward.model_dump(), job.seed_parts]
+    judged_by = [part.model_dump() for part in (*job.rewards, job.environment) if part]
+    protocol = [job.num_samples, job.sampling.model_dump(), *judged_by, job.seed_parts]
     weights = hash_checkpoint(stage.from_, context.run.path)
     return {"checkpoint": digest(weights), "protocol": digest(protocol)}
 
 
 def sample_pass_rates(
-    job: SamplingJob, open_source: Callable[[], SampleSource]
+    job: SamplingJob, reward: str, open_source: Callable[[], SampleSource]
 ) -> list[float | None]:
     """In the order of the job's problems."""
-    (reward,) = job.rewards
 
     def keep(problem: Problem, rollouts: list[Rollout], scores: list[Score]) -> float | None:
         for rollout in rollouts:

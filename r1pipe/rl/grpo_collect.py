@@ -3,10 +3,11 @@
 import torch
 
 from r1pipe.config.rl import Difficulty, Grpo
+from r1pipe.envs.driver import Source
 from r1pipe.rl.advantages import compute_advantages, find_silent_groups
 from r1pipe.rl.batch import Batch, Group, gather_groups
-from r1pipe.rl.collect import Collector, Source
-from r1pipe.rl.curriculum import PassRates, Prompts, compute_pass_rate, find_reward
+from r1pipe.rl.collect import Collector
+from r1pipe.rl.curriculum import PassRates, Prompts, compute_pass_rate, find_passing
 from r1pipe.rl.difficulty import DifficultyLog
 from r1pipe.rollout.scoring import Scorer, mean
 from r1pipe.utils import distributed
@@ -87,8 +88,8 @@ class GrpoCollector(Collector):
         return rates
 
     def _measure(self, groups: list[Group], difficulty: Difficulty) -> PassRates:
-        reward = find_reward(difficulty, self.stage.rewards)
-        return {group.problem.id: compute_pass_rate(group.scores, reward) for group in groups}
+        name = find_passing(difficulty, self.stage)
+        return {group.problem.id: compute_pass_rate(group.scores, name) for group in groups}
 
 
 def drop_zero_variance_groups(groups: list[Group]) -> None:

@@ -14,12 +14,12 @@ from torch import Tensor
 from r1pipe.config.base import Sampling
 from r1pipe.config.rl import OnPolicy
 from r1pipe.context import StageContext
+from r1pipe.envs.driver import Source
 from r1pipe.models.weights import export_weights, save_checkpoint
 from r1pipe.rl.batch import Batch
 from r1pipe.rl.collect import Collector
 from r1pipe.rl.prefetch import Prefetcher
 from r1pipe.rl.update import Updater
-from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.store import RolloutFiles
 from r1pipe.runs.folder import find_steps
 from r1pipe.trainer.breaker import Breaker, EventLog
@@ -49,10 +49,11 @@ class BatchSource(Protocol):
 
 
 class WeightReceiver(Protocol):
-    """What `train` syncs: Sampler, or NoSampler."""
+    """What `train` syncs: the collector's sampler, or NoSampler."""
 
-    sleep_level: int
-    """0: it is always awake."""
+    @property
+    def sleep_level(self) -> int:
+        """0: it is always awake."""
 
     def sleep(self) -> None:
         """Leave the memory of a shared GPU to the trainer."""
@@ -77,12 +78,12 @@ def run_steps(
     stage: OnPolicy,
     context: StageContext,
     updater: Updater,
-    sampler: Sampler,
     collector: Collector,
     goal: BestMetric,
 ) -> dict[str, Any]:
     """Take all steps, or those that an interrupted run has left; write checkpoint, metrics.jsonl
     and rollouts. Returns facts for stage.json."""
+    sampler = collector.sampler
     breaker = Breaker(stage, EventLog(context.folder), context.shared_folder)
     rollout_files = RolloutFiles(context.folder, context.recipe.rollouts)
     metrics_log = context.open_log()
@@ -200,7 +201,7 @@ def train(
         if stage.verifies_sync or sampler.sleep_level:
             asked = [group.problem for group in batch.groups]
             metrics |= probe_sync(
-                stage, updater, cast("Sampler", sampler), breaker, asked, batch.step
+                stage, updater, cast("Source", sampler), breaker, asked, batch.step
             )
         clock.lap("sync")
         breaker.close_step(metrics)
@@ -213,20 +214,24 @@ def compare_ahead(updater: Updater, weights: dict[str, Tensor], batch: Batch) ->
     under the weights that sampled it: the policy that trains on it is a step further. Every rank
     must call it."""
     groups = batch.own_groups[:PROBE_PROMPTS]
-    samples = [Sample(group.rollouts[0], 0.0) for group in groups]
+    samples = [Sample(group.rollouts[0], 0.0) for group in groups if group.rollouts[0].num_tokens]
     metrics = updater.evaluate_with(weights, samples).metrics()
     return metrics.get("sampler/logprob_diff_mean")
 
 
 def check_last_sync(
-    stage: OnPolicy, updater: Updater, sampler: Sampler, breaker: Breaker, problems: list[Problem]
+    stage: OnPolicy, updater: Updater, sampler: Source, breaker: Breaker, problems: list[Problem]
 ) -> dict[str, float]:
-    """Compare sampler and trainer once more, on the weights of the last sync."""
+    """Compare sampler and trainer once more, on the weights of the last sync: whole episodes in an
+    environment."""
     group = problems[: stage.prompts_per_step]
     seed_parts = (updater.seed, stage.name, "last")
     samples = draw_samples(stage, sampler, group, stage.sampling, seed_parts)
     sampler.sleep()
     diff = measure_mismatch(updater, samples)
+    if diff is None:
+        log_line(f"{stage.name}: no episode could begin: the last sync is not compared")
+        return {}
     breaker.examine_sync(diff, stage.max_steps)
     log_line(f"{stage.name}: sampler = trainer after the last sync: mean |dlogp| {diff:.1e}")
     return {"last_sync/logprob_diff_mean": diff}
@@ -235,7 +240,7 @@ def check_last_sync(
 def probe_sync(
     stage: OnPolicy,
     updater: Updater,
-    sampler: Sampler,
+    sampler: Source,
     breaker: Breaker,
     problems: list[Problem],
     step: int,
@@ -249,28 +254,30 @@ def probe_sync(
     seed_parts = (updater.seed, stage.name, "probe", step)
     samples = draw_samples(stage, sampler, problems[:PROBE_PROMPTS], sampling, seed_parts)
     diff = measure_mismatch(updater, samples)
+    if diff is None:
+        return {}
     breaker.examine_sync(diff, step)
     return {"sync/logprob_diff_mean": diff}
 
 
 def draw_samples(
     stage: OnPolicy,
-    sampler: Sampler,
+    sampler: Source,
     problems: list[Problem],
     sampling: Sampling,
     seed_parts: tuple[object, ...],
 ) -> list[Sample]:
-    """One fresh sample of each problem of this rank's share."""
+    """One fresh sample of each problem of this rank's share; none where no episode could begin."""
     groups = sampler.generate_groups(
         problems, 1, sampling, seed_parts, with_routes=stage.routing_replay
     )
     in_order = sorted(groups, key=lambda group: group.index)
-    return [Sample(rollout, 0.0) for group in in_order for rollout in group.rollouts]
+    return [Sample(r, 0.0) for group in in_order for r in group.rollouts if r.num_tokens]
 
 
-def measure_mismatch(updater: Updater, samples: list[Sample]) -> float:
-    """Mean |sampler - trainer| log-probability."""
-    return updater.evaluate(samples).metrics()["sampler/logprob_diff_mean"]
+def measure_mismatch(updater: Updater, samples: list[Sample]) -> float | None:
+    """Mean |sampler - trainer| log-probability; None without samples on any rank."""
+    return updater.evaluate(samples).metrics().get("sampler/logprob_diff_mean")
 
 
 class Clock:

@@ -152,7 +152,8 @@ class Sampler:
     ) -> list[Rollout]:
         """`num_samples` rollouts per problem, in order, all by this rank's engine. `with_routes`
         needs a sampler that was opened with them."""
-        groups = self._plan(problems, num_samples, sampling, seed_parts)
+        groups = self._plan(problems, num_samples, seed_parts)
+        self._encode_prompts(groups, sampling)
         for _ in self._sample(groups, sampling, with_routes):
             pass
         return [rollout for group in groups for rollout in group.rollouts]
@@ -174,7 +175,9 @@ class Sampler:
         On CPU routes come with the last group. Samples in the `journal` are taken from there,
         without routes, and new ones are added to it. `sample` takes the place of a single turn.
         """
-        groups = self._plan(problems, num_samples, sampling, seed_parts)
+        groups = self._plan(problems, num_samples, seed_parts)
+        if sample is None:
+            self._encode_prompts(groups, sampling)
         own = {group.index for group in self.share(groups)}
         groups = self._engine_share(groups)
         if journal:
@@ -192,19 +195,17 @@ class Sampler:
                 yield group
 
     def _plan(
-        self,
-        problems: list[Problem],
-        num_samples: int,
-        sampling: Sampling,
-        seed_parts: tuple[object, ...],
+        self, problems: list[Problem], num_samples: int, seed_parts: tuple[object, ...]
     ) -> list[SampleGroup]:
         if self.asleep:  # vLLM would wait for ever
             raise RuntimeError("the engine sleeps: it needs weights before it can sample")
-        groups = plan_groups(problems, num_samples, seed_parts)
+        return plan_groups(problems, num_samples, seed_parts)
+
+    def _encode_prompts(self, groups: list[SampleGroup], sampling: Sampling) -> None:
+        problems = [group.problem for group in groups]
         prompts = self.encode(problems, sampling.max_completion_length)
         for group, ids in zip(groups, prompts, strict=True):
             group.prompt_ids = ids
-        return groups
 
     def _sample(self, groups: list[SampleGroup], sampling: Sampling, with_routes: bool) -> Sampled:
         """Every missing sample of the groups as it is finished, already in its group."""

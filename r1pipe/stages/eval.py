@@ -14,7 +14,7 @@ from r1pipe.config.base import ENVIRONMENT, Reward
 from r1pipe.config.evals import Eval, EvalSet
 from r1pipe.context import StageContext
 from r1pipe.data.decontamination import OverlapIndex
-from r1pipe.envs.driver import EpisodeSampler
+from r1pipe.envs.driver import choose_source
 from r1pipe.evals.metrics import (
     ProblemResult,
     compare_paired,
@@ -128,10 +128,7 @@ def evaluate(
         return result, rollouts, scores
 
     def open_source() -> SampleSource:
-        sampler = context.engines.open(checkpoint)
-        if stage.environment is None:
-            return sampler
-        return EpisodeSampler(sampler, stage.environment, problems[0])
+        return choose_source(context.engines.open(checkpoint), stage.environment, problems)
 
     groups = sample_and_score(job, open_source, keep)
     results = [result for result, _, _ in groups]

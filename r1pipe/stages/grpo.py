@@ -8,7 +8,7 @@ from typing import Any
 
 from r1pipe.config.rl import Grpo
 from r1pipe.context import StageContext
-from r1pipe.envs.driver import EpisodeSampler
+from r1pipe.envs.driver import choose_source
 from r1pipe.rl.curriculum import Prompts
 from r1pipe.rl.difficulty import measure_difficulty
 from r1pipe.rl.grpo_collect import GrpoCollector
@@ -30,15 +30,15 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
     checkpoint = context.checkpoint(stage.from_)
     sleep = context.recipe.sleep_level(stage, context.device.type)
     sampler = context.engines.open(checkpoint, with_routes=stage.routing_replay, sleep=sleep)
-    sampler.encode(problems, stage.max_completion_length)
-    difficulty_log = measure_difficulty(stage, context, problems, lambda: sampler)
+    source = choose_source(sampler, environment, problems)
+    if source is sampler:
+        sampler.encode(problems, stage.max_completion_length)
+    difficulty_log = measure_difficulty(stage, context, problems, lambda: source)
     rates = difficulty_log.measured_rates if difficulty_log else None
     prompts = Prompts(problems, context.recipe.seed, stage.difficulty, rates)
-    source = EpisodeSampler(sampler, environment, problems[0]) if environment else sampler
     collector = GrpoCollector(stage, source, scorer, prompts, difficulty_log)
     sampler.sleep()
-    updater = make_updater(stage, context)
-    return run_steps(stage, context, updater, sampler, collector, BEST)
+    return run_steps(stage, context, make_updater(stage, context), collector, BEST)
 
 
 def replay(stage: Grpo, context: StageContext, source: Path, steps: range) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from r1pipe.config.rl import OnPolicyDistill
 from r1pipe.context import StageContext
+from r1pipe.envs.driver import choose_source
 from r1pipe.models.tokenizer import (
     check_length,
     join_end_ids,
@@ -30,13 +31,15 @@ from r1pipe.rollout.scoring import Scorer
 from r1pipe.trainer.fsdp import load_sharded
 from r1pipe.trainer.policy import Policy
 from r1pipe.types import Problem
+from r1pipe.utils.errors import UserError
 
 BEST = BestMetric("divergence", is_cost=True)
 
 
 def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
     """Train the student; write its checkpoint, metrics.jsonl and rollouts."""
-    scorer = Scorer(stage.rewards)
+    environment = stage.environment
+    scorer = Scorer(stage.rewards, environment.weight if environment else None)
     problems = context.load_training_problems(stage)
     route_problems(stage, problems)  # before an engine starts
     check_vocabularies(stage, context)
@@ -44,7 +47,8 @@ def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
     sampler = context.engines.open(
         context.checkpoint(stage.student), with_routes=stage.routing_replay, sleep=sleep
     )
-    prompts = sampler.encode(problems, stage.max_completion_length)
+    source = choose_source(sampler, environment, problems)
+    prompts = sampler.encode(problems, stage.max_completion_length) if source is sampler else []
 
     sampler.sleep()
     updater = make_updater(stage, context, problems)
@@ -52,10 +56,16 @@ def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
         teacher.model.config.get_text_config().max_position_embeddings
         for teacher in updater.teachers.values()
     )
-    for problem, ids in zip(problems, prompts, strict=True):
+    for problem, ids in zip(problems, prompts):
         check_length(problem, len(ids), stage.max_completion_length, context_size)
-    collector = Collector(stage, sampler, scorer, Prompts(problems, context.recipe.seed))
-    return run_steps(stage, context, updater, sampler, collector, BEST)
+    if environment and context_size < sampler.max_model_len:
+        raise UserError(
+            f'stage "{stage.name}": an episode may be as long as the engine\'s context, '
+            f"{sampler.max_model_len}, and a teacher reads {context_size} tokens: set "
+            "engine.max_model_len to that"
+        )
+    collector = Collector(stage, source, scorer, Prompts(problems, context.recipe.seed))
+    return run_steps(stage, context, updater, collector, BEST)
 
 
 def replay(

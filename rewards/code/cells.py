@@ -1,7 +1,8 @@
 """Cells of Python that build on each other, as in a notebook: for models that use Python as a tool.
 
 Between cells there is no process: the earlier ones run again, silently. So a session costs nothing
-while the model writes, and each run has the limits of one program in the sandbox.
+while the model writes, and each run has the limits of one program in the sandbox. `random` has one
+seed, that a variable is the same each time; what comes from the clock or the system is not.
 """
 
 import json
@@ -17,7 +18,7 @@ GRACE_S = 90.0  # for starting a fork-server; the sandbox keeps the clock of wha
 LIMITS = Limits(output_bytes=1 << 16)
 
 _HARNESS = """
-import ast, contextlib, io, traceback
+import ast, contextlib, io, random, traceback
 
 def run_cell(source, space):
     tree = ast.parse(source)
@@ -28,6 +29,7 @@ def run_cell(source, space):
         if value is not None:
             print(repr(value))
 
+random.seed(0)
 space = {'__name__': '__main__'}
 *earlier, newest = CELLS
 with contextlib.redirect_stdout(io.StringIO()):

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from r1pipe.envs.base import Turn
@@ -11,8 +12,9 @@ AGAIN = {"role": "user", "content": "again"}
 
 
 class Talk:
-    """Asks `turns` times; its reward is the number of characters, given at each turn. Turn
-    `fails_at` raises, and after `waits_at` the answer takes `wait_s`."""
+    """Asks `turns` times, first what the problem asks or `first`; its reward is the number of
+    characters, given at each turn. Turn `fails_at` raises, and after `waits_at` the answer takes
+    `wait_s`. The ids of problems that it was started for are lines of the file `log`."""
 
     tools: Sequence[dict[str, Any]] = ()
 
@@ -23,12 +25,19 @@ class Talk:
         fails_at: int = 0,
         waits_at: int = 0,
         wait_s: float = 0.0,
+        first: str = "",
+        log: str = "",
     ):
         self.problem, self.turns, self.turn = problem, turns, 0
         self.fails_at, self.waits_at, self.wait_s = fails_at, waits_at, wait_s
+        self.first, self.log = first, log
 
     async def start(self) -> list[dict[str, Any]]:
-        return list(self.problem.prompt)
+        if self.log:
+            with Path(self.log).open("a") as log:
+                log.write(f"{self.problem.id}\n")
+        question = self.first.format(question=self.problem.question)
+        return [{"role": "user", "content": question}] if self.first else list(self.problem.prompt)
 
     async def step(self, message: dict[str, Any]) -> Turn:
         self.turn += 1

@@ -19,11 +19,16 @@ from r1pipe.config.base import Environment, ProblemSet, Reward, Sampling
 from r1pipe.data.problems import load_problems
 from r1pipe.envs.driver import PATIENCE_S, EpisodeSampler
 from r1pipe.models.model import build_model
-from r1pipe.models.tokenizer import build_tokenizer, encode_completion, encode_prompt
+from r1pipe.models.tokenizer import (
+    build_tokenizer,
+    encode_completion,
+    encode_prompt,
+    load_tokenizer,
+)
 from r1pipe.models.weights import export_weights, save_checkpoint
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.sampling import SamplingJob, read_samples
-from r1pipe.rollout.store import read_rollouts
+from r1pipe.rollout.store import TEXT, TOKENS, read_rollouts
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils.errors import UserError
 
@@ -33,11 +38,11 @@ TALKER = {**ARCHITECTURES["llama"], "initializer_range": 0.1}
 CALL = '<tool_call>{"name": "calculator", "arguments": {"expression": "6*7"}}</tool_call>'
 
 
-def save_talker(folder: Path) -> PreTrainedModel:
+def save_talker(folder: Path, seed: int = 0) -> PreTrainedModel:
     """A random model that ends a turn after eight tokens or so: every eighth is an end token, if
     CALL does without it."""
     tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in PROBLEMS), 400)
-    model = build_model(TALKER, tokenizer, 0)
+    model = build_model(TALKER, tokenizer, seed)
     model.generation_config.eos_token_id = [
         tokenizer.eos_token_id,
         *sorted(set(range(5, len(tokenizer), 8)) - set(tokenizer.encode(CALL))),
@@ -279,6 +284,7 @@ def test_a_killed_run_in_an_environment_resumes_bit_equal(tmp_path: Path) -> Non
         "from": str(tmp_path / "talker"),
         "data": {"recipe": "arithmetic", "options": {"size": 40}},
         "environment": {"name": "envs_of_tests.Talk", "options": {"turns": 2}},
+        "difficulty": {"num_samples": 2, "min_pass_rate": 0.5, "refresh_steps": 1},
         "max_steps": 2,
         "save_steps": 1,
         "prompts_per_step": 4,
@@ -310,6 +316,10 @@ def test_a_killed_run_in_an_environment_resumes_bit_equal(tmp_path: Path) -> Non
     folder = tmp_path / "whole" / "grpo"
     assert_equal(folder, tmp_path / "killed" / "grpo")
 
+    rates = read_lines(folder / "difficulty.jsonl")
+    assert [row["step"] for row in rates] == [0] * 40 + [1] * 40
+    assert {row["pass_rate"] for row in rates} <= {0.0, 0.5, 1.0}  # an answer may be empty
+    assert sum(row["pass_rate"] for row in rates) > 60
     first, last = read_lines(folder / "metrics.jsonl")
     for row in (first, last):
         assert row["sampler/logprob_diff_mean"] < LIMIT
@@ -336,3 +346,61 @@ def test_a_killed_run_in_an_environment_resumes_bit_equal(tmp_path: Path) -> Non
     ]
     weights = [(path / "model.safetensors").read_bytes() for path in (folder, replayed)]
     assert weights[0] == weights[1]
+
+
+def test_a_student_learns_in_an_environment(tmp_path: Path) -> None:
+    """From the environment's own first prompt on, which is also what `max_prompt_length`, the
+    doctor and the comparisons after a sync look at."""
+    save_talker(tmp_path / "student")
+    save_talker(tmp_path / "teacher", seed=1)
+    log = tmp_path / "starts"
+    question = "Please say: {question}"
+    data = {"recipe": "arithmetic", "options": {"size": 40}}
+    tokenizer = load_tokenizer(str(tmp_path / "student"))
+    asked = [
+        encode_prompt(
+            tokenizer, [{"role": "user", "content": question.format(question=p.question)}]
+        )
+        for p in load_problems(ProblemSet(**data))
+    ]
+    limit = sorted(map(len, asked))[20]
+    stage = {
+        "kind": "on_policy_distill",
+        "from": str(tmp_path / "teacher"),
+        "student": str(tmp_path / "student"),
+        "data": data,
+        "environment": {
+            "name": "envs_of_tests.Talk",
+            "options": {"turns": 2, "first": question, "log": str(log)},
+        },
+        "max_prompt_length": limit,
+        "max_steps": 2,
+        "prompts_per_step": 8,
+        "max_completion_length": 60,
+        "learning_rate": 1e-3,
+        "verify_sync": True,
+    }
+    values = {"runs_dir": str(tmp_path), "name": "taught", "dtype": "float32"}
+    engine = {"max_model_len": 256, "max_num_seqs": 16, "kv_cache_gib": 0.25}
+    recipe = tmp_path / "taught.yaml"
+    recipe.write_text(yaml.safe_dump({**values, "engine": engine, "stages": [stage]}))
+    result = run("on_policy_distill", recipe)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    folder = tmp_path / "taught" / "on_policy_distill"
+    record = json.loads((folder / "stage.json").read_text())
+    assert record["prompts_too_long"] == sum(len(ids) > limit for ids in asked)
+    assert 0 < record["prompts_too_long"] < 40
+    rows = list(read_rollouts(folder, None, (*TEXT, *TOKENS)))
+    assert all(list(row["prompt_ids"]) in asked for row in rows)
+    assert {row["episode"]["ended"] for row in rows} == {"done"}
+    assert all(row["rewards"] == {"environment": row["reward"]} for row in rows)
+    metrics = read_lines(folder / "metrics.jsonl")
+    for row in metrics:
+        assert row["episodes/turns"] == 2
+        assert max(row["sampler/logprob_diff_mean"], row["sync/logprob_diff_mean"]) < LIMIT
+        assert row["divergence"] > 0
+    assert record["last_sync/logprob_diff_mean"] < LIMIT
+    starts = log.read_text().splitlines()
+    samples, probes = 2 * 8, 2 * 4 + 8
+    assert len(starts) >= 40 + samples + probes

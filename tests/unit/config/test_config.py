@@ -243,13 +243,6 @@ IDLE = [
 ]
 
 
-def test_what_environments_cannot_do_yet(tmp_path: Path) -> None:
-    settings = {"environment": {"name": "my.Game"}}
-    assert load_recipe(write_demo(tmp_path, **grpo_with(**settings)))
-    with pytest.raises(UserError, match="not supported with an environment yet"):
-        load_recipe(write_demo(tmp_path, **grpo_with(**settings, difficulty={})))
-
-
 @pytest.mark.parametrize(
     ("place", "idle", "change"), IDLE, ids=lambda x: getattr(x, "__name__", str(x))[:50]
 )

@@ -5,7 +5,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +13,6 @@ from r1pipe.envs.calculator import calculator
 from r1pipe.envs.python_tool import PythonSession
 from r1pipe.envs.tools import ToolEnvironment
 from r1pipe.models.tokenizer import build_tokenizer, encode_prompt
-from r1pipe.rollout.tool_parser import ToolParser
 from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError
 
@@ -165,6 +163,13 @@ def test_python_keeps_its_variables_within_an_episode() -> None:
     assert "NameError" in answer(other, ("python", '{"code": "x"}'))[0]
 
 
+def test_what_python_drew_stays_drawn() -> None:
+    session = PythonSession()
+    drawn = session.python("import random\nx = random.random()\nx")
+    assert session.python("y = random.random()\nx") == drawn
+    assert session.python("y == x, x") == f"(False, {drawn})"
+
+
 def test_python_runs_in_the_sandbox(tmp_path: Path) -> None:
     """The attacks on code rewards, as cells: what a cell prints is all that it can do."""
     (tmp_path / "canary").write_text("secret")
@@ -179,55 +184,9 @@ def test_python_runs_in_the_sandbox(tmp_path: Path) -> None:
     assert (tmp_path / "canary").read_text() == "secret"
 
 
-CALL = {"name": "calculator", "arguments": {"expression": "1+1"}}
-DEEPSEEK = (
-    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>",
-    "<｜tool▁calls▁end｜>",
-)  # fmt: skip
-WRITTEN = {
-    "hermes": ("<tool_call>\n{}\n</tool_call>", json.dumps(CALL)),
-    "llama3_json": ("<|python_tag|>{}", json.dumps(CALL)),
-    "deepseek_v3": (
-        "{}{}function{}calculator\n```json\n{{}}\n```{}{}".format(*DEEPSEEK),
-        json.dumps(CALL["arguments"]),
-    ),
-}
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture
 def tokenizer() -> PreTrainedTokenizerBase:
-    tokenizer = build_tokenizer(["17 * 23?"], 300)
-    tokenizer.add_tokens(["<tool_call>", "</tool_call>", "<|python_tag|>", *DEEPSEEK])
-    return tokenizer
-
-
-@pytest.mark.parametrize("name", WRITTEN)
-def test_vllms_parser_of_each_family(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    frame, inner = WRITTEN[name]
-    parser, tools = ToolParser(name, tokenizer), ToolEnvironment(PROBLEM).tools
-    assert parser.parse("It is 2.", tools) == {}
-    found: dict[str, Any] = parser.parse("Let me see. " + frame.replace("{}", inner), tools)
-    (call,) = found["tool_calls"]
-    assert call["function"]["name"] == "calculator"
-    assert json.loads(call["function"]["arguments"]) == CALL["arguments"]
-    environment = ToolEnvironment(PROBLEM)
-    assert answer(environment, tuple(call["function"].values())) == ["2"]
-
-    for broken in (inner[:-3], ""):
-        message = parser.parse(frame.replace("{}", broken), tools)
-        if "tool_calls" in message:  # deepseek's parser leaves the arguments to their reader
-            (call,) = message["tool_calls"]
-            assert answer(environment, tuple(call["function"].values()))[0].startswith("error: ")
-            continue
-        assert set(message) == {"tool_call_error"}
-        turn = asyncio.run(environment.step({"role": "assistant", "content": "", **message}))
-        assert turn.messages[0]["content"].startswith("error: ")
-        assert not turn.done
-
-
-def test_a_parser_that_is_none(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UserError, match='tool_parser "hermit": '):
-        ToolParser("hermit", tokenizer)
+    return build_tokenizer(["17 * 23?"], 300)
 
 
 def test_a_template_that_knows_tools_is_given_them(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -8,12 +8,13 @@ runs them for another user: ``python code_attacks.py MECHANISM CONTEXT``; it pri
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from rewards.code import runs
+from rewards.code import cells, runs
 from rewards.sandbox import client
 from rewards.sandbox.client import Limits
 
@@ -481,6 +482,22 @@ def run_programs(mechanism: str, context: dict, programs: dict[str, str]) -> dic
     return outcomes
 
 
+def run_as_cells(mechanism: str, context: dict, programs: dict[str, str]) -> dict[str, dict]:
+    """As a model's calls of the tool ``python``, each in a session of its own: ``right`` if the
+    model would read what it is after."""
+    outcomes = {}
+    for name, attack in programs.items():
+        expected = context["expected"] if "hidden" in attack else ESCAPED
+        session = [PRELUDE.format(context=context | {"expected": ESCAPED}), attack]
+        limits = LIMITS._replace(seconds=0.8) if name in SLOW_PROGRAMS else LIMITS
+        start = time.monotonic()
+        reply = cells.run_in_worker(mechanism, session, list(limits))
+        late = "out of time" in reply["output"]
+        status = "right" if reply["output"] == expected else "timed_out" if late else "wrong"
+        outcomes[name] = {"status": status, "seconds": time.monotonic() - start}
+    return outcomes
+
+
 def run_solutions(mechanism: str, solutions: dict[str, str]) -> dict[str, dict]:
     """Judge solutions by every assert of ``FUNCTION_TESTS`` on its own; return the outcomes."""
     outcomes = {}
@@ -522,12 +539,14 @@ def count_descendants(pid: int) -> int:
     return len(list_descendants(pid))
 
 
-def run_all(mechanism: str, context: dict, programs: dict, solutions: dict) -> dict:
+def run_all(
+    mechanism: str, context: dict, programs: dict, solutions: dict, run: Callable = run_programs
+) -> dict:
     """Run the attacks; return the outcomes, and how many processes were left running."""
     server = client.get_server(mechanism)
     base = count_descendants(server.process.pid)  # bubblewrap has processes of its own
     outcomes = {
-        "programs": run_programs(mechanism, context, programs),
+        "programs": run(mechanism, context, programs),
         "solutions": run_solutions(mechanism, solutions),
     }
     deadline = time.monotonic() + 30

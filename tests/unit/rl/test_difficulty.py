@@ -3,15 +3,14 @@
 from types import SimpleNamespace
 
 import pytest
+from grpo_settings import make_grpo
 
-from r1pipe.config.base import Reward
 from r1pipe.config.rl import Difficulty
-from r1pipe.rl.curriculum import choose_problems, compute_pass_rate, find_reward
+from r1pipe.rl.curriculum import choose_problems, compute_pass_rate, find_passing
 from r1pipe.rl.difficulty import check_choice
 from r1pipe.types import Problem, Score
 from r1pipe.utils.errors import UserError
 
-REWARD = Reward(function="f")
 # values of the reward, pass rate
 RATES = [
     ([1.0, 1.0, 0.0, 0.0], 0.5),
@@ -25,15 +24,22 @@ RATES = [
 @pytest.mark.parametrize(("values", "expected"), RATES)
 def test_pass_rate(values: list, expected: float | None) -> None:
     scores = [Score(rewards={"f": value, "g": 1.0}) for value in values]
-    assert compute_pass_rate(scores, REWARD) == expected
+    assert compute_pass_rate(scores, "f") == expected
 
 
 def test_reward_that_decides() -> None:
-    rewards = [REWARD, Reward(function="g")]
-    assert find_reward(Difficulty(), rewards).function == "f"
-    assert find_reward(Difficulty(reward="g"), rewards).function == "g"
-    with pytest.raises(UserError, match=r'difficulty\.reward "h" is none of the stage\'s: f, g'):
-        find_reward(Difficulty(reward="h"), rewards)
+    functions: dict = {"rewards": [{"function": "f"}, {"function": "g"}]}
+    stage = make_grpo(**functions)
+    assert find_passing(Difficulty(), stage) == "f"
+    assert find_passing(Difficulty(reward="g"), stage) == "g"
+    for wrong in ("h", "environment"):
+        with pytest.raises(UserError, match=f'reward "{wrong}" is none of the stage\'s: f, g$'):
+            find_passing(Difficulty(reward=wrong), stage)
+    environment = {"environment": {"name": "x.Y"}}
+    assert find_passing(Difficulty(), make_grpo(**functions, **environment)) == "f"
+    settings = Difficulty(reward="environment")
+    assert find_passing(settings, make_grpo(**functions, **environment)) == "environment"
+    assert find_passing(Difficulty(), make_grpo(rewards=[], **environment)) == "environment"
 
 
 def test_nothing_within_the_limits_is_an_error() -> None:

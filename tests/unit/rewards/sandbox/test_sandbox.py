@@ -18,6 +18,7 @@ from code_attacks import (
     SLOW_SOLUTIONS,
     SOLUTIONS,
     run_all,
+    run_as_cells,
     run_programs,
 )
 
@@ -152,6 +153,16 @@ def attack_as_self(mechanism: str, context: dict) -> dict:
         client.close_servers()
 
 
+def attack_by_cells(mechanism: str, context: dict) -> dict:
+    """As a model that has Python as a tool."""
+    try:
+        return run_all(mechanism, context, PROGRAMS | SLOW_PROGRAMS, {}, run_as_cells)
+    except SandboxError as error:
+        pytest.skip(f"{mechanism}: {error}")
+    finally:
+        client.close_servers()
+
+
 OLD_LANDLOCK = """
 import runpy, sys, types
 sys.argv = sys.argv[1:]
@@ -181,7 +192,11 @@ WAYS = [
     (attack, mechanism)
     for attack in (attack_as_self, attack_as_nobody)
     for mechanism in ("namespaces", "bubblewrap", "landlock")
-] + [(attack_old_landlock, "landlock")]
+] + [
+    (attack_old_landlock, "landlock"),
+    (attack_by_cells, "namespaces"),
+    (attack_by_cells, "landlock"),
+]
 
 
 @pytest.fixture(scope="module", params=WAYS, ids=lambda way: f"{way[0].__name__}-{way[1]}")
@@ -229,10 +244,11 @@ def test_every_attack_ends_in_time(outcomes):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user's attacks fail for other reasons")
-def test_the_attacks_are_real(surroundings):
+@pytest.mark.parametrize("run", [run_programs, run_as_cells])
+def test_the_attacks_are_real(surroundings, run):
     attacks = {name: PROGRAMS[name] for name in SUCCEED_UNCONFINED}
     try:
-        found = run_programs("none", surroundings.context(), attacks)
+        found = run("none", surroundings.context(), attacks)
     finally:
         client.close_servers()
         surroundings.heard()
