@@ -11,7 +11,7 @@ from r1pipe.doctor.inputs import Inputs, count_characters, describe_source
 from r1pipe.doctor.machine import Diagnosis
 from r1pipe.doctor.memory import Estimate, describe_estimate, make_estimate
 from r1pipe.doctor.model_config import find_config, find_stage_config
-from r1pipe.envs.base import read_first_prompts
+from r1pipe.envs.base import check_environment, read_first_prompts
 from r1pipe.models.model import check_settings, pick_device
 from r1pipe.models.thinking import OPEN, close_tag
 from r1pipe.models.tokenizer import (
@@ -206,6 +206,8 @@ def examine_vocabulary(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
 
 
 def examine_prompts(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
+    if not has_environment(stage, inputs):
+        return  # `examine_functions` tells
     good = []
     samplings: list[tuple[str, Sampling | None]] = [*stage.samplings()]
     if stage.optimization and stage.weights_from and not samplings:
@@ -241,6 +243,17 @@ def examine_prompts(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
         yield Diagnosis("", "ok", f"longest and completion, tokens: {', '.join(good)}")
     elif samplings:
         yield Diagnosis("", "skipped", "no tokenizer and data to measure them by yet")
+
+
+def has_environment(stage: Stage, inputs: Inputs) -> bool:
+    """Whether that of the stage, if it has one, can be made."""
+    if environment := stage.environment_used():
+        try:
+            for _, problems in inputs.load_problems(stage):
+                check_environment(environment, problems[0])
+        except UserError:
+            return False
+    return True
 
 
 def find_context(name: str, inputs: Inputs) -> tuple[int | None, str]:

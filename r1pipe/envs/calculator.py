@@ -1,6 +1,7 @@
 """A calculator for models: exact, without evaluating what they wrote."""
 
 import ast
+import contextlib
 import operator
 from collections.abc import Callable
 from fractions import Fraction
@@ -8,6 +9,8 @@ from fractions import Fraction
 MAX_CHARS = 300
 MAX_BITS = 4000
 """Of a numerator or denominator."""
+
+MAX_TRIES = 20
 
 OPERATORS: dict[type[ast.AST], Callable[..., Fraction | int]] = {
     ast.Add: operator.add,
@@ -34,7 +37,7 @@ def calculator(expression: str) -> str:
     for sign, plain in SIGNS.items():
         text = text.replace(sign, plain)
     try:
-        value = compute(ast.parse(text.strip(), mode="eval").body, text.strip())
+        value = compute(parse(text.strip()), text.strip())
     except SyntaxError as error:
         raise ValueError(f"not an arithmetic expression: {text}") from error
     except ZeroDivisionError as error:
@@ -45,6 +48,15 @@ def calculator(expression: str) -> str:
         return f"{float(value):.12g}"
     except OverflowError as error:
         raise ValueError("the result is too large") from error
+
+
+def parse(text: str) -> ast.expr:
+    """Tools run in threads, and in Python 3.11 threads that parse at the same time may be told of a
+    "recursion depth mismatch", whatever their texts."""
+    for _ in range(MAX_TRIES):
+        with contextlib.suppress(SystemError):
+            return ast.parse(text, mode="eval").body
+    return ast.parse(text, mode="eval").body
 
 
 def compute(node: ast.AST, text: str) -> Fraction:

@@ -1,9 +1,11 @@
 """Tools: exact arithmetic, calls by vLLM's own parsers, errors that are the policy's to mend."""
 
 import asyncio
+import gc
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,31 @@ def test_the_calculator_is_exact(expression: str, result: str) -> None:
 def test_the_calculator_refuses_the_rest_at_once(expression: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         calculator(expression)
+
+
+def test_calculators_of_many_threads() -> None:
+    """Collected objects let other threads in while one parses; CPython 3.11 then fails."""
+
+    class Collected:
+        def __init__(self) -> None:
+            self.itself = self
+
+        def __del__(self) -> None:
+            sum(range(200))
+
+    def calculate(_: int) -> set[str]:
+        return {calculator("((1+2)*(3-4))/5+" * 5 + f"0*{id(Collected())}") for _ in range(400)}
+
+    interval, thresholds = sys.getswitchinterval(), gc.get_threshold()
+    sys.setswitchinterval(1e-5)
+    gc.set_threshold(50)
+    try:
+        with ThreadPoolExecutor(6) as threads:
+            results = set.union(*threads.map(calculate, range(6)))
+    finally:
+        sys.setswitchinterval(interval)
+        gc.set_threshold(*thresholds)
+    assert results == {"-3"}
 
 
 def count_letters(word: str, letter: str = "a") -> int:

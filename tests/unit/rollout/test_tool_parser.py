@@ -28,7 +28,8 @@ def repeat(text: str, times: int) -> str:
 
 
 DEEPSEEK = (
-    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>", "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>",
     "<｜tool▁sep｜>",
 )  # fmt: skip
 DSML = ("<｜DSML｜function_calls>", "</｜DSML｜function_calls>")
