@@ -107,6 +107,8 @@ def read_first_prompts(
             environment = make_environment(settings, problem)
             try:
                 messages = await asyncio.wait_for(environment.start(), settings.max_tool_s)
+                if hasattr(environment, "end"):  # to clean up; no reward is asked for
+                    await asyncio.wait_for(environment.end("error"), settings.max_tool_s)
             except UserError:
                 raise
             except Exception as error:  # the user's own

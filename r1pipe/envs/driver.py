@@ -58,8 +58,6 @@ class EpisodeSampler:
             ToolParser(settings.tool_parser, sampler.tokenizer) if settings.tool_parser else None
         )
 
-    # The engine's own
-
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.sampler.tokenizer
