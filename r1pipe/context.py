@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1pipe.config.base import ProblemSet, PromptingStage, TrainingSet, TrainingStage
+from r1pipe.config.base import Adapter, ProblemSet, PromptingStage, TrainingSet, TrainingStage
 from r1pipe.config.recipe import Recipe
 from r1pipe.data.decontamination import decontaminate
 from r1pipe.data.problem_sets import ProblemSets
@@ -18,11 +18,13 @@ from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import dump_row, write_text
 from r1pipe.utils.progress import StageProgress, log_line
+from r1pipe.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
+    from r1pipe.models.adapter import NewAdapter
     from r1pipe.rollout.engines import Engines
 
 NUM_BROKEN_SHOWN, NUM_BROKEN_KEPT = 3, 100
@@ -69,6 +71,14 @@ class StageContext:
         from r1pipe.models.tokenizer import load_tokenizer
 
         return load_tokenizer(checkpoint, self.recipe.chat_template)
+
+    def new_adapter(self, settings: Adapter | None) -> "NewAdapter | None":
+        """What the stage's `load_sharded` is given; None without settings."""
+        from r1pipe.models.adapter import NewAdapter
+
+        if settings is None:
+            return None
+        return NewAdapter(settings, derive_seed(self.recipe.seed, self.stage_name, "adapter"))
 
     def load_training_problems(self, stage: TrainingStage) -> list[Problem]:
         """The stage's problems without those that overlap with any evaluation set of the recipe;

@@ -1,12 +1,9 @@
 """Settings shared by all kinds of stages: problem sets, sampling, rewards, training."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     PositiveFloat,
@@ -16,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from r1pipe.config.strict import Strict, refuse_idle
 from rewards.judges.settings import LIMITS
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -23,24 +21,6 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 MAX_NAME = 100
 """Bytes in the name of a run or stage: it becomes a folder name, with affixes."""
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, populate_by_name=True, allow_inf_nan=False
-    )
-
-
-def refuse_idle(settings: BaseModel, idle: Mapping[str, Any], prefix: str = "") -> None:
-    """Reject keys that are set and have no effect.
-
-    `idle` maps a key to the words that say when it has none, or to a false value where it has one.
-    A key counts as set if it differs from its default: a recipe that was dumped has all keys.
-    Raises ValueError.
-    """
-    for key, when in idle.items():
-        if when and getattr(settings, key) != type(settings).model_fields[key].get_default():
-            raise ValueError(f"{prefix}{key} does nothing {when}; leave it out")
 
 
 class ProblemSet(Strict):
@@ -152,6 +132,21 @@ class Saving(Strict):
         return self
 
 
+class Adapter(Strict):
+    """LoRA (Hu et al. 2021, arXiv:2106.09685): the checkpoint's weights stay as they are; beside
+    each target matrix the product of two small ones is trained, B A times `alpha` / `r`."""
+
+    r: PositiveInt = 16
+    """Rank: rows of A, columns of B."""
+    alpha: PositiveInt = 32
+    target_modules: Annotated[list[str], Field(min_length=1)] | None = None
+    """Names of linear layers, such as q_proj, and of experts' fused matrices, such as gate_up_proj.
+    Default: all of them in the model but head and routers."""
+    offload_base: bool = False
+    """The frozen weights leave the GPU while the engine samples: in one process, where it sleeps
+    during the update."""
+
+
 class Optimization(Saving):
     """The optimizer and its schedule, under the names that TRL and transformers use."""
 
@@ -176,10 +171,17 @@ class Optimization(Saving):
     seq_aux_loss_coef: NonNegativeFloat = 0.0
     """Weight of DeepSeek-V3's auxiliary loss, which evens the load out within each sequence.
     DeepSeek-V3: 1e-4."""
+    adapter: Adapter | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Train an adapter only; the stage's checkpoint has it merged, and apart in `adapter/`."""
 
     @model_validator(mode="after")
     def end_a_cosine(self) -> "Optimization":
         refuse_idle(self, {"min_lr": self.lr_scheduler_type != "cosine" and "without the cosine"})
+        return self
+
+    @model_validator(mode="after")
+    def leave_the_base_alone(self) -> "Optimization":
+        refuse_idle(self, {"bias_update_rate": self.adapter and "with an adapter"})
         return self
 
     def tokens_per_micro_batch(self, *, on_gpu: bool) -> int:

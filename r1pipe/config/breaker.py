@@ -7,8 +7,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, Field, PositiveInt, create_model
 
-from r1pipe.config.base import Strict
 from r1pipe.config.checks import CHECKS, Action, Check
+from r1pipe.config.strict import Strict
 
 Settings = TypeVar("Settings", bound="BreakerSettings")
 

@@ -24,8 +24,8 @@ from r1pipe.config.base import (
     Share,
     Stage,
     as_list,
-    refuse_idle,
 )
+from r1pipe.config.strict import refuse_idle
 
 
 class EvalSet(ProblemSet):

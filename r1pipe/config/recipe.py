@@ -22,8 +22,10 @@ from pydantic_core import core_schema
 # isort: off
 # The kinds of stages, which register themselves, in the order of `r1pipe --help`.
 from r1pipe.config import sft, rl, traces, evals  # noqa: F401
-from r1pipe.config.base import MAX_NAME, STAGE_TYPES, ProblemSet, Share, Stage, Strict
+from r1pipe.config.base import MAX_NAME, STAGE_TYPES, ProblemSet, Share, Stage
+
 # isort: on
+from r1pipe.config.strict import Strict
 
 
 class Engine(Strict):

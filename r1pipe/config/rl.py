@@ -19,10 +19,9 @@ from r1pipe.config.base import (
     Reward,
     Sampling,
     Share,
-    Strict,
-    refuse_idle,
 )
 from r1pipe.config.breaker import Breaker, DistillBreaker
+from r1pipe.config.strict import Strict, refuse_idle
 
 LOSSES = {
     "grpo": ("clip_tokens", "weigh_by_completion"),
@@ -169,7 +168,8 @@ class Grpo(OnPolicy):
     scale_rewards: Literal["group", "batch", "none"] = "group"
     """Divisor of the advantages: the group's std, the batch's, or none."""
     beta: NonNegativeFloat = 0.0
-    """Weight of the KL term to the reference policy; 0 keeps no reference."""
+    """Weight of the KL term to the reference policy; 0 keeps no reference. With an adapter the
+    reference is the policy without it."""
     kl_estimator: Literal["k1", "k3"] = "k3"
     use_bias_correction_kl: bool = False
     """Weigh the KL term by pi / pi_old, so that its gradient is that of the KL (DeepSeek-V3.2)."""
@@ -201,7 +201,7 @@ class Grpo(OnPolicy):
 
     @property
     def keeps_reference(self) -> bool:
-        return self.beta > 0
+        return self.beta > 0 and self.adapter is None
 
     @property
     def sampling(self) -> Sampling:
@@ -255,7 +255,7 @@ class Grpo(OnPolicy):
             {
                 "kl_estimator": no_kl,
                 "use_bias_correction_kl": no_kl,
-                "reference_refresh_steps": no_kl,
+                "reference_refresh_steps": no_kl or (self.adapter and "with an adapter"),
                 "epsilon": cispo,
                 "delta": cispo,
                 "vllm_importance_sampling_mode": uncorrected,

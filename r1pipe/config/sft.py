@@ -10,7 +10,8 @@ from pydantic import (
     model_validator,
 )
 
-from r1pipe.config.base import Optimization, ProblemSet, Share, Strict, TrainingStage, refuse_idle
+from r1pipe.config.base import Optimization, ProblemSet, Share, TrainingStage
+from r1pipe.config.strict import Strict, refuse_idle
 from rewards.text.languages import LANGUAGES
 
 
@@ -38,6 +39,9 @@ class Supervised(Optimization):
     def name_a_length(self) -> "Supervised":
         if (self.max_steps is None) == (self.num_train_epochs is None):
             raise ValueError("give either max_steps or num_train_epochs")
+        if self.adapter:
+            idle = {"offload_base": "in supervised training, beside which nothing samples"}
+            refuse_idle(self.adapter, idle, "adapter.")
         return self
 
 

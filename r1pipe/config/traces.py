@@ -16,10 +16,9 @@ from r1pipe.config.base import (
     Reward,
     Sampling,
     Share,
-    Strict,
-    refuse_idle,
 )
 from r1pipe.config.sft import SupervisedStage, TraceFilters
+from r1pipe.config.strict import Strict, refuse_idle
 from rewards.judges.endpoint import check_url
 
 
@@ -154,6 +153,12 @@ class Distill(PromptingStage, SupervisedStage):
     help = "teach a dense student the right samples of a policy"
     then = "r1pipe eval configs/demo.yaml"
     how_made = "supervised training on samples of a policy"
+
+    @model_validator(mode="after")
+    def adapt_a_model(self) -> "Distill":
+        if self.train.adapter and self.new_model:
+            raise ValueError("train.adapter: a student from random weights is trained whole")
+        return self
 
     @property
     def weights_from(self) -> str | None:

@@ -12,6 +12,7 @@ from r1pipe.doctor.machine import Diagnosis
 from r1pipe.doctor.memory import Estimate, describe_estimate, make_estimate
 from r1pipe.doctor.model_config import find_config, find_stage_config
 from r1pipe.envs.base import check_environment, read_first_prompts
+from r1pipe.models.adapter import check_targets
 from r1pipe.models.model import check_settings, pick_device
 from r1pipe.models.thinking import OPEN, close_tag
 from r1pipe.models.tokenizer import (
@@ -55,6 +56,8 @@ def examine_architecture(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
                 configs += [find_config(name, recipe) for name in stage.taught_by]
             for config in configs:
                 require_trainable(config, recipe.attn_implementation)
+            if stage.optimization.adapter:
+                check_targets(configs[0], stage.optimization.adapter)
     for name, _ in stage.samplings():
         try:
             config = find_config(name, recipe)

@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from r1pipe.models.adapter import is_adapters
 from r1pipe.models.gguf import UNREADABLE
 from r1pipe.models.quirks import find_quirks
 from r1pipe.models.tokenizer import SPECIAL
@@ -109,7 +110,7 @@ def load_model(
         name, found, wanted = wrong[0]
         what = f"{name} has the shape {list(found)}, by its config.json {list(wanted)}"
         raise UserError(f"{checkpoint}: {what}")
-    if absent := sorted(report["missing_keys"]):
+    if absent := sorted(name for name in report["missing_keys"] if not is_adapters(name)):
         # transformers would initialize them randomly.
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise UserError(f"{checkpoint}: its weights have no {absent[0]}{more}")

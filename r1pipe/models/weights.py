@@ -22,14 +22,19 @@ from transformers import (
 )
 from transformers.core_model_loading import revert_weight_conversion
 
+from r1pipe.models.adapter import find_adapter, merge, save_adapter
 from r1pipe.models.tokenizer import join_end_ids, list_ids
-from r1pipe.utils.distributed import is_first
+from r1pipe.utils.distributed import full_tensor, is_first
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import write_text
 from r1pipe.utils.phases import phase
 
 MAX_FILE_BYTES = 4 * 2**30
 """Largest safetensors file of a sharded model: what rank 0 holds while saving."""
+
+
+ADAPTER = "adapter"
+"""Folder within a checkpoint's with the adapter that is merged in it."""
 
 
 def check_weights(checkpoint: str) -> None:
@@ -112,10 +117,12 @@ def save_checkpoint(
     model.generation_config = GenerationConfig(
         eos_token_id=[first, *others] if others else first, pad_token_id=tokenizer.pad_token_id
     )
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if find_adapter(model) or any(isinstance(p, DTensor) for p in model.parameters()):
         save_sharded(model, folder)
     else:
         model.save_pretrained(folder)
+    if find_adapter(model):
+        save_adapter(model, folder / ADAPTER)
     tokenizer.save_pretrained(folder)
 
 
@@ -167,7 +174,8 @@ def cut_files(
 
 
 def export_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names and tensors as in a saved checkpoint, one layer at a time, without a second full copy.
+    """Names and tensors as in a saved checkpoint, an adapter merged, one layer at a time, without a
+    second full copy.
 
     Iterates `state_dict()`, not the parameters: a router's `e_score_correction_bias` is a buffer,
     and a sampler without it routes tokens to other experts.
@@ -185,13 +193,8 @@ def export_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
         return found.group(1) if found else ""
 
     for _, group in groupby(sorted(tensors, key=layer), key=layer):
-        part = {name: full_tensor(tensors[name].detach()) for name in group}
+        part = merge(model, {name: full_tensor(tensors[name].detach()) for name in group})
         yield from revert_weight_conversion(model, part).items()
-
-
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """A sharded tensor gathered, which every rank must call; others unchanged."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:

@@ -14,13 +14,13 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from r1pipe.config.rl import OnPolicyDistill
-from r1pipe.models.weights import full_tensor
 from r1pipe.rl.losses import Totals
 from r1pipe.rl.update import COUNT, SamplerMismatch, Updater
 from r1pipe.trainer.divergence import TeacherStates
 from r1pipe.trainer.packing import PackedBatch, Sample
 from r1pipe.trainer.policy import LogProbs, Policy, compute_hidden, prepare
 from r1pipe.types import Problem
+from r1pipe.utils.distributed import full_tensor
 from r1pipe.utils.errors import UserError
 
 

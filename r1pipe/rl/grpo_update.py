@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from r1pipe.config.rl import Grpo
+from r1pipe.models.adapter import without_adapter
 from r1pipe.rl.losses import LossInputs, Totals, compute_loss
 from r1pipe.rl.update import SamplerMismatch, Updater
 from r1pipe.trainer.fsdp import put_weights, take_weights
@@ -17,7 +18,7 @@ from r1pipe.trainer.policy import LogProbs, Policy
 
 class GrpoUpdater(Updater):
     """An Updater whose loss is that of `losses.compute_loss`; also owns the reference policy, if
-    `beta` asks for it."""
+    `beta` asks for it; the policy given as `reference` is it without its adapter."""
 
     settings: Grpo
 
@@ -32,7 +33,7 @@ class GrpoUpdater(Updater):
     ):
         self.num_passes = settings.num_iterations
         super().__init__(policy, settings, dtype=dtype, seed=seed)
-        self.reference = as_policy(reference) if reference is not None else None
+        self.reference = None if reference is None else as_policy(reference)
 
     @property
     def needs_old_policy(self) -> bool:
@@ -57,6 +58,9 @@ class GrpoUpdater(Updater):
     def measure_reference(self, batch: PackedBatch, support: Support | None) -> Tensor | None:
         if self.reference is None:
             return None
+        if self.reference is self.policy:
+            with without_adapter(self.model):
+                return self.policy(batch, self.settings.temperature, support=support).logprobs_C
         return self.reference(batch, self.settings.temperature, support=support).logprobs_C
 
     def remember(self, batch: PackedBatch, now: LogProbs) -> None:

@@ -15,6 +15,7 @@ from r1pipe.config.base import Sampling
 from r1pipe.config.rl import OnPolicy
 from r1pipe.context import StageContext
 from r1pipe.envs.driver import Source
+from r1pipe.models.adapter import describe
 from r1pipe.models.weights import export_weights, save_checkpoint
 from r1pipe.rl.batch import Batch
 from r1pipe.rl.collect import Collector
@@ -101,7 +102,7 @@ def run_steps(
         if done := checkpoints.restore_last_good():
             progress.start_at(done)
         if done or sampler.asleep:
-            sampler.load_weights(export_weights(updater.model))
+            sync(updater, sampler)
             if sampler.sleep_level:
                 probe_sync(stage, updater, sampler, breaker, problems, done)
         if not done:
@@ -126,6 +127,7 @@ def run_steps(
     return {
         "train_rows": len(problems),
         "optimizer_steps": stage.max_steps,
+        **describe(updater.model),
         **checkpoints.facts(),
         **final,
     }
@@ -182,6 +184,7 @@ def train(
         batch = batches.take(step)
         clock.lap("wait")
         sampler.sleep()
+        updater.enter_device()
         clock.lap("sync")
         before = updater.copy_weights() if stage.async_steps else {}  # the sampler's
 
@@ -197,7 +200,7 @@ def train(
         clock.lap("wait")
         if ahead := batches.ahead:
             ahead.logprob_diff = compare_ahead(updater, before, ahead)
-        sampler.load_weights(export_weights(updater.model))
+        sync(updater, sampler)
         if stage.verifies_sync or sampler.sleep_level:
             asked = [group.problem for group in batch.groups]
             metrics |= probe_sync(
@@ -207,6 +210,11 @@ def train(
         breaker.close_step(metrics)
         metrics |= clock.metrics(metrics["tokens_trained"])
         yield metrics | updater.utilization.take(clock.seconds["update"]), batch
+
+
+def sync(updater: Updater, sampler: WeightReceiver) -> None:
+    updater.leave_device()
+    sampler.load_weights(export_weights(updater.model))
 
 
 def compare_ahead(updater: Updater, weights: dict[str, Tensor], batch: Batch) -> float | None:

@@ -13,6 +13,7 @@ from r1pipe.models.routing import pack_routes, replaying
 from r1pipe.rl.balance import share_out
 from r1pipe.rl.losses import Totals
 from r1pipe.trainer.fsdp import put_weights, take_weights
+from r1pipe.trainer.offload import FrozenWeights
 from r1pipe.trainer.packed import PackedTrainer
 from r1pipe.trainer.packing import PackedBatch, Sample
 from r1pipe.trainer.policy import LogProbs, Policy, Truncation
@@ -46,10 +47,21 @@ class Updater(PackedTrainer):
             dtype=dtype,
         )
         self.seed = seed
+        offloads = settings.adapter and settings.adapter.offload_base and distributed.alone()
+        self.frozen = FrozenWeights(self.policy) if offloads else None
         self.truncation = Truncation(settings.sampling.top_p, settings.sampling.top_k)
         # Evaluation mode, without dropout, as the sampler; but layers are checkpointed in training
         # mode only.
         self.model.train(settings.gradient_checkpointing)
+
+    def leave_device(self) -> None:
+        """Leave the GPU's memory to the engine that wakes up, if the settings ask for that."""
+        if self.frozen:
+            self.frozen.leave()
+
+    def enter_device(self) -> None:
+        if self.frozen:
+            self.frozen.enter()
 
     # What the loss decides
 
@@ -88,7 +100,7 @@ class Updater(PackedTrainer):
         routes_NLK = None
         if self.settings.routing_replay:
             routes = [sample.rollout.routes for sample in batch.samples]
-            routes_NLK = pack_routes(routes, self.model.device)
+            routes_NLK = pack_routes(routes, self.device)
         with replaying(self.model, routes_NLK):
             yield
 

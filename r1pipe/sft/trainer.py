@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from r1pipe.config.sft import Supervised
 from r1pipe.context import StageContext
+from r1pipe.models.adapter import describe
 from r1pipe.models.tokenizer import (
     list_ids,
 )
@@ -160,5 +161,6 @@ def train_on_traces(
         "rows_too_long": traces.num_too_long,
         "optimizer_steps": num_steps,
         "train_loss": fmean(row["loss"] for row in read_metrics(context.shared_folder)),
+        **describe(policy.model),
         **checkpoints.facts(),
     }

@@ -48,8 +48,9 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
     if isinstance(stage.student, str):
         base = context.checkpoint(stage.student)
         tokenizer = context.tokenizer(base)
-        attn_implementation = context.recipe.attn_implementation
-        policy = load_sharded(base, context.device, attn_implementation, Policy, dtype=dtype)
+        source = (base, context.device, context.recipe.attn_implementation, Policy)
+        adapter = context.new_adapter(stage.train.adapter)
+        policy = load_sharded(*source, dtype=dtype, adapter=adapter)
         student = policy.model
     else:
         tokenizer = context.tokenizer(teacher)

@@ -50,9 +50,13 @@ def make_updater(stage: Grpo, context: StageContext) -> GrpoUpdater:
     checkpoint = context.checkpoint(stage.from_)
     source = (checkpoint, context.device, context.recipe.attn_implementation, Policy)
     dtype = context.recipe.dtype
+    policy = load_sharded(*source, dtype=dtype, adapter=context.new_adapter(stage.adapter))
+    reference = policy if stage.beta else None
+    if stage.keeps_reference:
+        reference = load_sharded(*source, dtype=dtype, trained=False)
     return GrpoUpdater(
-        load_sharded(*source, dtype=dtype),
-        load_sharded(*source, dtype=dtype, trained=False) if stage.beta else None,
+        policy,
+        reference,
         stage,
         dtype=dtype,
         seed=context.recipe.seed,

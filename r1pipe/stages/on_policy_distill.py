@@ -95,7 +95,9 @@ def make_updater(
 ) -> DistillUpdater:
     place = (context.device, context.recipe.attn_implementation)
     dtype = context.recipe.dtype
-    student = load_sharded(context.checkpoint(stage.student), *place, Policy, dtype=dtype)
+    adapter = context.new_adapter(stage.adapter)
+    source = (context.checkpoint(stage.student), *place, Policy)
+    student = load_sharded(*source, dtype=dtype, adapter=adapter)
     models = {
         name: load_sharded(
             context.checkpoint(name), *place, TeacherModel, dtype=dtype, trained=False

@@ -26,6 +26,7 @@ def run(stage: Sft, context: StageContext) -> dict[str, Any]:
         context.recipe.attn_implementation,
         Policy,
         dtype=context.recipe.dtype,
+        adapter=context.new_adapter(stage.train.adapter),
     )
     facts = train_on_traces(policy, tokenizer, problems, stage.train, context, stage.name)
     save_checkpoint(policy.model, tokenizer, context.folder)

@@ -30,10 +30,20 @@ from torch.func import functional_call
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from r1pipe.models.adapter import (
+    NewAdapter,
+    Unbound,
+    add_adapter,
+    describe,
+    initialize,
+    is_adapters,
+    only_trained,
+)
 from r1pipe.models.model import find_layers, load_model
 from r1pipe.models.routing import route_in_float32
 from r1pipe.trainer.attention import find_implementation
 from r1pipe.utils import distributed
+from r1pipe.utils.progress import log_line
 
 Root = TypeVar("Root", bound=nn.Module)
 
@@ -46,6 +56,7 @@ def load_sharded(
     *,
     dtype: str,
     trained: bool = True,
+    adapter: NewAdapter | None = None,
 ) -> Root:
     """`wrap(model)` of a checkpoint in float32, each rank with its part; alone, the full model.
 
@@ -53,8 +64,8 @@ def load_sharded(
     rank's slices of the safetensors files, so no rank ever holds more than its share and the
     layer-sized pieces in transit.
 
-    Layers compute in `dtype`, the recipe's. A model that is not `trained` is also held in it:
-    there are no updates for float32 to keep.
+    Layers compute in `dtype`, the recipe's. A model that is not `trained`, or only an adapter of
+    it, is also held in it: there are no updates for float32 to keep.
     """
     roots: list[Root] = []
 
@@ -62,17 +73,26 @@ def load_sharded(
         # transformers ties after loading. Parameters tied that late keep a padded copy each where
         # ranks' parts differ in size, and one of the two is never updated.
         model.tie_weights()
+        if adapter:
+            add_adapter(model, adapter.settings)
         root = wrap(model)
         roots.append(shard(root, model, device, dtype=dtype))
 
-    held = torch.float32 if trained else getattr(torch, dtype)
+    held = torch.float32 if trained and not adapter else getattr(torch, dtype)
     source = (checkpoint, device, find_implementation(attn_implementation, device, dtype), held)
     if distributed.alone():
         prepare(load_model(*source))
     else:
         with distributing(prepare):
             load_model(*source)
-    return roots[0].to(device).requires_grad_(trained)
+    root = roots[0].to(device).requires_grad_(trained)
+    if adapter:
+        for name, parameter in root.named_parameters():
+            parameter.requires_grad_(is_adapters(name))
+        initialize(root, adapter.seed)
+        count = describe(root)["adapter_parameters"]
+        log_line(f"{checkpoint}: frozen; an adapter of {count:,} parameters is trained")
+    return root
 
 
 def shard(root: Root, model: PreTrainedModel, device: torch.device, *, dtype: str) -> Root:
@@ -91,7 +111,7 @@ def shard(root: Root, model: PreTrainedModel, device: torch.device, *, dtype: st
         route_in_float32(model)
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if distributed.alone():
-        if dtype == "bfloat16" and next(model.parameters()).dtype != torch.bfloat16:
+        if dtype == "bfloat16" and any(p.dtype != torch.bfloat16 for p in model.parameters()):
             for module in (*find_layers(model), root):
                 # A bound method: in a copy of the model it is bound to the copy.
                 module.forward = MethodType(run_in_bfloat16, module)
@@ -117,17 +137,6 @@ def give_memory_back() -> None:
     m_mmap_threshold = -3
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**20)
-
-
-class Unbound(nn.Module):
-    """A module with its class's own forward."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.module).forward(self.module, *args, **kwargs)
 
 
 def run_in_bfloat16(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -172,14 +181,14 @@ def own_shard(tensor: Any) -> Any:
 
 
 def take_weights(module: nn.Module) -> dict[str, Tensor]:
-    """This rank's part of all parameters and buffers, not copied."""
-    return {name: own_shard(tensor) for name, tensor in module.state_dict().items()}
+    """This rank's part of all parameters and buffers, or of an adapter's, not copied."""
+    return {name: own_shard(t) for name, t in only_trained(module.state_dict()).items()}
 
 
 @torch.no_grad()
 def put_weights(module: nn.Module, weights: dict[str, Tensor]) -> None:
     """Load the result of `take_weights` into a module that is sharded the same way."""
-    for name, tensor in module.state_dict().items():
+    for name, tensor in only_trained(module.state_dict()).items():
         own_shard(tensor).copy_(weights[name])
 
 

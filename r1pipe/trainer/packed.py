@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, get_scheduler
 from r1pipe.config.base import Optimization
 from r1pipe.models.expert_load import ExpertLoad, number_packed
 from r1pipe.models.model import fast_training_kernels
-from r1pipe.models.weights import full_tensor
 from r1pipe.trainer.fsdp import put_optimizer, put_weights, take_optimizer, take_weights
 from r1pipe.trainer.optimizer import OffloadedAdamW, find_schedule
 from r1pipe.trainer.packing import PackedBatch, Sample, cut_batches, pack
@@ -25,6 +24,7 @@ from r1pipe.trainer.policy import Policy
 from r1pipe.trainer.utilization import Utilization
 from r1pipe.types import Rollout
 from r1pipe.utils import distributed
+from r1pipe.utils.distributed import full_tensor
 from r1pipe.utils.phases import heartbeat
 
 
@@ -43,14 +43,15 @@ class PackedTrainer:
         self.settings, self.dtype = settings, dtype
         self.policy = as_policy(policy)
         self.model = model = self.policy.model
+        self.device = model.device
         self.load = ExpertLoad(
             model,
-            bias_update_rate=settings.bias_update_rate,
+            bias_update_rate=0.0 if settings.adapter else settings.bias_update_rate,
             seq_aux_loss_coef=settings.seq_aux_loss_coef,
         )
         make_optimizer = OffloadedAdamW if settings.offload_optimizer else torch.optim.AdamW
         self.optimizer = make_optimizer(
-            model.parameters(),
+            (parameter for parameter in model.parameters() if parameter.requires_grad),
             lr=settings.learning_rate,
             betas=(0.9, settings.adam_beta2),
             weight_decay=settings.weight_decay,
@@ -64,16 +65,16 @@ class PackedTrainer:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def kernels(self) -> contextlib.AbstractContextManager:
-        return fast_training_kernels(self.model.device, self.dtype)
+        return fast_training_kernels(self.device, self.dtype)
 
     def batches(self, samples: list[Sample]) -> Iterator[PackedBatch | None]:
         """The same number on every rank, because each forward gathers sharded layers: a rank with
         fewer batches gets None for the rest."""
-        on_gpu = self.model.device.type == "cuda"
+        on_gpu = self.device.type == "cuda"
         parts = cut_batches(samples, self.settings.tokens_per_micro_batch(on_gpu=on_gpu))
         num_batches = max(distributed.gather(len(parts)))
         for number in range(num_batches):
-            yield pack(parts[number], self.model.device) if number < len(parts) else None
+            yield pack(parts[number], self.device) if number < len(parts) else None
             heartbeat()
 
     def run_dummy_pass(self) -> None:
@@ -81,7 +82,7 @@ class PackedTrainer:
         rank that has no samples left."""
         rollout = Rollout("", 0, [0], [0], [0.0], "", "stop")
         with self.kernels():
-            loss = self.compute_dummy_loss(pack([Sample(rollout, 0.0)], self.model.device))
+            loss = self.compute_dummy_loss(pack([Sample(rollout, 0.0)], self.device))
             if torch.is_grad_enabled():
                 loss.backward()
 
@@ -105,8 +106,8 @@ class PackedTrainer:
 
     def wait_for_device(self) -> None:
         """Until the step's last kernel has run: the step is timed."""
-        if self.model.device.type == "cuda":
-            torch.cuda.current_stream(self.model.device).synchronize()
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
 
     def close_gradient(self, *, applied: bool) -> None:
         """After each optimizer step, or instead of it."""

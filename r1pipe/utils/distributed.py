@@ -200,6 +200,11 @@ def cut(count: int, part: int, parts: int) -> slice:
     return slice(count * part // parts, count * (part + 1) // parts)
 
 
+def full_tensor(tensor: "torch.Tensor") -> "torch.Tensor":
+    """A sharded tensor gathered, which every rank must call; others unchanged."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def make_mesh(device: "torch.device") -> "DeviceMesh":
     """One dimension over all ranks."""
     from torch.distributed.device_mesh import init_device_mesh

@@ -173,6 +173,10 @@ MISTAKES = [
         {"stages": stages_with(2, **ON_POLICY, student="sft", teacher_field="kind")},
         ["stages.on_policy_distill", "teacher_field does nothing without teachers"],
     ),
+    (
+        {"stages": stages_with(3, train={"max_steps": 5, "adapter": {}})},
+        ["stages.distill", "a student from random weights is trained whole"],
+    ),
 ]
 
 
@@ -204,6 +208,9 @@ IDLE = [
     (grpo_with, {"use_bias_correction_kl": True}, {"beta": 0.1}),
     (grpo_with, {"reference_refresh_steps": 5}, {"beta": 0.1}),
     (grpo_with, {"breaker": {"kl": {"limit": 5}}}, {"beta": 0.1}),
+    (sft_with, {"bias_update_rate": 0.01, "adapter": {}}, {"adapter": None}),
+    (sft_with, {"adapter": {"offload_base": True}}, {"adapter": {}}),
+    (grpo_with, {"beta": 0.1, "reference_refresh_steps": 5, "adapter": {}}, {"adapter": None}),
     (grpo_with, {"epsilon": 0.1, "loss_type": "cispo", "epsilon_high": 5}, {"loss_type": "dapo"}),
     (grpo_with, {"delta": 4, "loss_type": "cispo", "epsilon_high": 5}, {"loss_type": "grpo"}),
     *(

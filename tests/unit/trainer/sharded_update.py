@@ -19,6 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from r1pipe.config.rl import OnPolicyDistill
+from r1pipe.models.adapter import NewAdapter
 from r1pipe.models.model import pick_device
 from r1pipe.models.tokenizer import load_tokenizer
 from r1pipe.models.weights import save_checkpoint
@@ -37,10 +38,11 @@ def run(folder: Path, name: str, case: dict, device: torch.device) -> dict:
     metrics = take_steps(updater, case, 1, 1)
     checkpoints.save(1)
     metrics += take_steps(updater, case, 2, 3)
-    assert not all(same_weights(policy, reference))
+    adapted = updater.settings.adapter is not None
+    assert all(same_weights(policy, reference)) is adapted
     checkpoints.save(3)
     again = resume(folder, name, case, device)
-    if isinstance(updater, GrpoUpdater) and updater.reference is not None:
+    if isinstance(updater, GrpoUpdater) and updater.reference is not None and not adapted:
         updater.refresh_reference()
         assert all(same_weights(policy, reference))
     settings = updater.settings
@@ -71,7 +73,8 @@ def begin(
 ) -> tuple[Policy, Policy | TeacherModel, Updater, Checkpoints]:
     start = str(folder / f"{name}-start")
     dtype, settings = case["dtype"], case["settings"]
-    policy = load_sharded(start, device, "sdpa", Policy, dtype=dtype)
+    adapter = settings.adapter and NewAdapter(settings.adapter, 0)
+    policy = load_sharded(start, device, "sdpa", Policy, dtype=dtype, adapter=adapter)
     if isinstance(settings, OnPolicyDistill):
         taught_by = str(folder / f"{name}-teacher")
         reference = load_sharded(
@@ -85,7 +88,7 @@ def begin(
         updater = DistillUpdater(policy, teachers, settings, dtype=dtype, seed=0, routes=routes)
     else:
         reference = load_sharded(start, device, "sdpa", Policy, dtype=dtype, trained=False)
-        kept = reference if settings.beta else None
+        kept = (reference if settings.keeps_reference else policy) if settings.beta else None
         updater = GrpoUpdater(policy, kept, settings, dtype=dtype, seed=0)
     partial = folder / f"{name}-partial"
     return policy, reference, updater, Checkpoints(partial, settings, name, {"it": updater}, {})
@@ -122,9 +125,10 @@ def watch_dtype(policy: Policy) -> list[str]:
 
 
 def same_weights(one: Policy, other: Policy) -> Iterator[bool]:
-    """By parameter, in the other's dtype."""
-    for a, b in zip(one.parameters(), other.parameters(), strict=True):
-        yield torch.equal(a.to_local().to(b.dtype), b.to_local())
+    """By parameter that the other has, too, in its dtype."""
+    mine = dict(one.named_parameters())
+    for name, b in other.named_parameters():
+        yield torch.equal(mine[name].to_local().to(b.dtype), b.to_local())
 
 
 def made(folder: Path, name: str) -> Path:

@@ -13,9 +13,10 @@ import pytest
 import torch
 from grpo_settings import make_grpo, make_on_policy_distill
 from tiny_models import MODELS, PROBLEMS, make_rollout
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from r1pipe.config.rl import OnPolicy, OnPolicyDistill
+from r1pipe.models.adapter import NewAdapter, merge
 from r1pipe.models.model import build_model, load_model
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import save_checkpoint
@@ -23,7 +24,9 @@ from r1pipe.rl.distill_update import DistillUpdater, TeacherModel
 from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.rl.update import Updater
 from r1pipe.trainer.checkpoints import Checkpoints
+from r1pipe.trainer.fsdp import load_sharded
 from r1pipe.trainer.packing import Sample
+from r1pipe.trainer.policy import Policy
 from r1pipe.utils.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -52,6 +55,13 @@ CASES = {
         {"beta": 0.1, "gradient_checkpointing": True, "steps_per_generation": 4},
         (5, 0),
     ),
+    "adapted": (
+        "qwen3_moe",
+        {},
+        {"beta": 0.1, "gradient_checkpointing": True, "steps_per_generation": 4, "adapter": {}},
+        (5, 0),
+    ),
+    "adapted_bf16": ("qwen3_moe", {}, {"beta": 0.1, "adapter": {"r": 3}}, (9, 11)),
     "bf16": ("qwen3_moe", {}, {"beta": 0.1, "offload_optimizer": True}, (9, 11)),
     # By a teacher; minibatches of a single sample, and a last one of two.
     "taught": (
@@ -74,7 +84,7 @@ CASES = {
         (8, 3),
     ),
 }
-FLOAT32 = [name for name in CASES if name != "bf16"]
+FLOAT32 = [name for name in CASES if "bf16" not in name]
 
 
 def make_samples(tokenizer: object) -> list[Sample]:
@@ -203,9 +213,15 @@ def test_one_process_does_not_resume_from_two(cases: tuple[Path, dict]) -> None:
         checkpoints.restore_last_good()
 
 
+def load_start(folder: Path, name: str, settings: OnPolicy) -> PreTrainedModel:
+    adapter = settings.adapter and NewAdapter(settings.adapter, 0)
+    start = str(folder / f"{name}-start")
+    return load_sharded(start, CPU, "sdpa", Policy, dtype="float32", adapter=adapter).model
+
+
 def make_updater(folder: Path, name: str, case: dict) -> Updater:
-    model = load_model(str(folder / f"{name}-start"), CPU)
     settings, dtype = case["settings"], case["dtype"]
+    model = load_start(folder, name, settings)
     if isinstance(settings, OnPolicyDistill):
         teacher = TeacherModel(
             load_model(str(folder / f"{name}-teacher"), CPU).requires_grad_(False)
@@ -216,8 +232,9 @@ def make_updater(folder: Path, name: str, case: dict) -> Updater:
             teachers = {"math": teacher, "code": other}
         routes = case["routes"]
         return DistillUpdater(model, teachers, settings, dtype=dtype, seed=0, routes=routes)
-    reference = copy.deepcopy(model) if settings.beta else None
-    return GrpoUpdater(model, reference, settings, dtype=dtype, seed=0)
+    policy = Policy(model)
+    reference = copy.deepcopy(policy) if settings.keeps_reference else policy
+    return GrpoUpdater(policy, reference if settings.beta else None, settings, dtype=dtype, seed=0)
 
 
 def compare_with_one_process(folder: Path, name: str, case: dict, tolerance: float) -> None:
@@ -239,17 +256,21 @@ def compare_with_one_process(folder: Path, name: str, case: dict, tolerance: flo
         assert bias == results[1]["biases"][n]
         assert any(bias)
     saved = AutoModelForCausalLM.from_pretrained(folder / f"{name}-saved", dtype=torch.float32)
+    expected = merge(model, model.state_dict())
     for n, weight in saved.state_dict().items():
-        close = (weight - model.state_dict()[n]).abs() < 1e-5
+        close = (weight - expected[n]).abs() < 1e-5
         assert close.float().mean() > 0.99, n
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_rank_holds_everything(name: str, cases: tuple[Path, dict]) -> None:
-    folder, _ = cases
+    folder, by_name = cases
     results = json.loads((folder / f"{name}.json").read_text())
-    model = load_model(str(folder / f"{name}-start"), CPU)
-    whole = sum(parameter.nbytes for parameter in model.parameters())
+    settings = by_name[name]["settings"]
+    model = load_start(folder, name, settings)
+    held = {True: 2, False: 4}  # bytes of a frozen weight
+    size = held[by_name[name]["dtype"] == "bfloat16" and bool(settings.adapter)]
+    whole = sum(p.numel() * (4 if p.requires_grad else size) for p in model.parameters())
     assert all(result["all_sharded"] for result in results)
     assert sum(result["bytes"] for result in results) == whole
     # Five experts are three and two.

@@ -1,0 +1,133 @@
+"""Adapters through the command line, of a mixture and of a dense model: sampler and trainer agree,
+a killed run ends with the same weights, and the real peft loads what is published."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from commands import read_lines, run, run_and_kill
+from safetensors.torch import load_file
+from test_resume import assert_equal
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+peft = pytest.importorskip("peft")
+STEPS = 4
+IDS_BL = torch.arange(5, 25).reshape(2, 10)
+
+
+@pytest.fixture(scope="module")
+def recipes(finished: tuple, tiny_recipe: Path) -> dict[str, Path]:
+    """grpo of the finished run's policy, a mixture; sft and grpo of its dense student."""
+    run_dir, _ = finished
+    values = yaml.safe_load(tiny_recipe.read_text())
+    data = {"recipe": "arithmetic", "options": {"size": 60, "seed": 4}}
+    grpo = {
+        "kind": "grpo",
+        "data": data,
+        "rewards": [{"function": "reward_of_tests.undecided_for_odd_answers"}],
+        "max_steps": STEPS,
+        "prompts_per_step": 8,
+        "num_generations": 4,
+        "max_completion_length": 16,
+        "steps_per_generation": 2,
+        "learning_rate": 1e-2,
+        "verify_sync": True,
+        "beta": 0.1,
+        "adapter": {"r": 4, "alpha": 8},
+    }
+    train = {"max_steps": 8, "learning_rate": 1e-2, "adapter": {"target_modules": ["q_proj"]}}
+    sft = {"kind": "sft", "from": str(run_dir / "distill"), "data": data, "train": train}
+    by_name = {
+        "mixture": [{**grpo, "from": str(run_dir / "sft")}],
+        "dense": [sft, {**grpo, "from": "sft"}],
+    }
+    recipes = {}
+    for name, stages in by_name.items():
+        recipes[name] = tiny_recipe.with_name(f"adapted-{name}.yaml")
+        recipes[name].write_text(yaml.safe_dump({**values, "name": name, "stages": stages}))
+    return recipes
+
+
+@pytest.fixture(scope="module")
+def adapted(recipes: dict[str, Path]) -> Path:
+    """The folder with the runs."""
+    for recipe in recipes.values():
+        result = run("run", recipe, "--skip-doctor")
+        assert result.returncode == 0, result.stderr[-3000:]
+    return recipe.parent / "runs"
+
+
+@pytest.mark.parametrize("name", ["mixture", "dense"])
+def test_sampler_and_trainer_agree(name: str, adapted: Path) -> None:
+    """At each step and after each sync, whatever has been learnt."""
+    rows = read_lines(adapted / name / "grpo" / "metrics.jsonl")
+    assert len(rows) == STEPS
+    for row in rows:
+        assert row["grad_norm"] > 0
+        assert row["sampler/logprob_diff_mean"] <= 1e-4
+        assert row["sync/logprob_diff_mean"] <= 1e-4
+    record = json.loads((adapted / name / "grpo" / "stage.json").read_text())
+    assert record["last_sync/logprob_diff_mean"] <= 1e-4
+    assert record["adapter_parameters"] > 1000
+    # The reference is the policy without its adapter: at first the same.
+    assert rows[0]["kl"] < rows[-1]["kl"]
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@torch.no_grad()
+def find_logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(input_ids=IDS_BL).logits
+
+
+@pytest.mark.parametrize(
+    ("stage", "base"),
+    [("mixture/grpo", "tiny/sft"), ("dense/sft", "tiny/distill"), ("dense/grpo", "dense/sft")],
+)
+def test_peft_adds_the_adapter_to_the_base(stage: str, base: str, adapted: Path) -> None:
+    """Which gives the merged checkpoint."""
+    model, merged = load(adapted / base), find_logits(load(adapted / stage))
+    assert (find_logits(model) - merged).abs().mean() > 0.01
+    unmerged = peft.PeftModel.from_pretrained(model, adapted / stage / "adapter")
+    assert torch.allclose(find_logits(unmerged), merged, atol=1e-4)
+
+
+def test_only_targets_change(adapted: Path) -> None:
+    base, made = (
+        load_file(adapted / stage / "model.safetensors") for stage in ("tiny/distill", "dense/sft")
+    )
+    changed = {name for name in base if not torch.equal(base[name], made[name])}
+    assert changed == {name for name in base if "q_proj" in name}
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "phase", "key"),
+    [("mixture", "grpo", "updating", ""), ("dense", "sft", "supervised", "train.")],
+)
+def test_a_killed_stage_resumes_bit_equal(
+    name: str, stage: str, phase: str, key: str, adapted: Path, recipes: dict[str, Path]
+) -> None:
+    """From a checkpoint of the adapter alone."""
+    killed = adapted / f"{name}-killed"
+    more = ("--set", f"name={killed.name}", "--set", f"stages.{stage}.{key}save_steps=1")
+    command = (stage, recipes[name], *more, "--skip-doctor")
+    run_and_kill(phase, 2, 0.01, killed / f".{stage}.partial", *command)
+    saved = max(killed.glob(f".{stage}.partial/checkpoints/step-*/rank-0.pt"))
+    whole = adapted / name / stage
+    assert saved.stat().st_size < (whole / "model.safetensors").stat().st_size
+    result = run(*command)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "resumes after step" in result.stderr
+    assert_equal(whole, killed / stage)
+
+
+def test_unknown_target_is_told_before_anything_starts(recipes: dict[str, Path]) -> None:
+    change = "stages.grpo.adapter.target_modules=[k_proj]"
+    result = run("grpo", recipes["mixture"], "--set", "name=wrong", "--set", change)
+    assert result.returncode == 2
+    assert 'deepseek_v3 has no "k_proj"; it has q_proj, ' in result.stderr
+    assert "Traceback" not in result.stderr
