@@ -75,8 +75,8 @@ class Policy(nn.Module):
         truncation: Truncation | None = None,
         teacher: TeacherStates | None = None,
     ) -> LogProbs:
-        """Log-probabilities at the sampling temperature, and the divergence from a `teacher` that
-        has read the same batch.
+        """Log-probabilities at the sampling temperature; or, the only one with a gradient then,
+        the divergence from a `teacher` that has read the same batch, beside them.
 
         Over the full vocabulary; or, renormalised, over the tokens in `support`, or over those
         that `truncation` leaves, which are then returned. The sampled token always counts as left:
@@ -136,7 +136,10 @@ class Policy(nn.Module):
             kept = Support.of(keep_CV)
             logits_CV = logits_CV.masked_fill(~keep_CV, -torch.inf)
         all_logprobs_CV = logits_CV.log_softmax(-1)
-        logprobs_C = all_logprobs_CV.gather(-1, target_C1).squeeze(-1)
+        # A recomputed tensor that no gradient reaches stays until the last chunk's backward: with a
+        # teacher, whose divergence is the loss, the gather's would be all logits of the batch.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and teacher is None):
+            logprobs_C = all_logprobs_CV.gather(-1, target_C1).squeeze(-1)
         with torch.no_grad():
             entropy_C = torch.special.entr(all_logprobs_CV.exp()).sum(-1)
         divergence_C = teacher.measure(all_logprobs_CV, temperature) if teacher else None

@@ -2,13 +2,17 @@
 
 import copy
 import json
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from grpo_settings import make_on_policy_distill
 from tiny_models import MODELS, PROBLEMS, TINY, make_rollout
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
 from r1pipe.config.load import load_recipe
@@ -17,9 +21,11 @@ from r1pipe.doctor.model_config import find_stage_config
 from r1pipe.models.model import build_model
 from r1pipe.models.shape import GIB, Shape
 from r1pipe.models.tokenizer import build_tokenizer
+from r1pipe.rl import distill_update
 from r1pipe.rl.distill_update import DistillUpdater, TeacherModel, route_problems
 from r1pipe.runs.lineage import list_checkpoints
 from r1pipe.runs.reader import StageFolder
+from r1pipe.trainer.head import MAX_LOGITS
 from r1pipe.trainer.packing import Sample
 from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError
@@ -45,12 +51,17 @@ def models() -> dict[str, PreTrainedModel]:
 
 
 def take_step(
-    models: dict, teachers: dict[str, str], keep: Callable[[str], bool] = bool
+    models: dict,
+    teachers: dict[str, str],
+    keep: Callable[[str], bool] = bool,
+    micro_batch_tokens: int = 99,
 ) -> tuple[dict, dict, int]:
     """Metrics, gradients by parameter and sampled tokens of a step on the samples whose value is
     kept. `teachers`: the model by value."""
     by_field = {} if "" in teachers else {**BY_FIELD, "teachers": teachers}
-    settings = make_on_policy_distill(max_grad_norm=1e9, micro_batch_tokens=99, **by_field)
+    settings = make_on_policy_distill(
+        max_grad_norm=1e9, micro_batch_tokens=micro_batch_tokens, **by_field
+    )
     updater = DistillUpdater(
         copy.deepcopy(models["student"]),
         {
@@ -99,6 +110,60 @@ def test_one_of_several_is_bit_equal_to_one_alone(models: dict) -> None:
         assert metrics.pop("divergence/a") == alone["divergence"]
         assert metrics == alone
         assert all(torch.equal(gradients[name], expected[name]) for name in expected)
+
+
+class LogitsInMemory(TorchDispatchMode):
+    """Counts what has a column for each token of the vocabulary: logits, log-probabilities, their
+    gradients; not the heads' weights."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.vocab_size, self.most = vocab_size, 0
+        self.storages: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(
+        self, func: Callable, types: object, args: tuple = (), kwargs: Mapping | None = None
+    ) -> object:
+        given = {value.untyped_storage()._cdata for value in find_tensors(args)}
+        made = func(*args, **(kwargs or {}))
+        for value in find_tensors(made):
+            storage = value.untyped_storage()
+            if value.shape[-1:] == (self.vocab_size,) and storage._cdata not in given:
+                self.storages[StorageWeakRef(storage)] = value.numel()
+        self.storages = {ref: size for ref, size in self.storages.items() if not ref.expired()}
+        self.most = max(self.most, sum(self.storages.values()))
+        return made
+
+
+def find_tensors(values: object) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+def test_logits_of_a_chunk_at_a_time(models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Student's and teachers', forward and backward, however long the micro-batch is."""
+    chunk = 400 * 3
+    monkeypatch.setitem(MAX_LOGITS, "cpu", chunk)
+    most = []
+    for teachers in ({"": "a"}, {"a": "a", "b": "b"}):
+        with LogitsInMemory(400) as counted:
+            _, _, num_tokens = take_step(models, teachers, micro_batch_tokens=10_000)
+        most.append(counted.most)
+    assert most[1] <= most[0]
+    assert 2 * chunk < most[0] < 12 * chunk < num_tokens * 400 / 4
+
+
+def test_one_gathered_head_at_a_time(models: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered: list[weakref.ref] = []
+
+    def gather(weight: torch.Tensor) -> torch.Tensor:
+        assert not [ref for ref in gathered if ref() is not None]
+        whole = weight.detach().clone()
+        gathered.append(weakref.ref(whole))
+        return whole
+
+    monkeypatch.setattr(distill_update, "full_tensor", gather)
+    take_step(models, {"a": "a", "b": "b"})
+    assert len(gathered) == 2
 
 
 def test_a_problem_that_is_not_in_the_data(models: dict) -> None:
