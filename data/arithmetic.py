@@ -17,6 +17,12 @@ some lines in Chinese, like a base model pretrained on both languages, and a `pl
 the problems asks for a number in the story ("How many on Monday?") instead of the sum; their
 solutions answer without thinking, a stand-in for R1's general data.
 
+With `language: zh` problems are told, and worked out, in Chinese:
+
+    小明有7个苹果。周一加3。周二减9。周三加2。现在有几个苹果？
+
+Their `source` is "arithmetic-zh", for a recipe that trains on both languages and tells them apart.
+
 Splits are disjoint by construction: a hash of the *skeleton* (start value and signed changes)
 decides the split, so no held-out sum occurs in training under other names. `r1pipe`'s
 decontamination checks this again.
@@ -27,6 +33,7 @@ Row schema: data/README.md. License: generated, no rights reserved.
 import hashlib
 import random
 from collections.abc import Iterator
+from typing import Literal
 
 LICENSE = "cc0-1.0"
 
@@ -38,6 +45,8 @@ DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"]
 GAINS = ["brings", "adds", "gives", "yields", "sends", "earns"]
 LOSSES = ["takes", "costs", "eats", "wastes", "burns", "drops"]
 
+CHINESE_PEOPLE = ["小明", "小红", "小丽", "小刚", "小芳", "小军"]
+CHINESE_THINGS = ["苹果", "书", "硬币", "卡片", "鸡蛋", "坚果"]
 CHINESE_DAYS = ["周一", "周二", "周三", "周四", "周五", "周六"]
 CHINESE_VERBS = {"+": "加", "-": "减"}
 
@@ -58,6 +67,7 @@ def load(
     mixed_share: float = 0.0,
     plain_share: float = 0.0,
     fact_share: float = 0.0,
+    language: Literal["en", "zh"] = "en",
 ) -> Iterator[dict]:
     """Yield `size` problems of `split` ("train" or "test"), the same for the same arguments.
 
@@ -69,6 +79,9 @@ def load(
         raise ValueError(
             f"min_steps {min_steps}, max_steps {max_steps}: there are 1 to {len(DAYS)} steps"
         )
+    if language == "zh" and (mixed_share or plain_share or fact_share):
+        raise ValueError("mixed_share, plain_share and fact_share are of problems in English")
+    source = "arithmetic" if language == "en" else f"arithmetic-{language}"
     rng = random.Random(f"arithmetic/{split}/{seed}")
     habits = random.Random(f"arithmetic/{split}/{seed}/habits")
     # One random stream per option, so that they do not affect each other.
@@ -80,8 +93,8 @@ def load(
         worked = len(changes)
         if habits.random() < guess_share:
             worked = habits.randrange(len(changes))
-        person, thing, events = tell(rng, start, changes)
-        question, answer = f"How many {thing} now?", str(start + sum(changes))
+        story, events, question = TELL[language](rng, start, changes)
+        answer = str(start + sum(changes))
         category = f"{len(changes)} steps"
         quotes = mix_languages(languages, changes, events, mixed_share)
         plain = forms.random() < plain_share
@@ -89,14 +102,13 @@ def load(
         if questions.random() < fact_share:
             question, answer = ask_fact(questions, start, changes)
             category, solution = "fact", f"The answer is {answer}."
-        sentences = [f"{person} has {start} {thing}", *events, question]
         yield {
-            "id": f"arithmetic-{split}-{seed}-{number}",
+            "id": f"{source}-{split}-{seed}-{number}",
             "kind": "math",
-            "prompt": [{"role": "user", "content": ". ".join(sentences)}],
+            "prompt": [{"role": "user", "content": story + question}],
             "answer": answer,
             "solution": solution,
-            "source": "arithmetic",
+            "source": source,
             "category": category,
         }
 
@@ -145,15 +157,36 @@ def split_of(skeleton: str) -> str:
     return "test" if share < TEST_SHARE else "train"
 
 
-def tell(rng: random.Random, start: int, changes: list[int]) -> tuple[str, str, list[str]]:
-    """Who has what, and the story's events ("Monday brings 3"), one per change."""
+def tell(rng: random.Random, start: int, changes: list[int]) -> tuple[str, list[str], str]:
+    """The story, its events ("Monday brings 3"), one per change, and the question."""
     person, thing = rng.choice(PEOPLE), rng.choice(THINGS)
     gains, losses = (iter(rng.sample(verbs, len(verbs))) for verbs in (GAINS, LOSSES))
     events = [
         f"{day} {next(gains if change > 0 else losses)} {abs(change)}"
         for day, change in zip(DAYS, changes)
     ]
-    return person, thing, events
+    story = ". ".join([f"{person} has {start} {thing}", *events, ""])
+    return story, events, f"How many {thing} now?"
+
+
+def tell_in_chinese(
+    rng: random.Random, start: int, changes: list[int]
+) -> tuple[str, list[str], str]:
+    person, thing = rng.choice(CHINESE_PEOPLE), rng.choice(CHINESE_THINGS)
+    events = translate(changes)
+    story = "。".join([f"{person}有{start}个{thing}", *events, ""])
+    return story, events, f"现在有几个{thing}？"
+
+
+TELL = {"en": tell, "zh": tell_in_chinese}
+
+
+def translate(changes: list[int]) -> list[str]:
+    """The events in Chinese: of one verb for each sign, but of different days."""
+    return [
+        f"{day}{CHINESE_VERBS['+' if change > 0 else '-']}{abs(change)}"
+        for day, change in zip(CHINESE_DAYS, changes)
+    ]
 
 
 def ask_fact(rng: random.Random, start: int, changes: list[int]) -> tuple[str, str]:
@@ -170,10 +203,8 @@ def mix_languages(
     with probability 1/2."""
     mixed = rng.random() < mixed_share
     return [
-        f"{day}{CHINESE_VERBS[f'{change:+d}'[0]]}{abs(change)}"
-        if rng.random() < 0.5 and mixed
-        else event
-        for day, change, event in zip(CHINESE_DAYS, changes, events)
+        in_chinese if rng.random() < 0.5 and mixed else event
+        for in_chinese, event in zip(translate(changes), events)
     ]
 
 

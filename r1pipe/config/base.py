@@ -188,11 +188,22 @@ class Optimization(Saving):
         return self.micro_batch_tokens or (16384 if on_gpu else 1024)
 
 
+def as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
 class TokenizerTraining(Strict):
     """A byte-level BPE trained on the prompts and solutions of some problems."""
 
-    data: ProblemSet
+    data: Annotated[list[ProblemSet], Field(min_length=1), BeforeValidator(as_list)]
+    """One set of problems, or a list of them."""
     vocab_size: PositiveInt = 512
+
+    @field_serializer("data")
+    def write_as_given(self, data: list[ProblemSet]) -> Any:
+        """One set without a list around it."""
+        rows = [source.model_dump(mode="json") for source in data]
+        return rows if len(rows) > 1 else rows[0]
 
 
 STAGE_TYPES: dict[str, type["Stage"]] = {}
@@ -323,10 +334,6 @@ class Stage(Strict):
         return []
 
 
-def as_list(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
 class TrainingSet(ProblemSet):
     """One of several sets that a stage trains on."""
 
@@ -393,7 +400,7 @@ class Init(Stage):
     how_made = "random weights, untrained"
 
     def problem_sets(self) -> list[ProblemSet]:
-        return [self.tokenizer.data]
+        return list(self.tokenizer.data)
 
     @property
     def new_model(self) -> dict[str, Any]:

@@ -50,7 +50,15 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
 class RecipeLoader(yaml.SafeLoader):
     """Rejects duplicate keys, of which YAML takes the last one."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def __init__(self, stream: str):
+        super().__init__(stream)
+        self._flat: set[yaml.Node] = set()
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Puts what a mapping merges (`<<`) before its own keys: keys come twice from then on."""
+        if node in self._flat:
+            return
+        self._flat.add(node)
         keys: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in keys and key.tag != "tag:yaml.org,2002:merge":
@@ -58,7 +66,7 @@ class RecipeLoader(yaml.SafeLoader):
                     problem=f'the key "{key.value}" comes twice', problem_mark=key.start_mark
                 )
             keys.add(key.value)
-        return super().construct_mapping(node, deep)
+        super().flatten_mapping(node)
 
 
 def apply_override(values: dict[str, Any], override: str) -> None:

@@ -15,7 +15,7 @@ from r1pipe.utils.progress import log_line
 
 def run(stage: Init, context: StageContext) -> dict[str, Any]:
     """Write a checkpoint with random weights."""
-    problems = context.load_problems(stage.tokenizer.data)
+    problems = [p for source in stage.tokenizer.data for p in context.load_problems(source)]
     texts = (f"{p.question}\n{p.trace_text}" for p in problems)
     calls_tools = any(p.tools for p in problems)
     tokenizer = build_tokenizer(texts, stage.tokenizer.vocab_size, calls_tools=calls_tools)

@@ -308,6 +308,32 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
         load_recipe(broken)
 
 
+def test_a_tokenizer_for_several_sets() -> None:
+    """One alone is written as it was given, so that older runs are the same."""
+    one = {"recipe": "arithmetic"}
+    for given in (one, [one, {"recipe": "countdown"}]):
+        key = f"stages.random.tokenizer.data={json.dumps(given)}"
+        stage = load_recipe(DEMO, [key]).stage("random")
+        written = stage.model_dump(mode="json", exclude_defaults=True)["tokenizer"]["data"]
+        rows = written if isinstance(given, list) else [written]
+        assert [row["recipe"] for row in rows] == [s.recipe for s in stage.problem_sets()]
+
+
+def test_merged_mappings_can_be_merged_again(tmp_path: Path) -> None:
+    """What YAML merges into a mapping is no key that comes twice."""
+    path = tmp_path / "merged.yaml"
+    text = DEMO.read_text().replace("{size: 4000, seed: 2}", "&b {<<: *a, seed: 2}")
+    text = text.replace("{size: 12000, guess_share: 0.7}", "&a {size: 12000, seed: 1}")
+    text = text.replace("{size: 4000, seed: 3}", "{<<: *b, guess_share: 0.5}")
+    path.write_text(text)
+    recipe = load_recipe(path)
+    options = [recipe.stage(name).data[0].options for name in ("grpo", "distill")]
+    assert options == [{"size": 12000, "seed": 2}, {"size": 12000, "seed": 2, "guess_share": 0.5}]
+    path.write_text(text.replace("{<<: *b, guess", "{<<: *b, guess_share: 0.1, guess"))
+    with pytest.raises(UserError, match=r'the key "guess_share" comes twice'):
+        load_recipe(path)
+
+
 def test_overrides() -> None:
     recipe = load_recipe(DEMO, ["seed=3", "stages.grpo.max_steps=2", "engine.max_num_seqs=8"])
     grpo = recipe.stage("grpo")

@@ -78,6 +78,30 @@ def test_facts_are_asked_for_and_stand_in_the_story() -> None:
     assert 0.15 < some.count("fact") / 1000 < 0.25  # four standard errors around 0.2
 
 
+def test_stories_in_chinese() -> None:
+    """Told and worked out so, under a source of their own."""
+    english, chinese = (
+        load_arithmetic(size=200, guess_share=0.5, language=code) for code in ("en", "zh")
+    )
+    assert {problem.source for problem in chinese} == {"arithmetic-zh"}
+    assert {problem.id for problem in english}.isdisjoint(problem.id for problem in chinese)
+    traces = [problem.solution for problem in chinese]
+    right = rewards.math_correct(completions=traces, answer=[p.answer for p in chinese])
+    assert right == [1.0] * 200
+    for problem in chinese:
+        assert not re.search(r"[A-Za-z]", problem.question)
+        for line in problem.solution.split("\n")[1:-2]:
+            event, _, sum_ = line.partition(": ")
+            assert f"。{event}。" in problem.question
+            left, _, result = sum_.partition("=")
+            first, sign, second = re.split(r"([+-])", left)
+            assert int(result) == int(first) + int(sign + second)
+    with pytest.raises(UserError, match="are of problems in English"):
+        load_arithmetic(language="zh", fact_share=0.5)
+    with pytest.raises(UserError, match="language"):
+        load_arithmetic(language="fr")
+
+
 def test_splits_share_no_sum() -> None:
     def sums(split: str) -> set[str]:
         return {p.solution for p in load_arithmetic(size=2000, split=split)}

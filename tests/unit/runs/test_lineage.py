@@ -89,7 +89,7 @@ def make_run(*overrides: str) -> tuple[Recipe, Path]:
             if stage.training_sets():
                 context.load_training_problems(stage)
             else:
-                context.load_problems(stage.tokenizer.data)
+                context.load_problems(*stage.tokenizer.data)
             (folder / "config.json").write_text("{}")
             (folder / "model.safetensors").write_bytes(b"weights of " + stage.name.encode())
             run.finish(stage, folder, {}, 1.0)
