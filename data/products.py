@@ -1,13 +1,13 @@
 """Word problems with a product that has to be computed, for a policy that may call a calculator.
 
-A problem tells how many boxes of how many things there are, and none to two changes:
+A problem tells how many boxes of bags of things somebody has, and one or two changes:
 
-    Mia has 47 boxes of 38 eggs. Monday brings 29. Tuesday takes 64. How many eggs now?
+    Mia has 7 boxes of 8 bags of 13 eggs. Monday brings 9. Tuesday eats 14. How many eggs now?
 
-A million parameters can copy such numbers and not multiply them. A `solution` writes them down as
-one call of the tool, reads the result and gives the answer; a `guess_share` of the traces states
-the answer at once. A policy trained on them has both habits and mostly guesses wrong;
-reinforcement learning finds out that calling pays.
+The answer has three digits. A million parameters can copy such numbers and not multiply them. A
+`solution` writes them down as one call of the tool, reads the result and gives the answer; a
+`guess_share` of the traces states the answer at once. A policy trained on them has both habits and
+guesses wrong; reinforcement learning finds out that calling pays.
 
 Splits are disjoint by construction: a hash of the expression decides.
 
@@ -15,6 +15,7 @@ Row schema: data/README.md. License: generated, no rights reserved.
 """
 
 import hashlib
+import math
 import random
 from collections.abc import Iterator
 
@@ -26,8 +27,11 @@ LICENSE = "cc0-1.0"
 PEOPLE = ["Mia", "Tom", "Ana", "Ben", "Eva", "Sam"]
 THINGS = ["apples", "books", "coins", "cards", "eggs", "nuts"]
 DAYS = ["Monday", "Tuesday"]
-VERBS = {"+": "brings", "-": "takes"}
+# No verb twice in a story, as in arithmetic.py.
+VERBS = [{"+": "brings", "-": "takes"}, {"+": "adds", "-": "eats"}]
 
+MAX_NUMBER = 19
+"""In a story: each number is a token of a small vocabulary, so that it can be copied."""
 TEST_SHARE = 0.1
 """Share of expressions in the test split."""
 
@@ -46,17 +50,19 @@ def load(
     tools = [describe_tool(calculator)]
     seen: set[str] = set()
     while len(seen) < size:
-        first, second, changes = draw_numbers(rng)
-        expression = f"{first}*{second}{''.join(f'{change:+d}' for change in changes)}"
+        factors, changes = draw_numbers(rng)
+        expression = f"{'*'.join(map(str, factors))}{''.join(f'{c:+d}' for c in changes)}"
         if split_of(expression) != split or expression in seen:
             continue
         person, thing = rng.choice(PEOPLE), rng.choice(THINGS)
         events = [
-            f"{day} {VERBS[f'{change:+d}'[0]]} {abs(change)}" for day, change in zip(DAYS, changes)
+            f"{day} {verbs[f'{change:+d}'[0]]} {abs(change)}"
+            for day, verbs, change in zip(DAYS, VERBS, changes)
         ]
-        answer = str(first * second + sum(changes))
+        answer = str(math.prod(factors) + sum(changes))
         guesses = habits.random() < guess_share
-        start = f"{person} has {first} boxes of {second} {thing}"
+        boxes, bags, single = factors
+        start = f"{person} has {boxes} boxes of {bags} bags of {single} {thing}"
         yield {
             "id": f"products-{split}-{seed}-{len(seen)}",
             "kind": "math",
@@ -66,17 +72,20 @@ def load(
             "answer": answer,
             "solution": write_trace(None if guesses else expression, answer),
             "source": "products",
-            "category": f"{len(changes)} changes",
+            "category": f"{len(changes)} change{'s' * (len(changes) > 1)}",
             "tools": tools,
         }
         seen.add(expression)
 
 
-def draw_numbers(rng: random.Random) -> tuple[int, int, list[int]]:
-    """Two factors of two digits, and changes that are smaller than any of their products."""
-    first, second = rng.randint(12, 99), rng.randint(12, 99)
-    changes = [rng.choice((-1, 1)) * rng.randint(11, 71) for _ in range(rng.randint(0, len(DAYS)))]
-    return first, second, changes
+def draw_numbers(rng: random.Random) -> tuple[list[int], list[int]]:
+    """Three factors and signed changes, for an answer of three digits."""
+    while True:
+        factors = [rng.randint(2, MAX_NUMBER) for _ in range(3)]
+        num_changes = rng.randint(1, len(DAYS))
+        changes = [rng.choice((-1, 1)) * rng.randint(2, MAX_NUMBER) for _ in range(num_changes)]
+        if 100 <= math.prod(factors) + sum(changes) < 1000:
+            return factors, changes
 
 
 def split_of(expression: str) -> str:

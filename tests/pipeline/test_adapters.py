@@ -7,6 +7,8 @@ from commands import read_lines, run
 from test_engine import LIMIT
 from test_environments import PROBLEMS, save_talker, teach
 
+from r1pipe.config.base import Environment
+from r1pipe.envs.base import make_environment
 from r1pipe.models.tokenizer import load_tokenizer
 from r1pipe.models.weights import save_checkpoint
 from r1pipe.rollout.store import read_rollouts
@@ -15,11 +17,12 @@ from r1pipe.types import Problem
 CALLS = '<tool_call>{"name": "compare", "arguments": {"number": 42}}</tool_call>'
 
 
-def save_caller(folder: Path, completion: str, problems: list[Problem]) -> None:
-    """A model that answers these problems so."""
+def save_caller(folder: Path, completion: str, problems: list[Problem], environment: dict) -> None:
+    """A model that answers these problems so in this environment."""
     save_talker(folder)
     tokenizer = load_tokenizer(str(folder))
-    model = teach(tokenizer, completion, problems)
+    tools = make_environment(Environment(**environment), problems[0]).tools
+    model = teach(tokenizer, completion, problems, tools)
     save_checkpoint(model, tokenizer, folder)
 
 
@@ -51,13 +54,11 @@ def test_a_class_for_trl_is_learnt_from(tmp_path: Path) -> None:
         Problem(p.id, p.kind, [{"role": "user", "content": f"{p.question} Compare."}], p.answer)
         for p in PROBLEMS
     ]
-    save_caller(tmp_path / "caller", CALLS, asked)
     options = {"factory": "envs_of_tests.Guess"}
-    metrics, rows = train(
-        tmp_path,
-        {"recipe": "arithmetic", "options": {"size": 8}},
-        {"name": "trl", "options": options, "tool_parser": "hermes"},
-    )
+    environment = {"name": "trl", "options": options, "tool_parser": "hermes"}
+    save_caller(tmp_path / "caller", CALLS, asked, environment)
+    data = {"recipe": "arithmetic", "options": {"size": 8}}
+    metrics, rows = train(tmp_path, data, environment)
     called = [row for row in rows if row["episode"]["num_tool_calls"]]
     assert len(called) > len(rows) / 2
     for row in called:

@@ -1,7 +1,7 @@
 """Episodes of several turns, from a real engine: token-exact, seeded, within limits."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from r1pipe.config.base import Environment, ProblemSet, Reward, Sampling
 from r1pipe.data.problems import load_problems
 from r1pipe.envs.driver import PATIENCE_S, EpisodeSampler
+from r1pipe.envs.tools import ToolEnvironment
 from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import (
     build_tokenizer,
@@ -35,6 +36,7 @@ from r1pipe.utils.errors import UserError
 PROBLEMS = load_problems(ProblemSet(recipe="arithmetic", options={"size": 8}))
 SAMPLING = Sampling(max_completion_length=60)
 TALKER = {**ARCHITECTURES["llama"], "initializer_range": 0.1}
+TOOLS = {"name": "tools", "tool_parser": "hermes"}
 CALL = '<tool_call>{"name": "calculator", "arguments": {"expression": "6*7"}}</tool_call>'
 
 
@@ -144,14 +146,18 @@ def test_the_engine_goes_on_while_an_environment_is_slow(opened: tuple) -> None:
 
 
 def teach(
-    tokenizer: PreTrainedTokenizerBase, completion: str, problems: list[Problem] = PROBLEMS
+    tokenizer: PreTrainedTokenizerBase,
+    completion: str,
+    problems: list[Problem] = PROBLEMS,
+    tools: Sequence[dict] = (),
 ) -> PreTrainedModel:
-    """To answer every problem so."""
+    """To answer every problem so, where it is shown these tools."""
     model = build_model(TALKER, tokenizer, 0).train()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     answer = encode_completion(tokenizer, completion)
-    rows = [[*encode_prompt(tokenizer, p.prompt), *answer] for p in problems]
-    for step in range(160):
+    prompts = (encode_prompt(tokenizer, p.prompt, tools=list(tools)) for p in problems)
+    rows = [[*prompt, *answer] for prompt in prompts]
+    for step in range(240 if tools else 160):
         ids = torch.tensor([rows[step % len(rows)]])
         logits = model(input_ids=ids).logits[0, -len(answer) - 1 : -1]
         torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).backward()
@@ -162,8 +168,8 @@ def teach(
 
 def test_a_model_that_calls_a_tool_reads_its_result(opened: tuple) -> None:
     sampler, model = opened
-    caller = teach(sampler.tokenizer, CALL)
-    settings = Environment(name="tools", tool_parser="hermes")
+    caller = teach(sampler.tokenizer, CALL, tools=ToolEnvironment(PROBLEMS[0]).tools)
+    settings = Environment(**TOOLS)
     episodes = EpisodeSampler(sampler, settings, PROBLEMS[0])
     sampler.load_weights(export_weights(caller))
     try:
@@ -179,6 +185,26 @@ def test_a_model_that_calls_a_tool_reads_its_result(opened: tuple) -> None:
         added = sampler.tokenizer.decode(rollout.completion_ids[start:stop])
         assert added == "<|tool|>42<|assistant|>"
     assert logprob_diff(caller, rollouts) < LIMIT
+
+
+def test_a_malformed_call_is_counted_and_answered(opened: tuple) -> None:
+    sampler, model = opened
+    tools = ToolEnvironment(PROBLEMS[0]).tools
+    caller = teach(sampler.tokenizer, CALL.replace("}}", ""), tools=tools)
+    episodes = EpisodeSampler(sampler, Environment(**TOOLS, max_turns=2), PROBLEMS[0])
+    sampler.load_weights(export_weights(caller))
+    try:
+        sampling = Sampling(max_completion_length=160)
+        groups = list(episodes.generate_groups(PROBLEMS, 2, sampling, (0,)))
+    finally:
+        sampler.load_weights(export_weights(model))
+    rollouts = [r for group in groups for r in group.rollouts if r.episode.num_malformed_calls]
+    assert len(rollouts) > 8
+    for rollout in rollouts:
+        answers = [m for m in rollout.episode.messages if m["role"] == "tool"]
+        assert {m["content"] for m in answers} == {"error: not a tool call that can be read"}
+        assert 0 < rollout.episode.num_malformed_calls <= 2
+        assert rollout.episode.num_tool_calls == 0
 
 
 def test_a_parser_is_needed_for_tools(opened: tuple) -> None:

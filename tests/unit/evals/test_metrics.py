@@ -14,7 +14,7 @@ from r1pipe.evals.metrics import (
     sum_up_problems,
 )
 from r1pipe.evals.tables import format_report, format_table
-from r1pipe.types import Problem, Rollout, Score
+from r1pipe.types import Episode, Problem, Rollout, Score
 
 REWARD, FORMAT = "rewards.math_correct", "rewards.format"
 
@@ -65,6 +65,29 @@ def test_figures_of_two_problems() -> None:
         ("easy", 1, 0.75),
         ("hard", 1, 0.25),
     ]
+
+
+def test_calls_of_tools_have_columns_where_there_are_some() -> None:
+    problem = make_problem("a")
+    entries = []
+    for name, calls in (("sft", 0), ("grpo", 2)):
+        rollouts, scores = make_samples(problem, ["2", "3"], [1.0, 0.0])
+        for rollout, malformed in zip(rollouts, (0, calls), strict=True):
+            rollout.episode = Episode([], [], "done", None, None, calls - malformed, malformed)
+        results = sum_up_problems([problem], rollouts, [True, False], 1)
+        entry = measure(results, rollouts, scores, EvalSampling(), 1, REWARD, FORMAT)
+        entries.append({"stage": name, "dataset": "set", "wall_s": None, "overlap": 0.0, **entry})
+    assert [entries[1][n] for n in ("tool_calls", "malformed_calls", "calling")] == [1.0, 1.0, 0.5]
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("| ").split("|")]
+        for line in format_table(entries).splitlines()[:4]
+    ]
+    cells = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [[c[n] for n in ("calls", "calling", "malformed")] for c in cells] == [
+        ["0.00", "0.0%", "0.00"],
+        ["1.00", "50.0%", "1.00"],
+    ]
+    assert "calling" not in format_table(entries[:1])
 
 
 def test_programs_have_no_majority() -> None:

@@ -115,6 +115,17 @@ def test_an_episode_that_sampled_nothing_is_not_trained_on(episodes: list[Sample
     assert batch.metrics()["episodes/turns"] == 1
 
 
+def test_calls_are_counted(episodes: list[Sample]) -> None:
+    """And those who call once at least, and what looks like a call and is none."""
+    rollouts = [copy.deepcopy(sample.rollout) for sample in episodes[:4]]
+    for rollout, calls, malformed in zip(rollouts, (3, 0, 1, 0), (0, 2, 0, 0), strict=True):
+        rollout.episode.num_tool_calls = calls
+        rollout.episode.num_malformed_calls = malformed
+    metrics = make_batch(rollouts).metrics()
+    names = ("tool_calls", "malformed_calls", "calling")
+    assert [metrics[f"episodes/{name}"] for name in names] == [1.0, 0.5, 0.5]
+
+
 def make_batch(rollouts: list[Rollout]) -> Batch:
     problem = Problem("p", "math", [{"role": "user", "content": "5+3?"}], "8")
     scorer = Scorer([Reward(function="rewards.math_correct")], environment_weight=0.5)
