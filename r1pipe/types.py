@@ -60,7 +60,8 @@ class Episode:
     of later turns, which nothing is learnt from. `messages` are the policy's and the environment's
     after the prompt. `reward` is the sum of what the environment gave, None if it gave nothing.
     `ended` says what ended it: "done", or a limit, "turns", "tokens" or "tool_time"; or "error",
-    the environment's exception, whose text is `error`.
+    the environment's exception, whose text is `error`. `prompt` are the environment's own first
+    messages, None where they are the problem's.
     """
 
     given: list[list[int]]
@@ -71,6 +72,7 @@ class Episode:
     num_tool_calls: int = 0
     num_malformed_calls: int = 0
     """Answers that look like a call and cannot be read as one."""
+    prompt: list[dict[str, Any]] | None = None
 
     @property
     def num_turns(self) -> int:
@@ -121,14 +123,19 @@ class Rollout:
 
     def describe_episode(self) -> dict[str, Any] | None:
         """For a file; `Rollout` takes it back."""
-        return None if self.episode is None else asdict(self.episode)
+        if self.episode is None:
+            return None
+        values = asdict(self.episode)
+        if self.episode.prompt is None:
+            del values["prompt"]
+        return values
 
     def empty(self) -> None:
         """Let go of text and tokens, once nothing but figures is asked for."""
         self.prompt_ids, self.completion_ids, self.logprobs = [], [], []
         self.completion, self.routes = "", None
         if self.episode:
-            self.episode.given, self.episode.messages = [], []
+            self.episode.given, self.episode.messages, self.episode.prompt = [], [], None
 
     @property
     def truncated(self) -> bool:

@@ -11,6 +11,7 @@ from pydantic import (
 )
 
 from r1pipe.config.base import (
+    Environment,
     ProblemSet,
     PromptingStage,
     Reward,
@@ -36,11 +37,14 @@ class Traces(Strict):
 
     num_generations: PositiveInt
     sampling: Sampling
-    rewards: Annotated[list[Reward], Field(min_length=1)] = [
+    rewards: list[Reward] = [
         Reward(function="rewards.math_correct"),
         Reward(function="rewards.format"),
     ]
     """A sample is accepted if every one of these gives it its full reward, 1."""
+    environment: Environment | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Samples are episodes in it, and so are the traces. Its own rewards, if it gives any, have to
+    be 1 in sum."""
     min_pass_rate: Share = 0.0
     max_pass_rate: Share = 1.0
     """Problems with a share of accepted samples outside these limits yield no traces."""
@@ -54,9 +58,15 @@ class Traces(Strict):
     @model_validator(mode="after")
     def use_every_key(self) -> "Traces":
         refuse_idle(self, {"choose": self.max_per_problem == 1 and "with max_per_problem 1"})
+        everyone = "here, where every reward has to be full"
         for reward in self.rewards:
-            everyone = "here, where every reward has to be full"
             refuse_idle(reward, {"weight": everyone}, f"the {reward.function} reward's ")
+        if self.environment:
+            refuse_idle(self.environment, {"weight": everyone}, "environment.")
+            examples = "with an environment, which asks in its own way"
+            refuse_idle(self, {"few_shot": examples})
+        elif not self.rewards:
+            raise ValueError("rewards: nothing says which samples to keep: give one")
         return self
 
 
@@ -123,6 +133,9 @@ class Reject(PromptingStage):
     def rewards_used(self) -> list[Reward]:
         return self.traces.rewards
 
+    def environment_used(self) -> Environment | None:
+        return self.traces.environment
+
     def problem_sets(self) -> list[ProblemSet]:
         more = [self.traces.few_shot, self.mix]
         return [*self.data, *(part.data for part in more if part is not None)]
@@ -137,6 +150,11 @@ class Reject(PromptingStage):
         if self.teacher and self.max_prompt_length:
             raise ValueError(
                 "max_prompt_length: the tokenizer of a teacher's server is not known here"
+            )
+        if self.teacher and self.traces.environment:
+            raise ValueError(
+                "traces.environment: a teacher's server gives one answer, no tokens to go on from: "
+                "sample from a checkpoint"
             )
         return self
 
@@ -181,6 +199,9 @@ class Distill(PromptingStage, SupervisedStage):
 
     def rewards_used(self) -> list[Reward]:
         return self.traces.rewards
+
+    def environment_used(self) -> Environment | None:
+        return self.traces.environment
 
     def problem_sets(self) -> list[ProblemSet]:
         few_shot = self.traces.few_shot

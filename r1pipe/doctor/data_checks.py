@@ -134,7 +134,9 @@ def examine_golds(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
         yield Diagnosis("rewards", "FAIL", str(error))
         return
     has_judge = any(reward.is_judge for reward in rewards)
-    if has_judge and not judging:
+    environment = stage.environment_used()
+    rewards_itself = environment is not None and environment.name != "tools"
+    if has_judge and not judging and not rewards_itself:
         yield from find_rule_rows(stage, inputs)
     settings = inputs.recipe.doctor
     for source, problems in inputs.load_problems(stage) if judging else ():

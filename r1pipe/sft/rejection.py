@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from r1pipe.config.base import ENVIRONMENT, Environment
 from r1pipe.config.sft import TraceFilters
 from r1pipe.config.traces import Traces
 from r1pipe.context import StageContext
+from r1pipe.envs.base import make_environment
 from r1pipe.rollout.sampling import SampleSource, SamplingJob, sample_and_score
 from r1pipe.runs.folder import JOURNAL
 from r1pipe.sft.filters import FLAWS, choose_diverse, choose_first, find_flaw
@@ -45,6 +47,7 @@ def collect_traces(
         origin=origin,
         folder=context.shared_folder / JOURNAL,
         label=label,
+        environment=settings.environment,
     )
     originals = {problem.id: problem for problem in problems}
 
@@ -55,9 +58,7 @@ def collect_traces(
         counts: Counter[str] = Counter(tokens_sampled=sum(r.num_tokens for r in rollouts))
         kept = select_samples(rollouts, scores, settings, counts)
         problem = originals[asked.id]
-        made = [
-            replace(problem, id=f"{problem.id}#{r.sample}", solution=r.completion) for r in kept
-        ]
+        made = [make_trace(problem, rollout, settings.environment) for rollout in kept]
         for rollout in rollouts:
             rollout.empty()
         return made, counts
@@ -78,6 +79,31 @@ def collect_traces(
         "problems_with_traces": counts["problems_with_traces"],
         "traces": len(traces),
     }
+
+
+def make_trace(problem: Problem, rollout: Rollout, environment: Environment | None) -> Problem:
+    """The problem with the sample as its solution. Of an episode: what the environment asked, the
+    tools that it showed, and all messages up to the policy's last, its calls as it wrote them."""
+    name, episode = f"{problem.id}#{rollout.sample}", rollout.episode
+    if environment is None or episode is None:
+        return replace(problem, id=name, solution=rollout.completion)
+    turns = [
+        {key: value for key, value in message.items() if not key.startswith("tool_call")}
+        if message["role"] == "assistant"
+        else message
+        for message in episode.messages
+    ]
+    last = max(n for n, message in enumerate(turns) if message["role"] == "assistant")
+    extra = {**(problem.extra or {})}
+    if tools := list(make_environment(environment, problem).tools):
+        extra["tools"] = tools
+    return replace(
+        problem,
+        id=name,
+        prompt=episode.prompt or problem.prompt,
+        solution=turns[: last + 1],
+        extra=extra or None,
+    )
 
 
 def drop_flawed(
@@ -172,10 +198,16 @@ def length_key(rollout: Rollout) -> tuple[int, int, int]:
 
 def find_rejection(rollout: Rollout, score: Score) -> str | None:
     """Why a sample is not accepted; None if it is complete and every function gives it the full
-    reward. A reward of None is not accepted."""
+    reward. A reward of None is not accepted, but of an environment that gives none beside functions
+    that do."""
     if rollout.truncated:
         return "truncated"
-    values = score.rewards.values()
+    rewards, episode = dict(score.rewards), rollout.episode
+    if episode and episode.error:
+        return "unjudged"
+    if episode and len(rewards) > 1 and rewards[ENVIRONMENT] is None:
+        del rewards[ENVIRONMENT]
+    values = rewards.values()
     if any(value is not None and value < 1.0 for value in values):
         return "wrong"
     return "unjudged" if None in values else None

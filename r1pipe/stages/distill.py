@@ -6,15 +6,15 @@ As in R1 (Guo et al. 2025, arXiv:2501.12948, section 2.4): supervised training o
 rejection, no reinforcement learning of the student.
 """
 
-from functools import partial
 from typing import Any
 
 from r1pipe.config.traces import Distill
 from r1pipe.context import StageContext
+from r1pipe.envs.driver import choose_source
 from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import join_end_ids, read_end_ids
 from r1pipe.models.weights import save_checkpoint
-from r1pipe.rollout.sampling import identify_weights
+from r1pipe.rollout.sampling import SampleSource, identify_weights
 from r1pipe.sft.rejection import collect_traces
 from r1pipe.sft.trainer import train_on_traces
 from r1pipe.trainer.attention import find_implementation
@@ -30,10 +30,15 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
     problems = context.load_training_problems(stage)
     teacher = context.checkpoint(stage.from_)
     sleep = context.recipe.sleep_level(stage, context.device.type)
+
+    def open_source() -> SampleSource:
+        sampler = context.engines.open(teacher, sleep=sleep)
+        return choose_source(sampler, stage.traces.environment, problems)
+
     traces, facts = collect_traces(
         context,
         identify_weights(teacher, context.recipe.dtype),
-        partial(context.engines.open, teacher, sleep=sleep),
+        open_source,
         problems,
         stage.traces,
         f"{stage.name}: samples",

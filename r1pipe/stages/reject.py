@@ -5,11 +5,11 @@ Run it with `r1pipe reject configs/r1.yaml`.
 
 import random
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from r1pipe.config.traces import Mix, Reject
 from r1pipe.context import StageContext
+from r1pipe.envs.driver import choose_source
 from r1pipe.rollout.sampling import SampleSource, identify_weights
 from r1pipe.rollout.teacher import TeacherClient
 from r1pipe.sft.rejection import collect_traces
@@ -22,7 +22,7 @@ from r1pipe.utils.progress import log_line
 def run(stage: Reject, context: StageContext) -> dict[str, Any]:
     """Write traces.jsonl: problems with a kept sample as solution, and the rows mixed in."""
     problems = context.load_training_problems(stage)
-    origin, open_source = find_source(stage, context)
+    origin, open_source = find_source(stage, context, problems)
     traces, facts = collect_traces(context, origin, open_source, problems, stage.traces, stage.name)
     if not traces:
         raise UserError(f'stage "{stage.name}": no sample was kept; look at the rewards')
@@ -34,7 +34,9 @@ def run(stage: Reject, context: StageContext) -> dict[str, Any]:
     return facts
 
 
-def find_source(stage: Reject, context: StageContext) -> tuple[object, Callable[[], SampleSource]]:
+def find_source(
+    stage: Reject, context: StageContext, problems: list[Problem]
+) -> tuple[object, Callable[[], SampleSource]]:
     """The source's identity, for the sample journal, and a function that opens it."""
     if stage.teacher is not None:
         teacher = TeacherClient(stage.teacher)
@@ -42,9 +44,12 @@ def find_source(stage: Reject, context: StageContext) -> tuple[object, Callable[
             include={"base_url", "model", "extra_body"}
         ), lambda: teacher
     checkpoint = context.checkpoint(stage.from_)
-    return identify_weights(checkpoint, context.recipe.dtype), partial(
-        context.engines.open, checkpoint
-    )
+
+    def open_source() -> SampleSource:
+        sampler = context.engines.open(checkpoint)
+        return choose_source(sampler, stage.traces.environment, problems)
+
+    return identify_weights(checkpoint, context.recipe.dtype), open_source
 
 
 def draw_mix(mix: Mix, num_traces: int, context: StageContext) -> list[Problem]:

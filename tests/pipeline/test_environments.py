@@ -30,6 +30,7 @@ from r1pipe.models.weights import export_weights, save_checkpoint
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.sampling import SamplingJob, read_samples
 from r1pipe.rollout.store import TEXT, TOKENS, read_rollouts
+from r1pipe.sft.encode import encode_traces
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils.errors import UserError
 
@@ -430,3 +431,57 @@ def test_a_student_learns_in_an_environment(tmp_path: Path) -> None:
     starts = log.read_text().splitlines()
     samples, probes = 2 * 8, 2 * 4 + 8
     assert len(starts) >= 40 + samples + probes
+
+
+def test_episodes_become_traces_to_train_on(tmp_path: Path) -> None:
+    """By reject for an sft stage, and within distill."""
+    save_talker(tmp_path / "teacher")
+    save_talker(tmp_path / "student", seed=1)
+    traces = {
+        "num_generations": 2,
+        "sampling": {"max_completion_length": 60},
+        "environment": {
+            "name": "envs_of_tests.Talk",
+            "options": {"turns": 2, "first": "Please say: {question}"},
+        },
+        "rewards": [],
+    }
+    data = {"recipe": "arithmetic", "options": {"size": 6}}
+    source = {"from": str(tmp_path / "teacher"), "data": data, "traces": traces}
+    train = {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "max_steps": 2}
+    learner = {"from": str(tmp_path / "student"), "data": {"stage": "reject"}, "train": train}
+    values = {"runs_dir": str(tmp_path), "name": "traced", "dtype": "float32"}
+    values["engine"] = {"max_model_len": 256, "max_num_seqs": 16, "kv_cache_gib": 0.25}
+    values["stages"] = [
+        {"kind": "reject", **source},
+        {"kind": "sft", **learner},
+        {"kind": "distill", **source, "student": str(tmp_path / "student"), "train": train},
+    ]
+    recipe = tmp_path / "traced.yaml"
+    recipe.write_text(yaml.safe_dump(values))
+    result = run("run", recipe)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    folder = tmp_path / "traced"
+    tokenizer = load_tokenizer(str(tmp_path / "teacher"))
+    problems = {p.id: p for p in load_problems(ProblemSet(**data))}
+    for name in ("reject", "distill"):
+        record = json.loads((folder / name / "stage.json").read_text())
+        rows = read_lines(folder / name / "traces.jsonl")
+        assert record["traces"] == len(rows) > 3
+        kept = record["samples"] - sum(n for key, n in record.items() if "dropped/" in key)
+        assert kept == len(rows)
+        for row in rows:
+            asked = f"Please say: {problems[row['id'].split('#')[0]].question}"
+            assert row["prompt"] == [{"role": "user", "content": asked}]
+            assert [message["role"] for message in row["solution"]][::2] == ["assistant"] * 2
+            assert row["solution"][1:-1] == [AGAIN]
+        encoded = encode_traces([Problem(**row) for row in rows], tokenizer, None)
+        for trace in encoded.rows:
+            [(start, stop)] = trace.given
+            given = tokenizer.decode(trace.completion_ids[start:stop])
+            assert given == "<|user|>again<|assistant|>"
+    for name in ("sft", "distill"):
+        record = json.loads((folder / name / "stage.json").read_text())
+        assert record["train_rows"] == len(rows)
+        assert [row["step"] for row in read_lines(folder / name / "metrics.jsonl")] == [1, 2]

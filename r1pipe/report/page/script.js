@@ -159,6 +159,7 @@ const CHARTS = [
   ["divergence from the teacher, nats per token", (n) => n === "divergence" || n.startsWith("divergence/")],
   ["tokens per completion", (n) => n === "completions/mean_length"],
   ["tool calls per episode; share of episodes that call", (n) => ["tool_calls", "malformed_calls", "calling"].includes(n.replace("episodes/", ""))],
+  ["share of episodes that a limit or an error ended", (n) => n.startsWith("episodes/ended_by_")],
   ["entropy, nats", (n) => n === "entropy"],
   ["KL to the reference", (n) => n === "kl"],
   ["|log-prob difference|, sampler and trainer", (n) => n.startsWith("sampler/logprob_diff") || n === "sync/logprob_diff_mean", { log: true }],

@@ -232,6 +232,17 @@ IDLE = [
     (grpo_with, {"data": {"stage": "sft", "split": "test"}}, {"data": {"stage": "sft"}}),
     (grpo_with, {"data": {"stage": "sft", "options": {"size": 5}}}, {"data": {"stage": "sft"}}),
     (distill_with, {"choose": "diverse"}, {"max_per_problem": 2}),
+    (
+        distill_with,
+        {"environment": {"name": "my.Game", "weight": 2.0}},
+        {"environment": {"name": "my.Game"}, "rewards": []},
+    ),
+    (
+        distill_with,
+        {"environment": {"name": "my.Game"}, "few_shot": {"data": {"recipe": "arithmetic"}}},
+        {"environment": None},
+    ),
+    (distill_with, {"rewards": []}, {"environment": {"name": "my.Game"}}),
     (distill_with, {"filters": {"language": "en"}}, {"filters": {"min_language_share": 0.5}}),
     (
         distill_with,

@@ -62,6 +62,16 @@ def tagged(completions, answer, **columns):
 
 def broken(completions, answer, **columns):
     raise KeyError("gold")
+
+
+class Quiz:
+    tools = ()
+
+    def __init__(self, problem):
+        self.problem = problem
+
+    async def start(self):
+        return self.problem.prompt
 """
 
 
@@ -289,6 +299,9 @@ def test_a_judge_is_checked_and_not_asked(project: Path) -> None:
         r'answer or tests, first "row-0" \(answer\); add rewards\.math_correct, .*',
         trouble["grpo: rewards"],
     )
+    quiz = "stages.grpo.environment={name: doctored.Quiz}"
+    trouble = find_trouble(examine(f"stages.grpo.rewards=[{{{JUDGE}}}}}]", quiz))
+    assert "grpo: rewards" not in trouble, "the environment has rewards of its own"
     for options, words in (
         (", max_cost: 3}", "FAIL: .*max_cost: needs price_per_million"),
         (", labelled: none.jsonl}", "FAIL: .*labelled: none.jsonl: No such file"),

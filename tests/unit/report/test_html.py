@@ -15,8 +15,9 @@ from report_run import write_episode, write_run
 
 from r1pipe.cli.main import main
 from r1pipe.report import html as report
+from r1pipe.runs.ledger import SUMMARY
 from r1pipe.runs.reader import find_stages
-from r1pipe.utils.jsonl import write_jsonl
+from r1pipe.utils.jsonl import write_jsonl, write_text
 
 READY = "document.body?.dataset.ready"
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium (Debian's package)")
@@ -277,6 +278,36 @@ def test_teachers_share_a_chart(browser: Browser, tmp_path: Path) -> None:
     browser.open(report.write_report(run, tmp_path / "report.html").as_uri(), READY)
     lines = "document.querySelectorAll('.charts svg[aria-label^=divergence] path').length"
     assert browser.evaluate(lines) == 3
+
+
+@needs_browser
+def test_limits_of_episodes_share_a_chart(browser: Browser, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    ends = [f"episodes/ended_by_{why}" for why in ("turns", "tokens", "tool_time", "error")]
+    rows = [{"step": step, **dict.fromkeys(ends, 1 / step)} for step in (1, 2, 3)]
+    write_jsonl(run / "grpo" / "metrics.jsonl", rows)
+    browser.open(report.write_report(run, tmp_path / "report.html").as_uri(), READY)
+    lines = "document.querySelectorAll('.charts svg[aria-label*=\"a limit\"] path').length"
+    assert browser.evaluate(lines) == 4
+
+
+@needs_browser
+def test_what_judges_cost_has_a_column(browser: Browser, tmp_path: Path) -> None:
+    run, out = write_run(tmp_path / "run"), tmp_path / "report.html"
+    spent = {"requests": 1200, "prompt_tokens": 7000, "completion_tokens": 90, "cost": 3.5}
+    plain = {"stage": "sft", "wall_s": 1.0, "unit": "GPU", "currency": "USD"}
+    costs = [plain, {**plain, "stage": "grpo", "judge": spent}]
+    write_text(run / SUMMARY, json.dumps(costs))
+    browser.errors.clear()
+    browser.open(report.write_report(run, out).as_uri(), READY)
+    table = browser.evaluate(
+        "[...document.querySelectorAll('#cost-table tr')].map("
+        "row => [...row.children].map(cell => cell.textContent))"
+    )
+    place = table[0].index("judge")
+    cells = {row[0]: row[place] for row in table[1:]}
+    assert cells == {"sft": "–", "grpo": "1,200 requests, 3.5 USD"}
+    assert browser.errors == []
 
 
 @needs_browser

@@ -5,12 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 
-from r1pipe.config.base import ProblemSet, Sampling
+from r1pipe.config.base import Environment, ProblemSet, Sampling
 from r1pipe.config.sft import TraceFilters
 from r1pipe.config.traces import FewShot, Traces
 from r1pipe.sft.filters import choose_diverse, find_flaw
-from r1pipe.sft.rejection import drop_flawed, prepend_few_shot, select_samples
-from r1pipe.types import Problem, Rollout, Score
+from r1pipe.sft.rejection import (
+    drop_flawed,
+    find_rejection,
+    make_trace,
+    prepend_few_shot,
+    select_samples,
+)
+from r1pipe.types import Episode, Problem, Rollout, Score
 from r1pipe.utils.errors import UserError
 
 ENGLISH = "We add the two numbers and then we have the answer that was asked for."
@@ -170,3 +176,60 @@ def test_examples_come_before_the_problem_and_not_into_the_trace() -> None:
     few_shot = FewShot(data=ProblemSet(recipe="arithmetic"), num_examples=4)
     with pytest.raises(UserError, match="no 4 solutions"):
         prepend_few_shot(problems, make_settings(few_shot=few_shot), context)
+
+
+MESSAGES = [
+    {
+        "role": "assistant",
+        "content": "<tool_call>1+1</tool_call>",
+        "tool_calls": [{"function": {"name": "calculator", "arguments": "{}"}}],
+    },
+    {"role": "tool", "name": "calculator", "content": "2"},
+    {"role": "assistant", "content": "odd <tool_call>", "tool_call_error": "no call"},
+    {"role": "tool", "content": "error: no call"},
+    {"role": "assistant", "content": "\\boxed{2}"},
+    {"role": "user", "content": "Right."},
+]
+
+
+def make_episode(**changes: object) -> Rollout:
+    episode = Episode([], MESSAGES, **changes)
+    return Rollout("p", 3, [], [], [], "\\boxed{2}", "stop", episode=episode)
+
+
+# rewards of a function and of the environment, why the episode is not accepted
+EPISODES = [
+    (1.0, None, None),  # an environment of tools gives none
+    (1.0, 1.0, None),
+    (1.0, 0.5, "wrong"),
+    (None, 1.0, "unjudged"),
+    (None, None, "unjudged"),
+]
+
+
+@pytest.mark.parametrize(("function", "own", "reason"), EPISODES)
+def test_which_episodes_are_accepted(
+    function: float | None, own: float | None, reason: str | None
+) -> None:
+    score = Score({"f": function, "environment": own})
+    assert find_rejection(make_episode(), score) == reason
+    assert find_rejection(make_episode(error="OSError: gone"), score) in ("unjudged", "wrong")
+    alone = {1.0: None, 0.5: "wrong", None: "unjudged"}[own]
+    assert find_rejection(make_episode(), Score({"environment": own})) == alone
+
+
+def test_an_episode_becomes_the_messages_of_a_trace() -> None:
+    """As the policy wrote them, up to its last; calls are in its words."""
+    problem = Problem("p", "math", [{"role": "user", "content": "1+1?"}], "2", extra={"level": 3})
+    settings = Environment(name="tools", options={"tools": ["calculator", "python"]})
+    trace = make_trace(problem, make_episode(), settings)
+    assert (trace.id, trace.prompt, trace.answer) == ("p#3", problem.prompt, "2")
+    said = [(message["role"], message["content"]) for message in MESSAGES[:-1]]
+    assert [tuple(message.values()) for message in trace.solution if len(message) == 2] == [
+        said[0], said[2], said[3], said[4],
+    ]  # fmt: skip
+    assert trace.solution[1] == MESSAGES[1]
+    assert trace.extra["level"] == 3
+    assert [tool["function"]["name"] for tool in trace.tools] == ["calculator", "python"]
+    asked = [{"role": "user", "content": "What is one and one?"}]
+    assert make_trace(problem, make_episode(prompt=asked), settings).prompt == asked

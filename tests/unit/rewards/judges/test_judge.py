@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -86,6 +87,22 @@ def test_nothing_is_asked_twice(server: TeacherServer, options: dict) -> None:
         assert not another.requests
     assert grade(options, "same", rubric="Shorter is better.") == [0.4]
     assert len(server.requests) == 3
+
+
+def test_answers_are_graded_side_by_side_up_to_a_limit(
+    server: TeacherServer, options: dict
+) -> None:
+    """No request of four is answered before all four are there."""
+    four, right = threading.Barrier(4), server.answer
+
+    def answer(number: int, request: dict) -> tuple:
+        four.wait(30)
+        return right(number, request)
+
+    server.answer = answer
+    texts = [f"{n}" * n for n in range(1, 9)]
+    assert grade(options, *texts, max_concurrency=4) == [n / 10 for n in range(1, 9)]
+    assert server.most_under_way == 4
 
 
 FORGED = [
