@@ -60,19 +60,24 @@ def load(
 def generate(
     split: str, seed: int, num_numbers: int, max_number: int, max_target: int
 ) -> Iterator[dict]:
-    """Endless rows: numbers, and a target that an expression of all of them gives."""
+    """Rows: numbers, and a target that an expression of all of them gives. Raises ValueError when
+    there are no more."""
     if split not in ("train", "test"):
         raise ValueError(f'split "{split}": countdown has "train" and "test"')
     rng = random.Random(f"countdown/{split}/{seed}")
-    seen = set()
-    while True:
+    seen: set[str] = set()
+    misses = 0
+    while misses < 100_000:  # in a row: probably there are no more
+        misses += 1
         numbers = [rng.randint(1, max_number) for _ in range(num_numbers)]
         target, expression = combine(rng, numbers)
         key = f"{sorted(numbers)} {target}"
         if not 1 <= target <= max_target or key in seen or split_of(key) != split:
             continue
         seen.add(key)
+        misses = 0
         yield {"numbers": numbers, "target": target, "solution": expression}
+    raise ValueError(f"options.size: there are only {len(seen)} different problems")
 
 
 def combine(rng: random.Random, numbers: list[int]) -> tuple[int, str]:

@@ -331,6 +331,8 @@ def test_countdown_is_generated_solvable_and_split() -> None:
         completions=[p.solution for p in train.problems], tests=[p.tests for p in train.problems]
     )
     assert right == [1.0] * 200
+    with pytest.raises(UserError, match=r"options\.size: there are only \d+ different problems"):
+        read("countdown", num_numbers=2, max_number=5, size=1000)
 
 
 # answer, numbers, target, reward
