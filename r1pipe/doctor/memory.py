@@ -17,7 +17,8 @@ from r1pipe.config.base import Optimization, Stage
 from r1pipe.config.recipe import Recipe
 from r1pipe.config.rl import OnPolicy
 from r1pipe.doctor.model_config import find_config, find_stage_config
-from r1pipe.models.shape import GIB, MASTER, Shape
+from r1pipe.models.shape import GIB, MASTER, AdapterShape, Shape
+from r1pipe.rl.loop import PROBE_PROMPTS, PROBE_TOKENS
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError, first_line
 from r1pipe.utils.progress import format_size
@@ -140,17 +141,29 @@ def estimate_shape(stage: Stage, recipe: Recipe, shape: Shape, devices: Devices)
         engines |= sampler
     halves = {"": parts | engines}
     if devices.is_gpu and recipe.sleep_level(stage, "cuda"):
-        stays = {"process"}
-        if is_on_policy:  # other stages sample before they load what they train
-            stays |= {"weights", "reference", "teacher"}
-            stays |= set() if stage.optimization.offload_optimizer else {"optimizer"}
-        resident = {name: size for name, size in parts.items() if name in stays}
-        if is_on_policy:  # a forward pass after each wake-up: two layers gathered, and the rest
-            gathered = 2 * shape.largest_layer + shape.outside_layers
-            resident["probe"] = element * gathered + parts["logits"]
+        resident = resident_parts(stage, shape, parts, devices, element)
         parts["vLLM asleep"] = ENGINE_WORKSPACE
         halves = {"training": parts, "sampling": resident | engines}
     return Estimate(stage.name, shape, devices, halves, problems)
+
+
+def resident_parts(
+    stage: Stage, shape: Shape, parts: dict[str, float], devices: Devices, element: int
+) -> dict[str, float]:
+    """What stays of a trainer's parts while its engine samples, and the probe of a sync."""
+    if not isinstance(stage, OnPolicy):  # it samples before it loads what it trains
+        return {"process": parts["process"]}
+    settings = stage.optimization
+    offloads_base = bool(settings.adapter and settings.adapter.offload_base) and devices.count == 1
+    stays = {"process", "weights", "reference", "teacher"}
+    stays |= set() if offloads_base else {"base"}
+    stays |= set() if settings.offload_optimizer else {"optimizer"}
+    # A forward pass of a few tokens: two layers gathered, or one lent, and what is outside.
+    whole = (1 if offloads_base else 2) * shape.largest_layer + shape.outside_layers
+    num_logits = PROBE_PROMPTS * PROBE_TOKENS * shape.config.vocab_size
+    logits = min(parts["logits"], 4 * LOGIT_COPIES * num_logits)
+    resident = {name: size for name, size in parts.items() if name in stays}
+    return resident | {"probe": element * whole + logits}
 
 
 def teacher_bytes(shapes: list[Shape], devices: Devices, element: int) -> float:
@@ -201,16 +214,27 @@ def trainer_parts(
 
     num_tokens = max(settings.tokens_per_micro_batch(on_gpu=devices.is_gpu), longest)
     sharded, checkpointing = devices.count > 1, settings.gradient_checkpointing
-    share = MASTER * shape.parameters / devices.count
+    adapter = settings.adapter and AdapterShape.of(shape.config, settings.adapter)
+    trained = adapter.parameters if adapter else shape.parameters
+    share = MASTER * trained / devices.count
     parts = {"weights": share, "gradients": share, "optimizer": 2 * share}
     if settings.offload_optimizer and devices.is_gpu:
-        parts["optimizer"] = 2 * MASTER * shape.largest / devices.count
+        largest = min(shape.largest, trained)
+        parts["optimizer"] = 2 * MASTER * largest / devices.count
+    if adapter:
+        parts = {"base": element * shape.parameters / devices.count, **parts}
     if sharded:
-        # Parameters outside the layers stay gathered during all layers, and so do their gradients.
-        layer = (LAYER_COPIES * element + MASTER) * shape.largest_layer
-        parts["whole layers"] = layer + 2 * element * shape.outside_layers
+        # Parameters outside the layers stay gathered during all layers, and so do the gradients of
+        # those that are trained.
+        copies = 2 * element if adapter else LAYER_COPIES * element + MASTER
+        outside = element if adapter else 2 * element
+        parts["whole layers"] = copies * shape.largest_layer + outside * shape.outside_layers
     parts["activations"] = shape.activations(num_tokens, element, checkpointing)
-    if element == 2 and not sharded:
+    if adapter:
+        # Merged experts, which autograd keeps, and their gradient in the layer that is computed.
+        kept = adapter.merged_layer if checkpointing else adapter.merged
+        parts["activations"] += element * (kept + adapter.merged_layer)
+    elif element == 2 and not sharded:
         # Autograd keeps a bf16 copy of each matrix for the backward pass.
         copied = shape.largest_layer if checkpointing else shape.parameters
         parts["activations"] += element * copied
@@ -264,12 +288,16 @@ def estimate_files(stage: Stage, recipe: Recipe) -> Files:
     """Raises what `find_stage_config` does."""
     if not stage.makes_checkpoint:
         return Files(0, 0)
-    model = MASTER * Shape.of(find_stage_config(stage, recipe)).parameters
+    config = find_stage_config(stage, recipe)
+    model = trained = MASTER * Shape.of(config).parameters
     settings = stage.optimization
     if settings is None:
         return Files(model, 0)
+    if settings.adapter:
+        trained = MASTER * AdapterShape.of(config, settings.adapter).parameters
+        model = model * (2 if recipe.dtype == "bfloat16" else 4) / MASTER + trained
     is_on_policy = isinstance(stage, OnPolicy)
     # Weights, two moments, reference; the newest checkpoints, the best, and one being written.
-    state = model * (4 if is_on_policy and stage.keeps_reference else 3)
+    state = trained * (4 if is_on_policy and stage.keeps_reference else 3)
     count = settings.save_total_limit + is_on_policy + 1
     return Files(model, state * (count if settings.save_steps else 1))

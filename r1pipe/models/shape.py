@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from r1pipe.config.base import Adapter
+from r1pipe.models.adapter import add_adapter, describe
 from r1pipe.models.model import find_layers
 
 GIB = 2**30
@@ -16,6 +18,7 @@ NORM_BYTES = {4: 12, 2: 8}
 """Bytes per entry of a norm in transformers, by those of the residual stream: the input in float32,
 its square, and the scaled output in the stream's dtype."""
 _shapes: dict[str, "Shape"] = {}
+_adapter_shapes: dict[str, "AdapterShape"] = {}
 
 
 @dataclass(frozen=True)
@@ -147,3 +150,35 @@ def count_matrices(model: PreTrainedModel) -> tuple[int, int]:
             elif parameter.ndim == 2:
                 matrices += parameter.numel()
     return matrices, experts
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Of an adapter: numbers of its parameters, and of weights that are there merged meanwhile."""
+
+    parameters: int
+    merged: int
+    """Of all adapted experts."""
+    merged_layer: int
+    """Of one layer's."""
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, settings: Adapter) -> "AdapterShape":
+        """Built once per config and settings. Raises UserError for an unknown target."""
+        key = config.to_json_string() + settings.model_dump_json()
+        if key not in _adapter_shapes:
+            _adapter_shapes[key] = cls._measure(config, settings)
+        return _adapter_shapes[key]
+
+    @classmethod
+    def _measure(cls, config: PretrainedConfig, settings: Adapter) -> "AdapterShape":
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            model = AutoModelForCausalLM.from_config(config)
+            targets = add_adapter(model, settings).targets
+        by_module: dict[str, int] = {}
+        for target in targets:
+            weight = model.get_parameter(f"{target.path}.{target.name}")
+            if weight.ndim == 3:
+                by_module[target.path] = by_module.get(target.path, 0) + weight.numel()
+        count = describe(model)["adapter_parameters"]
+        return cls(count, sum(by_module.values()), max(by_module.values(), default=0))

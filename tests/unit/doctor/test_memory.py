@@ -13,10 +13,12 @@ from r1pipe.config.base import Stage
 from r1pipe.config.load import load_recipe
 from r1pipe.doctor.memory import Devices, estimate_shape, estimate_stage
 from r1pipe.doctor.model_config import find_stage_config
+from r1pipe.models.adapter import NewAdapter
 from r1pipe.models.model import build_model
 from r1pipe.models.shape import GIB, Shape
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.rl.grpo_update import GrpoUpdater
+from r1pipe.trainer.fsdp import load_sharded
 from r1pipe.trainer.packing import Sample, pack
 from r1pipe.trainer.policy import Policy
 from r1pipe.types import Rollout
@@ -136,6 +138,33 @@ def test_weights_gradients_and_optimizer() -> None:
         assert parts[name] == size, name
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
+def test_an_adapter_beside_a_frozen_base(name: str, dtype: str, tmp_path: Path) -> None:
+    recipe = load_recipe(ROOT / "configs" / "demo.yaml", [f"dtype={dtype}"])
+    model, settings = make_model(name), make_grpo(beta=0.1, adapter={"r": 4})
+    parts = estimate_shape(settings, recipe, Shape.of(model.config), Devices(1, GIB)).parts
+    model.save_pretrained(tmp_path)
+    adapter = NewAdapter(settings.adapter, 0)
+    place = (str(tmp_path), torch.device("cpu"), "sdpa", Policy)
+    policy = load_sharded(*place, dtype=dtype, adapter=adapter)
+    updater = GrpoUpdater(policy, policy, settings, dtype=dtype, seed=0)
+    kept: dict[str, int] = {}
+    updater.optimizer.register_step_pre_hook(
+        lambda optimizer, args, kwargs: kept.update(
+            gradients=sum(p.grad.nbytes for p in policy.parameters() if p.grad is not None)
+        )
+    )
+    updater.step(make_samples(256), 1, lambda metrics: None)
+    kept["base"] = sum(p.nbytes for p in policy.parameters() if not p.requires_grad)
+    kept["weights"] = sum(p.nbytes for p in policy.parameters() if p.requires_grad)
+    moments = [state[key] for state in updater.optimizer.state.values() for key in state]
+    kept["optimizer"] = sum(m.nbytes for m in moments if m.ndim)
+    for part, size in kept.items():
+        assert parts[part] == size, part
+    assert "reference" not in parts
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders with the config of what a hub id stands for."""
@@ -185,6 +214,24 @@ def test_the_large_recipe_fits_its_node(models: dict[str, Path]) -> None:
     assert "DOES NOT FIT" in resident
     whole = lines("engine.tensor_parallel_size=1", "engine.gpu_memory_utilization=0.18")["grpo"]
     assert "vLLM has 0 B for its KV cache" in whole
+
+
+def test_a_7b_model_fits_a_24gb_card(models: dict[str, Path]) -> None:
+    """With an adapter, and its base away while the engine samples."""
+
+    def lines(*settings: str) -> dict[str, str]:
+        return estimate_recipe("lora_7b_24gb", "1x24GB", models, *settings)
+
+    shipped = lines()
+    assert shipped.keys() == {"sft", "grpo"}
+    assert all(line.endswith(": fits") for line in shipped.values()), shipped
+    # 7.6e9 parameters in bf16; 40 M of the adapter in float32.
+    for line in shipped.values():
+        assert "base 14.2, weights 0.2, gradients 0.2, optimizer 0.3" in line
+    for change in ("stages.grpo.adapter.offload_base=false", "engine.sleep=0"):
+        assert "DOES NOT FIT" in lines(change)["grpo"]
+    whole = lines("stages.sft.train.adapter=null", "stages.grpo.adapter=null")
+    assert all("DOES NOT FIT" in line for line in whole.values())
 
 
 @pytest.mark.parametrize(
