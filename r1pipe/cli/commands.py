@@ -235,6 +235,11 @@ COMMANDS: dict[str, Command] = {
                 metavar="TYPE",
                 help="and a file for llama.cpp, of a dense model: Q8_0, or F16 or F32",
             ),
+            argument(
+                "--adapter",
+                action="store_true",
+                help="the adapter alone, for peft, instead of the merged model",
+            ),
             argument("--collection", metavar="TITLE", help="add it to this collection"),
         ),
         example="r1pipe publish runs/demo/distill --repo user/name --dry-run",

@@ -112,6 +112,7 @@ def publish(options: argparse.Namespace) -> None:
             base_models=split_pairs(options.base_model),
             rollouts=options.rollouts,
             gguf=options.gguf,
+            adapter=options.adapter,
             collection=options.collection,
         )
     )

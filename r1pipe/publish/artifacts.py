@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r1pipe.publish.adapter import write_adapter
 from r1pipe.publish.candidate import Candidate
 from r1pipe.publish.hub import Hub, holds_token
 from r1pipe.publish.options import Options
@@ -46,6 +47,8 @@ class Artifacts:
     num_parameters: int
     hashes: dict[str, str]
     """SHA-256 of weights and GGUF, by file."""
+    adapter_rank: int | None
+    """None: the whole model."""
     gguf_type: str | None
     """None: no GGUF file."""
     gguf_splitting: "Splitting | None"
@@ -61,8 +64,13 @@ def write_artifacts(
 ) -> Artifacts:
     """Everything but the card. `config`: the model's config.json."""
     dtype = candidate.stage.settings["dtype"]
-    write_weights(candidate.stage.folder, folder, dtype)
-    write_configs(config, candidate, folder)
+    rank = None
+    if options.adapter:
+        rank = write_adapter(candidate, origin, folder)
+        write_tokenizer(candidate, folder)
+    else:
+        write_weights(candidate.stage.folder, folder, dtype)
+        write_configs(config, candidate, folder)
     write_license_files(candidate.base_model, origin.base_hub_id, folder, hub)
     weights = sorted(folder.glob("*.safetensors"))
     published, splitting = list(weights), None
@@ -75,6 +83,7 @@ def write_artifacts(
         dtype=dtype,
         num_parameters=sum(map(count_parameters, weights)),
         hashes={file.name: hash_file(file) for file in published},
+        adapter_rank=rank,
         gguf_type=options.gguf,
         gguf_splitting=splitting,
     )
@@ -145,9 +154,7 @@ def write_configs(config: dict[str, Any], candidate: Candidate, folder: Path) ->
     # The trainer has switched the KV cache off.
     config = {**config, "dtype": stage.settings["dtype"], "use_cache": True}
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    for pattern in TOKENIZER:
-        for file in stage.folder.glob(pattern):
-            shutil.copyfile(file, folder / file.name)
+    write_tokenizer(candidate, folder)
     generation = read_json(stage.folder / "generation_config.json")
     if candidate.evaluations:
         sampling = candidate.evaluations[0].stage.settings["sampling"]
@@ -155,6 +162,12 @@ def write_configs(config: dict[str, Any], candidate: Candidate, folder: Path) ->
         if generation["do_sample"]:
             generation |= {key: sampling[key] for key in ("temperature", "top_p", "top_k")}
     write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
+
+
+def write_tokenizer(candidate: Candidate, folder: Path) -> None:
+    for pattern in TOKENIZER:
+        for file in candidate.stage.folder.glob(pattern):
+            shutil.copyfile(file, folder / file.name)
 
 
 def write_gguf(candidate: Candidate, origin: Origin, file_type: str, out: Path) -> "Splitting":

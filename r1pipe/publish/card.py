@@ -14,10 +14,15 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 from r1pipe import __version__
 from r1pipe.data.problems import read_constants
 from r1pipe.evals.tables import draw_table, format_table
-from r1pipe.models.quirks import find_quirks
 from r1pipe.publish.artifacts import Artifacts
 from r1pipe.publish.candidate import Candidate
 from r1pipe.publish.origin import Origin
+from r1pipe.publish.usage import (
+    describe_gguf,
+    fence,
+    write_transformers_example,
+    write_vllm_example,
+)
 from r1pipe.report.costs import describe_costs
 from r1pipe.runs.hashes import hash_file
 from r1pipe.runs.ledger import LEDGER
@@ -52,6 +57,10 @@ class Card:
         return self.repo_id.split("/")[1]
 
     @property
+    def is_adapter(self) -> bool:
+        return self.artifacts.adapter_rank is not None
+
+    @property
     def run_folder(self) -> Path:
         return self.candidate.run.path
 
@@ -76,10 +85,10 @@ def write_model_card(card: Card) -> str:
     """README.md of the model's repository."""
     metadata = ModelCardData(
         license=card.origin.license,
-        library_name="transformers",
+        library_name="peft" if card.is_adapter else "transformers",
         pipeline_tag="text-generation",
         base_model=card.origin.base_hub_id,
-        base_model_relation="finetune" if card.origin.base_hub_id else None,
+        base_model_relation=find_relation(card),
         datasets=sorted({d.hub_id for d in card.origin.data if d.hub_id}) or None,
         tags=["r1pipe", "reasoning", *sorted({stage.kind for stage in card.lineage} - {"init"})],
         model_name=card.name,
@@ -94,7 +103,7 @@ def write_model_card(card: Card) -> str:
         *(describe_evaluation(card, evaluation) for evaluation in card.evaluations),
         "## How to run it",
         fence("python", write_transformers_example(card)),
-        fence("python", write_vllm_example(card)),
+        *([] if card.is_adapter else [fence("python", write_vllm_example(card))]),
         *describe_gguf(card),
         "## What it was made from",
         describe_sources(card),
@@ -111,6 +120,13 @@ def write_model_card(card: Card) -> str:
         describe_lineage(card),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def find_relation(card: Card) -> str | None:
+    """The hub's word for what the model is of its base model."""
+    if card.origin.base_hub_id is None:
+        return None
+    return "adapter" if card.is_adapter else "finetune"
 
 
 def list_results(evaluation: Evaluation) -> list[EvalResult]:
@@ -152,10 +168,16 @@ def describe_model(card: Card) -> str:
         else "from random weights"
     )
     model = card.artifacts
+    what = f"A {model.model_type} model of {model.num_parameters:,} parameters in {model.dtype}"
+    if card.is_adapter:
+        what = (
+            f"A LoRA adapter of {model.num_parameters:,} parameters, of rank {model.adapter_rank}, "
+            f"beside [{card.origin.base_hub_id}](https://huggingface.co/{card.origin.base_hub_id}) "
+            f"in {model.dtype}"
+        )
     return (
-        f"A {model.model_type} model of {model.num_parameters:,} parameters in {model.dtype}, "
-        f"{start}: the stage `{card.stage.name}` ({card.stage.section.how_made}) of the run "
-        f"`{card.run_folder.name}`, made and published with r1pipe {__version__}."
+        f"{what}, {start}: the stage `{card.stage.name}` ({card.stage.section.how_made}) of the "
+        f"run `{card.run_folder.name}`, made and published with r1pipe {__version__}."
         + (THINKS if card.stage.section.optimization else "")
     )
 
@@ -178,83 +200,6 @@ def describe_evaluation(card: Card, evaluation: Evaluation) -> str:
                 entry = {**entry, "compared_with": None}
             rows.append(entry)
     return format_table([{**row, "stage": hide_places(row["stage"])} for row in rows])
-
-
-def write_transformers_example(card: Card) -> str:
-    return f"""\
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{card.repo_id}")
-model = AutoModelForCausalLM.from_pretrained("{card.repo_id}", dtype="{card.artifacts.dtype}")
-messages = {format_messages(card.candidate.find_prompt())}
-inputs = tokenizer.apply_chat_template(
-    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-)
-output = model.generate(**inputs, max_new_tokens={longest_completion(card)})
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-"""
-
-
-def write_vllm_example(card: Card) -> str:
-    """With a dtype: vLLM's default turns float32 into bfloat16."""
-    quirks = find_quirks(card.artifacts.model_type)
-    imports, on_cpu, settings = "", "", f'dtype="{card.artifacts.dtype}"'
-    if quirks.cpu_engine:  # for latent attention, which vLLM's CPU kernels do not have
-        lines = ['os.environ["VLLM_MLA_DISABLE"] = "1"']
-        lines += [f'settings["{name}"] = {v!r}' for name, v in quirks.cpu_engine.items()]
-        imports = "import os\n\nimport torch\n"
-        on_cpu = (
-            f'    settings = {{"dtype": "{card.artifacts.dtype}"}}\n'
-            "    if not torch.cuda.is_available():  # what vLLM's kernels for CPUs need\n"
-            + "".join(f"        {line}\n" for line in lines)
-        )
-        settings = "**settings"
-    return f"""\
-{imports}from vllm import LLM
-
-if __name__ == "__main__":
-{on_cpu}    llm = LLM("{card.repo_id}", {settings})
-    sampling = llm.get_default_sampling_params()
-    sampling.max_tokens = {longest_completion(card)}
-    messages = {format_messages(card.candidate.find_prompt())}
-    [output] = llm.chat(messages, sampling)
-    print(output.outputs[0].text)
-"""
-
-
-def describe_gguf(card: Card) -> list[str]:
-    if card.artifacts.gguf_type is None:
-        return []
-    generation = card.evaluations[0].entry if card.evaluations else {}
-    sampling = "".join(
-        f" --{option} {generation[key]}"
-        for option, key in (("temp", "temperature"), ("top-p", "top_p"))
-        if key in generation
-    )
-    splitting = card.artifacts.gguf_splitting
-    note = (
-        f"text is split as the tokenizer splits it (llama.cpp's `{splitting.name}`)"
-        if splitting.is_exact
-        else "llama.cpp has not the tokenizer's own splitting of text; its "
-        f"`{splitting.name}` gave the same tokens for {splitting.num_texts} prompts and "
-        "completions of the evaluation, and may give others for text of another kind"
-    )
-    place = f"{card.repo_id}:{card.artifacts.gguf_type}"
-    return [
-        fence("bash", f"llama-cli -hf {place} --jinja{sampling}\nollama run hf.co/{place}\n"),
-        f"`{card.name}-{card.artifacts.gguf_type}.gguf` is for llama.cpp and programs built on it: "
-        f"{note}. The figures above were not measured with it.",
-    ]
-
-
-def format_messages(messages: list[dict[str, str]]) -> str:
-    return repr([{"role": m["role"], "content": m["content"]} for m in messages])
-
-
-def longest_completion(card: Card) -> int:
-    """Tokens that the model was evaluated with."""
-    lengths = [e.entry["max_completion_length"] for e in card.evaluations]
-    return max(lengths, default=256)
 
 
 def describe_sources(card: Card) -> str:
@@ -404,10 +349,6 @@ def write_dataset_card(card: Card, num_rows: dict[str, int]) -> str:
         )
         + "\n"
     )
-
-
-def fence(language: str, text: str) -> str:
-    return f"```{language}\n{text}```"
 
 
 def format_rows(header: list[str], rows: list[list[Any]]) -> str:

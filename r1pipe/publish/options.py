@@ -19,4 +19,6 @@ class Options:
     rollouts: bool = False
     gguf: str | None = None
     """F32, F16 or Q8_0; None: no such file."""
+    adapter: bool = False
+    """The adapter alone, beside the base model's name."""
     collection: str | None = None

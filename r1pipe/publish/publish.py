@@ -45,6 +45,8 @@ def publish(options: Options) -> None:
     Raises UserError, before anything is written, for a stage that should not be published.
     """
     check_repo_id(options.repo_id)
+    if options.adapter and options.gguf:
+        raise UserError("--adapter: llama.cpp's file is of a merged model: leave out --gguf")
     candidate = Candidate(*find_finished(options.target))
     objections = candidate.find_objections(options.max_overlap)
     if objections and not options.force:

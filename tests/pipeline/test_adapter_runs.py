@@ -96,6 +96,40 @@ def test_peft_adds_the_adapter_to_the_base(stage: str, base: str, adapted: Path)
     assert torch.allclose(find_logits(unmerged), merged, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("stage", "base", "rank"), [("mixture/grpo", "tiny/sft", 4), ("dense/grpo", "tiny/distill", 20)]
+)
+def test_published_unmerged(stage: str, base: str, rank: int, adapted: Path) -> None:
+    """Beside the model that all of the run goes back to: adapters of two stages are one."""
+    options = ["--repo", "ana/tiny", "--adapter", "--dry-run", "--force", "--license", "mit"]
+    options += ["--license", f"{adapted / base}=mit"]
+    told = run("publish", adapted / stage, *options)
+    assert told.returncode == 2
+    assert "--base-model FOLDER=HUB_ID" in told.stderr
+    result = run("publish", adapted / stage, *options, "--base-model", f"{adapted / base}=ana/base")
+    assert result.returncode == 0, result.stderr[-3000:]
+    name, _, last = stage.partition("/")
+    published = adapted / name / "publish" / last
+    assert not list(published.glob("*model-*")) + list(published.glob("config.json"))
+    config = json.loads((published / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["r"]) == ("ana/base", rank)
+    unmerged = peft.PeftModel.from_pretrained(load(adapted / base), published)
+    merged = find_logits(load(adapted / stage))
+    assert torch.allclose(find_logits(unmerged), merged, atol=1e-4)
+    card = (published / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "base_model_relation: adapter" in card
+    assert 'model = AutoModelForCausalLM.from_pretrained("ana/base", dtype="float32")' in card
+    assert 'model = PeftModel.from_pretrained(model, "ana/tiny")' in card
+
+
+def test_a_model_trained_whole_has_no_adapter_to_publish(adapted: Path) -> None:
+    options = ("--repo", "ana/tiny", "--adapter", "--dry-run", "--force", "--license", "mit")
+    result = run("publish", adapted / "tiny" / "distill", *options)
+    assert result.returncode == 2
+    assert "distill was trained whole: publish it merged" in result.stderr
+
+
 def test_only_targets_change(adapted: Path) -> None:
     base, made = (
         load_file(adapted / stage / "model.safetensors") for stage in ("tiny/distill", "dense/sft")
