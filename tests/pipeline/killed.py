@@ -21,6 +21,7 @@ from r1pipe.runs.logs import read_metrics
 # Phase: the function that is running in some thread, and its file.
 PHASES = {
     "sampling": ("engine.py", "generate_groups"),
+    "turning": ("path.py", "take_turn"),
     "scoring": ("scoring.py", "score"),
     "updating": ("update.py", "step"),
     "syncing": ("engine.py", "load_weights"),

@@ -103,6 +103,15 @@ def test_a_path_is_what_was_sampled_and_what_the_template_adds(opened: tuple) ->
     assert logprob_diff(model, rollouts) < LIMIT
 
 
+def test_a_single_turn_is_the_same_to_the_last_bit(opened: tuple) -> None:
+    sampler, _ = opened
+    alone = sampler.generate(PROBLEMS, 4, SAMPLING, (0,))
+    paths = play(sampler, turns=1)
+    for path, rollout in zip(paths, alone, strict=True):
+        assert path.episode.given == []
+        assert replace(path, episode=None, finish_reason=rollout.finish_reason) == rollout
+
+
 def test_text_encoded_again_is_not_what_was_sampled(opened: tuple) -> None:
     """What the path of token ids avoids: log-probabilities of other tokens."""
     sampler, _ = opened
@@ -304,7 +313,7 @@ def test_sampled_episodes_are_kept_and_not_sampled_again(opened: tuple, tmp_path
     assert replace(job, environment=None).digest() != job.digest()
 
 
-def test_a_killed_run_in_an_environment_resumes_bit_equal(tmp_path: Path) -> None:
+def test_a_run_killed_between_turns_resumes_bit_equal(tmp_path: Path) -> None:
     save_talker(tmp_path / "talker")
     stage = {
         "kind": "grpo",
@@ -336,7 +345,7 @@ def test_a_killed_run_in_an_environment_resumes_bit_equal(tmp_path: Path) -> Non
     result = run("grpo", tmp_path / "whole.yaml")
     assert result.returncode == 0, result.stderr[-3000:]
     partial = tmp_path / "killed" / ".grpo.partial"
-    run_and_kill("updating", 1, 0.0, partial, "grpo", tmp_path / "killed.yaml")
+    run_and_kill("turning", 1, 0.0, partial, "grpo", tmp_path / "killed.yaml")
     result = run("grpo", tmp_path / "killed.yaml")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "resumes after step 1" in result.stderr
@@ -404,8 +413,8 @@ def test_a_student_learns_in_an_environment(tmp_path: Path) -> None:
         "max_steps": 2,
         "prompts_per_step": 8,
         "max_completion_length": 60,
+        "async_steps": 1,
         "learning_rate": 1e-3,
-        "verify_sync": True,
     }
     values = {"runs_dir": str(tmp_path), "name": "taught", "dtype": "float32"}
     engine = {"max_model_len": 256, "max_num_seqs": 16, "kv_cache_gib": 0.25}
@@ -423,10 +432,14 @@ def test_a_student_learns_in_an_environment(tmp_path: Path) -> None:
     assert {row["episode"]["ended"] for row in rows} == {"done"}
     assert all(row["rewards"] == {"environment": row["reward"]} for row in rows)
     metrics = read_lines(folder / "metrics.jsonl")
+    assert metrics[0]["sampler/logprob_diff_mean"] < LIMIT
     for row in metrics:
         assert row["episodes/turns"] == 2
-        assert max(row["sampler/logprob_diff_mean"], row["sync/logprob_diff_mean"]) < LIMIT
+        assert row["sync/logprob_diff_mean"] < LIMIT
         assert row["divergence"] > 0
+    assert [row["staleness"] for row in metrics] == [0, 1]
+    assert metrics[0].keys() ^ metrics[1].keys() == {"sampler/logprob_diff_ahead"}
+    assert metrics[1]["sampler/logprob_diff_ahead"] < LIMIT
     assert record["last_sync/logprob_diff_mean"] < LIMIT
     starts = log.read_text().splitlines()
     samples, probes = 2 * 8, 2 * 4 + 8

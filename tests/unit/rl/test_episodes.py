@@ -66,6 +66,23 @@ def test_given_tokens_are_read_and_not_scored(
     assert len(batch.sampler_logprobs_C) == kept_C.sum()
 
 
+def test_an_episode_of_one_turn_is_trained_to_the_same_bits(
+    model: PreTrainedModel, samples: list[Sample]
+) -> None:
+    paths = [
+        replace(s, rollout=replace(s.rollout, episode=Episode([], MESSAGES[:1]))) for s in samples
+    ]
+    results = []
+    for rows in (samples, paths):
+        settings = make_grpo(learning_rate=1e-3)
+        updater = GrpoUpdater(copy.deepcopy(model), None, settings, dtype="float32", seed=0)
+        metrics = updater.step(copy.deepcopy(rows), 1, lambda metrics: None)
+        results.append((metrics, updater.model.state_dict()))
+    (metrics, weights), (others, other_weights) = results
+    assert metrics == others
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_every_loss_is_that_of_sampled_tokens_alone(
     model: PreTrainedModel, episodes: list[Sample], loss_type: str
