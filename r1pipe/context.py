@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from r1pipe.config.base import Adapter, ProblemSet, PromptingStage, TrainingSet, TrainingStage
+from r1pipe.config.adapter import Adapter
+from r1pipe.config.base import ProblemSet, PromptingStage, TrainingSet, TrainingStage
 from r1pipe.config.recipe import Recipe
 from r1pipe.data.decontamination import decontaminate
 from r1pipe.data.problem_sets import ProblemSets

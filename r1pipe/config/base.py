@@ -13,6 +13,7 @@ from pydantic import (
     model_validator,
 )
 
+from r1pipe.config.adapter import Adapter
 from r1pipe.config.strict import Strict, refuse_idle
 from rewards.judges.settings import LIMITS
 
@@ -130,21 +131,6 @@ class Saving(Strict):
     def save_what_is_kept(self) -> "Saving":
         refuse_idle(self, {"save_total_limit": self.save_steps is None and "without save_steps"})
         return self
-
-
-class Adapter(Strict):
-    """LoRA (Hu et al. 2021, arXiv:2106.09685): the checkpoint's weights stay as they are; beside
-    each target matrix the product of two small ones is trained, B A times `alpha` / `r`."""
-
-    r: PositiveInt = 16
-    """Rank: rows of A, columns of B."""
-    alpha: PositiveInt = 32
-    target_modules: Annotated[list[str], Field(min_length=1)] | None = None
-    """Names of linear layers, such as q_proj, and of experts' fused matrices, such as gate_up_proj.
-    Default: all of them in the model but head and routers."""
-    offload_base: bool = False
-    """The frozen weights leave the GPU while the engine samples: in one process, where it sleeps
-    during the update."""
 
 
 class Optimization(Saving):

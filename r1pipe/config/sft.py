@@ -40,8 +40,8 @@ class Supervised(Optimization):
         if (self.max_steps is None) == (self.num_train_epochs is None):
             raise ValueError("give either max_steps or num_train_epochs")
         if self.adapter:
-            idle = {"offload_base": "in supervised training, beside which nothing samples"}
-            refuse_idle(self.adapter, idle, "adapter.")
+            idle = "in supervised training, beside which nothing samples"
+            refuse_idle(self.adapter, dict.fromkeys(("offload_base", "sync"), idle), "adapter.")
         return self
 
 

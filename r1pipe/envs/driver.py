@@ -64,11 +64,18 @@ class EpisodeSampler:
     def sleep_level(self) -> int:
         return self.sampler.sleep_level
 
+    @property
+    def lora_rank(self) -> int:
+        return self.sampler.lora_rank
+
     def sleep(self) -> None:
         self.sampler.sleep()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         self.sampler.load_weights(weights)
+
+    def load_adapter(self, folder: str) -> None:
+        self.sampler.load_adapter(folder)
 
     def share(self, items: list[Problem]) -> list[Problem]:
         return self.sampler.share(items)

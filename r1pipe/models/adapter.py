@@ -27,7 +27,7 @@ from torch.func import functional_call
 from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from r1pipe.config.base import Adapter
+from r1pipe.config.adapter import Adapter
 from r1pipe.utils.distributed import full_tensor, is_first
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import write_text
@@ -138,18 +138,22 @@ def add_adapter(model: PreTrainedModel, settings: Adapter) -> LowRank:
 
 
 @torch.no_grad()
-def initialize(model: PreTrainedModel, seed: int) -> None:
-    """A uniform in ±1 / sqrt(I), as peft's and nn.Linear's, B zero: the policy is the checkpoint's.
-    The same numbers for any number of ranks."""
+def initialize(model: nn.Module, seed: int, std_b: float = 0.0) -> None:
+    """A uniform in ±1 / sqrt(I), as peft's and nn.Linear's; B zero, so that the policy is the
+    checkpoint's, or normal. The same numbers for any number of ranks."""
     for name, parameter in model.named_parameters():
-        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-        if name.endswith(LORA_B):
-            own.zero_()
-        elif name.endswith(LORA_A):
-            generator = torch.Generator().manual_seed(derive_seed(seed, name))
+        if not is_adapters(name):
+            continue
+        generator = torch.Generator().manual_seed(derive_seed(seed, name))
+        if name.endswith(LORA_A):
             limit = 1 / math.sqrt(parameter.shape[-1])
             whole = torch.empty(parameter.shape).uniform_(-limit, limit, generator=generator)
-            own.copy_(cut_like(whole, parameter))
+        elif std_b:
+            whole = torch.empty(parameter.shape).normal_(std=std_b, generator=generator)
+        else:
+            whole = torch.zeros(parameter.shape)
+        own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        own.copy_(cut_like(whole, parameter))
 
 
 def cut_like(whole: Tensor, parameter: Tensor) -> Tensor:

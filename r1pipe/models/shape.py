@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from r1pipe.config.base import Adapter
+from r1pipe.config.adapter import Adapter
 from r1pipe.models.adapter import add_adapter, describe
 from r1pipe.models.model import find_layers
 

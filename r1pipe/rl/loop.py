@@ -6,6 +6,8 @@ its own samples, and the checks that stop it if sampler and trainer disagree.
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -15,7 +17,7 @@ from r1pipe.config.base import Sampling
 from r1pipe.config.rl import OnPolicy
 from r1pipe.context import StageContext
 from r1pipe.envs.driver import Source
-from r1pipe.models.adapter import describe
+from r1pipe.models.adapter import describe, save_adapter
 from r1pipe.models.weights import export_weights, save_checkpoint
 from r1pipe.rl.batch import Batch
 from r1pipe.rl.collect import Collector
@@ -56,10 +58,17 @@ class WeightReceiver(Protocol):
     def sleep_level(self) -> int:
         """0: it is always awake."""
 
+    @property
+    def lora_rank(self) -> int:
+        """0: it takes weights; else an adapter."""
+
     def sleep(self) -> None:
         """Leave the memory of a shared GPU to the trainer."""
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Also wakes it."""
+
+    def load_adapter(self, folder: str) -> None:
         """Also wakes it."""
 
 
@@ -213,8 +222,14 @@ def train(
 
 
 def sync(updater: Updater, sampler: WeightReceiver) -> None:
+    """Merged weights, or an adapter alone."""
     updater.leave_device()
-    sampler.load_weights(export_weights(updater.model))
+    if sampler.lora_rank:
+        with TemporaryDirectory() as folder:
+            save_adapter(updater.model, Path(folder))
+            sampler.load_adapter(folder)
+    else:
+        sampler.load_weights(export_weights(updater.model))
 
 
 def compare_ahead(updater: Updater, weights: dict[str, Tensor], batch: Batch) -> float | None:

@@ -63,13 +63,16 @@ class ReplayBatches:
 class NoSampler:
     """In the place of a sampler: weight syncs do nothing."""
 
-    sleep_level = 0
+    sleep_level = lora_rank = 0
 
     def sleep(self) -> None:
         """There is no engine."""
 
     def load_weights(self, weights: Iterable[Any]) -> None:
         """Does not even read them: they are put together on reading."""
+
+    def load_adapter(self, folder: str) -> None:
+        """Not called: it has no rank."""
 
 
 def make_group(rows: list[dict[str, Any]]) -> Group:

@@ -48,7 +48,7 @@ from r1pipe.rollout.vllm_args import (
     sampling_parameters,
     set_environment,
 )
-from r1pipe.rollout.weight_sync import read_weights, send_weights
+from r1pipe.rollout.weight_sync import read_weights, send_adapter, send_weights
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError
@@ -60,9 +60,8 @@ T = TypeVar("T")
 class Sampler:
     """One vLLM engine with the weights of one checkpoint at a time.
 
-    `with_routes`: for `generate` with the routes of a mixture of experts. With `settings.sleep` it
-    can sleep.
-    Raises UserError if vLLM cannot run the checkpoint.
+    `with_routes`: for `generate` with a mixture's routes. With `settings.sleep` it can sleep, with
+    a `lora_rank` it takes adapters, no other weights. Raises UserError if vLLM cannot run it.
     """
 
     def __init__(
@@ -73,8 +72,9 @@ class Sampler:
         device: torch.device,
         with_routes: bool = False,
         chat_template: str | None = None,
+        lora_rank: int = 0,
     ):
-        self.settings, self.device = settings, device
+        self.settings, self.device, self.lora_rank = settings, device, lora_rank
         self.can_sleep, self.asleep = bool(settings.sleep), False
         self.sleep_level: int = settings.sleep or 0
         """That of the stage at hand; 0: it does not sleep."""
@@ -94,7 +94,7 @@ class Sampler:
         from vllm import LLM
 
         check_architecture(checkpoint, config)
-        arguments = engine_arguments(config, settings, dtype, device, with_routes)
+        arguments = engine_arguments(config, settings, dtype, device, with_routes, lora_rank)
         if device.type == "cpu":
             arguments |= use_norm_kernels()
         try:
@@ -105,6 +105,7 @@ class Sampler:
         if device.type == "cpu":
             self.llm.collective_rpc(use_counted_draws)
         self.max_model_len = self.llm.llm_engine.model_config.max_model_len
+        self.lora: Any = None
         self.capture: RouteCapture | None = None
         self.moe_layers: list[int] = []
         if with_routes:
@@ -248,7 +249,7 @@ class Sampler:
                     if request is None:
                         break
                     place, (ids, wanted) = str(next(places)), request
-                    engine.add_request(place, tokens_input(ids), wanted)
+                    engine.add_request(place, tokens_input(ids), wanted, lora_request=self.lora)
                     waiting.add(place)
                 if not engine.has_unfinished_requests():
                     break
@@ -354,6 +355,13 @@ class Sampler:
         if self.asleep:
             self.llm.wake_up(["kv_cache"])
             self.asleep = False
+
+    @phase("sync")
+    def load_adapter(self, folder: str) -> None:
+        """Sample with the adapter in peft's files from now on, and wake up."""
+        if self.asleep:
+            self.llm.wake_up()
+        self.lora, self.asleep = send_adapter(self.llm, folder), False
 
     def sleep(self) -> None:
         """Leave the GPU's memory to the trainer, unless `sleep_level` is 0. Only `load_weights`

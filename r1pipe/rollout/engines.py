@@ -4,12 +4,14 @@ from pathlib import Path
 
 import torch
 
+from r1pipe.config.adapter import Adapter
 from r1pipe.config.recipe import Engine
 from r1pipe.models.tokenizer import join_end_ids, load_tokenizer, read_end_ids
 from r1pipe.rollout.engine import Sampler
-from r1pipe.rollout.probe import PROBE_LIMITS, probe
+from r1pipe.rollout.probe import PROBE_LIMITS, probe, probe_adapter
 from r1pipe.rollout.vllm_args import describe_kind, read_config
 from r1pipe.utils import distributed
+from r1pipe.utils.errors import first_line
 from r1pipe.utils.phases import phase
 from r1pipe.utils.progress import log_line
 
@@ -25,9 +27,17 @@ class Engines:
         self._sampler: Sampler | None = None
 
     @phase("starting vLLM")
-    def open(self, checkpoint: str, with_routes: bool = False, sleep: int = 0) -> Sampler:
+    def open(
+        self,
+        checkpoint: str,
+        with_routes: bool = False,
+        sleep: int = 0,
+        adapter: Adapter | None = None,
+    ) -> Sampler:
         """A sampler with this checkpoint's weights, `with_routes` one that can return routes;
-        `sleep`: the level at which it can sleep."""
+        `sleep`: the level at which it can sleep; `adapter`: what will be trained beside them."""
+        if adapter and adapter.sync == "alone" and self._open_for(adapter, checkpoint, sleep):
+            return self._sampler
         if self._sampler is not None and self._can_reload(checkpoint, with_routes, sleep):
             self._sampler.load_checkpoint(checkpoint)
             self._sampler.sleep_level = sleep
@@ -47,10 +57,34 @@ class Engines:
         )
         return self._sampler
 
+    def _open_for(self, adapter: Adapter, checkpoint: str, sleep: int) -> bool:
+        """An engine that takes the adapter alone, if there is one that computes it as we do."""
+        reason = "not in several processes, nor with engine.sleep 2, which keeps no base"
+        if distributed.alone() and sleep < 2:
+            self.close()
+            settings = self.settings.model_copy(update={"sleep": sleep})
+            arguments = (settings, self.dtype, self.device, False, self.chat_template, adapter.r)
+            try:
+                self._sampler = Sampler(checkpoint, *arguments)
+                diff = probe_adapter(self._sampler, checkpoint, adapter)
+            except Exception as error:  # vLLM's layers refuse in their own ways
+                reason = first_line(error, with_type=True)
+            else:
+                what = "not compared" if diff is None else f"mean |dlogp| {diff:.1e} in a probe"
+                if diff is not None and diff <= PROBE_LIMITS[self.dtype]:
+                    log_line(f"{checkpoint}: vLLM takes the adapter alone ({what})")
+                    return True
+                reason = what
+            self.close()
+        log_line(f"{checkpoint}: vLLM gets merged weights, not the adapter alone: {reason}")
+        return False
+
     def _can_reload(self, checkpoint: str, with_routes: bool, sleep: int) -> bool:
         # One process's engine on several devices has processes of its own, out of reach for weights
         # from here.
         if distributed.alone() and self.settings.tensor_parallel_size > 1:
+            return False
+        if self._sampler.lora_rank:
             return False
         if sleep and not self._sampler.can_sleep:
             return False

@@ -1,10 +1,15 @@
 """Does a reloaded engine compute what transformers computes? A few tokens' log-probabilities."""
 
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from transformers import PreTrainedModel
 
+from r1pipe.config.adapter import Adapter
 from r1pipe.config.base import Sampling
+from r1pipe.models.adapter import add_adapter, initialize, save_adapter
 from r1pipe.models.model import fast_training_kernels, load_model
 from r1pipe.models.weights import list_weights
 from r1pipe.rollout.engine import Sampler
@@ -20,12 +25,36 @@ PROBE_PROBLEMS = [
     )
 ]
 PROBE_TOKENS = 16
+PROBE_STD = 0.02
+"""Of the numbers in an adapter's B, which are zero before it has learnt anything."""
 PROBE_LIMITS = {"float32": 1e-3, "bfloat16": 0.1}
 """Mean |log-probability difference| above which a reload counts as failed. In bf16 two correct
 engines differ by about 1e-2; the wrong ones seen so far by 0.2 to 5.6."""
 
 
-def probe(sampler: Sampler, checkpoint: str) -> float | None:
+def probe_adapter(sampler: Sampler, checkpoint: str, settings: Adapter) -> float | None:
+    """`probe` with an adapter that is not zero. Raises what vLLM raises for one that it does not
+    take."""
+
+    def adapt(model: PreTrainedModel) -> None:
+        add_adapter(model, settings)
+        initialize(model, seed=0, std_b=PROBE_STD)
+
+    with TemporaryDirectory() as folder:
+        model = load_model(checkpoint, torch.device("cpu"), dtype=getattr(torch, sampler.dtype))
+        adapt(model)
+        save_adapter(model, Path(folder))
+        del model
+        sampler.load_adapter(folder)
+        try:
+            return probe(sampler, checkpoint, adapt)
+        finally:
+            sampler.lora = None
+
+
+def probe(
+    sampler: Sampler, checkpoint: str, adapt: Callable[[PreTrainedModel], None] | None = None
+) -> float | None:
     """Mean |log-probability in vLLM - in transformers| of a few tokens from every rank's engine;
     None if transformers cannot load the checkpoint or memory does not suffice."""
     length = min(PROBE_TOKENS, sampler.max_model_len // 2)
@@ -39,13 +68,17 @@ def probe(sampler: Sampler, checkpoint: str) -> float | None:
     by_rank = distributed.gather_to_first(own)
     rollouts = [rollout for part in by_rank for rollout in part]
     return distributed.on_first_rank(
-        lambda: measure_difference(checkpoint, rollouts, sampler.dtype, sampler.device)
+        lambda: measure_difference(checkpoint, rollouts, sampler.dtype, sampler.device, adapt)
     )
 
 
 @torch.no_grad()
 def measure_difference(
-    checkpoint: str, rollouts: list[Rollout], dtype: str, device: torch.device
+    checkpoint: str,
+    rollouts: list[Rollout],
+    dtype: str,
+    device: torch.device,
+    adapt: Callable[[PreTrainedModel], None] | None = None,
 ) -> float | None:
     """Mean |sampler - transformers| log-probability."""
     size = sum(file.stat().st_size for file in list_weights(Path(checkpoint)))
@@ -57,6 +90,9 @@ def measure_difference(
         model = load_model(checkpoint, device, dtype=getattr(torch, dtype)).eval()
     except UserError:
         return None
+    if adapt:
+        adapt(model)
+        model.to(getattr(torch, dtype))
     diffs = []
     with fast_training_kernels(device, dtype):
         for rollout in rollouts:

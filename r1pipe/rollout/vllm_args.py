@@ -26,11 +26,20 @@ _own_variables: set[str] = set()
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head sizes that vLLM's CPU attention kernel is compiled for."""
 
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM takes for max_lora_rank."""
+
 
 def engine_arguments(
-    config: Any, settings: Engine, dtype: str, device: torch.device, with_routes: bool = False
+    config: Any,
+    settings: Engine,
+    dtype: str,
+    device: torch.device,
+    with_routes: bool = False,
+    lora_rank: int = 0,
 ) -> dict[str, Any]:
-    """Arguments of vLLM's LLM, the model's quirks included."""
+    """Arguments of vLLM's LLM, the model's quirks included. `lora_rank`: the largest of an adapter,
+    of which there is one at a time; 0: none."""
     context = settings.max_model_len or config.max_position_embeddings
     arguments = {
         # "auto" would silently turn a float32 checkpoint into bf16.
@@ -52,6 +61,9 @@ def engine_arguments(
         arguments["distributed_executor_backend"] = "external_launcher"
     if settings.sleep and device.type == "cuda":
         arguments["enable_sleep_mode"] = True
+    if lora_rank:
+        largest = next(rank for rank in LORA_RANKS if rank >= lora_rank)
+        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": largest}
     if settings.kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
     if device.type == "cpu":

@@ -31,6 +31,18 @@ def send_weights(
         raise RuntimeError("vLLM kept the keys and values of the old weights")
 
 
+def send_adapter(llm: Any, folder: str) -> Any:
+    """Load peft's files into a running `vllm.LLM` in place of the adapter before; returns what its
+    requests say to use it. Raises what vLLM raises for an adapter that it does not take."""
+    from vllm.lora.request import LoRARequest
+
+    # A request that asks for it to be loaded would read the files at each step.
+    llm.llm_engine.add_lora(LoRARequest("adapter", 1, folder, load_inplace=True))
+    if not llm.reset_prefix_cache():
+        raise RuntimeError("vLLM kept the keys and values of the old adapter")
+    return LoRARequest("adapter", 1, folder)
+
+
 def reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
     """Runs inside the engine: vLLM's layer-wise reload. Returns the layers that got no weights and
     kept their old ones, which vLLM only logs."""

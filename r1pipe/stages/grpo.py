@@ -29,7 +29,9 @@ def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
     problems = context.load_training_problems(stage)
     checkpoint = context.checkpoint(stage.from_)
     sleep = context.recipe.sleep_level(stage, context.device.type)
-    sampler = context.engines.open(checkpoint, with_routes=stage.routing_replay, sleep=sleep)
+    sampler = context.engines.open(
+        checkpoint, with_routes=stage.routing_replay, sleep=sleep, adapter=stage.adapter
+    )
     source = choose_source(sampler, environment, problems)
     if source is sampler:
         sampler.encode(problems, stage.max_completion_length)

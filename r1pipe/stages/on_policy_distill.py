@@ -45,7 +45,10 @@ def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
     check_vocabularies(stage, context)
     sleep = context.recipe.sleep_level(stage, context.device.type)
     sampler = context.engines.open(
-        context.checkpoint(stage.student), with_routes=stage.routing_replay, sleep=sleep
+        context.checkpoint(stage.student),
+        with_routes=stage.routing_replay,
+        sleep=sleep,
+        adapter=stage.adapter,
     )
     source = choose_source(sampler, environment, problems)
     prompts = sampler.encode(problems, stage.max_completion_length) if source is sampler else []

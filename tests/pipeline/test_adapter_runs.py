@@ -9,7 +9,7 @@ import torch
 import yaml
 from commands import read_lines, run, run_and_kill
 from safetensors.torch import load_file
-from test_resume import assert_equal
+from test_resume import assert_equal, begin_beside
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 peft = pytest.importorskip("peft")
@@ -73,6 +73,32 @@ def test_sampler_and_trainer_agree(name: str, adapted: Path) -> None:
     assert record["adapter_parameters"] > 1000
     # The reference is the policy without its adapter: at first the same.
     assert rows[0]["kl"] < rows[-1]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "alone", "told"),
+    [
+        ("dense", True, "vLLM takes the adapter alone (mean |dlogp| "),
+        ("mixture", False, "vLLM gets merged weights, not the adapter alone: "),
+    ],
+)
+def test_sync_of_the_adapter_alone(
+    name: str, alone: bool, told: str, adapted: Path, recipes: dict[str, Path]
+) -> None:
+    """Where vLLM takes it: on CPU not the experts'. Sampler and trainer agree either way."""
+    run_dir = begin_beside(adapted / name, "grpo", f"{name}-alone")
+    more = ("--set", f"name={run_dir.name}", "--set", "stages.grpo.adapter.sync=alone")
+    result = run("grpo", recipes[name], *more, "--set", "stages.grpo.max_steps=2", "--skip-doctor")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert told in result.stderr
+    rows = read_lines(run_dir / "grpo" / "metrics.jsonl")
+    merged = read_lines(adapted / name / "grpo" / "metrics.jsonl")
+    for row, other in zip(rows, merged):
+        assert row["sync/logprob_diff_mean"] <= 1e-4
+        assert row["sampler/logprob_diff_mean"] <= 1e-4
+        if not alone:
+            assert row["loss"] == other["loss"]
+    assert rows[1]["kl"] > 0
 
 
 def load(folder: Path) -> PreTrainedModel:

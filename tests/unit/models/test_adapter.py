@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny_models import MODELS
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from r1pipe.config.base import Adapter
+from r1pipe.config.adapter import Adapter
 from r1pipe.models.adapter import (
     add_adapter,
     describe,
