@@ -1,15 +1,19 @@
 """What an environment is: two methods, made for one sample of one problem and used once."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from contextlib import asynccontextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from r1pipe.config.base import Environment as Settings
 from r1pipe.rollout.scoring import start_event_loop
 from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.imports import describe_failure, import_named
+
+T = TypeVar("T")
 
 Message = dict[str, Any]
 """As in a chat template: `role`, `content` and, of an assistant that calls tools, `tool_calls`."""
@@ -91,6 +95,32 @@ def make_environment(settings: Settings, problem: Problem) -> Environment:
         ) from error
 
 
+_clock: ContextVar[asyncio.Timeout | None] = ContextVar("clock", default=None)
+
+
+async def run_within(seconds: float, answer: Awaitable[T]) -> T:
+    """Raises TimeoutError."""
+    async with asyncio.timeout(seconds) as clock:
+        _clock.set(clock)
+        return await answer
+
+
+@asynccontextmanager
+async def queue(slots: asyncio.Semaphore) -> AsyncIterator[None]:
+    """One of the slots. While an episode waits for it, its `max_tool_s` stands still."""
+    clock, now = _clock.get(), asyncio.get_running_loop().time
+    end = clock.when() if clock else None
+    if clock is None or end is None:
+        async with slots:
+            yield
+        return
+    left = end - now()
+    clock.reschedule(None)
+    async with slots:
+        clock.reschedule(now() + left)
+        yield
+
+
 def read_first_prompts(
     settings: Settings | None, problems: Sequence[Problem]
 ) -> list[tuple[list[Message], list[dict[str, Any]]]]:
@@ -106,9 +136,9 @@ def read_first_prompts(
         async with slots:
             environment = make_environment(settings, problem)
             try:
-                messages = await asyncio.wait_for(environment.start(), settings.max_tool_s)
+                messages = await run_within(settings.max_tool_s, environment.start())
                 if hasattr(environment, "end"):  # to clean up; no reward is asked for
-                    await asyncio.wait_for(environment.end("error"), settings.max_tool_s)
+                    await run_within(settings.max_tool_s, environment.end("error"))
             except UserError:
                 raise
             except Exception as error:  # the user's own

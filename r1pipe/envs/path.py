@@ -4,7 +4,6 @@ A turn's request is the path so far, as it was sampled, and what the chat templa
 messages.
 """
 
-import asyncio
 import json
 import math
 from collections.abc import Coroutine
@@ -15,7 +14,7 @@ import numpy as np
 
 from r1pipe.config.base import Environment as Settings
 from r1pipe.config.base import Sampling
-from r1pipe.envs.base import Environment, Message, Turn, make_environment
+from r1pipe.envs.base import Environment, Message, Turn, make_environment, run_within
 from r1pipe.models.tokenizer import encode_next_prompt, encode_prompt
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.groups import SampleGroup
@@ -92,7 +91,7 @@ class Path:
         return bool(self.episode.ended) and wants
 
     async def within_limit(self, answer: Coroutine[Any, Any, Any]) -> Any:
-        return await asyncio.wait_for(answer, self.settings.max_tool_s)
+        return await run_within(self.settings.max_tool_s, answer)
 
     # What comes back
 

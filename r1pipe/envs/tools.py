@@ -1,14 +1,16 @@
 """The environment `tools`: the policy calls functions until it answers without a call."""
 
 import asyncio
+import functools
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from transformers.utils import get_json_schema
 
-from r1pipe.envs.base import Message, Turn
+from r1pipe.envs.base import Message, Turn, queue
 from r1pipe.envs.calculator import calculator
 from r1pipe.envs.python_tool import PythonSession
 from r1pipe.types import Problem
@@ -82,11 +84,22 @@ class ToolEnvironment:
         return await run_function(function, **given)
 
 
+NUM_THREADS = min(32, (os.cpu_count() or 1) + 4)
+"""As asyncio.to_thread has."""
+
+
+@functools.cache
+def find_threads(loop: asyncio.AbstractEventLoop) -> asyncio.Semaphore:
+    return asyncio.Semaphore(NUM_THREADS)
+
+
 async def run_function(function: Callable[..., Any], **given: Any) -> Any:
-    """In a thread of its own, unless it is async."""
+    """In a thread of its own, unless it is async. Hundreds of episodes may call at the same time:
+    waiting for a thread is not the function's time."""
     if inspect.iscoroutinefunction(function):
         return await function(**given)
-    return await asyncio.to_thread(function, **given)
+    async with queue(find_threads(asyncio.get_running_loop())):
+        return await asyncio.to_thread(function, **given)
 
 
 def find_tool(name: str) -> Callable[..., Any]:

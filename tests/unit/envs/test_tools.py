@@ -5,15 +5,17 @@ import gc
 import json
 import os
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from r1pipe.envs.base import Turn, run_within
 from r1pipe.envs.calculator import calculator
 from r1pipe.envs.python_tool import PythonSession
-from r1pipe.envs.tools import ToolEnvironment
+from r1pipe.envs.tools import NUM_THREADS, ToolEnvironment
 from r1pipe.models.tokenizer import build_tokenizer, encode_prompt
 from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError
@@ -101,6 +103,12 @@ def count_letters(word: str, letter: str = "a") -> int:
     return word.count(letter)
 
 
+def nap() -> str:
+    """Take 0.2 s."""
+    time.sleep(0.2)
+    return "slept"
+
+
 async def look_up(key: str) -> dict[str, str]:
     """Look a key up.
 
@@ -158,6 +166,21 @@ def test_a_wrong_call_is_an_error_message(name: str, arguments: str, says: str) 
     (result,) = answer(ToolEnvironment(PROBLEM), (name, arguments))
     assert result.startswith("error: ")
     assert says in result
+
+
+def test_waiting_for_a_thread_is_not_the_tools_time() -> None:
+    """All together take longer than each of them may; one that takes longer is stopped."""
+    call = {"type": "function", "function": {"name": "nap", "arguments": "{}"}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    environments = [ToolEnvironment(PROBLEM, ["test_tools.nap"]) for _ in range(8 * NUM_THREADS)]
+
+    async def play(seconds: float) -> list[Turn | BaseException]:
+        steps = [run_within(seconds, e.step(dict(message))) for e in environments]
+        return await asyncio.gather(*steps, return_exceptions=True)
+
+    turns = asyncio.run(play(1.0))
+    assert [turn.messages[0]["content"] for turn in turns] == ["slept"] * len(environments)
+    assert {type(turn) for turn in asyncio.run(play(0.05))} == {TimeoutError}
 
 
 def test_tools_that_cannot_be_opened() -> None:
