@@ -274,6 +274,9 @@ def test_the_context_ends_an_episode(opened: tuple) -> None:
     assert any(r.num_tokens < 200 for r in rollouts)
     assert {r.episode.ended for r in rollouts} == {"tokens"}
 
+    unbegun = play(sampler, PROBLEMS[:2], first="Read this first. " * 200)
+    assert {(r.episode.ended, r.num_tokens, r.truncated) for r in unbegun} == {("tokens", 0, True)}
+
 
 def test_what_cannot_be_opened_is_one_line(opened: tuple) -> None:
     sampler, _ = opened

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from r1pipe.config.base import Reward
 from r1pipe.config.recipe import KeptRollouts
 from r1pipe.config.rl import LOSSES
-from r1pipe.rl.batch import Batch, Group
+from r1pipe.rl.batch import Batch, Group, describe_episodes
 from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.rl.replay import ReplayBatches
 from r1pipe.rollout.journal import SampleJournal
@@ -141,6 +141,15 @@ def test_calls_are_counted(episodes: list[Sample]) -> None:
     metrics = make_batch(rollouts).metrics()
     names = ("tool_calls", "malformed_calls", "calling")
     assert [metrics[f"episodes/{name}"] for name in names] == [1.0, 0.5, 0.5]
+
+
+def test_what_ended_episodes_is_counted() -> None:
+    ends = ("done", "done", "turns", "tokens", "tool_time", "error", "turns", "done")
+    metrics = describe_episodes([Episode([], MESSAGES, ended=why) for why in ends])
+    counted = {name: value for name, value in metrics.items() if "ended_by" in name}
+    shares = {"turns": 2 / 8, "tokens": 1 / 8, "tool_time": 1 / 8, "error": 1 / 8}
+    assert counted == {f"episodes/ended_by_{why}": share for why, share in shares.items()}
+    assert describe_episodes([]) == {}
 
 
 def make_batch(rollouts: list[Rollout]) -> Batch:
