@@ -1,6 +1,7 @@
 # r1pipe: every command sets up .venv first if it is not there (see scripts/setup_env.py).
 #
 #   make demo                         the whole recipe on this machine, in minutes
+#   make tools                        RL with a tool, likewise
 #   make grpo CONFIG=configs/r1.yaml  one stage of a recipe, after the one before
 #   make grpo NPROC=8                 in several processes, one for each GPU
 #   make publish RUN=runs/demo REPO=user/name ARGS=--dry-run
@@ -19,7 +20,7 @@ endif
 
 STAGES = $(filter-out __init__,$(basename $(notdir $(wildcard r1pipe/stages/*.py))))
 
-.PHONY: help setup doctor demo run $(STAGES) publish report serve test test-slow test-unit test-gpu gpu-check lint format bench clean
+.PHONY: help setup doctor demo tools run $(STAGES) publish report serve test test-slow test-unit test-gpu gpu-check lint format bench clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -33,6 +34,9 @@ doctor:
 
 demo: setup
 	@$(R1PIPE) run configs/demo.yaml $(ARGS)
+
+tools: setup
+	@$(R1PIPE) run configs/tools_tiny.yaml $(ARGS)
 
 run $(STAGES): setup
 	@$(R1PIPE) $@ $(CONFIG) $(ARGS)

@@ -2,9 +2,9 @@
 
 A problem tells how many boxes of bags of things somebody has, and one or two changes:
 
-    Mia has 7 boxes of 8 bags of 13 eggs. Monday brings 9. Tuesday eats 14. How many eggs now?
+    Mia has 17 boxes of 8 bags of 13 eggs. Monday brings 9. Tuesday eats 14. How many eggs now?
 
-The answer has three digits. A million parameters can copy such numbers and not multiply them. A
+The answer has four digits. A million parameters can copy such numbers and not multiply them. A
 `solution` writes them down as one call of the tool, reads the result and gives the answer; a
 `guess_share` of the traces states the answer at once. A policy trained on them has both habits and
 guesses wrong; reinforcement learning finds out that calling pays.
@@ -79,12 +79,12 @@ def load(
 
 
 def draw_numbers(rng: random.Random) -> tuple[list[int], list[int]]:
-    """Three factors and signed changes, for an answer of three digits."""
+    """Three factors and signed changes, for an answer of four digits."""
     while True:
         factors = [rng.randint(2, MAX_NUMBER) for _ in range(3)]
         num_changes = rng.randint(1, len(DAYS))
         changes = [rng.choice((-1, 1)) * rng.randint(2, MAX_NUMBER) for _ in range(num_changes)]
-        if 100 <= math.prod(factors) + sum(changes) < 1000:
+        if 1000 <= math.prod(factors) + sum(changes) < 10_000:
             return factors, changes
 
 
@@ -95,14 +95,14 @@ def split_of(expression: str) -> str:
 
 
 def write_trace(expression: str | None, answer: str) -> list[dict]:
-    """The turns of a call and of the answer; without an expression only the answer."""
-    said = {"role": "assistant", "content": f"\\boxed{{{answer}}}"}
+    """The turns of a call and of the answer; without an expression only a guess, in other words, so
+    that every number in a box is one to be copied."""
     if expression is None:
-        return [said]
+        return [{"role": "assistant", "content": f"The answer is {answer}."}]
     function = {"name": "calculator", "arguments": {"expression": expression}}
     call = {"type": "function", "function": function}
     return [
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "name": "calculator", "content": answer},
-        said,
+        {"role": "assistant", "content": f"\\boxed{{{answer}}}"},
     ]

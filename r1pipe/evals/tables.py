@@ -105,9 +105,10 @@ def read_on_policy_metrics(run: RunFolder) -> Iterator[tuple[OnPolicy, list[dict
 
 
 def list_rewards(rows: list[dict]) -> dict[str, str]:
-    """Metrics of mean rewards, and the function's name without its module."""
-    names = [name.split("/")[1] for name in rows[0] if re.fullmatch("rewards/[^/]+/mean", name)]
-    return {f"rewards/{name}/mean": name.rpartition(".")[2] for name in names}
+    """Metrics of mean rewards that judged something, and the function's name without its module."""
+    names = [name for name in rows[0] if re.fullmatch("rewards/[^/]+/mean", name)]
+    judged = [name for name in names if any(row.get(name) is not None for row in rows)]
+    return {name: name.split("/")[1].rpartition(".")[2] for name in judged}
 
 
 def group_by_set(summary: list[dict]) -> list[list[dict]]:

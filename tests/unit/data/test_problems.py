@@ -142,7 +142,7 @@ def test_products_guess_as_often_as_asked_and_splits_share_none() -> None:
     assert [(p.prompt, p.answer) for p in mixed] == [(p.prompt, p.answer) for p in calling]
     guesses = [p for p in mixed if len(p.trace) == 1]
     assert 0.64 < len(guesses) / 1000 < 0.76  # four standard errors around 0.7
-    assert all(p.trace_text == f"\\boxed{{{p.answer}}}" for p in guesses)
+    assert all(p.trace_text == f"The answer is {p.answer}." for p in guesses)
     heldout = load(split="test", options={"size": 300})
     assert not {p.trace_text for p in calling} & {p.trace_text for p in heldout}
 
