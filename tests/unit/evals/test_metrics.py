@@ -13,7 +13,7 @@ from r1pipe.evals.metrics import (
     split_by_length,
     sum_up_problems,
 )
-from r1pipe.evals.tables import format_report, format_table
+from r1pipe.evals.tables import format_report, format_table, list_rewards
 from r1pipe.types import Episode, Problem, Rollout, Score
 
 REWARD, FORMAT = "rewards.math_correct", "rewards.format"
@@ -88,6 +88,15 @@ def test_calls_of_tools_have_columns_where_there_are_some() -> None:
         ["1.00", "50.0%", "1.00"],
     ]
     assert "calling" not in format_table(entries[:1])
+
+
+def test_rewards_that_judged_nothing_are_not_told_of() -> None:
+    """Such as those of an environment that gives none."""
+    rows = [
+        {"rewards/rewards.format/mean": 0.5, "rewards/environment/mean": None},
+        {"rewards/rewards.format/mean": None, "rewards/environment/mean": None},
+    ]
+    assert list_rewards(rows) == {"rewards/rewards.format/mean": "format"}
 
 
 def test_programs_have_no_majority() -> None:
