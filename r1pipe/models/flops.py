@@ -13,6 +13,9 @@ forward and 4 backward:
   attends to: causal, itself included, s (s + 1) / 2 pairs in a sequence of s tokens. PaLM's
   12 L H Q T counts all s² pairs, twice as many as flash-attention computes.
 
+Weights that are frozen beside an adapter have no gradient and count 4; the adapter's own products
+are left out.
+
 Recomputation by gradient checkpointing does not count, nor do forward passes without a gradient
 (old policy, reference, teacher), the optimizer, norms and activations.
 """
@@ -44,10 +47,14 @@ OTHERS = {"MIG", "Laptop", "D"}
 
 
 def train_flops(
-    config: PretrainedConfig, lengths: Sequence[int], num_logits: int | None = None
+    config: PretrainedConfig,
+    lengths: Sequence[int],
+    num_logits: int | None = None,
+    *,
+    frozen: bool = False,
 ) -> float:
     """Operations of one forward and backward pass over sequences of these lengths, `num_logits` of
-    their tokens having logits (by default all)."""
+    their tokens having logits (by default all). `frozen`: the weights, not the activations."""
     shape = Shape.of(config)
     num_tokens = sum(lengths)
     head = shape.config.vocab_size * shape.config.hidden_size
@@ -56,10 +63,8 @@ def train_flops(
     queries, _, values = shape.head_sizes()
     heads = shape.config.num_attention_heads
     width = queries + heads * (values // shape.groups())
-    products += width * sum(
-        count_pairs(length, window) for window in shape.windows() for length in lengths
-    )
-    return 6 * products
+    pairs = sum(count_pairs(length, window) for window in shape.windows() for length in lengths)
+    return (4 if frozen else 6) * products + 6 * width * pairs
 
 
 def count_pairs(length: int, window: int | None) -> int:

@@ -154,7 +154,7 @@ class RunFolder:
         write_text(partial / RECORD, json.dumps(record, indent=2) + "\n")
         shutil.rmtree(partial / JOURNAL, ignore_errors=True)
         # safetensors makes its files readable by their owner only.
-        for path in partial.glob("*.safetensors"):
+        for path in partial.rglob("*.safetensors"):
             path.chmod((partial / RECORD).stat().st_mode)
         self.lineages[stage.name].write(partial, self.path)
         target = self.stage_dir(stage.name)

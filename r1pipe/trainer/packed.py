@@ -60,7 +60,9 @@ class PackedTrainer:
         self.scheduler = get_scheduler(
             schedule, self.optimizer, num_warmup_steps, num_optimizer_steps, arguments
         )
-        self.utilization = Utilization(model.config, model.device, dtype)
+        self.utilization = Utilization(
+            model.config, model.device, dtype, frozen=settings.adapter is not None
+        )
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 

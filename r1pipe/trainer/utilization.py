@@ -13,7 +13,10 @@ from r1pipe.utils import distributed
 class Utilization:
     """Adds up a step's model FLOPs, on GPUs whose peak is known."""
 
-    def __init__(self, config: PretrainedConfig, device: torch.device, dtype: str):
+    def __init__(
+        self, config: PretrainedConfig, device: torch.device, dtype: str, frozen: bool = False
+    ):
+        self.frozen = frozen
         self.config, self.on_gpu = config, device.type == "cuda"
         self.peak = peak_flops(device, dtype)
         self._flops = 0.0
@@ -24,7 +27,7 @@ class Utilization:
         if self.peak:
             num_logits = sum(sample.rollout.num_tokens for sample in samples)
             lengths = [sample.num_tokens for sample in samples]
-            self._flops += train_flops(self.config, lengths, num_logits)
+            self._flops += train_flops(self.config, lengths, num_logits, frozen=self.frozen)
 
     def take(self, seconds: float) -> dict[str, float]:
         """`mfu`, the share of all ranks' peak in these seconds, and begin anew; nothing on a CPU or

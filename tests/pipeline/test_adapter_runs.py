@@ -165,15 +165,30 @@ def test_only_targets_change(adapted: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "stage", "phase", "key"),
-    [("mixture", "grpo", "updating", ""), ("dense", "sft", "supervised", "train.")],
+    ("name", "stage", "phase", "settings"),
+    [
+        # Its engine sleeps and its base is away, as that of the run beside it is not.
+        (
+            "mixture",
+            "grpo",
+            "updating",
+            ("save_steps=1", "adapter.offload_base=true", "engine.sleep=2"),
+        ),
+        ("dense", "sft", "supervised", ("train.save_steps=1",)),
+    ],
 )
 def test_a_killed_stage_resumes_bit_equal(
-    name: str, stage: str, phase: str, key: str, adapted: Path, recipes: dict[str, Path]
+    name: str,
+    stage: str,
+    phase: str,
+    settings: tuple[str, ...],
+    adapted: Path,
+    recipes: dict[str, Path],
 ) -> None:
     """From a checkpoint of the adapter alone."""
     killed = adapted / f"{name}-killed"
-    more = ("--set", f"name={killed.name}", "--set", f"stages.{stage}.{key}save_steps=1")
+    keys = (s if s.startswith("engine") else f"stages.{stage}.{s}" for s in settings)
+    more = [f"--set={key}" for key in (f"name={killed.name}", *keys)]
     command = (stage, recipes[name], *more, "--skip-doctor")
     run_and_kill(phase, 2, 0.01, killed / f".{stage}.partial", *command)
     saved = max(killed.glob(f".{stage}.partial/checkpoints/step-*/rank-0.pt"))

@@ -8,7 +8,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from r1pipe.config.adapter import Adapter
 from r1pipe.models import flops
+from r1pipe.models.adapter import add_adapter, initialize
 from r1pipe.models.flops import count_pairs, peak_flops, train_flops
 from r1pipe.models.model import build_model
 from r1pipe.trainer.packing import Sample, pack
@@ -63,6 +65,32 @@ def test_products_are_those_that_torch_counts(
     monkeypatch.setattr(flops, "count_pairs", lambda length, window: length**2)
     found = train_flops(model.config, batch.lengths, num_logits)
     assert found == counter.get_total_flops() - sum(rotary)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "latent queries"])
+def test_frozen_weights_have_no_gradient_to_compute(
+    name: str,
+    samples: list[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside an adapter of one matrix, whose products are not counted."""
+    model = build_model(CASES[name], tokenizer, seed=0).requires_grad_(False)
+    model.set_experts_implementation("eager")
+    model.enable_input_require_grads()
+    target = add_adapter(model, Adapter(r=2, target_modules=["o_proj"])).targets[-1]
+    initialize(model, 0)
+    policy, batch = Policy(model), pack(samples, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        policy(batch, 1.0).logprobs_C.sum().backward()
+    counts = counter.get_flop_counts()
+    others = sum(sum(c.values()) for m, c in counts.items() if m.endswith("rotary_emb"))
+    outputs, inputs = model.get_parameter(f"{target.path}.weight").shape
+    others += 2 * 6 * sum(batch.lengths) * 2 * (inputs + outputs)  # two layers, rank 2
+    monkeypatch.setattr(flops, "count_pairs", lambda length, window: length**2)
+    num_logits = sum(batch.completion_lengths)
+    found = train_flops(model.config, batch.lengths, num_logits, frozen=True)
+    assert found == counter.get_total_flops() - others
 
 
 @pytest.mark.parametrize("window", [None, 1, 4, 9])

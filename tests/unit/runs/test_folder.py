@@ -28,7 +28,9 @@ def finish(run: RunFolder, name: str) -> None:
     stage = run.recipe.stage(name)
     partial = run.begin(stage)
     (partial / "weights").write_text("x")
-    (partial / "model.safetensors").touch(0o600)  # as safetensors does it
+    (partial / "adapter").mkdir()
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        (partial / name).touch(0o600)  # as safetensors does it
     run.finish(stage, partial, {"train_rows": 3}, 1.0)
 
 
@@ -182,7 +184,8 @@ def test_a_parent_that_was_made_again_is_another(
 def test_weights_are_for_those_who_may_read_the_run(tmp_path: Path) -> None:
     with RunFolder(make_recipe(tmp_path)) as run:
         finish(run, "random")
-    modes = {path.stat().st_mode for path in (tmp_path / "demo" / "random").iterdir()}
+    files = (path for path in (tmp_path / "demo" / "random").rglob("*") if path.is_file())
+    modes = {path.stat().st_mode for path in files}
     assert len(modes) == 1
 
 
