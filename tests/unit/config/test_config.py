@@ -319,6 +319,15 @@ def test_missing_file_and_broken_yaml(tmp_path: Path) -> None:
         load_recipe(broken)
 
 
+def test_merging_costs_as_many_rollouts_as_the_mixed_run() -> None:
+    recipe = load_recipe(ROOT / "configs" / "merge_tiny.yaml")
+    *others, mixed = (
+        stage.max_steps * stage.prompts_per_step * stage.num_generations
+        for stage in map(recipe.stage, ("rl_english", "rl_chinese", "merged", "rl_mixed"))
+    )
+    assert sum(others) == mixed
+
+
 def test_a_tokenizer_for_several_sets() -> None:
     """One alone is written as it was given, so that older runs are the same."""
     one = {"recipe": "arithmetic"}
