@@ -48,9 +48,10 @@ def make_supervised(
 def test_the_supervised_loss_is_the_models_own_over_padded_rows(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, name: str, tokens: int
 ) -> None:
-    """Loss and gradient, in one micro-batch and in one for each row."""
+    """Loss and gradient, in one micro-batch and in one for each row; without what tools said."""
     model = build_model(MODELS[name], tokenizer, seed=0)
-    traces = encode_traces(PROBLEMS[:6], tokenizer, None).rows
+    calling = load_problems(ProblemSet(recipe="products", options={"size": 2}))
+    traces = encode_traces([*PROBLEMS[:4], *calling], tokenizer, None).rows
     width = max(trace.num_tokens for trace in traces)
     ids, labels = torch.zeros(2, len(traces), width, dtype=torch.long)
     labels -= 100
@@ -59,7 +60,10 @@ def test_the_supervised_loss_is_the_models_own_over_padded_rows(
         both = np.concatenate([trace.prompt_ids, trace.completion_ids])
         ids[row, : len(both)] = torch.from_numpy(both)
         mask[row, : len(both)] = 1
-        labels[row, len(trace.prompt_ids) : len(both)] = torch.from_numpy(trace.completion_ids)
+        learnt = labels[row, len(trace.prompt_ids) : len(both)]
+        learnt[:] = torch.from_numpy(trace.completion_ids)
+        for start, stop in trace.given:
+            learnt[start:stop] = -100
     expected = model(input_ids=ids, attention_mask=mask, labels=labels).loss
     expected.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
