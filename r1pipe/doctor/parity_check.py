@@ -8,6 +8,7 @@ from r1pipe.doctor.golds import spread
 from r1pipe.doctor.inputs import Inputs
 from r1pipe.doctor.machine import Diagnosis
 from r1pipe.envs.driver import choose_source
+from r1pipe.models.adapter import NewAdapter
 from r1pipe.models.model import pick_device
 from r1pipe.rl.loop import draw_samples, measure_mismatch
 from r1pipe.rl.update import Updater
@@ -44,7 +45,8 @@ def examine_parity(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
         samples = draw_samples(stage, source, some, sampling, seed_parts)
         engines.close()  # a GPU may not hold both
         origin = (place, device, recipe.attn_implementation, Policy)
-        model = load_sharded(*origin, dtype=recipe.dtype)
+        adapter = stage.adapter and NewAdapter(stage.adapter, recipe.seed)
+        model = load_sharded(*origin, dtype=recipe.dtype, adapter=adapter)
         updater = Updater(model, stage, dtype=recipe.dtype, seed=recipe.seed)
         diff = measure_mismatch(updater, samples)
     finally:
