@@ -24,6 +24,7 @@ STARTED_AT_ONCE = 32
 ENVIRONMENTS = {
     "tools": "r1pipe.envs.tools.ToolEnvironment",
     "trl": "r1pipe.envs.trl.TrlEnvironment",
+    "verifiers": "r1pipe.envs.verifiers.VerifiersEnvironment",
 }
 
 

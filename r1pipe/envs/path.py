@@ -120,7 +120,7 @@ class Path:
 
     def fail(self, error: BaseException) -> None:
         self.episode.ended, self.episode.reward = "error", None
-        self.episode.error = first_line(error, with_type=True)
+        self.episode.error = self.episode.error or first_line(error, with_type=True)
 
     def open(self, messages: list[Message]) -> None:
         """Raises UserError for a prompt that the chat template refuses."""

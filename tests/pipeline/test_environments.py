@@ -167,12 +167,16 @@ def teach(
     answer = encode_completion(tokenizer, completion)
     prompts = (encode_prompt(tokenizer, p.prompt, tools=list(tools)) for p in problems)
     rows = [[*prompt, *answer] for prompt in prompts]
-    for step in range(240 if tools else 160):
-        ids = torch.tensor([rows[step % len(rows)]])
+    losses: list[float] = []
+    while len(losses) < len(rows) or max(losses[-len(rows) :]) > 0.003:
+        ids = torch.tensor([rows[len(losses) % len(rows)]])
         logits = model(input_ids=ids).logits[0, -len(answer) - 1 : -1]
-        torch.nn.functional.cross_entropy(logits, torch.tensor(answer)).backward()
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer))
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        losses.append(loss.item())
+        assert len(losses) < 1000
     return model.eval()
 
 

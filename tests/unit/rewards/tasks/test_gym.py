@@ -44,6 +44,19 @@ def test_every_task_s_gold_scores_1() -> None:
     assert {p.id: s for p, s in zip(some, wrong) if s is None or s >= 1.0} == {}
 
 
+def test_the_last_answer_of_an_episode_counts() -> None:
+    """Of several turns with tools, as messages and as their joined text."""
+    (problem,) = load("chain_sum")
+    asks = "<think>Is <answer>1</answer> right?</think>\n<tool_call>{}</tool_call>"
+    says = f"<think>So not <answer>1</answer>.</think>\n<answer>{problem.answer}</answer>"
+    tool = {"role": "tool", "content": "<answer>1</answer>"}
+    messages = [{"role": "assistant", "content": asks}, tool]
+    messages.append({"role": "assistant", "content": says})
+    completions = [messages, f"{asks}\n\n{says}", asks, f"{says}\n\n{asks}"]
+    got = rewards.reasoning_gym_score(completions=completions, tests=[problem.tests] * 4)
+    assert got[:3] == [1.0, 1.0, 0.0]
+
+
 def test_several_answers_may_be_right() -> None:
     (problem,) = load("countdown", seed=5)
     reversed_sum = f"0 + ({problem.answer})"  # another number is used
