@@ -259,6 +259,8 @@ def test_an_environment_hears_once_what_ended_the_episode(opened: tuple) -> None
     failed = play(sampler, PROBLEMS[:1], name="Listener", fails_at=1)
     assert [(PROBLEMS[0].id, "error")] * 4 == HEARD
     assert {r.episode.reward for r in failed} == {None}
+    failed = play(sampler, PROBLEMS[:1], name="Listener", fails_at=1, end_fails=True)
+    assert {r.episode.error for r in failed} == {"LookupError: no such place"}
     failed = play(sampler, PROBLEMS[:1], name="Listener", end_fails=True)
     assert {(r.episode.ended, r.episode.error, r.episode.reward) for r in failed} == {
         ("error", "LookupError: no judge", None)
