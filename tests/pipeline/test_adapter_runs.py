@@ -19,7 +19,8 @@ IDS_BL = torch.arange(5, 25).reshape(2, 10)
 
 @pytest.fixture(scope="module")
 def recipes(finished: tuple, tiny_recipe: Path) -> dict[str, Path]:
-    """grpo of the finished run's policy, a mixture; sft and grpo of its dense student."""
+    """grpo of the finished run's policy, a mixture; sft and grpo of its dense student, which is
+    taught by the policy, too."""
     run_dir, _ = finished
     values = yaml.safe_load(tiny_recipe.read_text())
     data = {"recipe": "arithmetic", "options": {"size": 60, "seed": 4}}
@@ -39,7 +40,20 @@ def recipes(finished: tuple, tiny_recipe: Path) -> dict[str, Path]:
     }
     train = {"max_steps": 8, "learning_rate": 1e-2, "adapter": {"target_modules": ["q_proj"]}}
     sft = {"kind": "sft", "from": str(run_dir / "distill"), "data": data, "train": train}
+    taught = {
+        "kind": "on_policy_distill",
+        "from": str(run_dir / "sft"),
+        "student": str(run_dir / "distill"),
+        "data": data,
+        "max_steps": 8,
+        "prompts_per_step": 16,
+        "max_completion_length": 16,
+        "learning_rate": 3e-3,
+        "verify_sync": True,
+        "adapter": {},
+    }
     by_name = {
+        "taught": [taught],
         "mixture": [{**grpo, "from": str(run_dir / "sft")}],
         "dense": [sft, {**grpo, "from": "sft"}],
     }
@@ -99,6 +113,15 @@ def test_sync_of_the_adapter_alone(
         if not alone:
             assert row["loss"] == other["loss"]
     assert rows[1]["kl"] > 0
+
+
+def test_a_student_that_is_adapted_comes_nearer_to_its_teacher(adapted: Path) -> None:
+    folder = adapted / "taught" / "on_policy_distill"
+    rows = read_lines(folder / "metrics.jsonl")
+    divergences = [row["divergence"] for row in rows]
+    assert sum(divergences[-3:]) < sum(divergences[:3])
+    assert all(row["sync/logprob_diff_mean"] <= 1e-4 for row in rows)
+    assert json.loads((folder / "stage.json").read_text())["adapter_parameters"] > 1000
 
 
 def load(folder: Path) -> PreTrainedModel:
