@@ -119,6 +119,8 @@ def shrink(stage: dict) -> None:
         stage["traces"] = {**stage["traces"], "rewards": [accept]}
     if "prompts_per_step" in stage:
         stage |= {"prompts_per_step": 8, "steps_per_generation": 1}
+    if "num_samples" in stage:
+        stage["num_samples"] = stage["k"] = 2
     if "options" in (data := stage.get("data", {})):
         # Most samples of an untrained policy never end, and those are not accepted.
         stage["data"] = {**data, "options": {**data["options"], "size": 64}}

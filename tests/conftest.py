@@ -30,10 +30,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """After -m and -k."""
     first = config.getoption("third")
     if first is not None:
-        chosen = items[first::3]
-        del items[first::3]
-        config.hook.pytest_deselected(items=items.copy())
-        items[:] = chosen
+        third = set([*dict.fromkeys(map(find_share, items))][first::3])
+        others = [item for item in items if find_share(item) not in third]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if find_share(item) in third]
+
+
+def find_share(item: pytest.Item) -> str:
+    """A file whose tests are all slow, because they look at one run, is not split."""
+    whole = any(mark.name == "slow" for mark in item.parent.own_markers)
+    return str(item.path) if whole else item.nodeid
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -13,6 +13,7 @@ from test_resume import assert_equal, begin_beside
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.slow
 STEPS = 4
 IDS_BL = torch.arange(5, 25).reshape(2, 10)
 

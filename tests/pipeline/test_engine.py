@@ -20,9 +20,11 @@ from frequencies import counts_p
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
+from r1pipe.config.adapter import Adapter
 from r1pipe.config.base import ProblemSet, Sampling
 from r1pipe.config.recipe import Engine
 from r1pipe.data.problems import load_problems
+from r1pipe.models.adapter import add_adapter, initialize
 from r1pipe.models.model import build_model, fast_training_kernels
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import export_weights, save_checkpoint
@@ -157,6 +159,18 @@ def test_reloaded_engine_agrees(opened: tuple, tokenizer: object, problems: list
     sampler.load_weights(export_weights(model))
     again = sampler.generate(problems, 1, SAMPLING, (0,))
     assert [r.completion_ids for r in again] == [r.completion_ids for r in before]
+
+
+def test_merged_adapter_agrees(opened: tuple, tokenizer: object, problems: list[Problem]) -> None:
+    name, model, sampler = opened
+    adapted = make_model(name, tokenizer, seed=0)
+    add_adapter(adapted, Adapter(r=4))
+    initialize(adapted, seed=1, std_b=0.1)
+    sampler.load_weights(export_weights(adapted))
+    rollouts = sampler.generate(problems, 2, SAMPLING, (0,))
+    assert logprob_diff(adapted, rollouts) < LIMIT
+    assert logprob_diff(model, rollouts) > 0.01, "the adapter does too little to tell"
+    sampler.load_weights(export_weights(model))
 
 
 def test_checkpoint_of_the_same_architecture_reuses_the_engine(

@@ -7,6 +7,8 @@ import pytest
 from commands import read_lines, run_shipped
 from transformers import AutoTokenizer
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "stages.cold_start.train.max_steps=40",
     "stages.rl_english.max_steps=2",

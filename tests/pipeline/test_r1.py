@@ -8,6 +8,8 @@ import torch
 from commands import read_lines, run, run_shipped
 from safetensors.torch import load_file
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "stages.random.tokenizer.data.options.size=300",
     "stages.base.train.max_steps=60",

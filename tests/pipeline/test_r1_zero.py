@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from commands import read_lines, run_shipped
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "stages.random.tokenizer.data.options.size=300",
     "stages.base.train.max_steps=40",

@@ -10,6 +10,8 @@ from test_engine import LIMIT
 from r1pipe.envs.calculator import calculator
 from r1pipe.rollout.store import read_rollouts
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "stages.random.tokenizer.data.options.size=300",
     "stages.sft.data.options={size: 2560, guess_share: 0.3}",

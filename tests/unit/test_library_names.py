@@ -92,11 +92,14 @@ NAMES = (
     f"{FUSED_MOE}.router.base_router.BaseRouter.global_num_experts",
     f"{FUSED_MOE}.router.base_router.BaseRouter.set_capture_fn",
     f"{FUSED_MOE}.router.base_router.BaseRouter.top_k",
+    "verifiers.EnvGroup._route_child_input",
 )
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_is_there(name: str) -> None:
+    if name.startswith("verifiers."):
+        pytest.importorskip("verifiers")  # an extra
     owner, last = find_owner(name)
     there = hasattr(owner, last) or (inspect.isclass(owner) and is_attribute(owner, last))
     assert there, f"{name} is missing"
