@@ -67,6 +67,7 @@ def train(
     return metrics, list(read_rollouts(folder / "run" / "grpo", [1, 2]))
 
 
+@pytest.mark.slow
 def test_a_class_for_trl_is_learnt_from(tmp_path: Path) -> None:
     asked = [
         Problem(p.id, p.kind, [{"role": "user", "content": f"{p.question} Compare."}], p.answer)

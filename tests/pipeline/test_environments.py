@@ -322,6 +322,7 @@ def test_sampled_episodes_are_kept_and_not_sampled_again(opened: tuple, tmp_path
     assert replace(job, environment=None).digest() != job.digest()
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_turns_resumes_bit_equal(tmp_path: Path) -> None:
     save_talker(tmp_path / "talker")
     stage = {

@@ -29,6 +29,7 @@ def take_asked(server: TeacherServer) -> list[str]:
     return asked
 
 
+@pytest.mark.slow
 def test_a_run_that_its_budget_ends_resumes_with_equal_rewards(
     finished: tuple, tiny_recipe: Path, server: TeacherServer, tmp_path: Path
 ) -> None:

@@ -154,6 +154,7 @@ def merging(finished: tuple, recipe: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_two_teachers_of_one_student(merging: Path) -> None:
     """Each step's divergence is that of all tokens and of each value's; a killed run resumes, and
     rollouts are replayed, bit by bit. All teachers are in the lineage."""

@@ -30,6 +30,7 @@ def recipe(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_difficulty(recipe: Path) -> None:
     result = run("run", recipe)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -15,6 +15,8 @@ from test_resume import assert_equal
 
 from r1pipe.rollout.store import read_rollouts
 
+pytestmark = pytest.mark.slow
+
 TIMES = ("seconds/", "tokens_per_s", "train_", "wall_s", "eval_s", "checkpoint")
 
 
@@ -130,7 +132,6 @@ STOPS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("case", STOPS)
 def test_two_processes_resume_bit_equal(case: str, both: tuple, recipe: Path) -> None:
     stage, number, to_whom = STOPS[case]

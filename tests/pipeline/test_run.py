@@ -234,6 +234,7 @@ def test_same_seed_gives_the_same_weights(finished: tuple, tiny_recipe: Path) ->
         assert (other / file).read_bytes() == (folder / file).read_bytes(), file
 
 
+@pytest.mark.slow
 def test_interrupted_run_saves_its_step_and_goes_on(tiny_recipe: Path) -> None:
     name = ("--set", "name=interrupted", "--set", "stages.sft.train.max_steps=2000")
     folder = tiny_recipe.parent / "runs" / "interrupted"

@@ -110,6 +110,7 @@ def test_a_question_through_a_pipe_gets_the_answer_alone(finished: tuple) -> Non
     assert "think" not in done.stdout
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_the_thinking_dimmed(finished: tuple) -> None:
     ours, theirs = pty.openpty()
     command = [*COMMAND, "chat", str(finished[0] / "sft"), "--temperature", "0"]
