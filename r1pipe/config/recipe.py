@@ -25,7 +25,32 @@ from r1pipe.config import sft, rl, traces, evals  # noqa: F401
 from r1pipe.config.base import MAX_NAME, STAGE_TYPES, ProblemSet, Share, Stage
 
 # isort: on
-from r1pipe.config.strict import Strict
+from r1pipe.config.strict import Strict, refuse_idle
+
+
+class Speculative(Strict):
+    """Tokens are drafted by a small model, and the policy checks several in one forward pass
+    (Leviathan et al. 2022, arXiv:2211.17192). Drafts are the drafter's likeliest tokens; on CPU
+    the samples are the same as without."""
+
+    method: Literal["mtp", "draft_model"]
+    """mtp: the policy's own module for multi-token prediction (DeepSeek-V3, arXiv:2412.19437,
+    section 2.2), which is synced with it; models without one are sampled without drafts.
+    draft_model: a checkpoint with the policy's vocabulary, which stays as it is."""
+    model: str | None = None
+    """The draft_model: a folder or a hub id."""
+    num_speculative_tokens: PositiveInt
+    trial: bool = True
+    """On CPU: sample with drafts and without, three calls each in turn and again every 50 calls,
+    and leave out what is slower. The choice follows the machine's load, and the last bits of
+    log-probs follow the choice; with false a run repeats bit by bit."""
+
+    @model_validator(mode="after")
+    def name_a_draft_model(self) -> "Speculative":
+        if self.method == "draft_model" and self.model is None:
+            raise ValueError("model is missing: the folder or hub id of the draft_model")
+        refuse_idle(self, {"model": self.method == "mtp" and "with mtp"})
+        return self
 
 
 class Engine(Strict):
@@ -44,6 +69,17 @@ class Engine(Strict):
     otherwise 0. On CPU sleeping frees nothing."""
     enforce_eager: bool = False
     """No compilation: always so on CPU, where compiling takes longer than a small run."""
+    speculative: Speculative | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Default: every token by a forward pass of its own."""
+
+    @model_validator(mode="after")
+    def keep_the_drafter(self) -> "Engine":
+        if self.speculative and self.speculative.model and self.sleep == 2:
+            raise ValueError(
+                "sleep 2 keeps no weights of speculative.model, which are never sent again: take "
+                "sleep 1"
+            )
+        return self
 
 
 class DoctorLimits(Strict):
@@ -162,6 +198,12 @@ class Recipe(Strict):
                     f"stages.{stage.name}.async_steps: sampling beside the training needs "
                     f"engine.tensor_parallel_size 1, not {size}: collectives of two threads would "
                     "meet in another order on every rank"
+                )
+            adapter = stage.optimization and stage.optimization.adapter
+            if self.engine.speculative and adapter and adapter.sync == "alone":
+                raise ValueError(
+                    f"stages.{stage.name}.adapter.sync: alone does not go with engine.speculative: "
+                    "take merged"
                 )
             if isinstance(stage, rl.OnPolicy) and stage.async_steps and self.engine.sleep:
                 raise ValueError(

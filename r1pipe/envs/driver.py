@@ -23,6 +23,7 @@ from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.groups import SampleGroup
 from r1pipe.rollout.journal import SampleJournal
 from r1pipe.rollout.scoring import start_event_loop
+from r1pipe.rollout.speculation import DraftCounts
 from r1pipe.rollout.tool_parser import ToolParser
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils.errors import UserError
@@ -55,6 +56,10 @@ class EpisodeSampler:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self.sampler.tokenizer
+
+    @property
+    def drafts(self) -> DraftCounts:
+        return self.sampler.drafts
 
     @property
     def asleep(self) -> bool:
@@ -114,7 +119,7 @@ class EpisodeSampler:
         capture = self.sampler.capture if with_routes else None
         with phase("sampling"), capture.recording() if capture else nullcontext():
             try:
-                for place, result in self.sampler.run(turns.requests()):
+                for place, result in self.sampler.run(turns.requests(), len(paths)):
                     turns.take(place, result)
                     yield from turns.pop_ended()
                 yield from turns.pop_ended()

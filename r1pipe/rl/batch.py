@@ -18,7 +18,7 @@ from r1pipe.trainer.packing import Sample
 from r1pipe.types import Episode, Problem, Rollout, Score, describe_rollout
 from r1pipe.utils import distributed
 
-BATCH_FACTS = ("step", "policy_step", "rounds", "seconds", "logprob_diff")
+BATCH_FACTS = ("step", "policy_step", "rounds", "seconds", "logprob_diff", "acceptance")
 
 MIN_PROMPTS = 4
 """With fewer, completions that are all the same may just fit the prompts."""
@@ -161,6 +161,8 @@ class Batch:
     """Those of this rank, complete."""
     rounds: int
     seconds: dict[str, float]
+    acceptance: float | None = None
+    """Share of the drafted tokens that stood; None without engine.speculative."""
     logprob_diff: float | None = None
     """If sampled ahead: mean |sampler - trainer| log-probability of some samples under the policy
     that sampled them."""
@@ -190,6 +192,7 @@ class Batch:
             "sampling_rounds": self.rounds,
             "staleness": self.step - self.policy_step,
             **({} if (d := self.logprob_diff) is None else {"sampler/logprob_diff_ahead": d}),
+            **({} if (a := self.acceptance) is None else {"sampler/acceptance": a}),
             "tokens_sampled": num_tokens,
             "completions/mean_length": num_tokens / len(rollouts),
             "completions/truncated": mean([float(r.truncated) for r in rollouts]),

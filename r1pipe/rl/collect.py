@@ -32,8 +32,10 @@ class Collector:
     def collect(self, step: int, policy_step: int) -> Batch:
         """`prompts_per_step` groups, all of them used."""
         seconds = {"sample": 0.0, "score": 0.0}
+        self.sampler.drafts.clear()
         groups = self._sample_round(step, 0, self.stage.prompts_per_step, seconds)
-        return Batch(step, policy_step, gather_groups(groups), groups, 1, seconds)
+        acceptance = self.sampler.drafts.acceptance()
+        return Batch(step, policy_step, gather_groups(groups), groups, 1, seconds, acceptance)
 
     def begin(self) -> None:
         """Called before the first step, but not on resume."""

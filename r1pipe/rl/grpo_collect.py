@@ -38,6 +38,7 @@ class GrpoCollector(Collector):
         groups: list[Group] = []
         rounds, missing = 0, stage.prompts_per_step
         seconds = {"sample": 0.0, "score": 0.0}
+        self.sampler.drafts.clear()
         while missing > 0 and rounds < max_rounds:
             groups += self._sample_round(step, rounds, missing, seconds)
             if stage.dynamic_sampling:
@@ -45,11 +46,12 @@ class GrpoCollector(Collector):
             used = [group for group in groups if group.used]
             missing = stage.prompts_per_step - sum(distributed.gather(len(used), "sampling"))
             rounds += 1
+        acceptance = self.sampler.drafts.acceptance()
         give_advantages(used, stage.scale_rewards)
         everything = gather_groups(groups)
         if stage.difficulty and stage.difficulty.refresh_steps:
             self.prompts.note(self._measure(everything, stage.difficulty))
-        return Batch(step, policy_step, everything, groups, rounds, seconds)
+        return Batch(step, policy_step, everything, groups, rounds, seconds, acceptance)
 
     def begin(self) -> None:
         if self.difficulty_log:

@@ -7,6 +7,7 @@ rank of an engine; all rows of a batch in one call. One uniform variate through 
 cumulative distribution replaces the exponential ones.
 """
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -49,25 +50,99 @@ def choose_tokens(logprobs_NV: Tensor, uniforms_N: np.ndarray) -> Tensor:
 
 
 def use_counted_draws(worker: Any) -> None:
-    """Runs inside the engine. Requests must have seeds, and prompts must not be cut into chunks:
-    then every row of logits is for its request's next token."""
-    from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+    """Runs inside the engine."""
+    draws = CountedDraws(worker.model_runner)
+    draws.runner.sampler.topk_topp_sampler.forward = draws.sample
+    if draws.runner.speculative_config:
+        draws.runner.rejection_sampler.forward = draws.check_drafts
 
-    runner = worker.model_runner
+
+class CountedDraws:
+    """What vLLM's model runner calls to sample, and to check drafted tokens. Requests must have
+    seeds, and prompts must not be cut into chunks: then a request's first row of logits is for its
+    next token, the others for those behind its drafts."""
+
+    def __init__(self, runner: Any):
+        self.runner = runner
+        self._rows_B: np.ndarray | None = None
+        """Rows of each request while drafts are checked; else one."""
 
     def sample(
+        self,
         logits_NV: Tensor,
         generators: dict[int, torch.Generator],
         top_k_N: Tensor | None,
         top_p_N: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        batch, count = runner.input_batch, len(logits_NV)
-        seeds_N = np.array([runner.requests[name].sampling_params.seed for name in batch.req_ids])
+        from vllm.v1.sample.ops.topk_topp_sampler import apply_top_k_top_p
+
+        batch = self.runner.input_batch
+        requests = [self.runner.requests[name] for name in batch.req_ids]
+        seeds_N = np.array([request.sampling_params.seed for request in requests])
+        count = len(requests)
         positions_N = batch.num_tokens_no_spec[:count] - batch.num_prompt_tokens[:count]
+        if self._rows_B is not None:
+            seeds_N, positions_N = (part.repeat(self._rows_B) for part in (seeds_N, positions_N))
+            positions_N += np.concatenate([np.arange(rows) for rows in self._rows_B])
         logprobs_NV = apply_top_k_top_p(logits_NV, top_k_N, top_p_N).log_softmax(-1)
         return choose_tokens(logprobs_NV, draw_uniforms(seeds_N, positions_N)), logprobs_NV
 
-    runner.sampler.topk_topp_sampler.forward = sample
+    def check_drafts(
+        self, drafts: Any, draft_probs: None, logits_NV: Tensor, sampling_metadata: Any
+    ) -> Any:
+        """Speculative sampling (Leviathan et al. 2022, arXiv:2211.17192, section 2.3) of drafts
+        that are certain of their token x: x stands with the policy's probability p(x), else a token
+        is drawn from p without x. To draw y from p and let x stand if it is y comes to the same.
+        So every position has the token that it would have without drafts.
+
+        vLLM's own check would, without Triton, write each row's temperature, top_k and top_p into a
+        copy that nobody reads (`_expand_kernel_impl`) and sample by what the memory held before.
+        """
+        num_drafts_B = np.array(drafts.num_draft_tokens)
+        self._rows_B = num_drafts_B + 1
+        rows_B = torch.from_numpy(self._rows_B)
+        each_N = {
+            key: getattr(sampling_metadata, key).repeat_interleave(rows_B)
+            for key in ("temperature", "top_k", "top_p")
+            if getattr(sampling_metadata, key) is not None
+        }
+        try:
+            output = self.runner.sampler(
+                logits_NV, dataclasses.replace(sampling_metadata, **each_N)
+            )
+        finally:
+            self._rows_B = None
+        tokens_BK, rows_BK = keep_agreed(
+            output.sampled_token_ids.squeeze(-1).numpy(),
+            drafts.draft_token_ids.numpy(),
+            num_drafts_B,
+        )
+        output.sampled_token_ids = torch.from_numpy(tokens_BK)
+        logprobs, rows = output.logprobs_tensors, torch.from_numpy(rows_BK.ravel())
+        output.logprobs_tensors = type(logprobs)(
+            logprob_token_ids=logprobs.logprob_token_ids[rows],
+            logprobs=logprobs.logprobs[rows],
+            selected_token_ranks=logprobs.selected_token_ranks[rows],
+        )
+        return output
+
+
+def keep_agreed(
+    tokens_N: np.ndarray, drafts_M: np.ndarray, num_drafts_B: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens `[B, K + 1]`, K the most drafts of a request: those drawn up to the first that is not
+    its draft, or, if all are, to the one behind the last draft; then -1. And their rows in
+    `tokens_N`, which has one of each draft of a request and one behind them."""
+    num_rows_B = num_drafts_B + 1
+    starts_B1 = (num_rows_B.cumsum() - num_rows_B)[:, None]
+    steps_K = np.arange(num_rows_B.max())
+    rows_BK = starts_B1 + np.minimum(steps_K, num_drafts_B[:, None])
+    tokens_BK = tokens_N[rows_BK]
+    drafts_BK = np.full_like(tokens_BK, -1)
+    drafts_BK[steps_K < num_drafts_B[:, None]] = drafts_M
+    agreed_B1 = (tokens_BK == drafts_BK).cumprod(-1).sum(-1, keepdims=True)
+    tokens_BK[steps_K > agreed_B1] = -1
+    return tokens_BK, rows_BK
 
 
 def use_norm_kernels() -> dict[str, Any]:

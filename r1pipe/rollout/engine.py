@@ -36,10 +36,17 @@ from r1pipe.rollout.route_capture import (
     routes_on_every_rank,
     take_routes,
 )
+from r1pipe.rollout.speculation import (
+    DraftCounts,
+    DraftTrial,
+    require_drafter_reads,
+    set_drafting,
+)
 from r1pipe.rollout.vllm_args import (
     check_architecture,
     check_engine,
     check_files,
+    choose_speculation,
     describe_error,
     describe_kind,
     engine_arguments,
@@ -53,6 +60,7 @@ from r1pipe.types import Problem, Rollout
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.phases import heartbeat, phase
+from r1pipe.utils.progress import log_line
 
 T = TypeVar("T")
 
@@ -97,6 +105,12 @@ class Sampler:
         arguments = engine_arguments(config, settings, dtype, device, with_routes, lora_rank)
         if device.type == "cpu":
             arguments |= use_norm_kernels()
+        speculative = choose_speculation(settings, config)
+        if speculative and speculative.model:
+            check_files(speculative.model)
+            require_drafter_reads(speculative.model, self.tokenizer)
+        elif settings.speculative and not speculative:
+            log_line(f"{checkpoint}: no module for multi-token prediction: sampled without drafts")
         try:
             with routes_on_every_rank(settings.tensor_parallel_size if with_routes else 1):
                 self.llm = LLM(checkpoint, **arguments)
@@ -104,6 +118,12 @@ class Sampler:
             raise UserError(f"{checkpoint}: vLLM cannot run it: {describe_error(error)}") from error
         if device.type == "cpu":
             self.llm.collective_rpc(use_counted_draws)
+        self.drafts = DraftCounts()
+        self._scheduler.make_spec_decoding_stats = self.drafts.add
+        # On a GPU vLLM schedules drafts before it knows them; ranks of one engine must agree.
+        alone = device.type == "cpu" and self.num_ranks == 1
+        tries = speculative and speculative.trial and alone
+        self.trial = DraftTrial(self.set_drafting) if tries else None
         self.max_model_len = self.llm.llm_engine.model_config.max_model_len
         self.lora: Any = None
         self.capture: RouteCapture | None = None
@@ -217,7 +237,7 @@ class Sampler:
         )
         capture = self.capture if with_routes else None
         with phase("sampling"), capture.recording() if capture else nullcontext():
-            for place, result in self.run(requests):
+            for place, result in self.run(requests, len(missing)):
                 group, number = missing[place]
                 rollout = self._read(result, group, number)
                 if with_routes and capture is None:
@@ -235,14 +255,33 @@ class Sampler:
         uncached = with_routes and self.capture is not None
         return sampling_parameters(sampling, seed, self.end_ids, skip_prefix_cache=uncached)
 
-    def run(self, requests: Iterable[tuple[list[int], Any] | None]) -> Iterator[tuple[int, Any]]:
+    @property
+    def _scheduler(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+    def set_drafting(self, drafting: bool) -> None:
+        """Sample with drafts, as an engine opened for them does at first, or without; on CPU."""
+        self.llm.collective_rpc(set_drafting, args=(drafting,))
+        speculative = self.settings.speculative
+        self._scheduler.num_spec_tokens = (
+            speculative.num_speculative_tokens if speculative and drafting else 0
+        )
+        # The drafter has not read prompts that were cached without it.
+        self.llm.reset_prefix_cache()
+
+    def run(
+        self, requests: Iterable[tuple[list[int], Any] | None], num_requests: int = 0
+    ) -> Iterator[tuple[int, Any]]:
         """vLLM's results as they come, each with the index of its request. `requests`: prompts and
         parameters; the engine gets just enough at a time that it never waits for more. None: there
-        is no request before the next step."""
+        is no request before the next step. `num_requests`, about: for the trial of drafts."""
         from vllm.inputs import tokens_input
 
         engine = self.llm.llm_engine
         coming, places, waiting = iter(requests), count(), set()
+        call = None
+        if self.trial and num_requests:
+            call = self.trial.begin(min(num_requests, self.settings.max_num_seqs))
         try:
             while True:
                 for request in islice(coming, self.queue_size - len(waiting)):
@@ -253,12 +292,14 @@ class Sampler:
                     waiting.add(place)
                 if not engine.has_unfinished_requests():
                     break
-                results = engine.step()
+                results = call.time(engine.step) if call else engine.step()
                 heartbeat()
                 for result in results:
                     if result.finished:
                         waiting.remove(result.request_id)
                     yield int(result.request_id), result
+            if self.trial and call:
+                self.trial.end(call)
         finally:
             if waiting:  # interrupted: the next call must not get their results
                 engine.abort_request(list(waiting))

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from r1pipe.config.base import Sampling
-from r1pipe.config.recipe import Engine
+from r1pipe.config.recipe import Engine, Speculative
 from r1pipe.models.quirks import find_quirks, has_mla
 from r1pipe.models.routing import find_moe_layers
 from r1pipe.models.tokenizer import load_tokenizer
@@ -64,6 +64,11 @@ def engine_arguments(
     if lora_rank:
         largest = next(rank for rank in LORA_RANKS if rank >= lora_rank)
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": largest}
+    if speculative := choose_speculation(settings, config):
+        # With the drafter's likeliest tokens; vLLM would draw others from no seed.
+        arguments["speculative_config"] = speculative.model_dump(
+            exclude={"trial"}, exclude_none=True
+        )
     if settings.kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
     if device.type == "cpu":
@@ -192,6 +197,42 @@ def check_engine(
         raise UserError(
             f"engine.max_model_len {settings.max_model_len} is more than the context of {name}, "
             f"{longest} tokens: lower it"
+        )
+    if settings.speculative and settings.speculative.model:
+        check_drafter(settings.speculative.model, name, text, settings, device_type)
+
+
+def choose_speculation(settings: Engine, config: Any) -> Speculative | None:
+    """None too for a model without the module that it would draft with, such as a student in the
+    recipe of a policy that has one."""
+    wanted = settings.speculative
+    has_module = getattr(config.get_text_config(), "num_nextn_predict_layers", 0)
+    return None if wanted and wanted.method == "mtp" and not has_module else wanted
+
+
+def check_drafter(drafter: str, name: str, config: Any, settings: Engine, device_type: str) -> None:
+    """Raises UserError for a draft model with which vLLM cannot draft for a model of this
+    config."""
+    what = f"engine.speculative.model: {drafter}"
+    text = read_config(drafter).get_text_config()
+    if text.vocab_size != config.vocab_size:
+        raise UserError(
+            f"{what} has {text.vocab_size} tokens, {name} {config.vocab_size}: take a drafter with "
+            "the policy's vocabulary, or leave out engine.speculative"
+        )
+    if hasattr(text, "num_nextn_predict_layers"):
+        raise UserError(
+            f"{what} is a {text.model_type}, whose layers vLLM would not run but take its module "
+            "for multi-token prediction: take a drafter of another architecture"
+        )
+    if device_type == "cpu":
+        check_cpu_attention(drafter, text)
+    longest, wanted = (find_longest_context(part) for part in (text, config))
+    wanted = settings.max_model_len or wanted
+    if longest and wanted and longest < wanted:
+        raise UserError(
+            f"{what} has a context of {longest} tokens, the engine of {wanted}: set "
+            "engine.max_model_len"
         )
 
 

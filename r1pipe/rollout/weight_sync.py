@@ -1,8 +1,9 @@
 """Weights into a running vLLM engine: layer by layer, and what its CPU kernels need besides."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors import safe_open
@@ -14,13 +15,8 @@ from r1pipe.utils.errors import UserError
 def send_weights(
     llm: Any, weights: Iterable[tuple[str, torch.Tensor]], device: torch.device
 ) -> None:
-    """Load weights, named as in a checkpoint, into a running `vllm.LLM`. Raises UserError if some
-    are missing."""
-    if device.type == "cpu":
-        # The layer-wise reload repacks the experts' weights but keeps their old kernel, which
-        # then silently computes with the wrong layout (log-prob error 1.4). Without a kernel
-        # it builds a new one.
-        llm.apply_model(drop_expert_kernels)
+    """Load weights, named as in a checkpoint, into a running `vllm.LLM`, and into its module for
+    multi-token prediction. Raises UserError if some are missing."""
     (absent,) = llm.collective_rpc(reload_weights, args=(iter(weights),))
     if absent:
         more = f" and {len(absent) - 1} more layers" if len(absent) > 1 else ""
@@ -44,11 +40,46 @@ def send_adapter(llm: Any, folder: str) -> Any:
 
 
 def reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
-    """Runs inside the engine: vLLM's layer-wise reload. Returns the layers that got no weights and
-    kept their old ones, which vLLM only logs."""
+    """Runs inside the engine: vLLM's layer-wise reload, which does not reach the module for
+    multi-token prediction. Returns the layers that got no weights and kept their old ones."""
+    from vllm.model_executor.models.utils import get_spec_layer_idx_from_weight_name
+
+    if not worker.speculative_config or worker.speculative_config.method != "mtp":
+        return reload_model(worker, weights)
+    model, module = worker.get_model(), worker.get_draft_model()
+    own = []
+
+    def pass_on() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in weights:
+            # The module computes with the policy's embedding and head, whatever copies there are.
+            is_copy = name.endswith(("embed_tokens.weight", "shared_head.head.weight"))
+            if get_spec_layer_idx_from_weight_name(model.config, name) is None:
+                yield name, tensor
+            elif not is_copy:
+                own.append((name, tensor))
+
+    absent = reload_model(worker, pass_on())
+    if not own:  # vLLM would raise in the middle
+        return [*absent, "the module for multi-token prediction"]
+    with mock.patch.object(worker.model_runner, "get_model", return_value=module):
+        return absent + reload_model(worker, iter(own), shared=set(model.modules()))
+
+
+def reload_model(
+    worker: Any,
+    weights: Iterator[tuple[str, torch.Tensor]],
+    shared: Collection[torch.nn.Module] = (),
+) -> list[str]:
+    """Of `worker.get_model()`; the `shared` layers are another model's as well, and loaded there.
+    Returns the layers that got no weights, which vLLM only logs."""
     from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
     model = worker.get_model()
+    if worker.device.type == "cpu":
+        # The layer-wise reload repacks the experts' weights but keeps their old kernel, which
+        # then silently computes with the wrong layout (log-prob error 1.4). Without a kernel
+        # it builds a new one.
+        drop_expert_kernels(model)
     load, absent = model.load_weights, []
 
     def load_and_look(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
@@ -58,7 +89,7 @@ def reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> 
             info = get_layerwise_info(layer)
             # A complete layer has been put in place by now and no longer waits.
             waits = info.can_load() and not info.load_numel
-            if waits and any(True for _ in layer.parameters(recurse=False)):
+            if waits and layer not in shared and any(True for _ in layer.parameters(recurse=False)):
                 absent.append(name)
         if tied and "lm_head" in absent:
             absent.remove("lm_head")
@@ -73,7 +104,7 @@ def reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> 
 
 
 def drop_expert_kernels(model: torch.nn.Module) -> None:
-    """Runs inside the engine before a reload; see send_weights."""
+    """See reload_model."""
     for module in model.modules():
         experts = getattr(module, "routed_experts", None)
         if experts is not None:

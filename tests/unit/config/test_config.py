@@ -68,6 +68,7 @@ SEVERAL = {**ON_POLICY, "from": None, "teachers": {"math": "sft"}}
 
 
 A = {"recipe": "a"}
+DRAFTS = {"method": "draft_model", "model": "small", "num_speculative_tokens": 2}
 
 # (what is changed in the demo, words that the one-line error must contain)
 MISTAKES = [
@@ -85,6 +86,21 @@ MISTAKES = [
     (
         {"stages": stages_with(2, async_steps=1), "engine": {"sleep": 1}},
         ["stages.grpo.async_steps", "leave out engine.sleep 1"],
+    ),
+    (
+        {"stages": stages_with(2, adapter={"sync": "alone"}), "engine": {"speculative": DRAFTS}},
+        ["stages.grpo.adapter.sync", "alone", "engine.speculative"],
+    ),
+    ({"engine": {"speculative": DRAFTS, "sleep": 2}}, ["engine", "sleep 2", "take sleep 1"]),
+    (
+        {"engine": {"speculative": {**DRAFTS, "draft_sample_method": "probabilistic"}}},
+        ["engine.speculative.draft_sample_method", "unknown key"],
+    ),
+    ({"engine": {"speculative": {**DRAFTS, "method": "ngram"}}}, ["method", "ngram"]),
+    ({"engine": {"speculative": {**DRAFTS, "model": None}}}, ["model is missing"]),
+    (
+        {"engine": {"speculative": {**DRAFTS, "method": "mtp"}}},
+        ["engine.speculative", "model does nothing with mtp"],
     ),
     ({"stages": stages_with(2, kind="ppo")}, ["kind must be one of", "grpo"]),
     ({"stages": stages_with(2, data={"recipe": "a", "stage": "b"})}, ["recipe or stage"]),

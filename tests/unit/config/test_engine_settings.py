@@ -70,6 +70,50 @@ def test_sizes_are_those_of_vllm() -> None:
     assert "float32" in re.search(r"supported_dtypes.*?= \[(.*?)\]", text, re.DOTALL)[1]
 
 
+# (policy, drafter, engine, device, words of the refusal)
+DRAFTERS = [
+    (LLAMA, {**LLAMA, "num_hidden_layers": 2}, {}, "cpu", None),
+    (LLAMA, {**LLAMA, "vocab_size": 9}, {}, "cuda", "has 9 tokens, m 32000"),
+    (R1, {**R1, "num_hidden_layers": 2}, {}, "cuda", "of another architecture"),
+    (LLAMA, {**LLAMA, "hidden_size": 32}, {}, "cpu", "is 16; on CPU"),
+    (LLAMA, {**LLAMA, "hidden_size": 32}, {}, "cuda", None),
+    (LLAMA, {**LLAMA, "max_position_embeddings": 128}, {}, "cpu", "a context of 128 tokens"),
+    (
+        LLAMA,
+        {**LLAMA, "max_position_embeddings": 128},
+        {"max_model_len": 128},
+        "cpu",
+        None,
+    ),
+]
+
+
+@pytest.mark.parametrize(("model", "drafter", "engine", "device", "words"), DRAFTERS)
+def test_drafters(
+    model: dict, drafter: dict, engine: dict, device: str, words: str | None, tmp_path: Path
+) -> None:
+    make_config(drafter).save_pretrained(tmp_path)
+    speculative = {"method": "draft_model", "model": str(tmp_path), "num_speculative_tokens": 2}
+    settings = Engine(**engine, speculative=speculative)
+    if words is None:
+        check_engine("m", make_config(model), settings, device, 1)
+        arguments = engine_arguments(make_config(model), settings, "float32", CPU)
+        assert arguments["speculative_config"] == speculative
+    else:
+        with pytest.raises(UserError, match=re.escape(words)):
+            check_engine("m", make_config(model), settings, device, 1)
+
+
+@pytest.mark.parametrize("module", [0, 1])
+def test_only_a_model_with_the_module_drafts_by_it(module: int) -> None:
+    config = make_config({**R1, "num_mtp_layers": module})
+    speculative = {"method": "mtp", "num_speculative_tokens": 2}
+    settings = Engine(max_model_len=128, speculative=speculative)
+    check_engine("m", config, settings, "cuda", 1)
+    arguments = engine_arguments(config, settings, "float32", CPU)
+    assert arguments.get("speculative_config") == (speculative if module else None)
+
+
 # (recipe, stage): what `make demo`, and the other laptop recipes with DeepSeek-V3, start from.
 LAPTOP = [("demo", "random"), ("r1_tiny", "random"), ("r1_zero_tiny", "random")]
 

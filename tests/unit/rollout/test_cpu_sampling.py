@@ -5,7 +5,7 @@ import pytest
 import torch
 from frequencies import counts_p
 
-from r1pipe.rollout.cpu_sampling import choose_tokens, draw_uniforms, mix
+from r1pipe.rollout.cpu_sampling import choose_tokens, draw_uniforms, keep_agreed, mix
 from r1pipe.utils.seeds import derive_seed
 
 SMALLEST_P = 1e-4  # the draws are fixed: what passes once always does
@@ -60,6 +60,17 @@ def test_a_seed_has_its_draw_for_each_position_wherever_it_stands() -> None:
     among = draw_uniforms(np.array([1, 7, 2**31 - 1]), np.array([0, 3, 100_000]))
     assert among[1] == alone[0]
     assert mix(np.array([0x9E3779B97F4A7C15], np.uint64))[0] == 0xE220A8397B1DCDAF
+
+
+def test_tokens_are_kept_up_to_the_first_that_was_not_drafted() -> None:
+    """Requests with all drafts right, none, with none, and with a right one behind a wrong one."""
+    rows = ([1, 2, 3], [4, 5, 6], [7], [8, 9, 1])
+    drafts = ([1, 2], [9, 5], [], [8, 3])
+    tokens_BK, rows_BK = keep_agreed(
+        np.concatenate(rows), np.concatenate(drafts).astype(int), np.array([*map(len, drafts)])
+    )
+    assert tokens_BK.tolist() == [[1, 2, 3], [4, -1, -1], [7, -1, -1], [8, 9, -1]]
+    assert rows_BK.tolist() == [[0, 1, 2], [3, 4, 5], [6, 6, 6], [7, 8, 9]]
 
 
 def some_logprobs() -> torch.Tensor:
