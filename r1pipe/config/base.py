@@ -133,6 +133,15 @@ class Saving(Strict):
         return self
 
 
+class Mtp(Strict):
+    """Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, section 2.2): the model's prediction
+    layer learns each token from those up to the second before it. In supervised training the model
+    learns with it; on the policy's own samples the layer alone does, to follow the policy."""
+
+    loss_weight: PositiveFloat = 0.3
+    """Weight of its loss (lambda). DeepSeek-V3: 0.3, and 0.1 for the last third."""
+
+
 class Optimization(Saving):
     """The optimizer and its schedule, under the names that TRL and transformers use."""
 
@@ -159,6 +168,9 @@ class Optimization(Saving):
     DeepSeek-V3: 1e-4."""
     adapter: Adapter | None = Field(default=None, exclude_if=lambda given: given is None)
     """Train an adapter only; the stage's checkpoint has it merged, and apart in `adapter/`."""
+    mtp: Mtp | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Train the prediction layer, which a deepseek_v3 made with `num_mtp_layers: 1` has. Default:
+    leave it as it is."""
 
     @model_validator(mode="after")
     def end_a_cosine(self) -> "Optimization":
@@ -167,7 +179,8 @@ class Optimization(Saving):
 
     @model_validator(mode="after")
     def leave_the_base_alone(self) -> "Optimization":
-        refuse_idle(self, {"bias_update_rate": self.adapter and "with an adapter"})
+        idle = self.adapter and "with an adapter"
+        refuse_idle(self, {"bias_update_rate": idle, "mtp": idle})
         return self
 
     def tokens_per_micro_batch(self, *, on_gpu: bool) -> int:

@@ -119,7 +119,7 @@ def measure_lone_rise(facts: Facts, past: Sequence[Facts]) -> float | None:
 
 # --- The update ---------------------------------------------------------------------------------
 
-MUST_BE_FINITE = ("loss", "grad_norm", "entropy", "kl", "update_kl")
+MUST_BE_FINITE = ("loss", "grad_norm", "entropy", "kl", "update_kl", "mtp/loss")
 DETERMINISTIC = 0.02
 """Nats per token: below it a policy hardly varies, and a further fall says nothing."""
 

@@ -14,6 +14,7 @@ from r1pipe.doctor.model_config import find_config, find_stage_config
 from r1pipe.envs.base import check_environment, read_first_prompts
 from r1pipe.models.adapter import check_targets
 from r1pipe.models.model import check_settings, pick_device
+from r1pipe.models.mtp import require_mtp_layer
 from r1pipe.models.thinking import OPEN, close_tag
 from r1pipe.models.tokenizer import (
     apply_template,
@@ -58,6 +59,8 @@ def examine_architecture(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
                 require_trainable(config, recipe.attn_implementation)
             if stage.optimization.adapter:
                 check_targets(configs[0], stage.optimization.adapter)
+            if stage.optimization.mtp:
+                require_mtp_layer(configs[0])
     for name, _ in stage.samplings():
         try:
             config = find_config(name, recipe)

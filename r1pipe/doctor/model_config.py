@@ -8,6 +8,7 @@ from transformers import AutoConfig, PretrainedConfig
 from r1pipe.config.base import Stage
 from r1pipe.config.recipe import Recipe
 from r1pipe.models.hub_cache import reaches_hub
+from r1pipe.models.quirks import find_quirks
 
 
 def find_stage_config(stage: Stage, recipe: Recipe) -> PretrainedConfig:
@@ -43,7 +44,8 @@ def find_config(source: str, recipe: Recipe) -> PretrainedConfig:
 def make_config(settings: dict[str, Any]) -> PretrainedConfig:
     """Raises ValueError for settings that transformers does not accept."""
     settings = dict(settings)
+    model_type = settings.pop("model_type", "")
     try:
-        return AutoConfig.for_model(settings.pop("model_type", ""), **settings)
+        return AutoConfig.for_model(model_type, **find_quirks(model_type).config | settings)
     except Exception as error:  # each checks its values in its own way
         raise ValueError(str(error)) from error

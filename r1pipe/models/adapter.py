@@ -28,6 +28,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from r1pipe.config.adapter import Adapter
+from r1pipe.models.mtp import find_mtp_layer
 from r1pipe.utils.distributed import full_tensor, is_first
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.jsonl import write_text
@@ -101,10 +102,15 @@ def check_targets(config: PretrainedConfig, settings: Adapter) -> None:
 
 
 def list_matrices(model: PreTrainedModel) -> Iterator[Target]:
-    """All that can be adapted: not the head, whose logits are computed elsewhere, nor routers."""
+    """All that can be adapted: not the head, whose logits are computed elsewhere, nor routers, nor
+    a prediction layer, which rests beside an adapter."""
     head = model.get_output_embeddings()
     modules = dict(model.named_modules())
+    predicting = find_mtp_layer(model)
+    resting = set(predicting.modules()) if predicting else set()
     for path, module in modules.items():
+        if module in resting:
+            continue
         parent = modules[path.rpartition(".")[0]] if path else None
         if path.endswith(".experts"):
             is_transposed = getattr(module, "is_transposed", False)

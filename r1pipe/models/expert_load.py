@@ -165,8 +165,11 @@ def describe_load(counts_LE: Tensor, layers: list[int]) -> dict[str, float | lis
 
     Empty if nothing was counted.
     """
-    if not len(counts_LE) or not counts_LE.sum():
+    # A prediction layer that is not trained counts nothing.
+    layers = [layer for layer, counts_E in zip(layers, counts_LE) if counts_E.any()]
+    if not layers:
         return {}
+    counts_LE = counts_LE[counts_LE.any(-1)]
     load_LE = counts_LE.double().cpu()
     shares_LE = load_LE / load_LE.sum(-1, keepdim=True)
     violations = (load_LE.amax(-1) / load_LE.mean(-1) - 1).tolist()

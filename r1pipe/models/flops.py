@@ -14,7 +14,7 @@ forward and 4 backward:
   12 L H Q T counts all s² pairs, twice as many as flash-attention computes.
 
 Weights that are frozen beside an adapter have no gradient and count 4; the adapter's own products
-are left out.
+are left out. A prediction layer's weights count, trained or not; its attention and logits do not.
 
 Recomputation by gradient checkpointing does not count, nor do forward passes without a gradient
 (old policy, reference, teacher), the optimizer, norms and activations.

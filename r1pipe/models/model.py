@@ -9,13 +9,13 @@ import torch
 from torch.nn import ModuleList
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from r1pipe.models.adapter import is_adapters
 from r1pipe.models.gguf import UNREADABLE
+from r1pipe.models.mtp import drop_mtp_layer, find_mtp_layer, pick_class
 from r1pipe.models.quirks import find_quirks
 from r1pipe.models.tokenizer import SPECIAL
 from r1pipe.models.weights import check_weights
@@ -71,7 +71,7 @@ def make_model(settings: dict[str, Any], seed: int) -> PreTrainedModel:
         config = AutoConfig.for_model(model_type, **find_quirks(model_type).config | settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return pick_class(config).from_config(config, dtype=torch.float32)
     except Exception as error:  # architectures check their values in their own ways, or not
         what = f"model: transformers cannot build {model_type} from this: {first_line(error)}"
         raise UserError(what) from error
@@ -90,7 +90,8 @@ def load_model(
     """
     check_weights(checkpoint)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+        model, report = pick_class(config).from_pretrained(
             checkpoint,
             dtype=dtype,
             attn_implementation=attn_implementation,
@@ -110,7 +111,12 @@ def load_model(
         name, found, wanted = wrong[0]
         what = f"{name} has the shape {list(found)}, by its config.json {list(wanted)}"
         raise UserError(f"{checkpoint}: {what}")
-    if absent := sorted(name for name in report["missing_keys"] if not is_adapters(name)):
+    absent = sorted(name for name in report["missing_keys"] if not is_adapters(name))
+    if any(name.endswith(".eh_proj.weight") for name in absent):
+        # Most fine-tuned models have lost the prediction layer that their config still counts.
+        lost = drop_mtp_layer(model)
+        absent = [name for name in absent if not name.startswith(lost)]
+    if absent:
         # transformers would initialize them randomly.
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise UserError(f"{checkpoint}: its weights have no {absent[0]}{more}")
@@ -121,11 +127,12 @@ def load_model(
 
 
 def find_layers(model: PreTrainedModel) -> ModuleList:
-    """The decoder layers; architectures call them `layers`, `decoder.layers` or `h`. Raises
-    UserError if there are none."""
+    """The decoder layers, and the prediction layer behind them if there is one; architectures call
+    them `layers`, `decoder.layers` or `h`. Raises UserError if there are none."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    num_predicting = find_mtp_layer(model) is not None
     for module in model.base_model.modules():
-        if isinstance(module, ModuleList) and len(module) == count:
+        if isinstance(module, ModuleList) and len(module) - num_predicting == count:
             return module
     raise UserError(f"{model.config.model_type}: has no list of {count} decoder layers")
 

@@ -9,7 +9,8 @@ class Quirks:
     """What a model type needs beyond the defaults."""
 
     config: dict[str, Any] = field(default_factory=dict)
-    """Keys that vLLM reads from config.json and transformers does not declare."""
+    """Keys that vLLM reads from config.json and transformers does not declare, and defaults that
+    are not transformers'."""
     cpu_engine: dict[str, Any] = field(default_factory=dict)
     """Arguments of vLLM's LLM on CPU."""
 
@@ -23,7 +24,8 @@ DEEPSEEK_CPU = {
 QUIRKS: dict[str, Quirks] = {
     "deepseek_v2": Quirks(**DEEPSEEK_CPU),
     "deepseek_v3": Quirks(
-        config={"topk_method": "noaux_tc", "scoring_func": "sigmoid"}, **DEEPSEEK_CPU
+        config={"topk_method": "noaux_tc", "scoring_func": "sigmoid", "num_mtp_layers": 0},
+        **DEEPSEEK_CPU,
     ),
 }
 

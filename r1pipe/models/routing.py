@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from r1pipe.models.model import is_moe
+from r1pipe.models.mtp import find_mtp_layer
 from r1pipe.utils.errors import UserError
 
 OWN = -1
@@ -85,7 +86,8 @@ class Router:
 
 
 def find_routers(model: PreTrainedModel) -> list[Router]:
-    """The model's routers, first layer to last; none for a dense model.
+    """The model's routers, first layer to last, that of a prediction layer too; none for a dense
+    model.
 
     Raises UserError for a mixture of experts whose routing is not in ROUTINGS.
     """
@@ -158,6 +160,8 @@ def replaying(model: PreTrainedModel, routes_NLK: Tensor | None) -> Iterator[Non
     or a dense model. Raises ValueError for routes of the wrong shape.
     """
     routers = find_routers(model) if routes_NLK is not None else []
+    if find_mtp_layer(model):
+        routers = routers[:-1]  # the sampler has no such layer
     if routers:
         top_k = routers[0].module.top_k
         if routes_NLK.shape[1:] != (len(routers), top_k):

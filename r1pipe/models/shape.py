@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from r1pipe.config.adapter import Adapter
 from r1pipe.models.adapter import add_adapter, describe
 from r1pipe.models.model import find_layers
+from r1pipe.models.mtp import pick_class
 
 GIB = 2**30
 MASTER = 4
@@ -48,7 +49,7 @@ class Shape:
     @classmethod
     def _measure(cls, config: PretrainedConfig) -> "Shape":
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            model = AutoModelForCausalLM.from_config(config)
+            model = pick_class(config).from_config(config)
         layers = [
             sum(parameter.numel() for parameter in layer.parameters())
             for layer in find_layers(model)

@@ -17,6 +17,7 @@ from r1pipe.config.rl import OnPolicyDistill
 from r1pipe.rl.losses import Totals
 from r1pipe.rl.update import COUNT, SamplerMismatch, Updater
 from r1pipe.trainer.divergence import TeacherStates
+from r1pipe.trainer.packed import sum_second
 from r1pipe.trainer.packing import PackedBatch, Sample
 from r1pipe.trainer.policy import LogProbs, Policy, compute_hidden, prepare
 from r1pipe.types import Problem
@@ -37,7 +38,7 @@ class TeacherModel(nn.Module):
         self.model = model.eval()
 
     def forward(self, batch: PackedBatch) -> Tensor:
-        return compute_hidden(self.model, batch)
+        return compute_hidden(self.model, batch)[batch.predictor_C]
 
 
 class DistillUpdater(Updater):
@@ -97,7 +98,8 @@ class DistillUpdater(Updater):
 
     def compute_dummy_loss(self, batch: PackedBatch) -> Tensor:
         if torch.is_grad_enabled():
-            return sum_divergence(self.measure_divergence(batch)) * 0
+            now = self.measure_divergence(batch)
+            return (sum_divergence(now) + self.mtp_loss(now, 1)) * 0
         return super().compute_dummy_loss(batch)
 
     def backward(
@@ -108,8 +110,9 @@ class DistillUpdater(Updater):
             mismatch.add(batch, now)
         divergence = sum_divergence(now)
         loss = divergence / max(1, totals.num_tokens)
-        loss.backward()
+        (loss + self.mtp_loss(now, totals.num_tokens)).backward()
         sums = {"loss": float(loss.detach()), "divergence": float(divergence.detach())}
+        sums |= sum_second(now)
         if self.name:
             own = f"divergence/{self.name}"
             sums |= {own: sums["divergence"], COUNT + own: len(batch.target_C)}

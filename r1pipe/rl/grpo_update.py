@@ -11,7 +11,7 @@ from r1pipe.models.adapter import without_adapter
 from r1pipe.rl.losses import LossInputs, Totals, compute_loss
 from r1pipe.rl.update import SamplerMismatch, Updater
 from r1pipe.trainer.fsdp import put_weights, take_weights
-from r1pipe.trainer.packed import as_policy
+from r1pipe.trainer.packed import as_policy, sum_second
 from r1pipe.trainer.packing import PackedBatch, Sample, Support
 from r1pipe.trainer.policy import LogProbs, Policy
 
@@ -102,8 +102,8 @@ class GrpoUpdater(Updater):
             ref_logprobs_C=ref_C,
         )
         loss = compute_loss(inputs, totals, self.settings)
-        loss.loss.backward()
-        return {"loss": float(loss.loss.detach()), **loss.sums}
+        (loss.loss + self.mtp_loss(now, totals.num_tokens)).backward()
+        return {"loss": float(loss.loss.detach()), **loss.sums, **sum_second(now)}
 
     def end_step(self, step: int) -> None:
         every = self.settings.reference_refresh_steps

@@ -32,6 +32,7 @@ class Updater(PackedTrainer):
     Subclasses define the loss: GrpoUpdater, DistillUpdater."""
 
     settings: OnPolicy
+    mtp = "detached"
     num_passes = 1
     """Over each batch of rollouts."""
 

@@ -24,7 +24,7 @@ from r1pipe.runs.logs import read_metrics
 from r1pipe.sft.encode import Trace, encode_traces
 from r1pipe.trainer.breaker import EventLog, stop_unless_finite
 from r1pipe.trainer.checkpoints import Checkpoints
-from r1pipe.trainer.packed import PackedTrainer, as_policy
+from r1pipe.trainer.packed import PackedTrainer, as_policy, sum_second
 from r1pipe.trainer.packing import PackedBatch, assign
 from r1pipe.trainer.policy import Policy
 from r1pipe.types import Problem
@@ -69,7 +69,7 @@ class SupervisedTrainer(PackedTrainer):
                 continue
             with self.kernels(), self.counting(batch, len(traces)):
                 for name, value in self.backward(batch, num_targets).items():
-                    sums[name] += value
+                    sums[name] = sums.get(name, 0.0) + value
         grad_norm = self.clip_gradient()
         stop_unless_finite(label, step, grad_norm, events)
         learning_rate = self.scheduler.get_last_lr()[0]
@@ -92,11 +92,13 @@ class SupervisedTrainer(PackedTrainer):
         }
 
     def backward(self, batch: PackedBatch, num_targets: int) -> dict[str, float]:
-        """Add the batch's gradient. Returns its share of the step's mean loss and entropy."""
+        """Add the batch's gradient. Returns its share of the step's means over tokens."""
         now = self.policy(batch, 1.0)
         loss = -now.logprobs_C.sum() / num_targets
-        loss.backward()
-        return {"loss": float(loss.detach()), "entropy": float(now.entropy_C.sum() / num_targets)}
+        (loss + self.mtp_loss(now, num_targets)).backward()
+        sums = {"entropy": float(now.entropy_C.sum()), **sum_second(now)}
+        means = {name: value / num_targets for name, value in sums.items()}
+        return {"loss": float(loss.detach()), **means}
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "num_tokens": self.num_tokens}

@@ -25,8 +25,12 @@ class Head:
     fuses_on = ("cuda",)
     """Devices for `score`, where its functions of the logits are compiled."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, *, detached: bool = False):
+        """`detached`: no gradient reaches the module."""
         self.weight_VD, self.bias_V = module.weight, getattr(module, "bias", None)
+        if detached:
+            self.weight_VD = self.weight_VD.detach()
+            self.bias_V = None if self.bias_V is None else self.bias_V.detach()
         self.gradient_VD: Tensor | None = None
         self.adds_up = False
 

@@ -7,7 +7,7 @@ to the loss of one process with all samples.
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from transformers import PreTrainedModel, get_scheduler
 from r1pipe.config.base import Optimization
 from r1pipe.models.expert_load import ExpertLoad, number_packed
 from r1pipe.models.model import fast_training_kernels
+from r1pipe.models.mtp import find_mtp_layer, require_mtp_layer
 from r1pipe.trainer.fsdp import put_optimizer, put_weights, take_optimizer, take_weights
 from r1pipe.trainer.optimizer import OffloadedAdamW, find_schedule
 from r1pipe.trainer.packing import PackedBatch, Sample, cut_batches, pack
-from r1pipe.trainer.policy import Policy
+from r1pipe.trainer.policy import LogProbs, Policy
 from r1pipe.trainer.utilization import Utilization
 from r1pipe.types import Rollout
 from r1pipe.utils import distributed
@@ -30,6 +31,9 @@ from r1pipe.utils.phases import heartbeat
 
 class PackedTrainer:
     """Owns the policy's optimizer and schedule, and tracks its experts' load."""
+
+    mtp: Literal["joint", "detached"] = "joint"
+    """How the prediction layer is trained, if the settings ask for that."""
 
     def __init__(
         self,
@@ -44,6 +48,12 @@ class PackedTrainer:
         self.policy = as_policy(policy)
         self.model = model = self.policy.model
         self.device = model.device
+        if settings.mtp:
+            require_mtp_layer(model.config)
+            self.policy.mtp = self.mtp
+        detached = find_mtp_layer(model) if self.policy.mtp == "detached" else None
+        self.detached = dict.fromkeys(detached.parameters() if detached else ())
+        """Parameters whose gradient has nothing to do with the others'."""
         self.load = ExpertLoad(
             model,
             bias_update_rate=0.0 if settings.adapter else settings.bias_update_rate,
@@ -89,7 +99,15 @@ class PackedTrainer:
                 loss.backward()
 
     def compute_dummy_loss(self, batch: PackedBatch) -> Tensor:
-        return self.policy(batch, 1.0).logprobs_C.sum() * 0
+        now = self.policy(batch, 1.0)
+        return (now.logprobs_C.sum() + self.mtp_loss(now, 1)) * 0
+
+    def mtp_loss(self, now: LogProbs, num_tokens: int) -> Tensor | float:
+        """The batch's share of the prediction layer's weighted loss (eq. 24 and 25 of DeepSeek-V3,
+        over completions), a mean over `num_tokens`; 0 if it is not trained."""
+        if now.second is None or self.settings.mtp is None:
+            return 0.0
+        return -self.settings.mtp.loss_weight * now.second.logprobs_C.sum() / max(1, num_tokens)
 
     def counting(self, batch: PackedBatch, num_sequences: int) -> contextlib.AbstractContextManager:
         """Count the experts' load in one forward and backward of this batch; `num_sequences`: of
@@ -98,8 +116,11 @@ class PackedTrainer:
         return self.load.counting(sequences_N, num_sequences)
 
     def clip_gradient(self) -> float:
-        """Returns the gradient's norm over all ranks before clipping."""
-        grad_norm = clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+        """Returns the gradient's norm over all ranks before clipping. A detached prediction layer
+        is clipped by itself: the others' gradient is what it is without."""
+        clip_grad_norm_(self.detached, self.settings.max_grad_norm)
+        others = [p for p in self.model.parameters() if p not in self.detached]
+        grad_norm = clip_grad_norm_(others, self.settings.max_grad_norm)
         return float(full_tensor(grad_norm))
 
     def apply_gradient(self) -> None:
@@ -128,6 +149,15 @@ class PackedTrainer:
         put_weights(self.policy, state["policy"])
         put_optimizer(self.optimizer, state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+
+
+def sum_second(now: LogProbs) -> dict[str, float]:
+    """Sums over the batch's tokens of what the log has about the prediction layer, by the name of
+    their mean; empty if it is not trained."""
+    if now.second is None:
+        return {}
+    loss, num_right = -now.second.logprobs_C.sum(), now.second.is_likeliest_C.sum()
+    return {"mtp/loss": float(loss.detach()), "mtp/accuracy": float(num_right)}
 
 
 def as_policy(model: Policy | PreTrainedModel) -> Policy:

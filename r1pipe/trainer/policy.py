@@ -1,13 +1,14 @@
 """Log-probabilities of completions, never with all logits of a batch at once."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
+from r1pipe.models.mtp import MtpLayer, find_mtp_layer
 from r1pipe.trainer.attention import attention_arguments, require_packable, use_packed_attention
 from r1pipe.trainer.divergence import TeacherStates
 from r1pipe.trainer.head import Head, chunk_sizes
@@ -18,14 +19,25 @@ OWN_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 """Config keys of models with more than a matrix product from hidden states to logits."""
 
 
+class SecondTokens(NamedTuple):
+    """For a batch's C completion tokens, by the prediction layer: log-probability given the tokens
+    up to the second before, and whether the token is the likeliest then. 0 and False for the second
+    token of a sequence."""
+
+    logprobs_C: Tensor
+    is_likeliest_C: Tensor
+
+
 class LogProbs(NamedTuple):
     """For a batch's C completion tokens: log-probability; entropy in nats, without gradient; and if
-    asked for, the tokens that sampling could choose from, or the divergence from a teacher."""
+    asked for, the tokens that sampling could choose from, or the divergence from a teacher, or what
+    the prediction layer says."""
 
     logprobs_C: Tensor
     entropy_C: Tensor
     support: Support | None = None
     divergence_C: Tensor | None = None
+    second: SecondTokens | None = None
 
 
 class Truncation(NamedTuple):
@@ -65,6 +77,9 @@ class Policy(nn.Module):
         super().__init__()
         prepare(model)
         self.model = model
+        self.mtp: Literal["joint", "detached"] | None = None
+        """Whether the prediction layer runs where there is a gradient, and whether its gradient
+        reaches the rest of the model."""
 
     def forward(
         self,
@@ -82,11 +97,46 @@ class Policy(nn.Module):
         that `truncation` leaves, which are then returned. The sampled token always counts as left:
         rounding may exclude it.
         """
-        hidden_CD = compute_hidden(self.model, batch)
+        hidden_ND = compute_hidden(self.model, batch)
+        rest = (support, truncation, teacher)
+        now = self.score(hidden_ND[batch.predictor_C], batch.target_C, temperature, *rest)
+        if self.mtp and torch.is_grad_enabled():
+            return LogProbs(*now[:-1], self.predict_second(hidden_ND, batch))
+        return now
+
+    def predict_second(self, hidden_ND: Tensor, batch: PackedBatch) -> SecondTokens:
+        detached = self.mtp == "detached"
+        hidden_ND = compute_mtp_hidden(self.model, batch, hidden_ND, detached=detached)
+        hidden_CD = hidden_ND[(batch.predictor_C - 1).clamp(min=0)]
+        in_sequence_C = batch.position_N[batch.predictor_C] > 0
+        now = self.score(hidden_CD, batch.target_C, 1.0, detached=detached)
+        is_likeliest_C = self.find_likeliest(hidden_CD, batch.target_C)
+        return SecondTokens(
+            now.logprobs_C.where(in_sequence_C, 0.0), is_likeliest_C & in_sequence_C
+        )
+
+    @torch.no_grad()
+    def find_likeliest(self, hidden_CD: Tensor, target_C: Tensor) -> Tensor:
         head = Head(self.model.get_output_embeddings())
+        sizes = chunk_sizes(len(hidden_CD), len(head.weight_VD), hidden_CD.device)
+        parts = zip(hidden_CD.split(sizes), target_C.split(sizes), strict=True)
+        return torch.cat([head(hidden).argmax(-1) == target for hidden, target in parts])
+
+    def score(
+        self,
+        hidden_CD: Tensor,
+        target_C: Tensor,
+        temperature: float,
+        support: Support | None = None,
+        truncation: Truncation | None = None,
+        teacher: TeacherStates | None = None,
+        *,
+        detached: bool = False,
+    ) -> LogProbs:
+        head = Head(self.model.get_output_embeddings(), detached=detached)
         whole = support is None and truncation is None and teacher is None
         if whole and hidden_CD.device.type in head.fuses_on:
-            return LogProbs(*head.score(hidden_CD, batch.target_C, temperature))
+            return LogProbs(*head.score(hidden_CD, target_C, temperature))
         sizes = chunk_sizes(len(hidden_CD), len(head.weight_VD), hidden_CD.device)
         # Recomputing a chunk's logits in backward costs one product; keeping all costs memory.
         recompute = torch.is_grad_enabled() and len(sizes) > 1
@@ -94,7 +144,7 @@ class Policy(nn.Module):
             head.add_up_in_float32()
         columns = (
             hidden_CD.split(sizes),
-            batch.target_C.split(sizes),
+            target_C.split(sizes),
             support.split(sizes) if support else [None] * len(sizes),
             teacher.split(sizes) if teacher else [None] * len(sizes),
         )
@@ -102,9 +152,9 @@ class Policy(nn.Module):
         for hidden, target, kept, states in zip(*columns, strict=True):
             arguments = (head, hidden, target, temperature, kept, truncation, states)
             if recompute:
-                parts.append(checkpoint(self.score, *arguments, use_reentrant=False))
+                parts.append(checkpoint(self.score_chunk, *arguments, use_reentrant=False))
             else:
-                parts.append(self.score(*arguments))
+                parts.append(self.score_chunk(*arguments))
         logprobs, entropies, supports, divergences = zip(*parts, strict=True)
         return LogProbs(
             torch.cat(logprobs),
@@ -113,7 +163,7 @@ class Policy(nn.Module):
             torch.cat(divergences) if teacher else None,
         )
 
-    def score(
+    def score_chunk(
         self,
         head: Head,
         hidden_CD: Tensor,
@@ -123,8 +173,8 @@ class Policy(nn.Module):
         truncation: Truncation | None,
         teacher: TeacherStates | None,
     ) -> tuple[Tensor, Tensor, Support | None, Tensor | None]:
-        """One chunk: log-probability, entropy, support if `truncation` is given, divergence if a
-        `teacher` is."""
+        """Log-probability, entropy, support if `truncation` is given, divergence if a `teacher`
+        is."""
         logits_CV = head(hidden_CD).float() / temperature
         target_C1 = target_C.unsqueeze(-1)
         kept = None
@@ -161,11 +211,33 @@ def require_trainable(config: PretrainedConfig, attn_implementation: str) -> Non
 
 
 def compute_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
-    """Last hidden states that predict the completions' tokens, `[C, D]`."""
-    hidden_ND = model.base_model(
+    """Last hidden states, `[N, D]`."""
+    return model.base_model(
         input_ids=batch.ids_N.unsqueeze(0),
         position_ids=batch.position_N.unsqueeze(0),
         use_cache=False,
         **attention_arguments(model.config._attn_implementation, batch.lengths, model.device),
     ).last_hidden_state.squeeze(0)
-    return hidden_ND[batch.predictor_C]
+
+
+def compute_mtp_hidden(
+    model: PreTrainedModel, batch: PackedBatch, hidden_ND: Tensor, *, detached: bool
+) -> Tensor:
+    """States of the prediction layer, `[N, D]`, from those of `compute_hidden`: each predicts the
+    token after the next."""
+    embeds_ND = model.get_input_embeddings()(batch.ids_N.roll(-1))
+    # No next token at a sequence's end. vLLM leaves out the embedding at position 0 as well.
+    has_next_N = (batch.position_N.roll(-1) > 0) & (batch.position_N > 0)
+    embeds_ND = embeds_ND * has_next_N.unsqueeze(-1)
+    if detached:
+        hidden_ND, embeds_ND = hidden_ND.detach(), embeds_ND.detach()
+    layer = cast("MtpLayer", find_mtp_layer(model))  # the trainer has required it
+    position_1N = batch.position_N.unsqueeze(0)
+    hidden_1ND = hidden_ND.unsqueeze(0)
+    return layer(
+        hidden_1ND,
+        embeds_ND.unsqueeze(0),
+        position_ids=position_1N,
+        position_embeddings=model.base_model.rotary_emb(hidden_1ND, position_ids=position_1N),
+        **attention_arguments(model.config._attn_implementation, batch.lengths, model.device),
+    ).squeeze(0)

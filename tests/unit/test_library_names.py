@@ -32,6 +32,7 @@ NAMES = (
     "torch.nn.attention.varlen.varlen_attn",
     "transformers.AttentionInterface.register",
     "transformers.PreTrainedConfig._attn_implementation",
+    "transformers.PreTrainedModel._from_config",
     "transformers.PreTrainedModel.all_tied_weights_keys",
     "transformers.PreTrainedModel.set_attn_implementation",
     "transformers.PreTrainedModel.set_experts_implementation",

@@ -225,6 +225,7 @@ IDLE = [
     (grpo_with, {"reference_refresh_steps": 5}, {"beta": 0.1}),
     (grpo_with, {"breaker": {"kl": {"limit": 5}}}, {"beta": 0.1}),
     (sft_with, {"bias_update_rate": 0.01, "adapter": {}}, {"adapter": None}),
+    (sft_with, {"mtp": {}, "adapter": {}}, {"adapter": None}),
     (sft_with, {"adapter": {"offload_base": True}}, {"adapter": {}}),
     (grpo_with, {"beta": 0.1, "reference_refresh_steps": 5, "adapter": {}}, {"adapter": None}),
     (grpo_with, {"epsilon": 0.1, "loss_type": "cispo", "epsilon_high": 5}, {"loss_type": "dapo"}),

@@ -474,6 +474,8 @@ def test_a_model_that_cannot_be_trained(project: Path) -> None:
     trouble = find_trouble(examine("stages.grpo.from=hybrid"))
     assert trouble["grpo: architecture"].startswith("FAIL: falcon_h1: ")
     assert "cannot be trained here" in trouble["grpo: architecture"]
+    trouble = find_trouble(examine("stages.grpo.mtp={}"))["grpo: architecture"]
+    assert trouble.startswith("FAIL: mtp: the qwen3 has no prediction layer")
 
 
 def change_json(path: Path, **changes: object) -> None:

@@ -55,6 +55,14 @@ CASES = {
         {"beta": 0.1, "gradient_checkpointing": True, "steps_per_generation": 4},
         (5, 0),
     ),
+    # A prediction layer that a rank runs without samples.
+    "predicting": (
+        "deepseek_v3",
+        {"num_mtp_layers": 1},
+        {"mtp": {}, "gradient_checkpointing": True, "steps_per_generation": 4}
+        | {"bias_update_rate": 0.01},
+        (5, 0),
+    ),
     "adapted": (
         "qwen3_moe",
         {},
