@@ -21,6 +21,9 @@ def shrink(values: dict) -> dict:
     for name, size in (("sft", 400), ("grpo", 100), ("distill", 40), ("eval", 10)):
         by_name[name]["data"]["options"]["size"] = size
     by_name["sft"]["train"]["max_steps"] = 40
+    # A prediction layer, which every stage has to carry along.
+    by_name["random"]["model"]["num_mtp_layers"] = 1
+    by_name["sft"]["train"]["mtp"] = by_name["grpo"]["mtp"] = {}
     by_name["grpo"] |= {"max_steps": 2, "prompts_per_step": 8, "num_generations": 4}
     by_name["grpo"] |= {"steps_per_generation": 2, "routing_replay": True, "verify_sync": True}
     # An untrained policy is never right: the student learns from whatever is well formed.

@@ -181,7 +181,8 @@ def test_a_stage_can_be_published(stage: str, finished: tuple) -> None:
         published, dtype="float32", output_loading_info=True
     )
     assert not loading["missing_keys"]
-    assert not loading["unexpected_keys"]
+    # transformers loads no prediction layer.
+    assert all(key.startswith("model.layers.3.") for key in loading["unexpected_keys"])
     assert model.config.architectures[0] in ("DeepseekV3ForCausalLM", "Qwen3ForCausalLM")
     generation = json.loads((published / "generation_config.json").read_text())
     assert (generation["temperature"], generation["top_p"]) == (0.6, 0.95)
