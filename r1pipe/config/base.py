@@ -171,6 +171,26 @@ class Optimization(Saving):
     mtp: Mtp | None = Field(default=None, exclude_if=lambda given: given is None)
     """Train the prediction layer, which a deepseek_v3 made with `num_mtp_layers: 1` has. Default:
     leave it as it is."""
+    fp8: Literal["rollouts", "update", "both"] | None = Field(
+        default=None, exclude_if=lambda given: given is None
+    )
+    """What computes in FP8 as DeepSeek-V3 does, emulated (models/fp8.py): the sampler, with rounded
+    weights; the trainer's products, in which tiles of tokens begin anew in each micro-batch; or
+    both. The checkpoint keeps its precision."""
+
+    @property
+    def samples_in_fp8(self) -> bool:
+        return self.fp8 in ("rollouts", "both")
+
+    @property
+    def trains_in_fp8(self) -> bool:
+        return self.fp8 in ("update", "both")
+
+    @model_validator(mode="after")
+    def round_all_weights(self) -> "Optimization":
+        if self.fp8 and self.adapter:
+            raise ValueError("fp8 is for training without an adapter; leave one of them out")
+        return self
 
     @model_validator(mode="after")
     def end_a_cosine(self) -> "Optimization":

@@ -69,6 +69,11 @@ class Engine(Strict):
     otherwise 0. On CPU sleeping frees nothing."""
     enforce_eager: bool = False
     """No compilation: always so on CPU, where compiling takes longer than a small run."""
+    quantization: Literal["fp8_per_block"] | None = Field(
+        default=None, exclude_if=lambda given: given is None
+    )
+    """What vLLM makes of the weights that it is given: FP8 by blocks of 128 x 128, and its products
+    in FP8. Needs a GPU and bfloat16. Emulated on any device: a training stage's `fp8`."""
     speculative: Speculative | None = Field(default=None, exclude_if=lambda given: given is None)
     """Default: every token by a forward pass of its own."""
 

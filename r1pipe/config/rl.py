@@ -91,7 +91,8 @@ class OnPolicy(PromptingStage, Optimization):
     """Whether samples of one prompt with equal rewards teach nothing."""
     verify_sync: bool | None = None
     """Sample a few tokens after each weight sync and hold them to breaker.logprob_diff. Default: if
-    async_steps; otherwise the whole next batch is held to it anyway."""
+    async_steps, or with fp8, where the trainer then rounds what the sampler does; otherwise the
+    whole next batch is held to it anyway."""
 
     @property
     def policy(self) -> str:
@@ -133,7 +134,9 @@ class OnPolicy(PromptingStage, Optimization):
 
     @property
     def verifies_sync(self) -> bool:
-        return bool(self.async_steps) if self.verify_sync is None else self.verify_sync
+        if self.verify_sync is None:
+            return bool(self.async_steps or self.fp8)
+        return self.verify_sync
 
     @model_validator(mode="after")
     def split_evenly(self) -> "OnPolicy":

@@ -42,6 +42,8 @@ class Supervised(Optimization):
         if self.adapter:
             idle = "in supervised training, beside which nothing samples"
             refuse_idle(self.adapter, dict.fromkeys(("offload_base", "sync"), idle), "adapter.")
+        if self.samples_in_fp8:
+            raise ValueError(f'fp8 "{self.fp8}": nothing samples beside this training: give update')
         return self
 
 

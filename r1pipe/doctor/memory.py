@@ -238,6 +238,11 @@ def trainer_parts(
         # Autograd keeps a bf16 copy of each matrix for the backward pass.
         copied = shape.largest_layer if checkpointing else shape.parameters
         parts["activations"] += element * copied
+    if settings.trains_in_fp8:
+        # And a rounded one, which is whole in several processes, too.
+        parts["activations"] += element * (
+            shape.largest_layer if checkpointing else shape.parameters
+        )
     max_logits = MAX_LOGITS["cuda" if devices.is_gpu else "cpu"]
     parts["logits"] = 4 * LOGIT_COPIES * min(max_logits, num_tokens * shape.config.vocab_size)
     parts["process"] = GPU_PROCESS if devices.is_gpu else CPU_PROCESS

@@ -47,7 +47,9 @@ def examine_parity(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
         origin = (place, device, recipe.attn_implementation, Policy)
         adapter = stage.adapter and NewAdapter(stage.adapter, recipe.seed)
         model = load_sharded(*origin, dtype=recipe.dtype, adapter=adapter)
-        updater = Updater(model, stage, dtype=recipe.dtype, seed=recipe.seed)
+        # In full precision: the engine has the checkpoint's own weights.
+        plain = stage.model_copy(update={"fp8": None})
+        updater = Updater(model, plain, dtype=recipe.dtype, seed=recipe.seed)
         diff = measure_mismatch(updater, samples)
     finally:
         engines.close()

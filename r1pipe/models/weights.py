@@ -23,6 +23,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from r1pipe.models.adapter import find_adapter, merge, save_adapter
+from r1pipe.models.fp8 import list_rounded, round_matrix
 from r1pipe.models.tokenizer import join_end_ids, list_ids
 from r1pipe.utils.distributed import full_tensor, is_first
 from r1pipe.utils.errors import UserError
@@ -173,9 +174,11 @@ def cut_files(
     yield part
 
 
-def export_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+def export_weights(
+    model: PreTrainedModel, *, fp8: bool = False
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors as in a saved checkpoint, an adapter merged, one layer at a time, without a
-    second full copy.
+    second full copy; with `fp8` rounded (models/fp8.py).
 
     Iterates `state_dict()`, not the parameters: a router's `e_score_correction_bias` is a buffer,
     and a sampler without it routes tokens to other experts.
@@ -188,12 +191,15 @@ def export_weights(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]
         # Saved checkpoints have tied weights once; vLLM ties them itself.
         tensors = {n: t for n, t in tensors.items() if n not in tied_names(model)}
 
+    rounded = {f"{t.path}.{t.name}": t for t in list_rounded(model)} if fp8 else {}
+
     def layer(name: str) -> str:
         found = re.search(r"\.layers\.(\d+)\.", name)
         return found.group(1) if found else ""
 
     for _, group in groupby(sorted(tensors, key=layer), key=layer):
         part = merge(model, {name: full_tensor(tensors[name].detach()) for name in group})
+        part = {n: round_matrix(t, rounded[n]) if n in rounded else t for n, t in part.items()}
         yield from revert_weight_conversion(model, part).items()
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from r1pipe.config.rl import Grpo
 from r1pipe.models.adapter import without_adapter
+from r1pipe.models.fp8 import add_fp8
 from r1pipe.rl.losses import LossInputs, Totals, compute_loss
 from r1pipe.rl.update import SamplerMismatch, Updater
 from r1pipe.trainer.fsdp import put_weights, take_weights
@@ -34,6 +35,8 @@ class GrpoUpdater(Updater):
         self.num_passes = settings.num_iterations
         super().__init__(policy, settings, dtype=dtype, seed=seed)
         self.reference = None if reference is None else as_policy(reference)
+        if self.reference is not None and settings.trains_in_fp8:
+            add_fp8(self.reference.model, is_on=True)  # otherwise the KL would begin above 0
 
     @property
     def needs_old_policy(self) -> bool:

@@ -110,9 +110,9 @@ def run_steps(
         checkpoints = Checkpoints(context.shared_folder, stage, stage.name, parts, logs)
         if done := checkpoints.restore_last_good():
             progress.start_at(done)
-        if done or sampler.asleep:
+        if done or sampler.asleep or stage.fp8:
             sync(updater, sampler)
-            if sampler.sleep_level:
+            if sampler.sleep_level or stage.fp8:
                 probe_sync(stage, updater, sampler, breaker, problems, done)
         if not done:
             collector.begin()
@@ -229,7 +229,7 @@ def sync(updater: Updater, sampler: WeightReceiver) -> None:
             save_adapter(updater.model, Path(folder))
             sampler.load_adapter(folder)
     else:
-        sampler.load_weights(export_weights(updater.model))
+        sampler.load_weights(export_weights(updater.model, fp8=updater.settings.samples_in_fp8))
 
 
 def compare_ahead(updater: Updater, weights: dict[str, Tensor], batch: Batch) -> float | None:
@@ -238,7 +238,8 @@ def compare_ahead(updater: Updater, weights: dict[str, Tensor], batch: Batch) ->
     must call it."""
     groups = batch.own_groups[:PROBE_PROMPTS]
     samples = [Sample(group.rollouts[0], 0.0) for group in groups if group.rollouts[0].num_tokens]
-    metrics = updater.evaluate_with(weights, samples).metrics()
+    with updater.computing_as_sampler():
+        metrics = updater.evaluate_with(weights, samples).metrics()
     return metrics.get("sampler/logprob_diff_mean")
 
 
@@ -299,8 +300,10 @@ def draw_samples(
 
 
 def measure_mismatch(updater: Updater, samples: list[Sample]) -> float | None:
-    """Mean |sampler - trainer| log-probability; None without samples on any rank."""
-    return updater.evaluate(samples).metrics().get("sampler/logprob_diff_mean")
+    """Mean |sampler - trainer| log-probability, the trainer's weights rounded as the sampler's;
+    None without samples on any rank."""
+    with updater.computing_as_sampler():
+        return updater.evaluate(samples).metrics().get("sampler/logprob_diff_mean")
 
 
 class Clock:

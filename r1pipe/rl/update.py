@@ -1,6 +1,7 @@
 """The trainer's half of a step: log-probabilities of rollouts, and the policy's update."""
 
 import contextlib
+import math
 import random
 from collections.abc import Callable, Iterator
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from r1pipe.config.rl import OnPolicy
+from r1pipe.models.fp8 import computing_as_sampler
 from r1pipe.models.routing import pack_routes, replaying
 from r1pipe.rl.balance import share_out
 from r1pipe.rl.losses import Totals
@@ -238,6 +240,10 @@ class Updater(PackedTrainer):
                 self.remember(batch, now)
         return mismatch
 
+    def computing_as_sampler(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the policy rounds what the sampler's was rounded, no more."""
+        return computing_as_sampler(self.model, weights=self.settings.samples_in_fp8)
+
     def copy_weights(self) -> dict[str, Tensor]:
         """This rank's part of the policy, in CPU memory."""
         return {
@@ -264,6 +270,7 @@ class SamplerMismatch:
 
     def __init__(self) -> None:
         self._diff_sum = self._diff_max = self._entropy_sum = 0.0
+        self._kl_sum = self._ratio_sum = self._square_sum = 0.0
         self._num_tokens = 0
 
     def add(self, batch: PackedBatch, now: LogProbs) -> None:
@@ -272,18 +279,32 @@ class SamplerMismatch:
         # Not max(): a NaN must stay one.
         self._diff_max = float(torch.maximum(diff_C.max(), diff_C.new_tensor(self._diff_max)))
         self._entropy_sum += float(now.entropy_C.sum(dtype=torch.float64))
+        log_ratio_C = (now.logprobs_C.detach() - batch.sampler_logprobs_C).double()
+        ratio_C = log_ratio_C.exp()
+        self._kl_sum += float((ratio_C - 1 - log_ratio_C).sum())
+        self._ratio_sum += float(ratio_C.sum())
+        self._square_sum += float(ratio_C.square().sum())
         self._num_tokens += len(diff_C)
 
     def metrics(self) -> dict[str, float]:
-        """Over all ranks, which must all call it; empty if there was nothing to compare."""
-        own = (self._diff_sum, self._diff_max, self._entropy_sum, self._num_tokens)
-        diff_sums, diff_maxima, entropy_sums, counts = zip(*distributed.gather(own))
+        """Over all ranks, which must all call it; empty if there was nothing to compare.
+
+        `kl`: KL(sampler || trainer) per token by Schulman's k3 estimator. `ess`: effective sample
+        size of the tokens' importance weights, as a share of the tokens (Kong 1992)."""
+        sums = (self._kl_sum, self._ratio_sum, self._square_sum)
+        own = (self._diff_sum, self._diff_max, self._entropy_sum, *sums, self._num_tokens)
+        diff_sums, diff_maxima, entropy_sums, kls, ratios, squares, counts = zip(
+            *distributed.gather(own)
+        )
         num_tokens = sum(counts)
         if not num_tokens:
             return {}
+        mean_ratio = sum(ratios) / num_tokens
         return {
             "sampler/logprob_diff_mean": sum(diff_sums) / num_tokens,
             "sampler/logprob_diff_max": float(torch.tensor(diff_maxima).amax()),
+            "sampler/kl": sum(kls) / num_tokens,
+            "sampler/ess": mean_ratio * mean_ratio / (sum(squares) / num_tokens or math.nan),
             "entropy": sum(entropy_sums) / num_tokens,
         }
 

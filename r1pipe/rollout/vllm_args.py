@@ -61,6 +61,8 @@ def engine_arguments(
         arguments["distributed_executor_backend"] = "external_launcher"
     if settings.sleep and device.type == "cuda":
         arguments["enable_sleep_mode"] = True
+    if settings.quantization:
+        arguments["quantization"] = settings.quantization
     if lora_rank:
         largest = next(rank for rank in LORA_RANKS if rank >= lora_rank)
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": largest}
@@ -183,6 +185,8 @@ def check_engine(
             f"engine.tensor_parallel_size {size}: {num_processes} process"
             f"{'es' * (num_processes > 1)} cannot be grouped by {size}: start as many with NPROC"
         )
+    if device_type == "cpu":
+        check_cpu_quantization(name, config, settings)
     text = config.get_text_config()
     if heads := getattr(text, "num_attention_heads", None):
         if heads % size:
@@ -233,6 +237,26 @@ def check_drafter(drafter: str, name: str, config: Any, settings: Engine, device
         raise UserError(
             f"{what} has a context of {longest} tokens, the engine of {wanted}: set "
             "engine.max_model_len"
+        )
+
+
+def check_cpu_quantization(name: str, config: Any, settings: Engine) -> None:
+    """Raises UserError for numbers with which vLLM 0.31 fails on CPU, or computes wrongly (INT8: KL
+    7 from the trainer, NaN after a reload)."""
+    if settings.quantization:
+        raise UserError(
+            f"engine.quantization {settings.quantization}: vLLM has no FP8 on CPU (float32 is "
+            "refused, kernels are missing): leave it out; a training stage's fp8 emulates it"
+        )
+    how = getattr(config, "quantization_config", None) or {}
+    how = how if isinstance(how, dict) else how.to_dict()
+    groups = (how.get("config_groups") or {}).values()
+    if how.get("quant_method") == "fp8":
+        raise UserError(f"{name}: its weights are in FP8, with which vLLM cannot compute on CPU")
+    if any(group.get("input_activations") for group in groups):
+        raise UserError(
+            f"{name}: quantised with its activations (W8A8), which vLLM computes wrongly on CPU: "
+            "take the model that it was made from"
         )
 
 

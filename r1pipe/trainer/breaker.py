@@ -74,9 +74,10 @@ class Breaker:
     def examine_update(self, metrics: Facts) -> bool:
         """`metrics`: of the optimizer step at hand, over all ranks."""
         name = "sampler/logprob_diff_mean"
-        if self.batch.policy_step != self.batch.step and name in metrics:
-            # A batch sampled ahead differs from the trainer by a step of learning, not by an error:
-            # it is compared with the policy that sampled it.
+        is_apart = self.batch.policy_step != self.batch.step or self.stage.fp8
+        if is_apart and name in metrics:
+            # A batch sampled ahead differs from the trainer by a step of learning, one in FP8 by
+            # rounding, not by an error: it is compared with the policy that sampled it.
             metrics = {key: value for key, value in metrics.items() if key != name}
             if self.batch.logprob_diff is not None:
                 metrics[name] = self.batch.logprob_diff

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from r1pipe.config.base import Optimization
 from r1pipe.models.expert_load import ExpertLoad, number_packed
+from r1pipe.models.fp8 import add_fp8
 from r1pipe.models.model import fast_training_kernels
 from r1pipe.models.mtp import find_mtp_layer, require_mtp_layer
 from r1pipe.trainer.fsdp import put_optimizer, put_weights, take_optimizer, take_weights
@@ -27,6 +28,7 @@ from r1pipe.types import Rollout
 from r1pipe.utils import distributed
 from r1pipe.utils.distributed import full_tensor
 from r1pipe.utils.phases import heartbeat
+from r1pipe.utils.progress import log_line
 
 
 class PackedTrainer:
@@ -54,6 +56,9 @@ class PackedTrainer:
         detached = find_mtp_layer(model) if self.policy.mtp == "detached" else None
         self.detached = dict.fromkeys(detached.parameters() if detached else ())
         """Parameters whose gradient has nothing to do with the others'."""
+        if settings.fp8:
+            count = add_fp8(model, is_on=settings.trains_in_fp8)
+            log_line(f"fp8 ({settings.fp8}), emulated: {count} matrices in e4m3, 128 x 128 blocks")
         self.load = ExpertLoad(
             model,
             bias_update_rate=0.0 if settings.adapter else settings.bias_update_rate,

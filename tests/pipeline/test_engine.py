@@ -25,6 +25,7 @@ from r1pipe.config.base import ProblemSet, Sampling
 from r1pipe.config.recipe import Engine
 from r1pipe.data.problems import load_problems
 from r1pipe.models.adapter import add_adapter, initialize
+from r1pipe.models.fp8 import add_fp8, computing_as_sampler
 from r1pipe.models.model import build_model, fast_training_kernels
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import export_weights, save_checkpoint
@@ -46,6 +47,8 @@ SETTINGS = Engine(max_model_len=256, max_num_seqs=256, kv_cache_gib=0.25)
 SAMPLING = Sampling(max_completion_length=24)
 LIMIT = 1e-5
 """Mean |sampler - trainer| log-probability in float32; the wrong ones were 0.2 to 5.6."""
+APART = 10 * LIMIT
+"""Less than what rounding to FP8 does to it."""
 
 QWEN3_MOE = {
     "model_type": "qwen3_moe",
@@ -171,6 +174,26 @@ def test_merged_adapter_agrees(opened: tuple, tokenizer: object, problems: list[
     assert logprob_diff(adapted, rollouts) < LIMIT
     assert logprob_diff(model, rollouts) > 0.01, "the adapter does too little to tell"
     sampler.load_weights(export_weights(model))
+
+
+def test_rounded_weights_and_back(
+    opened: tuple, tokenizer: object, problems: list[Problem]
+) -> None:
+    """FP8: what the trainer computes with the same rounding; then as before, bit by bit."""
+    name, _, sampler = opened
+    model = make_model(name, tokenizer, seed=0)
+    before = sampler.generate(problems, 1, SAMPLING, (0,))
+    add_fp8(model, is_on=False)
+    sampler.load_weights(export_weights(model, fp8=True))
+    rounded = sampler.generate(problems, 1, SAMPLING, (0,))
+    assert logprob_diff(model, rounded) > APART
+    with computing_as_sampler(model, weights=True):
+        assert logprob_diff(model, rounded) < LIMIT
+        assert logprob_diff(model, before) > APART
+    sampler.load_weights(export_weights(model))
+    again = sampler.generate(problems, 1, SAMPLING, (0,))
+    assert [r.completion_ids for r in again] == [r.completion_ids for r in before]
+    assert [r.logprobs for r in again] == [r.logprobs for r in before]
 
 
 def test_checkpoint_of_the_same_architecture_reuses_the_engine(

@@ -129,6 +129,11 @@ MISTAKES = [
     ({"stages": stages_with(2, data=[A, {"recipe": "b", "wait": 1}])}, ["grpo.data.1.wait: unk"]),
     # What is given already is not what was meant.
     ({"stages": stages_with(2, prompts_a_step=9)}, ["unknown key; known keys: adam_beta2"]),
+    ({"stages": stages_with(2, fp8="both", adapter={})}, ["grpo: fp8 is", "without an adapter"]),
+    (
+        {"stages": stages_with(1, train={"max_steps": 5, "fp8": "both"})},
+        ['stages.sft.train: fp8 "both"', "give update"],
+    ),
     ({"engine": {"max_num_seq": 3}}, ["engine.max_num_seq", "max_num_seqs"]),
     (
         {"stages": stages_with(3, traces={"num_generations": 1, "sampling": {}})},

@@ -188,6 +188,15 @@ def test_vllm_is_asked_for_sleep_on_cuda_alone(level: int | None) -> None:
     assert "enable_sleep_mode" not in on_cpu
 
 
+def test_vllm_quantizes_where_it_is_asked_to() -> None:
+    config, gpu = make_config(LLAMA), torch.device("cuda")
+    for settings in (Engine(), Engine(quantization="fp8_per_block")):
+        arguments = engine_arguments(config, settings, "bfloat16", gpu)
+        assert arguments.get("quantization") == settings.quantization
+    text = vllm_file("model_executor/layers/quantization/__init__.py")
+    assert '"fp8_per_block"' in re.search(r"QuantizationMethods = Literal\[(.*?)\]", text, re.S)[1]
+
+
 def test_an_engine_takes_back_what_the_one_before_it_needed() -> None:
     """Else the second model would be computed by the first one's rule."""
     gpu = torch.device("cuda", 0)
@@ -217,6 +226,16 @@ def test_functions_decorated_before_are_not_compiled(monkeypatch: pytest.MonkeyP
         assert os.environ["TORCHDYNAMO_DISABLE"] == "1"
         assert double(torch.ones(1)) == 2
 
+
+def compress(weights: int, activations: int | None) -> dict:
+    """A config as llm-compressor writes it; bits."""
+    inputs = activations and {"num_bits": activations, "type": "int", "dynamic": True}
+    group = {"targets": ["Linear"], "weights": {"num_bits": weights}, "input_activations": inputs}
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}}
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+W8A8, W4A16 = compress(8, 8), compress(4, None)
 
 # (model, engine, device, processes, trains) -> words of the refusal, or None
 REFUSALS = [
@@ -249,6 +268,12 @@ REFUSALS = [
     (LLAMA, {"tensor_parallel_size": 2}, "cuda", 1, True, "1 process cannot be grouped by 2"),
     (LLAMA, {"tensor_parallel_size": 2}, "cuda", 1, False, None),
     (LLAMA, {"tensor_parallel_size": 4}, "cuda", 4, True, "the 2 attention heads of m"),
+    (LLAMA, {"quantization": "fp8_per_block"}, "cpu", 1, True, "vLLM has no FP8 on CPU"),
+    (LLAMA, {"quantization": "fp8_per_block"}, "cuda", 1, True, None),
+    ({**LLAMA, "quantization_config": FP8}, {}, "cpu", 1, False, "m: its weights are in FP8"),
+    ({**LLAMA, "quantization_config": W8A8}, {}, "cpu", 1, False, "computes wrongly on CPU"),
+    ({**LLAMA, "quantization_config": W8A8}, {}, "cuda", 1, False, None),
+    ({**LLAMA, "quantization_config": W4A16}, {}, "cpu", 1, False, None),
 ]
 
 

@@ -83,4 +83,5 @@ def test_when_syncs_are_probed() -> None:
     assert not make_settings().verifies_sync
     assert make_settings(async_steps=1).verifies_sync
     assert make_settings(verify_sync=True).verifies_sync
+    assert make_settings(fp8="rollouts").verifies_sync
     assert not make_settings(async_steps=1, verify_sync=False).verifies_sync

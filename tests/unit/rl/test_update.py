@@ -1,7 +1,9 @@
 """The policy's update: minibatches, micro-batches, checks, routing replay."""
 
 import copy
+import math
 from functools import partial
+from statistics import fmean
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import (
 )
 
 from r1pipe.config.rl import LOSSES
+from r1pipe.models.fp8 import list_rounded, round_matrix
 from r1pipe.models.routing import (
     find_routers,
 )
@@ -79,6 +82,58 @@ def test_one_update_needs_no_second_forward_pass(
     for name, value in before.items():
         assert own[name] == pytest.approx(value, rel=1e-5)
     assert_same_weights(weights, dict(updater.model.named_parameters()))
+
+
+@pytest.mark.parametrize("error", [0.0, 0.5])
+def test_distance_of_sampler_and_trainer(
+    model: PreTrainedModel, samples: list[Sample], error: float
+) -> None:
+    """Of a sampler that gives each token e^-error, and every second one e^error, of its due."""
+    updater = make_updater(model)
+    samples = copy.deepcopy(samples)
+    updater.evaluate(samples)
+    log_ratios = []
+    for sample in samples:
+        signs = [1 - 2 * (n % 2) for n in range(sample.rollout.num_tokens)]
+        log_ratios += [error * sign for sign in signs]
+        own = zip(sample.old_logprobs.tolist(), signs, strict=True)
+        sample.rollout.logprobs = [logprob - error * sign for logprob, sign in own]
+    metrics = updater.evaluate(samples).metrics()
+    ratios = [math.exp(x) for x in log_ratios]
+    assert metrics["sampler/logprob_diff_mean"] == pytest.approx(error, abs=1e-6)
+    k3 = fmean(r - 1 - x for r, x in zip(ratios, log_ratios))
+    assert metrics["sampler/kl"] == pytest.approx(k3, abs=1e-6)
+    share = sum(ratios) ** 2 / sum(r * r for r in ratios) / len(ratios)
+    assert metrics["sampler/ess"] == pytest.approx(share, abs=1e-6)
+    assert (share < 0.9) == (error > 0)
+
+
+@pytest.mark.parametrize("fp8", ["rollouts", "update", "both"])
+def test_updates_in_fp8(samples: list[Sample], fp8: str) -> None:
+    """The reference rounds as the policy does, master weights are not rounded, and for a comparison
+    with the sampler the policy rounds what that does."""
+    model = make_moe_model("deepseek_v3", vocab_size=400)
+    plain, weights = update(model, samples, beta=0.1)
+    updater = make_updater(model, beta=0.1, fp8=fp8)
+    rounds = fp8 != "update"
+    by_hand = copy.deepcopy(model)
+    by_hand.load_state_dict(model.state_dict())
+    for target in list_rounded(by_hand) if rounds else ():
+        weight = getattr(by_hand.get_submodule(target.path), target.name)
+        weight.data = round_matrix(weight.data, target)
+    expected = make_updater(by_hand).evaluate(copy.deepcopy(samples)).metrics()
+    with updater.computing_as_sampler():
+        found = updater.evaluate(copy.deepcopy(samples)).metrics()
+    assert found == pytest.approx(expected, rel=1e-5)
+    metrics = updater.step(copy.deepcopy(samples), 1, accept)
+    assert metrics["kl"] == pytest.approx(0.0, abs=1e-7)
+    assert (metrics["loss"] == plain["loss"]) == (fp8 == "rollouts")
+    assert metrics["loss"] == pytest.approx(plain["loss"], abs=0.05)
+    moved = dict(updater.model.named_parameters())
+    for name, weight in model.named_parameters():
+        # Adam's first step has size lr.
+        assert (moved[name] - weight).abs().max() < 2e-3, name
+        assert (fp8 != "rollouts") or torch.equal(moved[name], weights[name]), name
 
 
 @pytest.mark.parametrize("steps_per_generation", [1, 2])

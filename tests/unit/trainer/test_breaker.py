@@ -387,6 +387,16 @@ def test_a_stale_sampler_is_no_fault(tmp_path: Path) -> None:
         breaker.examine_update(apart)
 
 
+@pytest.mark.parametrize("fp8", ["rollouts", "update", "both"])
+def test_rounding_is_no_fault(fp8: str, tmp_path: Path) -> None:
+    """Of one side: the probe after a sync, with the same on both, is held to the limit."""
+    breaker = Breaker(make_grpo(name="rl", fp8=fp8), EventLog(tmp_path), tmp_path)
+    breaker.examine_batch(make_batch(2, GOOD), METRICS)
+    assert not breaker.examine_update({"sampler/logprob_diff_mean": 0.01, "entropy": 1.0})
+    with pytest.raises(Tripped, match="disagree"):
+        breaker.examine_sync(0.01, 2)
+
+
 def test_a_stale_batch_is_held_to_the_policy_that_sampled_it(tmp_path: Path) -> None:
     """However far the one that trains on it has come since."""
     breaker = make_breaker(tmp_path)
