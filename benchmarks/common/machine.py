@@ -90,7 +90,9 @@ def check_head(card: Card, check: Check) -> None:
         head.add_up_in_float32()
         sizes = chunk_sizes(num_tokens, vocab, card.device)
         parts = [
-            checkpoint(Policy.score, None, head, *pair, 1.0, *[None] * 3, use_reentrant=False)[0]
+            checkpoint(
+                Policy.score_chunk, None, head, *pair, 1.0, *[None] * 3, use_reentrant=False
+            )[0]
             for pair in zip(hidden_CD.split(sizes), target_C.split(sizes))
         ]
         return torch.cat(parts)
