@@ -180,18 +180,26 @@ def teach(
     return model.eval()
 
 
-def test_a_model_that_calls_a_tool_reads_its_result(opened: tuple) -> None:
+def play_with(
+    policy: PreTrainedModel, opened: tuple[Sampler, PreTrainedModel], settings: Environment
+) -> list[Rollout]:
+    """Two episodes of each problem by the engine with this policy's weights."""
     sampler, model = opened
-    caller = teach(sampler.tokenizer, CALL, tools=ToolEnvironment(PROBLEMS[0]).tools)
-    settings = Environment(**TOOLS)
     episodes = EpisodeSampler(sampler, settings, PROBLEMS[0])
-    sampler.load_weights(export_weights(caller))
+    sampler.load_weights(export_weights(policy))
     try:
         sampling = Sampling(max_completion_length=160)
         groups = list(episodes.generate_groups(PROBLEMS, 2, sampling, (0,)))
     finally:
         sampler.load_weights(export_weights(model))
-    rollouts = [r for group in groups for r in group.rollouts if r.episode.num_tool_calls]
+    return [rollout for group in groups for rollout in group.rollouts]
+
+
+def test_a_model_that_calls_a_tool_reads_its_result(opened: tuple) -> None:
+    sampler, _ = opened
+    caller = teach(sampler.tokenizer, CALL, tools=ToolEnvironment(PROBLEMS[0]).tools)
+    played = play_with(caller, opened, Environment(**TOOLS))
+    rollouts = [r for r in played if r.episode.num_tool_calls]
     assert len(rollouts) > 8
     for rollout in rollouts:
         assert {"role": "tool", "name": "calculator", "content": "42"} in rollout.episode.messages
@@ -202,17 +210,11 @@ def test_a_model_that_calls_a_tool_reads_its_result(opened: tuple) -> None:
 
 
 def test_a_malformed_call_is_counted_and_answered(opened: tuple) -> None:
-    sampler, model = opened
+    sampler, _ = opened
     tools = ToolEnvironment(PROBLEMS[0]).tools
     caller = teach(sampler.tokenizer, CALL.replace("}}", ""), tools=tools)
-    episodes = EpisodeSampler(sampler, Environment(**TOOLS, max_turns=2), PROBLEMS[0])
-    sampler.load_weights(export_weights(caller))
-    try:
-        sampling = Sampling(max_completion_length=160)
-        groups = list(episodes.generate_groups(PROBLEMS, 2, sampling, (0,)))
-    finally:
-        sampler.load_weights(export_weights(model))
-    rollouts = [r for group in groups for r in group.rollouts if r.episode.num_malformed_calls]
+    played = play_with(caller, opened, Environment(**TOOLS, max_turns=2))
+    rollouts = [r for r in played if r.episode.num_malformed_calls]
     assert len(rollouts) > 8
     for rollout in rollouts:
         answers = [m for m in rollout.episode.messages if m["role"] == "tool"]
