@@ -267,28 +267,29 @@ def test_filters_outlive_a_reload(page: Browser) -> None:
     assert count_shown(page) == 4
 
 
+def count_lines(browser: Browser, tmp_path: Path, rows: list[dict], label: str) -> int:
+    """In the chart of these steps whose label is like that."""
+    run = write_run(tmp_path / "run")
+    write_jsonl(run / "grpo" / "metrics.jsonl", rows)
+    browser.open(report.write_report(run, tmp_path / "report.html").as_uri(), READY)
+    chart = f".charts svg[aria-label{label}]"
+    return browser.evaluate(f"document.querySelectorAll('{chart} path').length")
+
+
 @needs_browser
 def test_teachers_share_a_chart(browser: Browser, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
     rows = [
         {"step": step, "divergence": 2 / step, "divergence/math": 1 / step, "divergence/zh": 3}
         for step in (1, 2, 3)
     ]
-    write_jsonl(run / "grpo" / "metrics.jsonl", rows)
-    browser.open(report.write_report(run, tmp_path / "report.html").as_uri(), READY)
-    lines = "document.querySelectorAll('.charts svg[aria-label^=divergence] path').length"
-    assert browser.evaluate(lines) == 3
+    assert count_lines(browser, tmp_path, rows, "^=divergence") == 3
 
 
 @needs_browser
 def test_limits_of_episodes_share_a_chart(browser: Browser, tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run")
     ends = [f"episodes/ended_by_{why}" for why in ("turns", "tokens", "tool_time", "error")]
     rows = [{"step": step, **dict.fromkeys(ends, 1 / step)} for step in (1, 2, 3)]
-    write_jsonl(run / "grpo" / "metrics.jsonl", rows)
-    browser.open(report.write_report(run, tmp_path / "report.html").as_uri(), READY)
-    lines = "document.querySelectorAll('.charts svg[aria-label*=\"a limit\"] path').length"
-    assert browser.evaluate(lines) == 4
+    assert count_lines(browser, tmp_path, rows, '*="a limit"') == 4
 
 
 @needs_browser
