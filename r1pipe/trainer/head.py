@@ -42,8 +42,9 @@ class Head:
 
     def score(
         self, hidden_CD: Tensor, target_C: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the targets and entropies, by `ScoreTokens`."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of the targets, entropies, and whether the target is the likeliest, by
+        `ScoreTokens`."""
         if torch.is_grad_enabled():
             self.add_up_in_float32()
         # In bf16 it holds four bytes a logit, of which MAX_LOGITS allows for twelve.
@@ -53,8 +54,8 @@ class Head:
             ScoreTokens.apply(hidden, target, self.weight_VD, self.bias_V, self, temperature)
             for hidden, target in zip(hidden_CD.split(sizes), target_C.split(sizes))
         ]
-        logprobs, entropies = zip(*scores)
-        return torch.cat(logprobs), torch.cat(entropies)
+        logprobs_C, entropy_C, is_likeliest_C = map(torch.cat, zip(*scores))
+        return logprobs_C, entropy_C, is_likeliest_C
 
     def add_product(self, gradient_CV: Tensor, hidden_CD: Tensor) -> None:
         product = (gradient_CV.t(), hidden_CD)
@@ -125,17 +126,19 @@ class ScoreTokens(torch.autograd.Function):
         bias_V: Tensor | None,
         head: Head,
         temperature: float,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         logits_CV = linear(hidden_CD, weight_VD, bias_V)
-        logprobs_C, entropy_C, lse_C = run(reduce_logits, logits_CV, target_C, temperature)
+        logprobs_C, entropy_C, lse_C, is_likeliest_C = run(
+            reduce_logits, logits_CV, target_C, temperature
+        )
         ctx.save_for_backward(hidden_CD, target_C, weight_VD, bias_V, lse_C)
         ctx.head, ctx.temperature = head, temperature
-        ctx.mark_non_differentiable(entropy_C)
+        ctx.mark_non_differentiable(entropy_C, is_likeliest_C)
         ctx.set_materialize_grads(False)
-        return logprobs_C, entropy_C
+        return logprobs_C, entropy_C, is_likeliest_C
 
     @staticmethod
-    def backward(ctx: Any, gradient_C: Tensor, nothing: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient_C: Tensor, *nothing: None) -> tuple[Tensor | None, ...]:
         hidden_CD, target_C, weight_VD, bias_V, lse_C = ctx.saved_tensors
         logits_CV = linear(hidden_CD, weight_VD, bias_V)
         columns = (target_C, lse_C, gradient_C)
@@ -150,8 +153,9 @@ class ScoreTokens(torch.autograd.Function):
 
 def reduce_logits(
     logits_CV: Tensor, target_C: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probability of the target, entropy in nats, log-sum-exp: `[C]` each, float32."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probability of the target, entropy in nats, log-sum-exp, all float32, and whether the
+    target is the likeliest token: `[C]` each."""
     scaled_CV = logits_CV.float() / temperature
     largest_C1 = scaled_CV.amax(-1, keepdim=True)
     below_CV = scaled_CV - largest_C1
@@ -161,7 +165,7 @@ def reduce_logits(
     mean_C = torch.where(weight_CV > 0, weight_CV * below_CV, 0.0).sum(-1) / total_C
     lse_C = largest_C1.squeeze(-1) + total_C.log()
     own_C = logits_CV.gather(-1, target_C.unsqueeze(-1)).squeeze(-1).float() / temperature
-    return own_C - lse_C, total_C.log() - mean_C, lse_C
+    return own_C - lse_C, total_C.log() - mean_C, lse_C, own_C == largest_C1.squeeze(-1)
 
 
 def differentiate_logits(

@@ -1,10 +1,12 @@
 """Log-probabilities of completions, never with all logits of a batch at once."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple, cast
+from functools import partial
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -109,18 +111,13 @@ class Policy(nn.Module):
         hidden_ND = compute_mtp_hidden(self.model, batch, hidden_ND, detached=detached)
         hidden_CD = hidden_ND[(batch.predictor_C - 1).clamp(min=0)]
         in_sequence_C = batch.position_N[batch.predictor_C] > 0
-        now = self.score(hidden_CD, batch.target_C, 1.0, detached=detached)
-        is_likeliest_C = self.find_likeliest(hidden_CD, batch.target_C)
-        return SecondTokens(
-            now.logprobs_C.where(in_sequence_C, 0.0), is_likeliest_C & in_sequence_C
-        )
-
-    @torch.no_grad()
-    def find_likeliest(self, hidden_CD: Tensor, target_C: Tensor) -> Tensor:
-        head = Head(self.model.get_output_embeddings())
-        sizes = chunk_sizes(len(hidden_CD), len(head.weight_VD), hidden_CD.device)
-        parts = zip(hidden_CD.split(sizes), target_C.split(sizes), strict=True)
-        return torch.cat([head(hidden).argmax(-1) == target for hidden, target in parts])
+        head = Head(self.model.get_output_embeddings(), detached=detached)
+        if hidden_CD.device.type in head.fuses_on:
+            logprobs_C, _, is_likeliest_C = head.score(hidden_CD, batch.target_C, 1.0)
+        else:
+            parts = map_chunks(score_second, head, hidden_CD, batch.target_C)
+            logprobs_C, is_likeliest_C = map(torch.cat, zip(*parts, strict=True))
+        return SecondTokens(logprobs_C.where(in_sequence_C, 0.0), is_likeliest_C & in_sequence_C)
 
     def score(
         self,
@@ -130,31 +127,14 @@ class Policy(nn.Module):
         support: Support | None = None,
         truncation: Truncation | None = None,
         teacher: TeacherStates | None = None,
-        *,
-        detached: bool = False,
     ) -> LogProbs:
-        head = Head(self.model.get_output_embeddings(), detached=detached)
+        head = Head(self.model.get_output_embeddings())
         whole = support is None and truncation is None and teacher is None
         if whole and hidden_CD.device.type in head.fuses_on:
-            return LogProbs(*head.score(hidden_CD, target_C, temperature))
-        sizes = chunk_sizes(len(hidden_CD), len(head.weight_VD), hidden_CD.device)
-        # Recomputing a chunk's logits in backward costs one product; keeping all costs memory.
-        recompute = torch.is_grad_enabled() and len(sizes) > 1
-        if recompute:
-            head.add_up_in_float32()
-        columns = (
-            hidden_CD.split(sizes),
-            target_C.split(sizes),
-            support.split(sizes) if support else [None] * len(sizes),
-            teacher.split(sizes) if teacher else [None] * len(sizes),
-        )
-        parts = []
-        for hidden, target, kept, states in zip(*columns, strict=True):
-            arguments = (head, hidden, target, temperature, kept, truncation, states)
-            if recompute:
-                parts.append(checkpoint(self.score_chunk, *arguments, use_reentrant=False))
-            else:
-                parts.append(self.score_chunk(*arguments))
+            logprobs_C, entropy_C, _ = head.score(hidden_CD, target_C, temperature)
+            return LogProbs(logprobs_C, entropy_C)
+        score = partial(score_chunk, temperature=temperature, truncation=truncation)
+        parts = map_chunks(score, head, hidden_CD, target_C, support, teacher)
         logprobs, entropies, supports, divergences = zip(*parts, strict=True)
         return LogProbs(
             torch.cat(logprobs),
@@ -163,37 +143,60 @@ class Policy(nn.Module):
             torch.cat(divergences) if teacher else None,
         )
 
-    def score_chunk(
-        self,
-        head: Head,
-        hidden_CD: Tensor,
-        target_C: Tensor,
-        temperature: float,
-        support: Support | None,
-        truncation: Truncation | None,
-        teacher: TeacherStates | None,
-    ) -> tuple[Tensor, Tensor, Support | None, Tensor | None]:
-        """Log-probability, entropy, support if `truncation` is given, divergence if a `teacher`
-        is."""
-        logits_CV = head(hidden_CD).float() / temperature
-        target_C1 = target_C.unsqueeze(-1)
-        kept = None
-        if support is not None:
-            logits_CV = logits_CV.masked_fill(~support.mask(logits_CV.shape[-1]), -torch.inf)
-        elif truncation is not None:
-            with torch.no_grad():
-                keep_CV = truncation.keep(logits_CV).scatter(-1, target_C1, True)
-            kept = Support.of(keep_CV)
-            logits_CV = logits_CV.masked_fill(~keep_CV, -torch.inf)
-        all_logprobs_CV = logits_CV.log_softmax(-1)
-        # A recomputed tensor that no gradient reaches stays until the last chunk's backward: with a
-        # teacher, whose divergence is the loss, the gather's would be all logits of the batch.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and teacher is None):
-            logprobs_C = all_logprobs_CV.gather(-1, target_C1).squeeze(-1)
+
+def map_chunks(
+    function: Callable[..., tuple], head: Head, hidden_CD: Tensor, *columns: Any
+) -> list[tuple]:
+    """`function` of the head and a chunk's part of each column, chunk by chunk."""
+    sizes = chunk_sizes(len(hidden_CD), len(head.weight_VD), hidden_CD.device)
+    # Recomputing a chunk's logits in backward costs one product; keeping all costs memory.
+    if torch.is_grad_enabled() and len(sizes) > 1:
+        head.add_up_in_float32()
+        function = partial(checkpoint, function, use_reentrant=False)
+    parts = [
+        [None] * len(sizes) if column is None else column.split(sizes)
+        for column in (hidden_CD, *columns)
+    ]
+    return [function(head, *row) for row in zip(*parts, strict=True)]
+
+
+def score_second(head: Head, hidden_CD: Tensor, target_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of the target, and whether it is the likeliest token."""
+    logits_CV = head(hidden_CD).float()
+    logprobs_C = -cross_entropy(logits_CV, target_C, reduction="none")
+    return logprobs_C, logits_CV.argmax(-1) == target_C
+
+
+def score_chunk(
+    head: Head,
+    hidden_CD: Tensor,
+    target_C: Tensor,
+    support: Support | None,
+    teacher: TeacherStates | None,
+    *,
+    temperature: float,
+    truncation: Truncation | None,
+) -> tuple[Tensor, Tensor, Support | None, Tensor | None]:
+    """Log-probability, entropy, support if `truncation` is given, divergence if a `teacher` is."""
+    logits_CV = head(hidden_CD).float() / temperature
+    target_C1 = target_C.unsqueeze(-1)
+    kept = None
+    if support is not None:
+        logits_CV = logits_CV.masked_fill(~support.mask(logits_CV.shape[-1]), -torch.inf)
+    elif truncation is not None:
         with torch.no_grad():
-            entropy_C = torch.special.entr(all_logprobs_CV.exp()).sum(-1)
-        divergence_C = teacher.measure(all_logprobs_CV, temperature) if teacher else None
-        return logprobs_C, entropy_C, kept, divergence_C
+            keep_CV = truncation.keep(logits_CV).scatter(-1, target_C1, True)
+        kept = Support.of(keep_CV)
+        logits_CV = logits_CV.masked_fill(~keep_CV, -torch.inf)
+    all_logprobs_CV = logits_CV.log_softmax(-1)
+    # A recomputed tensor that no gradient reaches stays until the last chunk's backward: with a
+    # teacher, whose divergence is the loss, the gather's would be all logits of the batch.
+    with torch.set_grad_enabled(torch.is_grad_enabled() and teacher is None):
+        logprobs_C = all_logprobs_CV.gather(-1, target_C1).squeeze(-1)
+    with torch.no_grad():
+        entropy_C = torch.special.entr(all_logprobs_CV.exp()).sum(-1)
+    divergence_C = teacher.measure(all_logprobs_CV, temperature) if teacher else None
+    return logprobs_C, entropy_C, kept, divergence_C
 
 
 def prepare(model: PreTrainedModel) -> None:

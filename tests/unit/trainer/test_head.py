@@ -40,15 +40,17 @@ def test_scores_and_gradients_are_those_of_log_softmax(dtype: torch.dtype, bias:
     weight_C = torch.randn(NUM_TOKENS)
     module, fused = make_module(dtype, bias), make_module(dtype, bias)
     all_CV = (linear(hidden_CD, module.weight, module.bias).float() / 0.7).log_softmax(-1)
+    target_C[::5] = all_CV[::5].argmax(-1)
     expected_C = all_CV.gather(1, target_C.unsqueeze(1)).squeeze(1)
     entropy_C = torch.special.entr(all_CV.exp()).sum(-1)
     (wanted,) = torch.autograd.grad((expected_C * weight_C).sum(), hidden_CD, retain_graph=True)
     (expected_C * weight_C).sum().backward()
 
-    own_C, own_entropy_C = Head(fused).score(hidden_CD, target_C, 0.7)
+    own_C, own_entropy_C, is_likeliest_C = Head(fused).score(hidden_CD, target_C, 0.7)
     assert not own_entropy_C.requires_grad
+    assert torch.equal(is_likeliest_C, all_CV.argmax(-1) == target_C)
     (found,) = torch.autograd.grad((own_C * weight_C).sum(), hidden_CD, retain_graph=True)
-    own_C, _ = Head(fused).score(hidden_CD, target_C, 0.7)
+    own_C, *_ = Head(fused).score(hidden_CD, target_C, 0.7)
     (own_C * weight_C).sum().backward()
     torch.testing.assert_close(own_C, expected_C, atol=1e-5, rtol=0)
     torch.testing.assert_close(own_entropy_C, entropy_C, atol=1e-5, rtol=0)
@@ -64,7 +66,7 @@ def params(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 def test_a_logit_of_minus_infinity_has_no_weight() -> None:
     logits_CV = torch.tensor([[1.0, -torch.inf, 1.0]])
-    logprob_C, entropy_C, _ = reduce_logits(logits_CV, torch.tensor([2]), 1.0)
+    logprob_C, entropy_C, *_ = reduce_logits(logits_CV, torch.tensor([2]), 1.0)
     torch.testing.assert_close(entropy_C, torch.tensor(2.0).log().unsqueeze(0))
     torch.testing.assert_close(logprob_C, -entropy_C)
 
