@@ -19,6 +19,7 @@ from r1pipe.config.rl import OnPolicy
 from r1pipe.doctor.model_config import find_config, find_stage_config
 from r1pipe.models.shape import GIB, MASTER, AdapterShape, Shape
 from r1pipe.rl.loop import PROBE_PROMPTS, PROBE_TOKENS
+from r1pipe.rollout.vllm_args import choose_speculation
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError, first_line
 from r1pipe.utils.progress import format_size
@@ -186,12 +187,22 @@ def engine_parts(
 ) -> tuple[dict[str, float], list[str]]:
     """vLLM's share of each device, and why it would not start."""
     element = 2 if recipe.dtype == "bfloat16" else 4
-    engine = recipe.engine
+    engine, size = recipe.engine, recipe.engine.tensor_parallel_size
     context = engine.max_model_len or shape.config.max_position_embeddings
-    weights = element * shape.parameters / engine.tensor_parallel_size
+    num_weights = shape.main.parameters
+    kv_bytes = shape.kv_bytes_per_token(element, size)
+    speculative = choose_speculation(engine, shape.config)
+    if speculative and speculative.model:
+        drafter = Shape.of(find_config(speculative.model, recipe))
+        num_weights += drafter.parameters
+        kv_bytes += drafter.kv_bytes_per_token(element, size)
+    elif speculative:
+        num_weights = shape.parameters
+        kv_bytes *= 1 + 1 / shape.num_layers
+    weights = element * num_weights / size
     if devices.is_gpu:
         weights += ENGINE_WORKSPACE
-    one_sequence = context * shape.kv_bytes_per_token(element, engine.tensor_parallel_size)
+    one_sequence = context * kv_bytes
     if engine.kv_cache_gib is not None:
         room = engine.kv_cache_gib * GIB
     else:
@@ -229,7 +240,10 @@ def trainer_parts(
         copies = 2 * element if adapter else LAYER_COPIES * element + MASTER
         outside = element if adapter else 2 * element
         parts["whole layers"] = copies * shape.largest_layer + outside * shape.outside_layers
-    parts["activations"] = shape.activations(num_tokens, element, checkpointing)
+    predicting = settings.mtp is not None
+    parts["activations"] = shape.activations(
+        num_tokens, element, checkpointing, predicting=predicting
+    )
     if adapter:
         # Merged experts, which autograd keeps, and their gradient in the layer that is computed.
         kept = adapter.merged_layer if checkpointing else adapter.merged
@@ -245,6 +259,8 @@ def trainer_parts(
         )
     max_logits = MAX_LOGITS["cuda" if devices.is_gpu else "cpu"]
     parts["logits"] = 4 * LOGIT_COPIES * min(max_logits, num_tokens * shape.config.vocab_size)
+    if predicting and not devices.is_gpu:
+        parts["logits"] *= 2  # on a GPU they are computed again in the backward pass
     parts["process"] = GPU_PROCESS if devices.is_gpu else CPU_PROCESS
     return parts
 

@@ -14,13 +14,15 @@ forward and 4 backward:
   12 L H Q T counts all s² pairs, twice as many as flash-attention computes.
 
 Weights that are frozen beside an adapter have no gradient and count 4; the adapter's own products
-are left out. A prediction layer's weights count, trained or not; its attention and logits do not.
+are left out. A prediction layer counts where it is trained: its weights and pairs, and the head
+once more, by 4 where its gradient does not reach the head.
 
 Recomputation by gradient checkpointing does not count, nor do forward passes without a gradient
 (old policy, reference, teacher), the optimizer, norms and activations.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from transformers import PretrainedConfig
@@ -52,19 +54,27 @@ def train_flops(
     num_logits: int | None = None,
     *,
     frozen: bool = False,
+    mtp: Literal["joint", "detached"] | None = None,
 ) -> float:
     """Operations of one forward and backward pass over sequences of these lengths, `num_logits` of
-    their tokens having logits (by default all). `frozen`: the weights, not the activations."""
-    shape = Shape.of(config)
+    their tokens having logits (by default all). `frozen`: the weights, not the activations. `mtp`:
+    how the prediction layer is trained."""
+    whole = Shape.of(config)
+    shape = whole.main
     num_tokens = sum(lengths)
     head = shape.config.vocab_size * shape.config.hidden_size
-    products = shape.active() * num_tokens
-    products += head * (num_tokens if num_logits is None else num_logits)
+    head *= num_tokens if num_logits is None else num_logits
+    products = shape.active() * num_tokens + head
     queries, _, values = shape.head_sizes()
     heads = shape.config.num_attention_heads
     width = queries + heads * (values // shape.groups())
-    pairs = sum(count_pairs(length, window) for window in shape.windows() for length in lengths)
-    return (4 if frozen else 6) * products + 6 * width * pairs
+    windows = shape.windows() + [None] * bool(mtp)
+    pairs = sum(count_pairs(length, window) for window in windows for length in lengths)
+    flops = (4 if frozen else 6) * products + 6 * width * pairs
+    if mtp:
+        flops += 6 * (whole.active() - shape.active()) * num_tokens
+        flops += (4 if mtp == "detached" else 6) * head
+    return flops
 
 
 def count_pairs(length: int, window: int | None) -> int:

@@ -1,5 +1,6 @@
 """Sizes of a model from its config alone: parameters, activations, caches, operations."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from r1pipe.config.adapter import Adapter
 from r1pipe.models.adapter import add_adapter, describe
 from r1pipe.models.model import find_layers
-from r1pipe.models.mtp import pick_class
+from r1pipe.models.mtp import has_mtp_layer, pick_class
 
 GIB = 2**30
 MASTER = 4
@@ -58,6 +59,15 @@ class Shape:
         outside = sum(sizes) - sum(layers)
         text = config.get_text_config()
         return cls(sum(sizes), max(sizes), max(layers), outside, *count_matrices(model), text)
+
+    @property
+    def main(self) -> "Shape":
+        """Without the prediction layer."""
+        if not has_mtp_layer(self.config):
+            return self
+        config = copy.deepcopy(self.config)
+        config.num_mtp_layers = 0
+        return Shape.of(config)
 
     def get(self, *names: str, default: Any = 0) -> Any:
         """The first of the config's keys that is set."""
@@ -127,16 +137,22 @@ class Shape:
         kinds = self.get("layer_types") or ["sliding_attention"] * self.num_layers
         return [window if kind == "sliding_attention" else None for kind in kinds]
 
-    def activations(self, num_tokens: int, element: int, checkpointing: bool) -> float:
-        """What autograd keeps of a forward pass in numbers of `element` bytes."""
+    def activations(
+        self, num_tokens: int, element: int, checkpointing: bool, *, predicting: bool = False
+    ) -> float:
+        """What autograd keeps of a forward pass in numbers of `element` bytes; `predicting`: with
+        that of the prediction layer."""
         num_dense = self.get("first_k_dense_replace") if self.num_experts() else self.num_layers
         dense = self.layer_activations(element, is_moe=False)
         moe = self.layer_activations(element, is_moe=True) if self.num_experts() else 0
+        hidden = self.config.hidden_size
         if checkpointing:
             # Each layer's input, and all of the one layer that is computed again.
-            inputs = element * self.config.hidden_size * self.num_layers
+            inputs = element * hidden * (self.num_layers + 2 * predicting)
             return num_tokens * (inputs + max(dense, moe))
-        return num_tokens * (num_dense * dense + (self.num_layers - num_dense) * moe)
+        # Two states into one, behind a norm each; another norm at the end.
+        second = predicting * (moe + hidden * (3 * NORM_BYTES[element] + 4 * element))
+        return num_tokens * (num_dense * dense + (self.num_layers - num_dense) * moe + second)
 
 
 def count_matrices(model: PreTrainedModel) -> tuple[int, int]:

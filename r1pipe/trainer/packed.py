@@ -76,7 +76,11 @@ class PackedTrainer:
             schedule, self.optimizer, num_warmup_steps, num_optimizer_steps, arguments
         )
         self.utilization = Utilization(
-            model.config, model.device, dtype, frozen=settings.adapter is not None
+            model.config,
+            model.device,
+            dtype,
+            frozen=settings.adapter is not None,
+            mtp=self.policy.mtp,
         )
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,6 +1,7 @@
 """Model FLOPs utilization of training steps; models/flops.py says what counts."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from transformers import PretrainedConfig
@@ -14,9 +15,16 @@ class Utilization:
     """Adds up a step's model FLOPs, on GPUs whose peak is known."""
 
     def __init__(
-        self, config: PretrainedConfig, device: torch.device, dtype: str, frozen: bool = False
+        self,
+        config: PretrainedConfig,
+        device: torch.device,
+        dtype: str,
+        *,
+        frozen: bool = False,
+        mtp: Literal["joint", "detached"] | None = None,
     ):
-        self.frozen = frozen
+        """`frozen`, `mtp`: as for `train_flops`."""
+        self.frozen, self.mtp = frozen, mtp
         self.config, self.on_gpu = config, device.type == "cuda"
         self.peak = peak_flops(device, dtype)
         self._flops = 0.0
@@ -27,7 +35,9 @@ class Utilization:
         if self.peak:
             num_logits = sum(sample.rollout.num_tokens for sample in samples)
             lengths = [sample.num_tokens for sample in samples]
-            self._flops += train_flops(self.config, lengths, num_logits, frozen=self.frozen)
+            self._flops += train_flops(
+                self.config, lengths, num_logits, frozen=self.frozen, mtp=self.mtp
+            )
 
     def take(self, seconds: float) -> dict[str, float]:
         """`mfu`, the share of all ranks' peak in these seconds, and begin anew; nothing on a CPU or

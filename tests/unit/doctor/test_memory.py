@@ -11,16 +11,18 @@ from transformers import AutoConfig, PreTrainedModel
 
 from r1pipe.config.base import Stage
 from r1pipe.config.load import load_recipe
+from r1pipe.config.recipe import Engine
 from r1pipe.doctor.memory import Devices, estimate_shape, estimate_stage
 from r1pipe.doctor.model_config import find_stage_config
 from r1pipe.models.adapter import NewAdapter
 from r1pipe.models.model import build_model
+from r1pipe.models.mtp import find_mtp_layer
 from r1pipe.models.shape import GIB, Shape
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.trainer.fsdp import load_sharded
 from r1pipe.trainer.packing import Sample, pack
-from r1pipe.trainer.policy import Policy
+from r1pipe.trainer.policy import Policy, compute_hidden, compute_mtp_hidden
 from r1pipe.types import Rollout
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.progress import format_size
@@ -65,10 +67,10 @@ QWEN2_MATH_7B = {
 }
 
 
-def make_model(name: str) -> PreTrainedModel:
+def make_model(name: str, **changes: int) -> PreTrainedModel:
     tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in PROBLEMS), 400)
     wide = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4}
-    model = build_model({**MODELS[name], **wide}, tokenizer, 0)
+    model = build_model({**MODELS[name], **wide, **changes}, tokenizer, 0)
     model.set_experts_implementation("eager")
     return model
 
@@ -89,12 +91,9 @@ def measure_activations(policy: Policy, num_tokens: int) -> int:
 
     batch = pack(make_samples(num_tokens), torch.device("cpu"))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy.model.base_model(
-            input_ids=batch.ids_N.unsqueeze(0),
-            position_ids=batch.position_N.unsqueeze(0),
-            use_cache=False,
-            sequence_lengths=batch.lengths,
-        )
+        hidden_ND = compute_hidden(policy.model, batch)
+        if policy.mtp:
+            compute_mtp_hidden(policy.model, batch, hidden_ND, detached=False)
     return sum(t.untyped_storage().nbytes() for p, t in kept.items() if p not in weights)
 
 
@@ -116,6 +115,42 @@ def test_activations(name: str, dtype: torch.dtype) -> None:
     kept = measure_activations(policy, 512) + whole / 4
     estimate = shape.activations(512, size, checkpointing=True)
     assert estimate == pytest.approx(kept, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_of_the_prediction_layer(checkpointing: bool) -> None:
+    model = make_model("deepseek_v3", num_mtp_layers=1)
+    shape, policy = Shape.of(model.config), Policy(model)
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    kept, estimates = [], []
+    for policy.mtp in (None, "joint"):
+        kept.append(measure_activations(policy, 512))
+        predicting = policy.mtp is not None
+        estimates.append(shape.activations(512, 4, checkpointing, predicting=predicting))
+    assert estimates[1] - estimates[0] == pytest.approx(kept[1] - kept[0], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("draft", ["mtp", "draft_model", None])
+def test_the_drafter_counts(draft: str | None, tmp_path: Path) -> None:
+    """Its weights, and its keys and values; a prediction layer that nobody drafts with is not
+    loaded."""
+    model, drafter = make_model("deepseek_v3", num_mtp_layers=1), make_model("qwen3")
+    drafter.config.save_pretrained(tmp_path)
+    values = {"method": draft, "num_speculative_tokens": 1}
+    values |= {"model": str(tmp_path)} if draft == "draft_model" else {}
+    engine = Engine(kv_cache_gib=1e-7, speculative=values if draft else None)
+    recipe = load_recipe(ROOT / "configs" / "demo.yaml").model_copy(update={"engine": engine})
+    shape, other = Shape.of(model.config), Shape.of(drafter.config)
+    estimate = estimate_shape(make_grpo(), recipe, shape, Devices(1, GIB, is_gpu=False))
+    layer = sum(p.numel() for p in find_mtp_layer(model).parameters())
+    more = {"mtp": layer, "draft_model": other.parameters, None: 0}[draft]
+    assert estimate.parts["vLLM"] == 4 * (shape.parameters - layer + more)
+    kv_bytes = shape.kv_bytes_per_token(4, 1)
+    more = {"mtp": kv_bytes / 4, "draft_model": other.kv_bytes_per_token(4, 1), None: 0}[draft]
+    needed = format_size(shape.config.max_position_embeddings * (kv_bytes + more))
+    assert f"needs {needed} for one sequence" in estimate.problems[0]
 
 
 def test_weights_gradients_and_optimizer() -> None:

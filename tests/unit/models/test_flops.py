@@ -42,6 +42,17 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("mtp", [None, "joint", "detached"])
+def test_a_prediction_layer_counts_where_it_is_trained(
+    mtp: str | None,
+    samples: list[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {**CASES["latent queries"], "num_mtp_layers": 1}
+    compare_with_torch(settings, mtp, samples, tokenizer, monkeypatch)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_products_are_those_that_torch_counts(
     name: str,
@@ -49,13 +60,25 @@ def test_products_are_those_that_torch_counts(
     tokenizer: PreTrainedTokenizerBase,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    compare_with_torch(CASES[name], None, samples, tokenizer, monkeypatch)
+
+
+def compare_with_torch(
+    settings: dict,
+    mtp: str | None,
+    samples: list[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """One forward and backward pass of the trainer's policy. In attention torch counts all pairs of
     tokens; rotary angles, a product in transformers' code, are no operations of ours."""
-    model = build_model(CASES[name], tokenizer, seed=0)
+    model = build_model(settings, tokenizer, seed=0)
     model.set_experts_implementation("eager")
     policy, batch = Policy(model), pack(samples, torch.device("cpu"))
+    policy.mtp = mtp
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        policy(batch, 1.0).logprobs_C.sum().backward()
+        now = policy(batch, 1.0)
+        (now.logprobs_C.sum() + (now.second.logprobs_C.sum() if mtp else 0)).backward()
     rotary = [
         sum(counts.values())
         for module, counts in counter.get_flop_counts().items()
@@ -63,7 +86,7 @@ def test_products_are_those_that_torch_counts(
     ]
     num_logits = sum(batch.completion_lengths)
     monkeypatch.setattr(flops, "count_pairs", lambda length, window: length**2)
-    found = train_flops(model.config, batch.lengths, num_logits)
+    found = train_flops(model.config, batch.lengths, num_logits, mtp=mtp)
     assert found == counter.get_total_flops() - sum(rotary)
 
 
