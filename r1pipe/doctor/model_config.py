@@ -1,5 +1,6 @@
 """The config of a stage's model, before the stage has run."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def find_config(source: str, recipe: Recipe) -> PretrainedConfig:
 
 def make_config(settings: dict[str, Any]) -> PretrainedConfig:
     """Raises ValueError for settings that transformers does not accept."""
-    settings = dict(settings)
+    settings = deepcopy(settings)
     model_type = settings.pop("model_type", "")
     try:
         return AutoConfig.for_model(model_type, **find_quirks(model_type).config | settings)

@@ -1,6 +1,7 @@
 """Models: built from a config, loaded from a folder or the hub."""
 
 import contextlib
+import copy
 import difflib
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from r1pipe.models.mtp import drop_mtp_layer, find_mtp_layer, pick_class
 from r1pipe.models.quirks import find_quirks
 from r1pipe.models.tokenizer import SPECIAL
 from r1pipe.models.weights import check_weights
+from r1pipe.models.yarn import check_yarn_keys
 from r1pipe.utils.distributed import local_rank
 from r1pipe.utils.errors import UserError, first_line
 
@@ -48,10 +50,11 @@ def check_settings(settings: dict[str, Any]) -> None:
 def make_model(settings: dict[str, Any], seed: int) -> PreTrainedModel:
     """Raises UserError for a model type unknown to transformers, a misspelt argument, or invalid
     values."""
-    settings = dict(settings)
+    settings = copy.deepcopy(settings)  # a config writes its defaults into rope_parameters
     model_type = settings.pop("model_type", None)
     if model_type is None:
         raise UserError("model: model_type is missing, such as deepseek_v3 or qwen3")
+    check_yarn_keys(settings)
     try:
         known = AutoConfig.for_model(model_type)
     except ValueError as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from r1pipe.models.yarn import describe_yarn
 from r1pipe.publish.adapter import write_adapter
 from r1pipe.publish.candidate import Candidate
 from r1pipe.publish.hub import Hub, holds_token
@@ -52,6 +53,8 @@ class Artifacts:
     gguf_type: str | None
     """None: no GGUF file."""
     gguf_splitting: "Splitting | None"
+    long_context: str
+    """What extends it, as a sentence; empty if nothing does."""
 
 
 def write_artifacts(
@@ -86,6 +89,7 @@ def write_artifacts(
         adapter_rank=rank,
         gguf_type=options.gguf,
         gguf_splitting=splitting,
+        long_context=describe_yarn(config),
     )
 
 

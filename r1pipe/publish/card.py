@@ -178,6 +178,7 @@ def describe_model(card: Card) -> str:
     return (
         f"{what}, {start}: the stage `{card.stage.name}` ({card.stage.section.how_made}) of the "
         f"run `{card.run_folder.name}`, made and published with r1pipe {__version__}."
+        + model.long_context
         + (THINKS if card.stage.section.optimization else "")
     )
 

@@ -18,6 +18,7 @@ from r1pipe.models.quirks import find_quirks, has_mla
 from r1pipe.models.routing import find_moe_layers
 from r1pipe.models.tokenizer import load_tokenizer
 from r1pipe.models.weights import check_weights, find_strays, list_weights
+from r1pipe.models.yarn import check_yarn
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError, first_line
 
@@ -202,6 +203,7 @@ def check_engine(
             f"engine.max_model_len {settings.max_model_len} is more than the context of {name}, "
             f"{longest} tokens: lower it"
         )
+    check_yarn(name, text, settings.max_model_len or longest or 0)
     if settings.speculative and settings.speculative.model:
         check_drafter(settings.speculative.model, name, text, settings, device_type)
 
@@ -279,12 +281,14 @@ def check_cpu_attention(name: str, config: Any) -> None:
 
 
 def find_longest_context(config: Any) -> int | None:
-    """Longest sequence in tokens, with a scaled rotary embedding's factor; None if unknown."""
+    """Longest sequence in tokens, with a scaled rotary embedding's factor unless
+    max_position_embeddings has it already; None if unknown."""
     longest = getattr(config, "max_position_embeddings", None)
     scaling = getattr(config, "rope_parameters", None) or {}
     # Some have one per kind of layer.
     parts = [scaling, *(part for part in scaling.values() if isinstance(part, dict))]
-    factor = max(float(part.get("factor") or 1.0) for part in parts)
+    parts = [part for part in parts if part.get("rope_type") not in ("yarn", "llama3", "longrope")]
+    factor = max((float(part.get("factor") or 1.0) for part in parts), default=1.0)
     return longest and int(longest * max(1.0, factor))
 
 

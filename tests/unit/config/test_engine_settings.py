@@ -236,6 +236,7 @@ def compress(weights: int, activations: int | None) -> dict:
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 W8A8, W4A16 = compress(8, 8), compress(4, None)
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 # (model, engine, device, processes, trains) -> words of the refusal, or None
 REFUSALS = [
@@ -262,6 +263,25 @@ REFUSALS = [
         1,
         False,
         None,
+    ),
+    # max_position_embeddings has YaRN's factor already, to vLLM too.
+    (
+        {**LLAMA, "rope_parameters": {**YARN, "original_max_position_embeddings": 256}},
+        {"max_model_len": 1024},
+        "cpu",
+        1,
+        False,
+        "1024 is more than the context of m, 256",
+    ),
+    ({**LLAMA, "rope_parameters": YARN}, {}, "cpu", 1, False, "256 tokens, and vLLM's table"),
+    ({**LLAMA, "rope_parameters": YARN}, {"max_model_len": 128}, "cpu", 1, False, None),
+    (
+        {**R1, "rope_parameters": {**YARN, "factor": 9999.0, "mscale_all_dim": 1.0}},
+        {},
+        "cuda",
+        1,
+        False,
+        "by 1.921 in the trainer and 1.000 in vLLM",
     ),
     (LLAMA, {"tensor_parallel_size": 2}, "cuda", 4, True, None),
     (LLAMA, {"tensor_parallel_size": 2}, "cuda", 3, False, "3 processes cannot be grouped by 2"),

@@ -219,6 +219,19 @@ def test_published_model(hub: FakeHub, run: Path, checkpoint: Path) -> None:
     assert "WARNING" not in text
 
 
+def test_card_states_what_extends_the_context(
+    hub: FakeHub, checkpoint: Path, tmp_path: Path
+) -> None:
+    extended = shutil.copytree(checkpoint, tmp_path / "extended")
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    edit_json(extended / "config.json", lambda config: config.update(rope_parameters=yarn))
+    result = publish(hub, make_run(tmp_path / "runs", extended, STAGES))
+    assert result.returncode == 0, result.stderr
+    files = hub.repos["model", "ana/mini"].files
+    assert "by YaRN with a factor of 4 over 32:" in read_card(files)[1]
+    assert json.loads(files["config.json"])["rope_parameters"] == yarn
+
+
 def test_same_again_changes_nothing(hub: FakeHub, run: Path) -> None:
     assert publish(hub, run).returncode == 0
     again = publish(hub, run)
