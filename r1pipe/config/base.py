@@ -158,6 +158,12 @@ class Optimization(Saving):
     """Tokens in one forward and backward pass: bounds memory, changes nothing else. Default: 16384
     on GPU; 1024 on CPU, where activations that stay in the cache make an update a tenth faster."""
     gradient_checkpointing: bool = False
+    expert_parallel: PositiveInt = Field(default=1, exclude_if=lambda given: given == 1)
+    """Neighbouring processes that share out every layer's experts and send each other tokens.
+    1: FSDP gathers all experts of a layer, one layer at a time (docs/distributed.md)."""
+    sequence_parallel: PositiveInt = Field(default=1, exclude_if=lambda given: given == 1)
+    """Neighbouring processes that share out the tokens of each micro-batch, for sequences whose
+    activations are too many for one device."""
     offload_optimizer: bool = False
     """AdamW's moments stay in the CPU's memory (8 bytes a parameter, over all processes)."""
     bias_update_rate: NonNegativeFloat
@@ -179,6 +185,11 @@ class Optimization(Saving):
     both. The checkpoint keeps its precision."""
 
     @property
+    def parallel(self) -> dict[str, int]:
+        """How processes are grouped."""
+        return {name: getattr(self, name) for name in ("expert_parallel", "sequence_parallel")}
+
+    @property
     def samples_in_fp8(self) -> bool:
         return self.fp8 in ("rollouts", "both")
 
@@ -190,6 +201,13 @@ class Optimization(Saving):
     def round_all_weights(self) -> "Optimization":
         if self.fp8 and self.adapter:
             raise ValueError("fp8 is for training without an adapter; leave one of them out")
+        if self.expert_parallel > 1 and (self.fp8 or self.adapter):
+            what = "fp8" if self.fp8 else "an adapter"
+            raise ValueError(f"expert_parallel does not go with {what}; leave one of them out")
+        of_neighbours = [k for k in ("mtp", "fp8", "seq_aux_loss_coef") if getattr(self, k)]
+        if self.sequence_parallel > 1 and of_neighbours:
+            what = of_neighbours[0]
+            raise ValueError(f"sequence_parallel does not go with {what}; leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -236,6 +236,8 @@ class Grpo(OnPolicy):
 
     @model_validator(mode="after")
     def fit_the_loss(self) -> "Grpo":
+        if self.sequence_parallel > 1 and (self.top_p < 1 or self.top_k):
+            raise ValueError("sequence_parallel does not go with top_p and top_k: leave them out")
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type cispo needs epsilon_high, its largest weight, such as 5.0")
         if self.delta is not None and self.delta <= 1 + self.epsilon:
@@ -306,6 +308,8 @@ class OnPolicyDistill(OnPolicy):
             raise ValueError("give either from or teachers")
         if "" in self.teachers:
             raise ValueError("teachers: an empty value names no teacher; leave it out")
+        if self.sequence_parallel > 1:
+            raise ValueError("sequence_parallel is for sft, grpo and distill")
         if self.teachers and not self.teacher_field:
             raise ValueError("teachers need teacher_field, the column that says who teaches a row")
         refuse_idle(self, {"teacher_field": not self.teachers and "without teachers"})

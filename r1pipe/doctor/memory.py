@@ -17,6 +17,7 @@ from r1pipe.config.base import Optimization, Stage
 from r1pipe.config.recipe import Recipe
 from r1pipe.config.rl import OnPolicy
 from r1pipe.doctor.model_config import find_config, find_stage_config
+from r1pipe.doctor.traffic import estimate_traffic
 from r1pipe.models.shape import GIB, MASTER, AdapterShape, Shape
 from r1pipe.rl.loop import PROBE_PROMPTS, PROBE_TOKENS
 from r1pipe.rollout.vllm_args import choose_speculation
@@ -78,6 +79,8 @@ class Estimate:
     halves: dict[str, dict[str, float]]
     """Where the engine sleeps: "training" and "sampling", of which a device needs the larger."""
     problems: list[str]
+    traffic: str = ""
+    """What each device sends, in words."""
 
     @property
     def parts(self) -> dict[str, float]:
@@ -107,7 +110,8 @@ class Estimate:
         return (
             f"{self.stage}: {size} parameters on {self.devices.count} x "
             f"{self.devices.size / GIB:.1f} GiB: about "
-            f"{', '.join(map(describe_half, self.halves, self.halves.values()))}: {verdict}"
+            f"{', '.join(map(describe_half, self.halves, self.halves.values()))}{self.traffic}: "
+            f"{verdict}"
         )
 
 
@@ -145,7 +149,24 @@ def estimate_shape(stage: Stage, recipe: Recipe, shape: Shape, devices: Devices)
         resident = resident_parts(stage, shape, parts, devices, element)
         parts["vLLM asleep"] = ENGINE_WORKSPACE
         halves = {"training": parts, "sampling": resident | engines}
-    return Estimate(stage.name, shape, devices, halves, problems)
+    traffic = describe_traffic(shape, devices, longest, element, stage.optimization)
+    return Estimate(stage.name, shape, devices, halves, problems, traffic)
+
+
+def describe_traffic(
+    shape: Shape, devices: Devices, longest: int, element: int, settings: Optimization
+) -> str:
+    if devices.count == 1 or settings.adapter:
+        return ""
+    num_tokens = count_tokens(settings, devices, longest)
+    sent = estimate_traffic(shape, devices.count, num_tokens, element, settings)
+    return f"; each sends {format_size(sent)} for a micro-batch of {num_tokens} tokens"
+
+
+def count_tokens(settings: Optimization, devices: Devices, longest: int) -> int:
+    """Of the largest micro-batch on each device."""
+    num_tokens = max(settings.tokens_per_micro_batch(on_gpu=devices.is_gpu), longest)
+    return -(-num_tokens // settings.sequence_parallel)
 
 
 def resident_parts(
@@ -160,7 +181,8 @@ def resident_parts(
     stays |= set() if offloads_base else {"base"}
     stays |= set() if settings.offload_optimizer else {"optimizer"}
     # A forward pass of a few tokens: two layers gathered, or one lent, and what is outside.
-    whole = (1 if offloads_base else 2) * shape.largest_layer + shape.outside_layers
+    layer = shape.gathered_layer(settings.expert_parallel)
+    whole = (1 if offloads_base else 2) * layer + shape.outside_layers
     num_logits = PROBE_PROMPTS * PROBE_TOKENS * shape.config.vocab_size
     logits = min(parts["logits"], 4 * LOGIT_COPIES * num_logits)
     resident = {name: size for name, size in parts.items() if name in stays}
@@ -223,7 +245,7 @@ def trainer_parts(
     """`longest`: tokens of the longest sequence, a micro-batch of its own if need be."""
     from r1pipe.trainer.head import MAX_LOGITS
 
-    num_tokens = max(settings.tokens_per_micro_batch(on_gpu=devices.is_gpu), longest)
+    num_tokens = count_tokens(settings, devices, longest)
     sharded, checkpointing = devices.count > 1, settings.gradient_checkpointing
     adapter = settings.adapter and AdapterShape.of(shape.config, settings.adapter)
     trained = adapter.parameters if adapter else shape.parameters
@@ -239,11 +261,16 @@ def trainer_parts(
         # those that are trained.
         copies = 2 * element if adapter else LAYER_COPIES * element + MASTER
         outside = element if adapter else 2 * element
-        parts["whole layers"] = copies * shape.largest_layer + outside * shape.outside_layers
+        layer = shape.gathered_layer(settings.expert_parallel)
+        parts["whole layers"] = copies * layer + outside * shape.outside_layers
     predicting = settings.mtp is not None
     parts["activations"] = shape.activations(
         num_tokens, element, checkpointing, predicting=predicting
     )
+    if settings.expert_parallel > 1:
+        # Rows sent, received and returned, where experts are chosen evenly.
+        rows = num_tokens * shape.num_chosen() * (1 if checkpointing else shape.num_moe_layers)
+        parts["activations"] += element * 3 * rows * shape.config.hidden_size
     if adapter:
         # Merged experts, which autograd keeps, and their gradient in the layer that is computed.
         kept = adapter.merged_layer if checkpointing else adapter.merged

@@ -35,7 +35,9 @@ from r1pipe.rollout.vllm_args import (
 )
 from r1pipe.runs.folder import find_mistake
 from r1pipe.trainer.attention import find_implementation
+from r1pipe.trainer.expert_parallel import require_groups
 from r1pipe.trainer.policy import require_trainable
+from r1pipe.trainer.sequence_parallel import require_teams
 from r1pipe.types import Problem
 from r1pipe.utils.errors import UserError
 
@@ -61,6 +63,10 @@ def examine_architecture(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
                 check_targets(configs[0], stage.optimization.adapter)
             if stage.optimization.mtp:
                 require_mtp_layer(configs[0])
+            groups, count = stage.optimization.parallel, inputs.devices.count
+            require_groups(configs[0], groups["expert_parallel"], count)
+            how = recipe.attn_implementation
+            require_teams(configs[0], how, groups["sequence_parallel"], count)
     for name, _ in stage.samplings():
         try:
             config = find_config(name, recipe)

@@ -78,6 +78,19 @@ class Shape:
     def num_layers(self) -> int:
         return self.config.num_hidden_layers
 
+    @property
+    def num_moe_layers(self) -> int:
+        if not self.num_experts():
+            return 0
+        count = self.num_layers - self.get("first_k_dense_replace")
+        return count + has_mtp_layer(self.config)
+
+    def gathered_layer(self, expert_parallel: int) -> float:
+        """Parameters of the largest layer that a rank of a sharded run has whole: its part of the
+        experts."""
+        experts = self.experts / max(1, self.num_moe_layers)
+        return self.largest_layer - experts * (1 - 1 / expert_parallel)
+
     def head_sizes(self) -> tuple[int, int, int]:
         """Sizes of a token's queries, keys and values, over all heads."""
         heads = self.config.num_attention_heads

@@ -12,20 +12,24 @@ from r1pipe.utils import distributed
 
 
 def share_out(
-    samples: dict[int, Sample], costs: Mapping[int, float], minibatches: Sequence[Sequence[int]]
+    samples: dict[int, Sample],
+    costs: Mapping[int, float],
+    minibatches: Sequence[Sequence[int]],
+    team_size: int = 1,
 ) -> dict[int, Sample]:
     """The samples that this rank trains on, by their number among all ranks' samples.
 
     `samples` and `costs` are this rank's own, by number; `minibatches` holds every number once.
-    Every rank must call it.
+    `team_size` neighbouring ranks get the same samples. Every rank must call it.
     """
     if distributed.alone():
         return samples
     all_costs = {n: cost for part in distributed.gather(costs) for n, cost in part.items()}
     parcels: list[dict[int, Sample]] = [{} for _ in range(distributed.world_size())]
     for numbers in minibatches:
-        for number, rank in assign(numbers, all_costs, len(parcels)).items():
+        for number, team in assign(numbers, all_costs, len(parcels) // team_size).items():
             if number in samples:
-                parcels[rank][number] = samples[number]
+                for parcel in parcels[team * team_size : (team + 1) * team_size]:
+                    parcel[number] = samples[number]
     received = distributed.exchange(parcels)
     return dict(sorted(pair for parcel in received for pair in parcel.items()))

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from r1pipe.config.rl import OnPolicy
 from r1pipe.models.fp8 import computing_as_sampler
-from r1pipe.models.routing import pack_routes, replaying
+from r1pipe.models.routing import OWN, pack_routes, replaying
 from r1pipe.rl.balance import share_out
 from r1pipe.rl.losses import Totals
 from r1pipe.trainer.fsdp import put_weights, take_weights
@@ -19,6 +19,7 @@ from r1pipe.trainer.offload import FrozenWeights
 from r1pipe.trainer.packed import PackedTrainer
 from r1pipe.trainer.packing import PackedBatch, Sample
 from r1pipe.trainer.policy import LogProbs, Policy, Truncation
+from r1pipe.trainer.sequence_parallel import cut_tokens
 from r1pipe.utils import distributed
 from r1pipe.utils.phases import phase
 
@@ -103,7 +104,7 @@ class Updater(PackedTrainer):
         routes_NLK = None
         if self.settings.routing_replay:
             routes = [sample.rollout.routes for sample in batch.samples]
-            routes_NLK = pack_routes(routes, self.device)
+            routes_NLK = cut_tokens(pack_routes(routes, self.device), self.policy.team, OWN)
         with replaying(self.model, routes_NLK):
             yield
 
@@ -171,15 +172,16 @@ class Updater(PackedTrainer):
                 self.run_dummy_pass()
                 continue
             with self.kernels(), self.replaying(batch), self.counting(batch, num_informative):
-                part.add_sums(self.backward(batch, totals, mismatch))
-        part.add_step(self.clip_gradient(), informative)
+                sums = self.backward(batch, totals, mismatch)
+            part.add_sums(sums if self.speaks_for_team else {})
+        part.add_step(self.clip_gradient(), informative if self.speaks_for_team else [])
         skipped = check({**(mismatch.metrics() if mismatch else {}), **part.metrics()})
         if skipped:
             log.num_skipped += 1
         else:
             self.apply_gradient()
             log.add(part)
-            self.utilization.add(informative)
+            self.utilization.add(informative if self.speaks_for_team else [])
         self.close_gradient(applied=not skipped)
         return True
 
@@ -188,6 +190,8 @@ class Updater(PackedTrainer):
     ) -> tuple[Totals, int]:
         """Sizes of the whole minibatch, and how many of its samples have a gradient: over all
         ranks."""
+        if not self.speaks_for_team:
+            minibatch, informative = [], []
         sizes = distributed.sum_counts(
             {
                 "completions": len(minibatch),
@@ -223,7 +227,7 @@ class Updater(PackedTrainer):
         first = sum(distributed.gather(len(samples))[: distributed.rank()])
         numbered = dict(enumerate(samples, first))
         costs = {n: s.num_tokens * self.is_informative(s) for n, s in numbered.items()}
-        return share_out(numbered, costs, minibatches)
+        return share_out(numbered, costs, minibatches, self.settings.sequence_parallel)
 
     @torch.no_grad()
     def evaluate(self, samples: list[Sample]) -> "SamplerMismatch":

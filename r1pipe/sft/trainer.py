@@ -57,10 +57,11 @@ class SupervisedTrainer(PackedTrainer):
         Raises Tripped if the gradient is not finite.
         """
         started = time.perf_counter()
-        shares = assign(
-            range(len(traces)), [t.num_tokens for t in traces], distributed.world_size()
-        )
-        own = [traces[n].make_sample() for n, rank in shares.items() if rank == distributed.rank()]
+        size = self.settings.sequence_parallel
+        lengths = [trace.num_tokens for trace in traces]
+        shares = assign(range(len(traces)), lengths, distributed.world_size() // size)
+        team = distributed.rank() // size
+        own = [traces[n].make_sample() for n, other in shares.items() if other == team]
         num_targets = sum(trace.num_targets for trace in traces)
         sums = {"loss": 0.0, "entropy": 0.0}
         for batch in self.batches(own):
@@ -68,14 +69,15 @@ class SupervisedTrainer(PackedTrainer):
                 self.run_dummy_pass()
                 continue
             with self.kernels(), self.counting(batch, len(traces)):
-                for name, value in self.backward(batch, num_targets).items():
-                    sums[name] = sums.get(name, 0.0) + value
+                means = self.backward(batch, num_targets)
+            if self.speaks_for_team:
+                sums = {name: sums.get(name, 0.0) + value for name, value in means.items()}
         grad_norm = self.clip_gradient()
         stop_unless_finite(label, step, grad_norm, events)
         learning_rate = self.scheduler.get_last_lr()[0]
         self.apply_gradient()
         self.close_gradient(applied=True)
-        self.utilization.add(own)
+        self.utilization.add(own if self.speaks_for_team else [])
         self.wait_for_device()
         seconds = time.perf_counter() - started
         num_tokens = sum(trace.num_tokens for trace in traces)

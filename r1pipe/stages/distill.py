@@ -49,13 +49,13 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
     write_jsonl(context.folder / "traces.jsonl", traces)
 
     context.engines.make_room()
-    dtype = context.recipe.dtype
+    dtype, groups = context.recipe.dtype, stage.train.parallel
     if isinstance(stage.student, str):
         base = context.checkpoint(stage.student)
         tokenizer = context.tokenizer(base)
         source = (base, context.device, context.recipe.attn_implementation, Policy)
         adapter = context.new_adapter(stage.train.adapter)
-        policy = load_sharded(*source, dtype=dtype, adapter=adapter)
+        policy = load_sharded(*source, dtype=dtype, adapter=adapter, **groups)
         student = policy.model
     else:
         tokenizer = context.tokenizer(teacher)
@@ -63,7 +63,8 @@ def run(stage: Distill, context: StageContext) -> dict[str, Any]:
         student.generation_config.eos_token_id = join_end_ids(tokenizer, read_end_ids(teacher))
         how = find_implementation(context.recipe.attn_implementation, context.device, dtype)
         student.set_attn_implementation(how)
-        policy = shard(Policy(student), student, context.device, dtype=dtype)
+        policy = Policy(student)
+        shard(policy, student, context.device, dtype=dtype, **groups)
     num_parameters = sum(p.numel() for p in student.parameters())
     architecture = student.config.model_type
     log_line(

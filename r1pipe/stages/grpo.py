@@ -51,11 +51,12 @@ def replay(stage: Grpo, context: StageContext, source: Path, steps: range) -> di
 def make_updater(stage: Grpo, context: StageContext) -> GrpoUpdater:
     checkpoint = context.checkpoint(stage.from_)
     source = (checkpoint, context.device, context.recipe.attn_implementation, Policy)
-    dtype = context.recipe.dtype
-    policy = load_sharded(*source, dtype=dtype, adapter=context.new_adapter(stage.adapter))
+    dtype, groups = context.recipe.dtype, stage.parallel
+    adapter = context.new_adapter(stage.adapter)
+    policy = load_sharded(*source, dtype=dtype, adapter=adapter, **groups)
     reference = policy if stage.beta else None
     if stage.keeps_reference:
-        reference = load_sharded(*source, dtype=dtype, trained=False)
+        reference = load_sharded(*source, dtype=dtype, trained=False, **groups)
     return GrpoUpdater(
         policy,
         reference,

@@ -100,7 +100,7 @@ def make_updater(
     dtype = context.recipe.dtype
     adapter = context.new_adapter(stage.adapter)
     source = (context.checkpoint(stage.student), *place, Policy)
-    student = load_sharded(*source, dtype=dtype, adapter=adapter)
+    student = load_sharded(*source, dtype=dtype, adapter=adapter, **stage.parallel)
     models = {
         name: load_sharded(
             context.checkpoint(name), *place, TeacherModel, dtype=dtype, trained=False

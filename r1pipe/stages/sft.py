@@ -27,6 +27,7 @@ def run(stage: Sft, context: StageContext) -> dict[str, Any]:
         Policy,
         dtype=context.recipe.dtype,
         adapter=context.new_adapter(stage.train.adapter),
+        **stage.train.parallel,
     )
     facts = train_on_traces(policy, tokenizer, problems, stage.train, context, stage.name)
     save_checkpoint(policy.model, tokenizer, context.folder)

@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from r1pipe.models.model import find_layers, is_moe
+from r1pipe.trainer.sequence_parallel import trade_heads_for_tokens, trade_tokens_for_heads
 from r1pipe.utils.errors import UserError
 
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
@@ -194,12 +196,17 @@ def mixes_tokens(module: nn.Module, attending: Collection[nn.Module]) -> bool:
 
 
 def attention_arguments(
-    implementation: str, lengths: list[int], device: torch.device
+    implementation: str,
+    lengths: list[int],
+    device: torch.device,
+    team: ProcessGroup | None = None,
 ) -> dict[str, Any]:
-    """Keyword arguments of a model's forward that tell its attention where sequences end."""
+    """Keyword arguments of a model's forward that tell its attention where sequences end, and which
+    ranks have parts of the row."""
     ends = torch.tensor([0, *lengths], device=device).cumsum(0, dtype=torch.int32)
     if implementation.startswith(PREFIX):
-        return {"sequence_lengths": lengths, "sequence_ends": ends}
+        rest = {"team": team} if team else {}
+        return {"sequence_lengths": lengths, "sequence_ends": ends, **rest}
     return {
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
@@ -236,6 +243,7 @@ def attend_packed(
     implementation: str = "auto",
     sequence_lengths: list[int] | None = None,
     sequence_ends: Tensor | None = None,
+    team: ProcessGroup | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -253,6 +261,20 @@ def attend_packed(
             "needs to keep it within sequences"
         )
     states = (query_1HND, key_1KND, value_1KNE)
+    if team is not None:
+        traded = (trade_tokens_for_heads(part, team) for part in states)
+        out_1NHE, _ = attend_packed(
+            module,
+            *traded,
+            None,
+            implementation=implementation,
+            sequence_lengths=sequence_lengths,
+            sequence_ends=sequence_ends,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+        )
+        return trade_heads_for_tokens(out_1NHE, team), None
     if implementation != "sdpa":
         obstacle = find_obstacle(query_1HND.device, query_1HND.dtype)
         if max(query_1HND.shape[-1], value_1KNE.shape[-1]) > MAX_HEAD_SIZE:

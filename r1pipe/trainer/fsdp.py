@@ -18,6 +18,7 @@ are all sharded (ZeRO stage 3).
 import ctypes
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from types import MethodType
 from typing import Any, TypeVar
 from unittest.mock import patch
@@ -42,6 +43,8 @@ from r1pipe.models.adapter import (
 from r1pipe.models.model import find_layers, load_model
 from r1pipe.models.routing import route_in_float32
 from r1pipe.trainer.attention import find_implementation
+from r1pipe.trainer.expert_parallel import require_groups, share_experts
+from r1pipe.trainer.sequence_parallel import require_teams
 from r1pipe.utils import distributed
 from r1pipe.utils.progress import log_line
 
@@ -57,6 +60,8 @@ def load_sharded(
     dtype: str,
     trained: bool = True,
     adapter: NewAdapter | None = None,
+    expert_parallel: int = 1,
+    sequence_parallel: int = 1,
 ) -> Root:
     """`wrap(model)` of a checkpoint in float32, each rank with its part; alone, the full model.
 
@@ -76,7 +81,8 @@ def load_sharded(
         if adapter:
             add_adapter(model, adapter.settings)
         root = wrap(model)
-        roots.append(shard(root, model, device, dtype=dtype))
+        groups = {"expert_parallel": expert_parallel, "sequence_parallel": sequence_parallel}
+        roots.append(shard(root, model, device, dtype=dtype, **groups))
 
     held = torch.float32 if trained and not adapter else getattr(torch, dtype)
     source = (checkpoint, device, find_implementation(attn_implementation, device, dtype), held)
@@ -95,9 +101,19 @@ def load_sharded(
     return root
 
 
-def shard(root: Root, model: PreTrainedModel, device: torch.device, *, dtype: str) -> Root:
+def shard(
+    root: Root,
+    model: PreTrainedModel,
+    device: torch.device,
+    *,
+    dtype: str,
+    expert_parallel: int = 1,
+    sequence_parallel: int = 1,
+) -> Root:
     """Shard each decoder layer of `model`, then `root`, whose forward calls them all, with the
-    rest: embedding, last norm, head. Alone, nothing is sharded.
+    rest: embedding, last norm, head; experts in groups of `expert_parallel` ranks. Teams of
+    `sequence_parallel` ranks share out a row's tokens. Alone, nothing is sharded. Raises UserError
+    if experts, heads or ranks cannot be grouped so.
 
     In bfloat16, layers are gathered and computed in bf16, like the sampler's. autocast would gather
     them in float32 and keep the residual stream in it: twice the memory, further from the sampler
@@ -106,6 +122,11 @@ def shard(root: Root, model: PreTrainedModel, device: torch.device, *, dtype: st
 
     Gradients become sums over ranks, for a loss that divides by the size of the whole batch.
     """
+    require_groups(model.config, expert_parallel, distributed.world_size())
+    how = model.config._attn_implementation
+    require_teams(model.config, how, sequence_parallel, distributed.world_size())
+    if sequence_parallel > 1:
+        root.team = distributed.make_mesh(device, sequence_parallel)["within"].get_group()
     precision = MixedPrecisionPolicy()
     if dtype == "bfloat16":
         route_in_float32(model)
@@ -118,9 +139,15 @@ def shard(root: Root, model: PreTrainedModel, device: torch.device, *, dtype: st
         return root
     if device.type == "cpu":
         give_memory_back()
+    parts = []
+    if expert_parallel > 1:
+        mesh = distributed.make_mesh(device, expert_parallel)
+        own = replace(precision, cast_forward_inputs=False)  # gate weights stay float32
+        parts = [(module, mesh["across"], own) for module in share_experts(model, mesh["within"])]
     mesh = distributed.make_mesh(device)
-    for module in (*find_layers(model), root):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
+    parts += [(module, mesh, precision) for module in (*find_layers(model), root)]
+    for module, mesh, policy in parts:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
         # gloo can sum, but neither average nor scale.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)

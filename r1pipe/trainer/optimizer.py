@@ -1,13 +1,17 @@
-"""The learning rate schedule; and AdamW with moments in CPU memory, which saves half of what a
-sharded trainer holds on a GPU."""
+"""The learning rate schedule; the gradient's norm over all ranks; and AdamW with moments in CPU
+memory, which saves half of what a sharded trainer holds on a GPU."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from r1pipe.config.base import Optimization
+from r1pipe.utils import distributed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -20,6 +24,34 @@ def find_schedule(settings: Optimization) -> tuple[str, dict[str, Any]]:
     if schedule == "cosine":
         return "cosine_with_min_lr", {"min_lr": settings.min_lr}
     return schedule, {}
+
+
+def group_by_mesh(parameters: Iterable[Tensor]) -> list[dict[str, Any]]:
+    """An optimizer's groups: its kernels for many tensors take those of one mesh."""
+    groups: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        groups.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return [{"params": group} for group in groups.values()]
+
+
+@torch.no_grad()
+def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> float:
+    """torch's `clip_grad_norm_`, which takes parameters of one mesh only. Returns the norm before
+    clipping; every rank must call it."""
+    gradients = [
+        p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
+        for p in parameters
+        if p.grad is not None
+    ]
+    norm = get_total_norm(gradients)
+    if gradients and not distributed.alone():
+        square = norm.double().square()
+        dist.all_reduce(square)
+        norm = square.sqrt().to(norm.dtype)
+    coefficient = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(coefficient)
+    return float(norm)
 
 
 class OffloadedAdamW(torch.optim.AdamW):

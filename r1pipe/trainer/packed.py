@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel, get_scheduler
 
 from r1pipe.config.base import Optimization
@@ -20,13 +19,13 @@ from r1pipe.models.fp8 import add_fp8
 from r1pipe.models.model import fast_training_kernels
 from r1pipe.models.mtp import find_mtp_layer, require_mtp_layer
 from r1pipe.trainer.fsdp import put_optimizer, put_weights, take_optimizer, take_weights
-from r1pipe.trainer.optimizer import OffloadedAdamW, find_schedule
+from r1pipe.trainer.optimizer import OffloadedAdamW, clip_gradient, find_schedule, group_by_mesh
 from r1pipe.trainer.packing import PackedBatch, Sample, cut_batches, pack
 from r1pipe.trainer.policy import LogProbs, Policy
+from r1pipe.trainer.sequence_parallel import cut_tokens
 from r1pipe.trainer.utilization import Utilization
 from r1pipe.types import Rollout
 from r1pipe.utils import distributed
-from r1pipe.utils.distributed import full_tensor
 from r1pipe.utils.phases import heartbeat
 from r1pipe.utils.progress import log_line
 
@@ -66,7 +65,7 @@ class PackedTrainer:
         )
         make_optimizer = OffloadedAdamW if settings.offload_optimizer else torch.optim.AdamW
         self.optimizer = make_optimizer(
-            (parameter for parameter in model.parameters() if parameter.requires_grad),
+            group_by_mesh(p for p in model.parameters() if p.requires_grad),
             lr=settings.learning_rate,
             betas=(0.9, settings.adam_beta2),
             weight_decay=settings.weight_decay,
@@ -84,6 +83,11 @@ class PackedTrainer:
         )
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    @property
+    def speaks_for_team(self) -> bool:
+        """Whether this rank's samples count: not if another has the same ones."""
+        return self.policy.team is None or self.policy.team.rank() == 0
 
     def kernels(self) -> contextlib.AbstractContextManager:
         return fast_training_kernels(self.device, self.dtype)
@@ -122,15 +126,15 @@ class PackedTrainer:
         """Count the experts' load in one forward and backward of this batch; `num_sequences`: of
         the whole optimizer step, over all ranks."""
         sequences_N = number_packed(batch.lengths, batch.ids_N.device)
+        sequences_N = cut_tokens(sequences_N, self.policy.team, -1)
         return self.load.counting(sequences_N, num_sequences)
 
     def clip_gradient(self) -> float:
         """Returns the gradient's norm over all ranks before clipping. A detached prediction layer
         is clipped by itself: the others' gradient is what it is without."""
-        clip_grad_norm_(self.detached, self.settings.max_grad_norm)
+        clip_gradient(self.detached, self.settings.max_grad_norm)
         others = [p for p in self.model.parameters() if p not in self.detached]
-        grad_norm = clip_grad_norm_(others, self.settings.max_grad_norm)
-        return float(full_tensor(grad_norm))
+        return clip_gradient(others, self.settings.max_grad_norm)
 
     def apply_gradient(self) -> None:
         self.optimizer.step()

@@ -6,6 +6,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
@@ -15,6 +16,7 @@ from r1pipe.trainer.attention import attention_arguments, require_packable, use_
 from r1pipe.trainer.divergence import TeacherStates
 from r1pipe.trainer.head import Head, chunk_sizes
 from r1pipe.trainer.packing import PackedBatch, Support
+from r1pipe.trainer.sequence_parallel import RowPart
 from r1pipe.utils.errors import UserError
 
 OWN_SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling")
@@ -82,6 +84,8 @@ class Policy(nn.Module):
         self.mtp: Literal["joint", "detached"] | None = None
         """Whether the prediction layer runs where there is a gradient, and whether its gradient
         reaches the rest of the model."""
+        self.team: ProcessGroup | None = None
+        """The ranks that share out a row's tokens, if there are several."""
 
     def forward(
         self,
@@ -99,6 +103,11 @@ class Policy(nn.Module):
         that `truncation` leaves, which are then returned. The sampled token always counts as left:
         rounding may exclude it.
         """
+        if self.team is not None:
+            part = RowPart.of(batch, self.team)
+            hidden_ND = compute_hidden(self.model, part)
+            own = self.score(hidden_ND[part.predictor_C], part.target_C, temperature)
+            return LogProbs(part.join(own.logprobs_C), part.join(own.entropy_C))
         hidden_ND = compute_hidden(self.model, batch)
         rest = (support, truncation, teacher)
         now = self.score(hidden_ND[batch.predictor_C], batch.target_C, temperature, *rest)
@@ -213,13 +222,14 @@ def require_trainable(config: PretrainedConfig, attn_implementation: str) -> Non
     require_packable(config, attn_implementation)
 
 
-def compute_hidden(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+def compute_hidden(model: PreTrainedModel, batch: PackedBatch | RowPart) -> Tensor:
     """Last hidden states, `[N, D]`."""
+    team = getattr(batch, "team", None)
     return model.base_model(
         input_ids=batch.ids_N.unsqueeze(0),
         position_ids=batch.position_N.unsqueeze(0),
         use_cache=False,
-        **attention_arguments(model.config._attn_implementation, batch.lengths, model.device),
+        **attention_arguments(model.config._attn_implementation, batch.lengths, model.device, team),
     ).last_hidden_state.squeeze(0)
 
 

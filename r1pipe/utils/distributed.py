@@ -205,8 +205,11 @@ def full_tensor(tensor: "torch.Tensor") -> "torch.Tensor":
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def make_mesh(device: "torch.device") -> "DeviceMesh":
-    """One dimension over all ranks."""
+def make_mesh(device: "torch.device", group_size: int | None = None) -> "DeviceMesh":
+    """One dimension over all ranks; or two: "across" groups of neighbours, and "within" one."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    return init_device_mesh(device.type, (world_size(),))
+    if group_size is None:
+        return init_device_mesh(device.type, (world_size(),))
+    shape = (world_size() // group_size, group_size)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("across", "within"))

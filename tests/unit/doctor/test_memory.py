@@ -67,6 +67,19 @@ QWEN2_MATH_7B = {
 }
 
 
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3",  # whose sizes are transformers' defaults
+    "max_position_embeddings": 163840,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 40,
+        "original_max_position_embeddings": 4096,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
+}
+
+
 def make_model(name: str, **changes: int) -> PreTrainedModel:
     tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in PROBLEMS), 400)
     wide = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4}
@@ -208,6 +221,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "Qwen/Qwen3-30B-A3B-Base": QWEN3_30B,
         "Qwen/Qwen2.5-Math-1.5B": QWEN2_MATH,
         "Qwen/Qwen2.5-Math-7B": QWEN2_MATH_7B,
+        "checkpoints/DeepSeek-V3-Base-bf16": DEEPSEEK_V3,
         "Qwen/Qwen2.5-7B": {**QWEN2_MATH_7B, "max_position_embeddings": 131072},
     }
     places = {name: folder / name.partition("/")[2] for name in configs}
@@ -249,6 +263,26 @@ def test_the_large_recipe_fits_its_node(models: dict[str, Path]) -> None:
     assert "DOES NOT FIT" in resident
     whole = lines("engine.tensor_parallel_size=1", "engine.gpu_memory_utilization=0.18")["grpo"]
     assert "vLLM has 0 B for its KV cache" in whole
+
+
+def test_deepseek_v3_fits_256_devices(models: dict[str, Path]) -> None:
+    """Neither the 256 experts of a layer, 23 GB and their gradients, nor a sequence of 33k tokens,
+    whole on each of them."""
+
+    def line(*settings: str) -> str:
+        changes = (f"stages.grpo.{setting}" for setting in settings)
+        return estimate_recipe("deepseek_v3_671b", "256x80GB", models, *changes)["grpo"]
+
+    shipped = line()
+    assert shipped.endswith(": fits"), shipped
+    assert "682.6 B parameters" in shipped  # 671 and the prediction layer
+    for setting in ("expert_parallel=1", "sequence_parallel=1"):
+        assert "DOES NOT FIT" in line(setting)
+    gathered, exchanged = (
+        float(re.search(r"each sends ([\d.]+) GiB", text)[1])
+        for text in (line("expert_parallel=1"), shipped)
+    )
+    assert gathered > 7 * exchanged
 
 
 def test_a_7b_model_fits_a_24gb_card(models: dict[str, Path]) -> None:

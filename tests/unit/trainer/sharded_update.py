@@ -74,7 +74,8 @@ def begin(
     start = str(folder / f"{name}-start")
     dtype, settings = case["dtype"], case["settings"]
     adapter = settings.adapter and NewAdapter(settings.adapter, 0)
-    policy = load_sharded(start, device, "sdpa", Policy, dtype=dtype, adapter=adapter)
+    groups = settings.parallel
+    policy = load_sharded(start, device, "sdpa", Policy, dtype=dtype, adapter=adapter, **groups)
     if isinstance(settings, OnPolicyDistill):
         taught_by = str(folder / f"{name}-teacher")
         reference = load_sharded(
@@ -87,7 +88,9 @@ def begin(
         routes = case["routes"]
         updater = DistillUpdater(policy, teachers, settings, dtype=dtype, seed=0, routes=routes)
     else:
-        reference = load_sharded(start, device, "sdpa", Policy, dtype=dtype, trained=False)
+        reference = load_sharded(
+            start, device, "sdpa", Policy, dtype=dtype, trained=False, **groups
+        )
         kept = (reference if settings.keeps_reference else policy) if settings.beta else None
         updater = GrpoUpdater(policy, kept, settings, dtype=dtype, seed=0)
     partial = folder / f"{name}-partial"

@@ -7,8 +7,10 @@ import pickle
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from grpo_settings import make_grpo, make_on_policy_distill
@@ -63,6 +65,30 @@ CASES = {
         | {"bias_update_rate": 0.01},
         (5, 0),
     ),
+    # Tokens travel to experts, replayed ones too; also to those of a rank without samples.
+    "grouped": (
+        "deepseek_v3",
+        {"num_mtp_layers": 1},
+        {"mtp": {}, "gradient_checkpointing": True, "steps_per_generation": 4, "beta": 0.1}
+        | {"bias_update_rate": 0.01, "seq_aux_loss_coef": 0.1}
+        | {"expert_parallel": 2, "routing_replay": True},
+        (5, 0),
+    ),
+    "grouped_bf16": ("qwen3_moe", {}, {"expert_parallel": 2, "offload_optimizer": True}, (9, 11)),
+    # Ranks share out the tokens of one row; fewer heads of keys than ranks, then groups as well.
+    "teamed": (
+        "llama",
+        {},
+        {"beta": 0.1, "num_iterations": 2, "sequence_parallel": 2, "gradient_checkpointing": True},
+        (7, 4),
+    ),
+    "teamed_moe": (
+        "deepseek_v3",
+        {},
+        {"steps_per_generation": 4, "loss_type": "dapo", "bias_update_rate": 0.01}
+        | {"sequence_parallel": 2, "expert_parallel": 2, "routing_replay": True},
+        (5, 0),
+    ),
     "adapted": (
         "qwen3_moe",
         {},
@@ -105,6 +131,16 @@ def make_samples(tokenizer: object) -> list[Sample]:
     return samples
 
 
+def add_routes(samples: list[Sample]) -> list[Sample]:
+    """Two of four experts in one layer, at random."""
+    rng = np.random.default_rng(0)
+
+    def draw(sample: Sample) -> np.ndarray:
+        return rng.permuted(np.tile(np.arange(4), (sample.num_tokens - 1, 1, 1)), axis=-1)[..., :2]
+
+    return [replace(s, rollout=replace(s.rollout, routes=draw(s))) for s in samples]
+
+
 def make_stage(**settings: object) -> OnPolicy:
     if settings.get("kind") == "on_policy_distill":
         return make_on_policy_distill(**settings)
@@ -135,7 +171,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
     return run_cases(tmp_path_factory.mktemp("ranks"), "cpu")
 
 
-def run_cases(folder: Path, device: str) -> tuple[Path, dict]:
+def run_cases(folder: Path, device: str, ranks: int = 2) -> tuple[Path, dict]:
     texts = (f"{p.question}\n{p.solution}" for p in PROBLEMS)
     tokenizer = build_tokenizer(texts, VOCABULARY)
     assert len(tokenizer) == VOCABULARY
@@ -147,15 +183,16 @@ def run_cases(folder: Path, device: str) -> tuple[Path, dict]:
         save_checkpoint(start, tokenizer, checkpoint)
         teacher = build_model({**MODELS[model], **changes}, tokenizer, 1)
         save_checkpoint(teacher, tokenizer, folder / f"{name}-teacher")
+        own = add_routes(samples) if settings.get("routing_replay") else samples
         routes = {s.rollout.problem_id: "math" if n % 3 else "code" for n, s in enumerate(samples)}
         cases[name] = {
             "dtype": "float32" if name in FLOAT32 else "bfloat16",
             "settings": make_stage(micro_batch_tokens=200, max_grad_norm=0.1, **settings),
-            "samples": (samples[:first], samples[first : first + second]),
+            "samples": (own[:first], own[first : first + second], *[[]] * (ranks - 2)),
             "routes": routes,
         }
     (folder / "cases.pickle").write_bytes(pickle.dumps(cases))
-    result = run_ranks("sharded_update.py", folder, device)
+    result = run_ranks("sharded_update.py", folder, device, ranks=ranks)
     assert result.returncode == 0, result.stderr[-4000:]
     return folder, cases
 
@@ -192,6 +229,10 @@ def test_samples_are_shared_out_by_tokens(name: str, cases: tuple[Path, dict]) -
     results = json.loads((folder / f"{name}.json").read_text())
     samples = [sample for part in by_name[name]["samples"] for sample in part]
     shares = [{int(n): ids for n, ids in result["share"].items()} for result in results]
+    if by_name[name]["settings"].sequence_parallel > 1:
+        assert shares[0] == shares[1]
+        assert sorted(shares[0]) == [*range(len(samples))]
+        return
     assert not shares[0].keys() & shares[1].keys()
     for number, ids in (shares[0] | shares[1]).items():
         assert ids == samples[number].rollout.completion_ids
