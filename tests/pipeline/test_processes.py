@@ -106,6 +106,26 @@ def test_rollouts_are_those_of_one_process(both: tuple) -> None:
     assert [r["advantage"] for r in one] == pytest.approx([r["advantage"] for r in two], abs=1e-3)
 
 
+def test_groups_and_teams(recipe: Path, tmp_path: Path) -> None:
+    """Experts in groups, then a row's tokens in teams as well; vLLM is sent the weights of both."""
+    values = yaml.safe_load(recipe.read_text())
+    values |= {"name": "ungrouped", "runs_dir": str(tmp_path), "stages": values["stages"][:3]}
+    random, _, sft = values["stages"]
+    random["model"]["n_routed_experts"] = 6
+    sft |= {"from": "grpo", "train": {**sft["train"], "mtp": None}}
+    path = tmp_path / "groups.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        assert run("run", path).returncode == 0
+    keys = ("grpo.expert_parallel", "sft.train.expert_parallel", "sft.train.sequence_parallel")
+    changes = ["name=grouped", *(f"stages.{key}=2" for key in keys)]
+    result = run_two("run", path, *(word for change in changes for word in ("--set", change)))
+    assert result.returncode == 0, result.stderr[-3000:]
+    for stage in ("grpo", "sft"):
+        test_metrics_are_those_of_one_process(stage, (tmp_path / "ungrouped", tmp_path / "grouped"))
+
+
 def test_a_sharded_checkpoint_is_evaluated_like_any_other(both: tuple) -> None:
     """vLLM reads what two ranks have saved. Tokens may differ where rounding does."""
     one, two = (json.loads((folder / "summary.json").read_text()) for folder in both[:2])
