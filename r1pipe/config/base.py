@@ -142,6 +142,29 @@ class Mtp(Strict):
     """Weight of its loss (lambda). DeepSeek-V3: 0.3, and 0.1 for the last third."""
 
 
+class Indexer(Strict):
+    """The lightning indexer of DeepSeek Sparse Attention (DeepSeek-V3.2, arXiv:2512.02556, section
+    2.1) learns to score tokens as attention weighs them: a KL of its own, optimizer group included.
+    """
+
+    phase: Literal["dense", "warmup", "sparse"]
+    """dense: attention sees all tokens, the model learns with it. warmup: the same, and the model
+    stays as it is. sparse: attention sees the model's `index_topk` selected tokens, and both learn.
+    """
+    learning_rate: PositiveFloat = 1e-3
+    """Of the indexer, on the stage's schedule. DeepSeek-V3.2: 1e-3 in the warm-up, then the
+    model's."""
+
+    @property
+    def is_dense(self) -> bool:
+        return self.phase != "sparse"
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether nothing else learns."""
+        return self.phase == "warmup"
+
+
 class Optimization(Saving):
     """The optimizer and its schedule, under the names that TRL and transformers use."""
 
@@ -177,6 +200,9 @@ class Optimization(Saving):
     mtp: Mtp | None = Field(default=None, exclude_if=lambda given: given is None)
     """Train the prediction layer, which a deepseek_v3 made with `num_mtp_layers: 1` has. Default:
     leave it as it is."""
+    indexer: Indexer | None = Field(default=None, exclude_if=lambda given: given is None)
+    """Train the indexer, which a deepseek_v32 has. Default: attention is sparse, and the indexer
+    stays as it is."""
     fp8: Literal["rollouts", "update", "both"] | None = Field(
         default=None, exclude_if=lambda given: given is None
     )
@@ -218,7 +244,14 @@ class Optimization(Saving):
     @model_validator(mode="after")
     def leave_the_base_alone(self) -> "Optimization":
         idle = self.adapter and "with an adapter"
-        refuse_idle(self, {"bias_update_rate": idle, "mtp": idle})
+        refuse_idle(self, {"bias_update_rate": idle, "mtp": idle, "indexer": idle})
+        return self
+
+    @model_validator(mode="after")
+    def leave_the_model_alone(self) -> "Optimization":
+        idle = self.indexer and self.indexer.is_alone and "in the indexer's warmup"
+        keys = ("learning_rate", "weight_decay", "bias_update_rate", "seq_aux_loss_coef")
+        refuse_idle(self, dict.fromkeys(keys, idle))
         return self
 
     def tokens_per_micro_batch(self, *, on_gpu: bool) -> int:

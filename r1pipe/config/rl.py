@@ -139,6 +139,14 @@ class OnPolicy(PromptingStage, Optimization):
         return self.verify_sync
 
     @model_validator(mode="after")
+    def attend_as_the_sampler(self) -> "OnPolicy":
+        if self.indexer and self.indexer.is_dense:
+            raise ValueError(
+                f"indexer.phase {self.indexer.phase} is for sft and distill: give sparse"
+            )
+        return self
+
+    @model_validator(mode="after")
     def split_evenly(self) -> "OnPolicy":
         if (self.prompts_per_step * self.num_generations) % self.steps_per_generation:
             raise ValueError(

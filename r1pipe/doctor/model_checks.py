@@ -15,6 +15,7 @@ from r1pipe.envs.base import check_environment, read_first_prompts
 from r1pipe.models.adapter import check_targets
 from r1pipe.models.model import check_settings, pick_device
 from r1pipe.models.mtp import require_mtp_layer
+from r1pipe.models.sparse_attention import require_indexer
 from r1pipe.models.thinking import OPEN, close_tag
 from r1pipe.models.tokenizer import (
     apply_template,
@@ -63,6 +64,8 @@ def examine_architecture(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
                 check_targets(configs[0], stage.optimization.adapter)
             if stage.optimization.mtp:
                 require_mtp_layer(configs[0])
+            if stage.optimization.indexer:
+                require_indexer(configs[0])
             groups, count = stage.optimization.parallel, inputs.devices.count
             require_groups(configs[0], groups["expert_parallel"], count)
             how = recipe.attn_implementation

@@ -16,6 +16,7 @@ forward and 4 backward:
 Weights that are frozen beside an adapter have no gradient and count 4; the adapter's own products
 are left out. A prediction layer counts where it is trained: its weights and pairs, and the head
 once more, by 4 where its gradient does not reach the head.
+Of sparse attention the selected pairs count, the indexer's scores do not.
 
 Recomputation by gradient checkpointing does not count, nor do forward passes without a gradient
 (old policy, reference, teacher), the optimizer, norms and activations.

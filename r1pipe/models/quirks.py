@@ -21,12 +21,16 @@ DEEPSEEK_CPU = {
     "cpu_engine": {"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}},
 }
 
+DEEPSEEK_ROUTING = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+"""Of DeepSeek-V3 and later, as vLLM calls it."""
+
 QUIRKS: dict[str, Quirks] = {
     "deepseek_v2": Quirks(**DEEPSEEK_CPU),
     "deepseek_v3": Quirks(
-        config={"topk_method": "noaux_tc", "scoring_func": "sigmoid", "num_mtp_layers": 0},
+        config={**DEEPSEEK_ROUTING, "num_mtp_layers": 0},
         **DEEPSEEK_CPU,
     ),
+    "deepseek_v32": Quirks(config=DEEPSEEK_ROUTING, **DEEPSEEK_CPU),
 }
 
 

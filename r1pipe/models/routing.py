@@ -49,6 +49,7 @@ class Routing:
 ROUTINGS: dict[str, Routing] = {
     "deepseek_v2": Routing(softmax, normalize=False),
     "deepseek_v3": Routing(torch.sigmoid),
+    "deepseek_v32": Routing(torch.sigmoid),
     "glm4_moe": Routing(torch.sigmoid),
     "gpt_oss": Routing(softmax, normalize=True, name="router"),
     "mixtral": Routing(softmax, normalize=True),

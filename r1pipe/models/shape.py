@@ -145,10 +145,13 @@ class Shape:
         return self.matrices + self.experts * self.num_chosen() / max(1, self.num_experts())
 
     def windows(self) -> list[int | None]:
-        """Each layer's sliding window in tokens; None where attention sees everything before."""
+        """The most tokens that each layer's attention sees, in a sliding window or selected; None
+        where it sees everything before."""
         window = self.get("sliding_window", default=None)
         kinds = self.get("layer_types") or ["sliding_attention"] * self.num_layers
-        return [window if kind == "sliding_attention" else None for kind in kinds]
+        limits = {"sliding_attention": window}
+        limits["deepseek_sparse_attention"] = self.get("index_topk", default=None)
+        return [limits.get(kind) for kind in kinds]
 
     def activations(
         self, num_tokens: int, element: int, checkpointing: bool, *, predicting: bool = False

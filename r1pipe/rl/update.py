@@ -140,7 +140,7 @@ class Updater(PackedTrainer):
         return {
             **mismatch.metrics(),
             **log.metrics(),
-            **self.load.metrics(),
+            **self.model_metrics(),
             **({"updates_skipped": log.num_skipped} if log.num_skipped else {}),
             "learning_rate": self.scheduler.get_last_lr()[0],
         }

@@ -50,6 +50,7 @@ from r1pipe.rollout.vllm_args import (
     describe_error,
     describe_kind,
     engine_arguments,
+    keep_own_config,
     read_config,
     require_moe_layers,
     sampling_parameters,
@@ -102,6 +103,7 @@ class Sampler:
         from vllm import LLM
 
         check_architecture(checkpoint, config)
+        keep_own_config()
         arguments = engine_arguments(config, settings, dtype, device, with_routes, lora_rank)
         if device.type == "cpu":
             arguments |= use_norm_kernels()

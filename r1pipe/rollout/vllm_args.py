@@ -16,6 +16,7 @@ from r1pipe.config.base import Sampling
 from r1pipe.config.recipe import Engine, Speculative
 from r1pipe.models.quirks import find_quirks, has_mla
 from r1pipe.models.routing import find_moe_layers
+from r1pipe.models.sparse_attention import has_indexer
 from r1pipe.models.tokenizer import load_tokenizer
 from r1pipe.models.weights import check_weights, find_strays, list_weights
 from r1pipe.models.yarn import check_yarn
@@ -72,6 +73,8 @@ def engine_arguments(
         arguments["speculative_config"] = speculative.model_dump(
             exclude={"trial"}, exclude_none=True
         )
+    if is_sampled_dense(config, device.type):
+        arguments["hf_overrides"] = drop_indexer
     if settings.kv_cache_gib is not None:
         arguments["kv_cache_memory_bytes"] = int(settings.kv_cache_gib * 2**30)
     if device.type == "cpu":
@@ -103,6 +106,11 @@ def server_command(
     check_files(checkpoint)
     config = read_config(checkpoint)
     check_engine(checkpoint, config, settings, device.type, num_processes=1)
+    if is_sampled_dense(config, device.type):
+        raise UserError(
+            f"{checkpoint}: vLLM's server has the sparse attention of a deepseek_v32 on GPUs of "
+            "compute capability 9.0 and higher only: r1pipe chat asks it without"
+        )
     set_environment(config, device, dtype)
     os.environ.pop("VLLM_ENABLE_V1_MULTIPROCESSING")  # the server's engine has its own process
     arguments = engine_arguments(config, settings, dtype, device)
@@ -198,6 +206,14 @@ def check_engine(
         if device_type == "cpu":
             check_cpu_attention(name, text)
     longest = find_longest_context(text)
+    if is_sampled_dense(text, device_type):
+        context = settings.max_model_len or longest
+        if context is None or context > text.index_topk:
+            raise UserError(
+                f"engine.max_model_len {context}: {name} is a deepseek_v32, of which vLLM can "
+                f"sample index_topk, {text.index_topk}, tokens here: beyond, attention is sparse, "
+                "which needs a GPU of compute capability 9.0; lower it, or raise index_topk"
+            )
     if settings.max_model_len and longest and settings.max_model_len > longest:
         raise UserError(
             f"engine.max_model_len {settings.max_model_len} is more than the context of {name}, "
@@ -206,6 +222,41 @@ def check_engine(
     check_yarn(name, text, settings.max_model_len or longest or 0)
     if settings.speculative and settings.speculative.model:
         check_drafter(settings.speculative.model, name, text, settings, device_type)
+
+
+SPARSE_SIZES = (512, 64, 128)
+"""Latent, rotary part and head of the indexer for which vLLM's kernels of DeepSeek Sparse Attention
+are made: DeepSeek-V3.2's."""
+
+
+def is_sampled_dense(config: Any, device_type: str) -> bool:
+    """Whether vLLM gets a deepseek_v32 as a deepseek_v3: its attention is the same up to index_topk
+    tokens. vLLM 0.31 has the sparse one on Hopper and later."""
+    if not has_indexer(config):
+        return False
+    sizes = (config.kv_lora_rank, config.qk_rope_head_dim, config.index_head_dim)
+    can_select = device_type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+    return not can_select or sizes != SPARSE_SIZES
+
+
+def drop_indexer(config: Any) -> Any:
+    """The config of the deepseek_v3 within a deepseek_v32. vLLM leaves out weights of an indexer
+    that its model has not."""
+    if not has_indexer(config):  # vLLM asks what becomes of "dummy_deepseek_v32"
+        config.model_type = config.model_type.replace("deepseek_v32", "deepseek_v3")
+        return config
+    own = ("model_type", "architectures", "layer_types", "index_topk")
+    values = {key: value for key, value in config.to_dict().items() if key not in own}
+    values |= find_quirks("deepseek_v3").config
+    return AutoConfig.for_model("deepseek_v3", architectures=["DeepseekV3ForCausalLM"], **values)
+
+
+def keep_own_config() -> None:
+    """vLLM would have transformers read every deepseek_v32 as a deepseek_v3 from then on, in the
+    trainer too, and give the class of deepseek_v3's configs the other's name."""
+    from vllm.transformers_utils import config
+
+    config._CONFIG_REGISTRY.pop("deepseek_v32", None)
 
 
 def choose_speculation(settings: Engine, config: Any) -> Speculative | None:

@@ -90,7 +90,7 @@ class SupervisedTrainer(PackedTrainer):
             "tokens_trained": num_tokens,
             "seconds/step": seconds,
             **self.utilization.take(seconds),
-            **self.load.metrics(),
+            **self.model_metrics(),
         }
 
     def backward(self, batch: PackedBatch, num_targets: int) -> dict[str, float]:

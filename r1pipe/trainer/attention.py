@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PretrainedCon
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from r1pipe.models.model import find_layers, is_moe
+from r1pipe.models.sparse_attention import attend_sparsely, has_indexer
 from r1pipe.trainer.sequence_parallel import trade_heads_for_tokens, trade_tokens_for_heads
 from r1pipe.utils.errors import UserError
 
@@ -85,6 +86,8 @@ def use_packed_attention(model: PreTrainedModel) -> None:
     name = model.config._attn_implementation
     if not name.startswith(PREFIX) and not is_flash(name):
         model.set_attn_implementation(PREFIX + "auto")
+    if has_indexer(model.config):
+        attend_sparsely(model)
 
 
 def require_packable(config: PretrainedConfig, attn_implementation: str) -> None:
@@ -96,9 +99,11 @@ def require_packable(config: PretrainedConfig, attn_implementation: str) -> None
     it keeps state of earlier tokens, must be such an attention or contain one.
     """
     key = (config.to_json_string(), attn_implementation)
-    if key in _packable:
-        return
     name = config.model_type
+    if has_indexer(config) and getattr(config, "attention_dropout", 0):
+        raise UserError(f"{name}: its sparse attention has no attention_dropout here: set it to 0")
+    if key in _packable or has_indexer(config):  # models/sparse_attention.py cuts at the borders
+        return
     types = set(getattr(config.get_text_config(), "layer_types", None) or ())
     if config.get_text_config() is not config:
         raise UserError(

@@ -18,6 +18,7 @@ from r1pipe.models.expert_load import ExpertLoad, number_packed
 from r1pipe.models.fp8 import add_fp8
 from r1pipe.models.model import fast_training_kernels
 from r1pipe.models.mtp import find_mtp_layer, require_mtp_layer
+from r1pipe.models.sparse_attention import IndexerTraining, require_indexer
 from r1pipe.trainer.fsdp import put_optimizer, put_weights, take_optimizer, take_weights
 from r1pipe.trainer.optimizer import OffloadedAdamW, clip_gradient, find_schedule, group_by_mesh
 from r1pipe.trainer.packing import PackedBatch, Sample, cut_batches, pack
@@ -55,17 +56,18 @@ class PackedTrainer:
         detached = find_mtp_layer(model) if self.policy.mtp == "detached" else None
         self.detached = dict.fromkeys(detached.parameters() if detached else ())
         """Parameters whose gradient has nothing to do with the others'."""
+        self.indexer = self.open_indexer() if settings.indexer else None
         if settings.fp8:
             count = add_fp8(model, is_on=settings.trains_in_fp8)
             log_line(f"fp8 ({settings.fp8}), emulated: {count} matrices in e4m3, 128 x 128 blocks")
         self.load = ExpertLoad(
             model,
-            bias_update_rate=0.0 if settings.adapter else settings.bias_update_rate,
+            bias_update_rate=0.0 if self.learns_in_part else settings.bias_update_rate,
             seq_aux_loss_coef=settings.seq_aux_loss_coef,
         )
         make_optimizer = OffloadedAdamW if settings.offload_optimizer else torch.optim.AdamW
         self.optimizer = make_optimizer(
-            group_by_mesh(p for p in model.parameters() if p.requires_grad),
+            self.group_parameters(),
             lr=settings.learning_rate,
             betas=(0.9, settings.adam_beta2),
             weight_decay=settings.weight_decay,
@@ -78,7 +80,7 @@ class PackedTrainer:
             model.config,
             model.device,
             dtype,
-            frozen=settings.adapter is not None,
+            frozen=self.learns_in_part,
             mtp=self.policy.mtp,
         )
         if settings.gradient_checkpointing:
@@ -88,6 +90,32 @@ class PackedTrainer:
     def speaks_for_team(self) -> bool:
         """Whether this rank's samples count: not if another has the same ones."""
         return self.policy.team is None or self.policy.team.rank() == 0
+
+    @property
+    def learns_in_part(self) -> bool:
+        """Whether the model stays as it is, beside an adapter or its indexers."""
+        indexer = self.settings.indexer
+        return bool(self.settings.adapter or (indexer and indexer.is_alone))
+
+    def open_indexer(self) -> IndexerTraining:
+        require_indexer(self.model.config)
+        settings = self.settings.indexer
+        indexer = IndexerTraining(self.model, dense=settings.is_dense)
+        if settings.is_alone:
+            self.model.requires_grad_(False)
+            for parameter in indexer.parameters:
+                parameter.requires_grad_(True)
+        return indexer
+
+    def group_parameters(self) -> list[dict[str, Any]]:
+        """The optimizer's groups: what the loss trains, and what the indexers' own does."""
+        own = dict.fromkeys(self.indexer.parameters if self.indexer else ())
+        rest = [p for p in self.model.parameters() if p.requires_grad and p not in own]
+        groups = group_by_mesh(rest)
+        if self.indexer:
+            rate = self.settings.indexer.learning_rate
+            groups += [{**group, "lr": rate} for group in group_by_mesh(own)]
+        return groups
 
     def kernels(self) -> contextlib.AbstractContextManager:
         return fast_training_kernels(self.device, self.dtype)
@@ -122,19 +150,33 @@ class PackedTrainer:
             return 0.0
         return -self.settings.mtp.loss_weight * now.second.logprobs_C.sum() / max(1, num_tokens)
 
-    def counting(self, batch: PackedBatch, num_sequences: int) -> contextlib.AbstractContextManager:
-        """Count the experts' load in one forward and backward of this batch; `num_sequences`: of
-        the whole optimizer step, over all ranks."""
+    @contextlib.contextmanager
+    def counting(self, batch: PackedBatch, num_sequences: int) -> Iterator[None]:
+        """Count the experts' load and the indexers' loss in one forward and backward of this batch;
+        `num_sequences`: of the whole optimizer step, over all ranks."""
         sequences_N = number_packed(batch.lengths, batch.ids_N.device)
         sequences_N = cut_tokens(sequences_N, self.policy.team, -1)
-        return self.load.counting(sequences_N, num_sequences)
+        own = self.indexer.counting(batch.lengths) if self.indexer else contextlib.nullcontext()
+        with self.load.counting(sequences_N, num_sequences), own:
+            yield
+
+    def model_metrics(self) -> dict[str, float]:
+        """What the model's own parts counted since the last call."""
+        return {**self.load.metrics(), **(self.indexer.metrics() if self.indexer else {})}
 
     def clip_gradient(self) -> float:
         """Returns the gradient's norm over all ranks before clipping. A detached prediction layer
-        is clipped by itself: the others' gradient is what it is without."""
+        and the indexers are clipped by themselves: the others' gradient is what it is without."""
         clip_gradient(self.detached, self.settings.max_grad_norm)
-        others = [p for p in self.model.parameters() if p not in self.detached]
-        return clip_gradient(others, self.settings.max_grad_norm)
+        own_norm, apart = 0.0, self.detached
+        if self.indexer:
+            self.indexer.average_gradient()
+            own_norm = clip_gradient(self.indexer.parameters, self.settings.max_grad_norm)
+            if self.learns_in_part:
+                return own_norm
+            apart = apart | dict.fromkeys(self.indexer.parameters)
+        others = [p for p in self.model.parameters() if p not in apart]
+        return clip_gradient(others, self.settings.max_grad_norm) + 0 * own_norm  # NaN shows
 
     def apply_gradient(self) -> None:
         self.optimizer.step()

@@ -20,6 +20,7 @@ from torch.distributed import ProcessGroup
 from torch.nn.functional import pad
 from transformers import PretrainedConfig
 
+from r1pipe.models.sparse_attention import has_indexer
 from r1pipe.trainer.exchange import Exchange, Sum
 from r1pipe.trainer.packing import PackedBatch
 from r1pipe.utils.errors import UserError
@@ -31,6 +32,8 @@ def require_teams(
     """Raises UserError if heads or processes cannot be grouped by `size`."""
     if size == 1:
         return
+    if has_indexer(config):
+        raise UserError(f"sequence_parallel {size}: not with the {config.model_type}'s attention")
     if (heads := config.get_text_config().num_attention_heads) % size:
         raise UserError(f"sequence_parallel {size}: {heads} heads cannot be shared out evenly")
     if num_processes % size:

@@ -63,6 +63,7 @@ NAMES = (
     "vllm.model_executor.models.utils.get_spec_layer_idx_from_weight_name",
     "vllm.outputs.CompletionOutput.routed_experts",
     "vllm.sampling_params.RequestOutputKind.FINAL_ONLY",
+    "vllm.transformers_utils.config._CONFIG_REGISTRY",
     "vllm.v1.core.sched.scheduler.Scheduler.make_spec_decoding_stats",
     "vllm.v1.core.sched.scheduler.Scheduler.num_spec_tokens",
     "vllm.v1.engine.core.cleanup_dist_env_and_memory",

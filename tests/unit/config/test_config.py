@@ -138,6 +138,10 @@ MISTAKES = [
         {"stages": stages_with(1, train={"max_steps": 5, "fp8": "both"})},
         ['stages.sft.train: fp8 "both"', "give update"],
     ),
+    (
+        {"stages": stages_with(2, indexer={"phase": "dense"})},
+        ["indexer.phase dense", "give sparse"],
+    ),
     ({"engine": {"max_num_seq": 3}}, ["engine.max_num_seq", "max_num_seqs"]),
     (
         {"stages": stages_with(3, traces={"num_generations": 1, "sampling": {}})},
@@ -224,6 +228,7 @@ def eval_with(**changes: object) -> dict:
 
 MATHS = "rewards.math_correct"
 GREEDY = {"max_completion_length": 8, "temperature": 0}
+WARMUP = {"phase": "warmup"}
 # Keys that do nothing where they stand, and what has to change for them to do something.
 IDLE = [
     (sft_with, {"min_lr": 1e-6, "lr_scheduler_type": "linear"}, {"lr_scheduler_type": "cosine"}),
@@ -235,6 +240,9 @@ IDLE = [
     (grpo_with, {"breaker": {"kl": {"limit": 5}}}, {"beta": 0.1}),
     (sft_with, {"bias_update_rate": 0.01, "adapter": {}}, {"adapter": None}),
     (sft_with, {"mtp": {}, "adapter": {}}, {"adapter": None}),
+    (sft_with, {"indexer": {"phase": "sparse"}, "adapter": {}}, {"adapter": None}),
+    (sft_with, {"learning_rate": 1e-4, "indexer": WARMUP}, {"indexer": {"phase": "dense"}}),
+    (sft_with, {"bias_update_rate": 0.01, "indexer": WARMUP}, {"indexer": {"phase": "sparse"}}),
     (sft_with, {"adapter": {"offload_base": True}}, {"adapter": {}}),
     (grpo_with, {"beta": 0.1, "reference_refresh_steps": 5, "adapter": {}}, {"adapter": None}),
     (grpo_with, {"epsilon": 0.1, "loss_type": "cispo", "epsilon_high": 5}, {"loss_type": "dapo"}),

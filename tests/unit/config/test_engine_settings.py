@@ -31,6 +31,8 @@ LLAMA = {
 }
 R1 = {"model_type": "deepseek_v3"}
 """The defaults are DeepSeek-R1's sizes."""
+V32 = {"model_type": "deepseek_v32"}
+"""DeepSeek-V3.2's."""
 KEYS = ("VLLM_MLA_DISABLE", "TRITON_F32_DEFAULT", "VLLM_USE_V2_MODEL_RUNNER")
 
 
@@ -283,6 +285,16 @@ REFUSALS = [
         False,
         "by 1.921 in the trainer and 1.000 in vLLM",
     ),
+    (V32, {"max_model_len": 2048}, "cpu", 1, True, None),
+    (V32, {"max_model_len": 2049}, "cpu", 1, True, "max_model_len 2049: m is a deepseek_v32, of"),
+    (
+        V32,
+        {},
+        "cpu",
+        1,
+        True,
+        "max_model_len 163840: m is a deepseek_v32, of which vLLM can sample",
+    ),
     (LLAMA, {"tensor_parallel_size": 2}, "cuda", 4, True, None),
     (LLAMA, {"tensor_parallel_size": 2}, "cuda", 3, False, "3 processes cannot be grouped by 2"),
     (LLAMA, {"tensor_parallel_size": 2}, "cuda", 1, True, "1 process cannot be grouped by 2"),
@@ -295,6 +307,27 @@ REFUSALS = [
     ({**LLAMA, "quantization_config": W8A8}, {}, "cuda", 1, False, None),
     ({**LLAMA, "quantization_config": W4A16}, {}, "cpu", 1, False, None),
 ]
+
+
+# (changes of the model, compute capability) -> whether vLLM's sparse attention is out of reach
+SPARSE = [
+    ({}, (9, 0), False),
+    ({}, (10, 0), False),
+    ({}, (8, 9), True),
+    ({"index_head_dim": 64}, (9, 0), True),
+]
+
+
+@pytest.mark.parametrize(("changes", "capability", "dense"), SPARSE)
+def test_where_sparse_attention_is_sampled(
+    changes: dict, capability: tuple[int, int], dense: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = fake_gpu(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    config = make_config({**V32, **changes})
+    arguments = engine_arguments(config, Engine(max_model_len=128), "bfloat16", gpu)
+    assert ("hf_overrides" in arguments) == dense
+    check_engine("m", config, Engine(max_model_len=2048 + (not dense)), "cuda", 1)
 
 
 @pytest.mark.parametrize(("model", "engine", "device", "count", "trains", "words"), REFUSALS)

@@ -476,6 +476,8 @@ def test_a_model_that_cannot_be_trained(project: Path) -> None:
     assert "cannot be trained here" in trouble["grpo: architecture"]
     trouble = find_trouble(examine("stages.grpo.mtp={}"))["grpo: architecture"]
     assert trouble.startswith("FAIL: mtp: the qwen3 has no prediction layer")
+    trouble = find_trouble(examine("stages.grpo.indexer={phase: sparse}"))["grpo: architecture"]
+    assert trouble.startswith("FAIL: indexer: the qwen3 has none")
 
 
 def change_json(path: Path, **changes: object) -> None:

@@ -89,6 +89,14 @@ CASES = {
         | {"sequence_parallel": 2, "expert_parallel": 2, "routing_replay": True},
         (5, 0),
     ),
+    # Indexers that a rank runs without samples.
+    "indexed": (
+        "deepseek_v32",
+        {},
+        {"indexer": {"phase": "sparse"}, "gradient_checkpointing": True}
+        | {"bias_update_rate": 0.01, "steps_per_generation": 4},
+        (5, 0),
+    ),
     "adapted": (
         "qwen3_moe",
         {},
