@@ -176,7 +176,7 @@ def run_stages(
     problem_sets = ProblemSets(run.path)
     preflight = Preflight(recipe, devices, stages, problem_sets, skip_doctor)
     own = engines is None
-    engines = engines or Engines(recipe.engine, recipe.dtype, device, recipe.chat_template)
+    engines = engines or Engines.of(recipe, device)
     ledger = Ledger(run.path, recipe, Hardware.here(recipe, device.type))
     started = time.monotonic()
     try:

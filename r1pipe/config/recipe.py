@@ -87,6 +87,27 @@ class Engine(Strict):
         return self
 
 
+class SamplerPlace(Strict):
+    """Where vLLM's engines run."""
+
+    kind: Literal["colocated", "fleet"] = "colocated"
+    """colocated: one engine in the trainer's process. fleet: `engines` in processes of their own,
+    for all stages that sample. Samples are the same: each token is drawn from its request's seed
+    and its position."""
+    engines: PositiveInt = 1
+    """On CPU each computes with one core: to one engine a second core gives a tenth."""
+    ray: str | None = None
+    """Ray places the engines: auto joins the cluster at RAY_ADDRESS, or else starts one on this
+    machine for the run; or a cluster's address. All machines then need r1pipe and the run's folder
+    at the same path. Default: processes of this machine."""
+
+    @model_validator(mode="after")
+    def use_every_key(self) -> "SamplerPlace":
+        alone = self.kind == "colocated" and "without kind: fleet"
+        refuse_idle(self, {"engines": alone, "ray": alone})
+        return self
+
+
 class DoctorLimits(Strict):
     """Limits of `r1pipe doctor` and of the checks before a stage."""
 
@@ -145,6 +166,7 @@ class Recipe(Strict):
     """Seconds without a step of vLLM, a group judged, a micro-batch, a collective, after which the
     run counts as hung and ends. Starting vLLM is one such piece. null: never."""
     engine: Engine = Engine()
+    sampler: SamplerPlace = SamplerPlace()
     doctor: DoctorLimits = DoctorLimits()
     rollouts: KeptRollouts = KeptRollouts()
     price_per_device_hour: NonNegativeFloat | None = None
@@ -215,13 +237,34 @@ class Recipe(Strict):
                     f"stages.{stage.name}.async_steps: sampling beside the training needs the "
                     f"engine awake: leave out engine.sleep {self.engine.sleep}, or async_steps"
                 )
+            if self.sampler.kind == "fleet":
+                self._refuse_outside_a_fleet(stage)
             earlier.add(stage.name)
         return self
+
+    def _refuse_outside_a_fleet(self, stage: Stage) -> None:
+        adapter = stage.optimization and stage.optimization.adapter
+        if stage.environment_used():
+            raise ValueError(
+                f"stages.{stage.name}.environment: its turns are asked for one by one, which a "
+                "fleet does not do yet: leave out sampler"
+            )
+        if adapter and adapter.sync == "alone":
+            raise ValueError(
+                f"stages.{stage.name}.adapter.sync: alone does not go with sampler.kind fleet: "
+                "take merged"
+            )
+        if self.engine.tensor_parallel_size > 1 or self.engine.sleep:
+            raise ValueError(
+                "engine: tensor_parallel_size above 1 and sleep do not go with sampler.kind fleet"
+            )
 
     def sleep_level(self, stage: Stage, device_type: str) -> int:
         """vLLM's sleep level while the stage trains; 0: its engine stays awake."""
         samples_for_itself = stage.samplings() and stage.optimization is not None
         if not samples_for_itself or (isinstance(stage, rl.OnPolicy) and stage.async_steps):
+            return 0
+        if self.sampler.kind == "fleet":
             return 0
         default = 1 if device_type == "cuda" else 0
         return default if self.engine.sleep is None else self.engine.sleep

@@ -38,7 +38,14 @@ TEACHER_LOGIT_COPIES = 4
 """Of a chunk: the teacher's logits and log-softmax, the student's probabilities, the difference of
 log-probs."""
 
-ESTIMATED = ("activations", "logits", "process", "probe", "vLLM asleep")
+ESTIMATED = (
+    "activations",
+    "logits",
+    "process",
+    "engines' processes",
+    "probe",
+    "vLLM asleep",
+)
 """Parts that are estimated, not counted."""
 
 
@@ -236,7 +243,11 @@ def engine_parts(
             f"{format_size(one_sequence)} for one sequence of {context} tokens: raise "
             "engine.tensor_parallel_size or gpu_memory_utilization"
         )
-    return {"vLLM": weights, "KV cache": max(0.0, room)}, problems
+    count = recipe.sampler.engines
+    parts = {"vLLM": count * weights, "KV cache": count * max(0.0, room)}
+    if recipe.sampler.kind == "fleet":
+        parts["engines' processes"] = count * CPU_PROCESS
+    return parts, problems
 
 
 def trainer_parts(

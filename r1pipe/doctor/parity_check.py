@@ -34,7 +34,7 @@ def examine_parity(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
         yield Diagnosis("", "skipped", "its data is not here")
         return
     device = pick_device(recipe.device)
-    engines = Engines(recipe.engine, recipe.dtype, device, recipe.chat_template)
+    engines = Engines.of(recipe, device)
     try:
         sampler = engines.open(place, with_routes=stage.routing_replay)
         length = min(NUM_TOKENS, stage.max_completion_length)
@@ -50,7 +50,7 @@ def examine_parity(stage: Stage, inputs: Inputs) -> Iterator[Diagnosis]:
         # In full precision: the engine has the checkpoint's own weights.
         plain = stage.model_copy(update={"fp8": None})
         updater = Updater(model, plain, dtype=recipe.dtype, seed=recipe.seed)
-        diff = measure_mismatch(updater, samples)
+        diff = measure_mismatch(updater, samples, sampler.num_engines)
     finally:
         engines.close()
     if diff is None:

@@ -35,6 +35,7 @@ from r1pipe.doctor.model_checks import (
     examine_vocabulary,
 )
 from r1pipe.models.hub_cache import reaches_hub
+from r1pipe.rollout.placement import describe_placement
 from r1pipe.runs.tracking import check_tracking
 from r1pipe.utils.errors import UserError
 
@@ -84,6 +85,8 @@ def examine_recipe(inputs: Inputs, stages: list[Stage]) -> Iterator[Diagnosis]:
     yield examine_disk(recipe, stages)
     if recipe.tracking:
         yield examine_tracking(recipe)
+    if recipe.sampler.kind == "fleet" and any(stage.samplings() for stage in stages):
+        yield examine_fleet(recipe, inputs.devices)
     if any(r.function == "rewards.code_passes" for s in stages for r in s.rewards_used()):
         yield examine_sandbox(is_needed=True)
     for stage in stages:
@@ -106,6 +109,14 @@ def examine_tracking(recipe: Recipe) -> Diagnosis:
     except UserError as error:
         return Diagnosis("tracking", "FAIL", str(error))
     return Diagnosis("tracking", "ok", ", ".join(recipe.tracking))
+
+
+def examine_fleet(recipe: Recipe, devices: Devices) -> Diagnosis:
+    try:
+        found = describe_placement(recipe.sampler, "cuda" if devices.is_gpu else "cpu")
+    except UserError as error:
+        return Diagnosis("sampler", "FAIL", str(error))
+    return Diagnosis("sampler", "ok", found)
 
 
 def examine_hub() -> Diagnosis:

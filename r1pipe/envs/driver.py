@@ -62,6 +62,10 @@ class EpisodeSampler:
         return self.sampler.drafts
 
     @property
+    def num_engines(self) -> int:
+        return self.sampler.num_engines
+
+    @property
     def asleep(self) -> bool:
         return self.sampler.asleep
 

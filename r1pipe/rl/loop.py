@@ -23,6 +23,7 @@ from r1pipe.rl.batch import Batch
 from r1pipe.rl.collect import Collector
 from r1pipe.rl.prefetch import Prefetcher
 from r1pipe.rl.update import Updater
+from r1pipe.rollout.groups import cover_engines
 from r1pipe.rollout.store import RolloutFiles
 from r1pipe.runs.folder import find_steps
 from r1pipe.trainer.breaker import Breaker, EventLog
@@ -252,7 +253,7 @@ def check_last_sync(
     seed_parts = (updater.seed, stage.name, "last")
     samples = draw_samples(stage, sampler, group, stage.sampling, seed_parts)
     sampler.sleep()
-    diff = measure_mismatch(updater, samples)
+    diff = measure_mismatch(updater, samples, sampler.num_engines)
     if diff is None:
         log_line(f"{stage.name}: no episode could begin: the last sync is not compared")
         return {}
@@ -276,8 +277,9 @@ def probe_sync(
     length = min(PROBE_TOKENS, stage.max_completion_length)
     sampling = stage.sampling.model_copy(update={"max_completion_length": length})
     seed_parts = (updater.seed, stage.name, "probe", step)
-    samples = draw_samples(stage, sampler, problems[:PROBE_PROMPTS], sampling, seed_parts)
-    diff = measure_mismatch(updater, samples)
+    asked = cover_engines(problems[:PROBE_PROMPTS], sampler.num_engines)
+    samples = draw_samples(stage, sampler, asked, sampling, seed_parts)
+    diff = measure_mismatch(updater, samples, sampler.num_engines)
     if diff is None:
         return {}
     breaker.examine_sync(diff, step)
@@ -299,11 +301,13 @@ def draw_samples(
     return [Sample(r, 0.0) for group in in_order for r in group.rollouts if r.num_tokens]
 
 
-def measure_mismatch(updater: Updater, samples: list[Sample]) -> float | None:
-    """Mean |sampler - trainer| log-probability, the trainer's weights rounded as the sampler's;
-    None without samples on any rank."""
+def measure_mismatch(updater: Updater, samples: list[Sample], num_engines: int) -> float | None:
+    """Mean |sampler - trainer| log-probability of the engine that is furthest off, the trainer's
+    weights rounded as the sampler's; None without samples on any rank."""
     with updater.computing_as_sampler():
-        return updater.evaluate(samples).metrics().get("sampler/logprob_diff_mean")
+        by_engine = [updater.evaluate(samples[i::num_engines]) for i in range(num_engines)]
+    diffs = [part.metrics().get("sampler/logprob_diff_mean") for part in by_engine]
+    return max((diff for diff in diffs if diff is not None), default=None)
 
 
 class Clock:

@@ -73,6 +73,8 @@ class Sampler:
     a `lora_rank` it takes adapters, no other weights. Raises UserError if vLLM cannot run it.
     """
 
+    num_engines = 1
+
     def __init__(
         self,
         checkpoint: str,
@@ -177,7 +179,7 @@ class Sampler:
         needs a sampler that was opened with them."""
         groups = self._plan(problems, num_samples, seed_parts)
         self._encode_prompts(groups, sampling)
-        for _ in self._sample(groups, sampling, with_routes):
+        for _ in self.sample(groups, sampling, with_routes):
             pass
         return [rollout for group in groups for rollout in group.rollouts]
 
@@ -207,7 +209,7 @@ class Sampler:
             for group in groups:
                 group.samples = journal.find_samples(group.problem.id, num_samples)
         yield from [group for group in groups if group.index in own and not group.missing]
-        for group, rollout in (sample or self._sample)(groups, sampling, with_routes):
+        for group, rollout in (sample or self.sample)(groups, sampling, with_routes):
             if group.index not in own:  # that of another rank of this engine
                 if journal:
                     rollout.empty()
@@ -230,7 +232,7 @@ class Sampler:
         for group, ids in zip(groups, prompts, strict=True):
             group.prompt_ids = ids
 
-    def _sample(self, groups: list[SampleGroup], sampling: Sampling, with_routes: bool) -> Sampled:
+    def sample(self, groups: list[SampleGroup], sampling: Sampling, with_routes: bool) -> Sampled:
         """Every missing sample of the groups as it is finished, already in its group."""
         missing = [(group, number) for group in groups for number in group.missing]
         requests = (

@@ -5,9 +5,10 @@ from pathlib import Path
 import torch
 
 from r1pipe.config.adapter import Adapter
-from r1pipe.config.recipe import Engine
+from r1pipe.config.recipe import Engine, Recipe, SamplerPlace
 from r1pipe.models.tokenizer import join_end_ids, load_tokenizer, read_end_ids
 from r1pipe.rollout.engine import Sampler
+from r1pipe.rollout.fleet import Fleet
 from r1pipe.rollout.probe import PROBE_LIMITS, probe, probe_adapter
 from r1pipe.rollout.vllm_args import describe_kind, read_config
 from r1pipe.utils import distributed
@@ -17,14 +18,29 @@ from r1pipe.utils.progress import log_line
 
 
 class Engines:
-    """Keeps the last engine: stages with the same architecture share it, for one start-up."""
+    """Keeps the last engine, or fleet of them: stages with the same architecture share it, for one
+    start-up. `place`: default: colocated; `hang_s`: see Fleet."""
 
     def __init__(
-        self, settings: Engine, dtype: str, device: torch.device, chat_template: str | None = None
+        self,
+        settings: Engine,
+        dtype: str,
+        device: torch.device,
+        chat_template: str | None = None,
+        place: SamplerPlace | None = None,
+        hang_s: float | None = None,
     ):
         self.settings, self.dtype, self.device = settings, dtype, device
         self.chat_template = chat_template
+        self.place, self.hang_s = place or SamplerPlace(), hang_s
         self._sampler: Sampler | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, device: torch.device) -> "Engines":
+        # An engine that hangs is replaced before the run counts as hung.
+        hang_s = recipe.phase_timeout_s and recipe.phase_timeout_s / 2
+        settings = (recipe.engine, recipe.dtype, device, recipe.chat_template)
+        return cls(*settings, recipe.sampler, hang_s)
 
     @phase("starting vLLM")
     def open(
@@ -52,9 +68,12 @@ class Engines:
                 )
         self.close()
         settings = self.settings.model_copy(update={"sleep": sleep})
-        self._sampler = Sampler(
-            checkpoint, settings, self.dtype, self.device, with_routes, self.chat_template
-        )
+        arguments = (settings, self.dtype, self.device, with_routes, self.chat_template)
+        if self.place.kind == "fleet":
+            where = {"place": self.place, "hang_s": self.hang_s}
+            self._sampler = Fleet(checkpoint, *arguments, **where)
+        else:
+            self._sampler = Sampler(checkpoint, *arguments)
         return self._sampler
 
     def _open_for(self, adapter: Adapter, checkpoint: str, sleep: int) -> bool:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 
 from r1pipe.config.base import Sampling
 from r1pipe.types import Problem, Rollout
@@ -51,3 +52,9 @@ def plan_groups(
         seeds = [derive_seed(*seed_parts, *again, problem.id, n) for n in range(num_samples)]
         groups.append(SampleGroup(index, problem, seeds))
     return groups
+
+
+def cover_engines(problems: list[Problem], num_engines: int) -> list[Problem]:
+    """The problems, repeated until each of a sampler's engines has one: number i is asked of engine
+    i modulo their number."""
+    return list(islice(cycle(problems), max(len(problems), num_engines)))

@@ -13,6 +13,7 @@ from r1pipe.models.adapter import add_adapter, initialize, save_adapter
 from r1pipe.models.model import fast_training_kernels, load_model
 from r1pipe.models.weights import list_weights
 from r1pipe.rollout.engine import Sampler
+from r1pipe.rollout.groups import cover_engines
 from r1pipe.rollout.vllm_args import available_memory
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils import distributed
@@ -55,21 +56,20 @@ def probe_adapter(sampler: Sampler, checkpoint: str, settings: Adapter) -> float
 def probe(
     sampler: Sampler, checkpoint: str, adapt: Callable[[PreTrainedModel], None] | None = None
 ) -> float | None:
-    """Mean |log-probability in vLLM - in transformers| of a few tokens from every rank's engine;
+    """Mean |log-probability in vLLM - in transformers| of a few tokens from every engine;
     None if transformers cannot load the checkpoint or memory does not suffice."""
     length = min(PROBE_TOKENS, sampler.max_model_len // 2)
     try:
         sampling = Sampling(max_completion_length=length)
-        own = sampler.generate(
-            PROBE_PROBLEMS, 1, sampling, ("probe", distributed.rank() // sampler.num_ranks)
-        )
+        asked = cover_engines(PROBE_PROBLEMS, sampler.num_engines)
+        seed_parts = ("probe", distributed.rank() // sampler.num_ranks)
+        own = sampler.generate(asked, 1, sampling, seed_parts)
     except UserError:  # a context too short for these prompts
         own = []
     by_rank = distributed.gather_to_first(own)
     rollouts = [rollout for part in by_rank for rollout in part]
-    return distributed.on_first_rank(
-        lambda: measure_difference(checkpoint, rollouts, sampler.dtype, sampler.device, adapt)
-    )
+    settings = (sampler.dtype, sampler.device, sampler.num_engines, adapt)
+    return distributed.on_first_rank(lambda: measure_difference(checkpoint, rollouts, *settings))
 
 
 @torch.no_grad()
@@ -78,9 +78,10 @@ def measure_difference(
     rollouts: list[Rollout],
     dtype: str,
     device: torch.device,
+    num_engines: int = 1,
     adapt: Callable[[PreTrainedModel], None] | None = None,
 ) -> float | None:
-    """Mean |sampler - transformers| log-probability."""
+    """Mean |sampler - transformers| log-probability of the engine that is furthest off."""
     size = sum(file.stat().st_size for file in list_weights(Path(checkpoint)))
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.5 * size:
         device = torch.device("cpu")
@@ -101,4 +102,4 @@ def measure_difference(
             logprobs_N = logits_NV.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
             sampled = torch.tensor(rollout.logprobs, device=device)
             diffs.append((logprobs_N[-len(sampled) :] - sampled).abs())
-    return float(torch.cat(diffs).mean())
+    return max(float(torch.cat(diffs[i::num_engines]).mean()) for i in range(num_engines))

@@ -40,7 +40,8 @@ class Hardware:
         """`device_type` is torch's, "cuda" or "cpu"."""
         processes = distributed.world_size()
         if device_type == "cpu":
-            return cls("core", processes * threads_in_use())
+            # A fleet samples while the trainer waits.
+            return cls("core", max(processes * threads_in_use(), recipe.sampler.engines))
         # A process has one GPU; alone it has those that its engine asks for.
         per_process = recipe.engine.tensor_parallel_size if distributed.alone() else 1
         return cls("GPU", processes * per_process)

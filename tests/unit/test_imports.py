@@ -41,6 +41,7 @@ OUTSIDE = {
     "mlflow": {"r1pipe.runs"},
     "matplotlib": {"r1pipe.evals"},
     "gguf": {"r1pipe.models"},
+    "ray": {"r1pipe.rollout"},
 }
 """Libraries that only these packages may import."""
 

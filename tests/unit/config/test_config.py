@@ -88,6 +88,15 @@ MISTAKES = [
         ["stages.grpo.async_steps", "leave out engine.sleep 1"],
     ),
     (
+        {"stages": stages_with(2, adapter={"sync": "alone"}), "sampler": {"kind": "fleet"}},
+        ["stages.grpo.adapter.sync", "take merged"],
+    ),
+    (
+        {"stages": stages_with(2, environment={"name": "my.Game"}), "sampler": {"kind": "fleet"}},
+        ["stages.grpo.environment", "leave out sampler"],
+    ),
+    ({"sampler": {"kind": "fleet"}, "engine": {"sleep": 1}}, ["sleep", "sampler.kind fleet"]),
+    (
         {"stages": stages_with(2, adapter={"sync": "alone"}), "engine": {"speculative": DRAFTS}},
         ["stages.grpo.adapter.sync", "alone", "engine.speculative"],
     ),
@@ -226,6 +235,10 @@ def eval_with(**changes: object) -> dict:
     return {"stages": stages_with(4, **changes)}
 
 
+def sampler_with(**keys: object) -> dict:
+    return {"sampler": keys}
+
+
 MATHS = "rewards.math_correct"
 GREEDY = {"max_completion_length": 8, "temperature": 0}
 WARMUP = {"phase": "warmup"}
@@ -287,6 +300,8 @@ IDLE = [
     (eval_with, {"sampling": {**GREEDY, "top_k": 4}}, {"sampling": GREEDY}),
     (eval_with, {"reward": "environment"}, {"environment": {"name": "my.Game"}}),
     (eval_with, {"k": 9, "num_samples": 8}, {"k": 8}),
+    (sampler_with, {"engines": 2}, {"kind": "fleet"}),
+    (sampler_with, {"ray": "auto"}, {"kind": "fleet"}),
     (
         eval_with,
         {"data": [{"recipe": "arithmetic", "num_samples": 2}], "num_samples": 3, "k": 2},

@@ -283,6 +283,38 @@ NOWHERE = "http://127.0.0.1:9/v1"
 JUDGE = f"function: rewards.judge, options: {{base_url: '{NOWHERE}', model: m, rubric: r"
 
 
+def test_a_fleet_that_fits_and_others(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("r1pipe.rollout.placement.available_cores", lambda: 2)
+    cores = Devices(1, 64 * 2**30, is_gpu=False)
+
+    def look(*overrides: str, devices: Devices = cores) -> str:
+        diagnoses = examine("sampler.kind=fleet", *overrides, devices=devices)
+        (found,) = (d for d in diagnoses if d.what == "sampler")
+        return f"{found.status}: {found.detail}"
+
+    assert look("sampler.engines=2") == "ok: 2 engines on 2 cores of this machine"
+    assert look("sampler.engines=3").startswith("FAIL: sampler.engines 3: each takes a core")
+    assert look(devices=Devices(1, 80 * 2**30)).startswith(
+        "FAIL: sampler.kind fleet: on CPU cores only"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert look().startswith("FAIL: sampler.kind fleet: for a trainer of one process")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
+    assert 'Ray is not installed: pip install "r1pipe[ray]"' in look("sampler.ray=auto")
+
+
+def test_ray_of_a_fleet(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray", reason='needs Ray: pip install "r1pipe[ray]"')
+    cores = Devices(1, 64 * 2**30, is_gpu=False)
+    overrides = ["sampler.kind=fleet", "sampler.ray=auto"]
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert "sampler" not in find_trouble(examine(*overrides, devices=cores))
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    trouble = find_trouble(examine(*overrides, devices=cores))["sampler"]
+    assert trouble.startswith("FAIL: sampler.ray: the cluster at 127.0.0.1:9: ")
+
+
 def test_a_judge_is_checked_and_not_asked(project: Path) -> None:
     """No server is there: a request would fail."""
     rule = "{function: rewards.math_correct}"

@@ -33,7 +33,9 @@ make_settings = partial(make_grpo, prompts_per_step=6, num_generations=2)
 
 
 class WrongBy:
-    """A sampler whose log-probabilities are the model's, plus an error."""
+    """A sampler whose log-probabilities are the model's, plus an error in one of its engines."""
+
+    num_engines = 2
 
     def __init__(self, model: torch.nn.Module, error: float):
         self.model, self.error = model, error
@@ -52,9 +54,10 @@ class WrongBy:
         assert seed_parts == (7, "grpo", "probe", 3)
         ids = [1, 2, 3, 4, 5]
         logits = self.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
-        logprobs = [float(logits[t - 1, ids[t]]) + self.error for t in (3, 4)]
         groups = plan_groups(problems, num_samples, seed_parts)
         for group in groups:
+            error = self.error * (group.index % 2)
+            logprobs = [float(logits[t - 1, ids[t]]) + error for t in (3, 4)]
             group.samples[0] = Rollout("", 0, ids[:3], ids[3:], logprobs, "", "stop")
         return groups
 

@@ -1,0 +1,351 @@
+"""Where a fleet's engines run: in processes of this machine, or in Ray's actors on any.
+
+Both kinds are asked in the same way: `begin` a call, and `wait` for answers of any. Imports no
+torch, which would read the number of threads before the engine's process has set it.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from multiprocessing.connection import wait as wait_for_connections
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from unittest import mock
+
+from r1pipe.config.recipe import SamplerPlace
+from r1pipe.utils import distributed
+from r1pipe.utils.errors import UserError, first_line
+from r1pipe.utils.phases import heartbeat, seconds_since_heartbeat
+from r1pipe.utils.threads import VARIABLE, available_cores
+
+if TYPE_CHECKING:
+    import torch
+
+BEAT_S = 1.0
+"""Seconds from one message of a busy engine's process, that it works, to the next."""
+CONNECT_S = 10.0
+"""Seconds that a cluster may take to answer."""
+OBJECT_STORE = 2**27
+"""Bytes of a Ray of our own for weights, beside three times those of the first checkpoint: the old
+ones are freed when all engines have the new ones."""
+
+
+class Answer(NamedTuple):
+    """Of an engine's process: an item of what it was asked for; the end of it; what it raised; how
+    many seconds ago it has last done something; or that it is gone, and how."""
+
+    kind: Literal["item", "end", "error", "beat", "lost"]
+    value: Any = None
+
+
+class Host(Protocol):
+    """An engine's process, as the trainer sees it."""
+
+    def begin(self, method: str, arguments: tuple[Any, ...]) -> None:
+        """Call a method of `fleet.EngineHost`; one call at a time."""
+
+    def kill(self) -> None: ...
+
+
+class Placement(Protocol):
+    """Starts the processes and hears what they answer."""
+
+    def start(self, number: int) -> Host: ...
+
+    def share(self, data_N: "torch.Tensor") -> Any:
+        """Put bytes, uint8, where all can read them: what it returns is an argument of `begin`, and
+        arrives as a tensor or an array."""
+
+    def wait(self, hosts: Collection[Any], timeout_s: float) -> Iterator[tuple[Any, Answer]]:
+        """The answers that are there; waits for a first one. A lost host answers that once."""
+
+    def close(self) -> None: ...
+
+
+# --- In the engine's process ----------------------------------------------------------------------
+
+
+class EngineProcess:
+    """Calls the methods of one `fleet.EngineHost`."""
+
+    def __init__(self, number: int):
+        settle_core(number)
+        from r1pipe.rollout.fleet import EngineHost
+
+        self.host = EngineHost()
+
+    def call(self, method: str, *arguments: Any) -> Iterator[Answer]:
+        """Its items; then the end, or what it raised."""
+        heartbeat()
+        try:
+            for item in getattr(self.host, method)(*arguments):
+                yield Answer("item", item)
+        except UserError as error:
+            yield Answer("error", error)
+        except Exception as error:
+            what = first_line(error, with_type=True)
+            yield Answer("error", RuntimeError(f"{what}\n{traceback.format_exc()}"))
+        else:
+            yield Answer("end")
+
+    def idle_s(self) -> Answer:
+        return Answer("beat", seconds_since_heartbeat())
+
+
+def settle_core(number: int) -> None:
+    """Compute with one thread, on a core of its own as far as there are as many."""
+    os.environ[VARIABLE] = "1"
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[number % len(cores)]})
+
+
+def serve(number: int, connection: Connection) -> None:
+    """Runs in a process of this machine until the trainer's ends."""
+    for ignored in (signal.SIGINT, signal.SIGTERM):  # of the process group: the trainer decides
+        signal.signal(ignored, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    process, lock, busy = EngineProcess(number), threading.Lock(), threading.Event()
+
+    def send(answer: Answer) -> None:
+        with lock:
+            connection.send(answer)
+
+    def beat() -> None:
+        while busy.wait():
+            send(process.idle_s())
+            time.sleep(BEAT_S)
+
+    threading.Thread(target=beat, daemon=True).start()
+    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            method, arguments = connection.recv()
+            busy.set()
+            for answer in process.call(method, *arguments):
+                send(answer)
+            busy.clear()
+
+
+def end_with_parent() -> None:
+    """Also if the trainer was killed while this process computes."""
+    parent = multiprocessing.parent_process()
+    wait_for_connections([parent.sentinel])
+    os._exit(1)
+
+
+# --- In the trainer's -----------------------------------------------------------------------------
+
+
+class LocalProcess:
+    """See Host."""
+
+    def __init__(self, number: int):
+        # Not forked: the trainer has threads, and torch.
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(
+            target=serve, args=(number, theirs), name=f"engine {number}", daemon=True
+        )
+        # Before anything imports torch there, which a user's own main module may.
+        with mock.patch.dict(os.environ, {VARIABLE: "1"}):
+            self.process.start()
+        theirs.close()  # so that its end is noticed here
+
+    def begin(self, method: str, arguments: tuple[Any, ...]) -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):  # `receive` will tell
+            self.connection.send((method, arguments))
+
+    def receive(self) -> Answer:
+        try:
+            return self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            self.process.join()
+            code = self.process.exitcode
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            return Answer("lost", f"ended by {how}")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+
+class Processes:
+    """See Placement."""
+
+    def start(self, number: int) -> LocalProcess:
+        return LocalProcess(number)
+
+    def share(self, data_N: "torch.Tensor") -> "torch.Tensor":
+        return data_N.share_memory_()
+
+    def wait(
+        self, hosts: Collection[LocalProcess], timeout_s: float
+    ) -> Iterator[tuple[LocalProcess, Answer]]:
+        by_connection = {host.connection: host for host in hosts}
+        for connection in wait_for_connections(list(by_connection), timeout_s):
+            host = by_connection[connection]
+            yield host, host.receive()
+
+    def close(self) -> None:
+        pass
+
+
+class RayActor:
+    """See Host."""
+
+    def __init__(self, ray: Any, number: int):
+        self._ray = ray
+        # Two threads: one for the engine, and one that answers while it works.
+        remote = ray.remote(num_cpus=1, max_restarts=0, concurrency_groups={"beat": 1})(
+            EngineProcess
+        )
+        self.actor = remote.remote(number)
+        self.stream: Any = None
+        self.beat: Any = None
+
+    def begin(self, method: str, arguments: tuple[Any, ...]) -> None:
+        call = self.actor.call.options(num_returns="streaming")
+        self.stream = call.remote(method, *arguments)
+
+    def receive(self, reference: Any) -> Answer:
+        try:
+            return self._ray.get(next(reference) if reference is self.stream else reference)
+        except self._ray.exceptions.RayActorError as error:
+            return Answer("lost", first_line(error))
+
+    def kill(self) -> None:
+        self._ray.kill(self.actor)
+
+
+class RayPlacement:
+    """See Placement. A Ray that was started here is shut down with it; if this process is killed,
+    Ray's own reaper does so."""
+
+    def __init__(self, address: str | None, num_engines: int, object_store: int):
+        import ray
+
+        self._ray = ray
+        self._beat_at = time.monotonic()
+        join_ray(ray, address, num_engines, object_store)
+
+    def start(self, number: int) -> RayActor:
+        return RayActor(self._ray, number)
+
+    def share(self, data_N: "torch.Tensor") -> Any:
+        return self._ray.put(data_N.numpy())  # once, however many read it
+
+    def wait(
+        self, hosts: Collection[RayActor], timeout_s: float
+    ) -> Iterator[tuple[RayActor, Answer]]:
+        if time.monotonic() - self._beat_at > BEAT_S:
+            self._beat_at = time.monotonic()
+            for host in hosts:
+                beat = host.actor.idle_s.options(concurrency_group="beat")
+                host.beat = host.beat or beat.remote()
+        waiting = {host.stream: host for host in hosts}
+        waiting |= {host.beat: host for host in hosts if host.beat}
+        ready, _ = self._ray.wait(list(waiting), num_returns=1, timeout=timeout_s)
+        for reference in ready:
+            host = waiting[reference]
+            answer = host.receive(reference)
+            if reference is host.beat:
+                host.beat = None
+            yield host, answer
+
+    def close(self) -> None:
+        self._ray.shutdown()
+
+
+# --- What there is ------------------------------------------------------------------------------
+
+
+def open_placement(place: SamplerPlace, device_type: str, weight_bytes: int) -> Placement:
+    """Raises UserError for what does not fit."""
+    check_placement(place, device_type)
+    if place.ray is None:
+        return Processes()
+    return RayPlacement(find_ray_address(place.ray), place.engines, 3 * weight_bytes)
+
+
+def check_placement(place: SamplerPlace, device_type: str) -> None:
+    """Raises UserError for what is known without starting or joining anything."""
+    if device_type != "cpu":
+        raise UserError("sampler.kind fleet: on CPU cores only: leave out sampler on GPUs")
+    if not distributed.alone():
+        raise UserError("sampler.kind fleet: for a trainer of one process: start it without NPROC")
+    if place.ray is not None:
+        try:
+            import ray  # noqa: F401
+        except ImportError as error:
+            raise UserError(
+                'sampler.ray: Ray is not installed: pip install "r1pipe[ray]", or leave out ray: '
+                "processes of this machine need none"
+            ) from error
+        if find_ray_address(place.ray):
+            return  # its cores are not this machine's
+    if place.engines > (cores := available_cores()):
+        raise UserError(
+            f"sampler.engines {place.engines}: each takes a core, and there are {cores}: take "
+            f"{cores} or fewer"
+        )
+
+
+def find_ray_address(wanted: str) -> str | None:
+    """None: there is no cluster to join."""
+    return (os.environ.get("RAY_ADDRESS") or None) if wanted == "auto" else wanted
+
+
+def describe_placement(place: SamplerPlace, device_type: str) -> str:
+    """For the doctor; joins a cluster, but starts none. Raises UserError for what does not fit."""
+    check_placement(place, device_type)
+    what = f"{place.engines} engine{'s' * (place.engines > 1)}"
+    if place.ray is None:
+        return f"{what} on {available_cores()} cores of this machine"
+    import ray
+
+    if address := find_ray_address(place.ray):
+        join_ray(ray, address, place.engines)
+        free = count_free_cores(ray)
+        ray.shutdown()
+        return f"{what} on {free} cores of {address}, by Ray {ray.__version__}"
+    return (
+        f"{what} on {available_cores()} cores of this machine, by a Ray "
+        f"{ray.__version__} of the run's own"
+    )
+
+
+def join_ray(ray: Any, address: str | None, num_engines: int, object_store: int = 0) -> None:
+    """Raises UserError for a cluster that does not answer or has too few cores."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    try:
+        if address:
+            # Ray waits for minutes.
+            host, _, port = address.removeprefix("ray://").rpartition(":")
+            socket.create_connection((host, int(port)), CONNECT_S).close()
+            ray.init(address, **quiet)
+        else:
+            os.environ.setdefault("RAY_worker_niceness", "0")  # 15: last in line on a busy machine
+            own = {"num_cpus": num_engines, "num_gpus": 0, "include_dashboard": False}
+            ray.init("local", object_store_memory=OBJECT_STORE + object_store, **own, **quiet)
+    except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        where = f"the cluster at {address}" if address else "it does not start"
+        raise UserError(f"sampler.ray: {where}: {first_line(error)}") from error
+    free = count_free_cores(ray)
+    if free < num_engines:
+        ray.shutdown()
+        raise UserError(
+            f"sampler.engines {num_engines}: each takes a core, and {free} of the Ray cluster at "
+            f"{address} are free"
+        )
+
+
+def count_free_cores(ray: Any) -> int:
+    return int(ray.available_resources().get("CPU", 0))
