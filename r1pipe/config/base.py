@@ -230,7 +230,7 @@ class Optimization(Saving):
         if self.expert_parallel > 1 and (self.fp8 or self.adapter):
             what = "fp8" if self.fp8 else "an adapter"
             raise ValueError(f"expert_parallel does not go with {what}; leave one of them out")
-        of_neighbours = [k for k in ("mtp", "fp8", "seq_aux_loss_coef") if getattr(self, k)]
+        of_neighbours = [k for k in ("fp8", "seq_aux_loss_coef") if getattr(self, k)]
         if self.sequence_parallel > 1 and of_neighbours:
             what = of_neighbours[0]
             raise ValueError(f"sequence_parallel does not go with {what}; leave one of them out")

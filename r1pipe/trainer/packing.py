@@ -49,6 +49,23 @@ class PackedBatch:
         return [sample.num_tokens for sample in self.samples]
 
     @property
+    def next_N(self) -> Tensor:
+        """The row's next token; any at its end."""
+        return self.ids_N.roll(-1)
+
+    @property
+    def has_next_N(self) -> Tensor:
+        """Whether it is of the same sequence; not for a first token, whose next one's embedding
+        vLLM leaves out as well."""
+        return (self.position_N.roll(-1) > 0) & (self.position_N > 0)
+
+    @property
+    def predictor_of_second_C(self) -> Tensor:
+        """Index into N of the token from which a prediction layer predicts the sampled one; any for
+        the second token of a sequence."""
+        return (self.predictor_C - 1).clamp(min=0)
+
+    @property
     def completion_lengths(self) -> list[int]:
         """Sampled tokens of each sequence."""
         return [sample.rollout.num_tokens for sample in self.samples]

@@ -103,30 +103,36 @@ class Policy(nn.Module):
         that `truncation` leaves, which are then returned. The sampled token always counts as left:
         rounding may exclude it.
         """
-        if self.team is not None:
-            part = RowPart.of(batch, self.team)
-            hidden_ND = compute_hidden(self.model, part)
-            own = self.score(hidden_ND[part.predictor_C], part.target_C, temperature)
-            return LogProbs(part.join(own.logprobs_C), part.join(own.entropy_C))
-        hidden_ND = compute_hidden(self.model, batch)
-        rest = (support, truncation, teacher)
-        now = self.score(hidden_ND[batch.predictor_C], batch.target_C, temperature, *rest)
+        part = batch if self.team is None else RowPart.of(batch, self.team)
+        hidden_ND = compute_hidden(self.model, part)
+        if isinstance(part, RowPart):
+            first = part.first
+            own = self.score(hidden_ND[first.predictor_C], first.target_C, temperature)
+            now = LogProbs(first.join(own.logprobs_C), first.join(own.entropy_C))
+        else:
+            rest = (support, truncation, teacher)
+            now = self.score(hidden_ND[batch.predictor_C], batch.target_C, temperature, *rest)
         if self.mtp and torch.is_grad_enabled():
-            return LogProbs(*now[:-1], self.predict_second(hidden_ND, batch))
+            second = self.predict_second(hidden_ND, part)
+            in_sequence_C = batch.position_N[batch.predictor_C] > 0
+            second = SecondTokens(
+                second.logprobs_C.where(in_sequence_C, 0.0), second.is_likeliest_C & in_sequence_C
+            )
+            return LogProbs(*now[:-1], second)
         return now
 
-    def predict_second(self, hidden_ND: Tensor, batch: PackedBatch) -> SecondTokens:
+    def predict_second(self, hidden_ND: Tensor, batch: PackedBatch | RowPart) -> SecondTokens:
+        """Of the second token of a sequence: anything."""
         detached = self.mtp == "detached"
         hidden_ND = compute_mtp_hidden(self.model, batch, hidden_ND, detached=detached)
-        hidden_CD = hidden_ND[(batch.predictor_C - 1).clamp(min=0)]
-        in_sequence_C = batch.position_N[batch.predictor_C] > 0
         head = Head(self.model.get_output_embeddings(), detached=detached)
-        if hidden_CD.device.type in head.fuses_on:
-            logprobs_C, _, is_likeliest_C = head.score(hidden_CD, batch.target_C, 1.0)
-        else:
-            parts = map_chunks(score_second, head, hidden_CD, batch.target_C)
-            logprobs_C, is_likeliest_C = map(torch.cat, zip(*parts, strict=True))
-        return SecondTokens(logprobs_C.where(in_sequence_C, 0.0), is_likeliest_C & in_sequence_C)
+        if isinstance(batch, RowPart):
+            share = batch.second
+            logprobs_C, is_likeliest_C = score_second_tokens(
+                head, hidden_ND[share.predictor_C], share.target_C
+            )
+            return SecondTokens(share.join(logprobs_C), share.join(is_likeliest_C.float()) > 0)
+        return score_second_tokens(head, hidden_ND[batch.predictor_of_second_C], batch.target_C)
 
     def score(
         self,
@@ -151,6 +157,14 @@ class Policy(nn.Module):
             Support.join(supports, hidden_CD.device) if supports[0] else None,
             torch.cat(divergences) if teacher else None,
         )
+
+
+def score_second_tokens(head: Head, hidden_CD: Tensor, target_C: Tensor) -> SecondTokens:
+    if hidden_CD.device.type in head.fuses_on:
+        logprobs_C, _, is_likeliest_C = head.score(hidden_CD, target_C, 1.0)
+        return SecondTokens(logprobs_C, is_likeliest_C)
+    parts = map_chunks(score_second, head, hidden_CD, target_C)
+    return SecondTokens(*map(torch.cat, zip(*parts, strict=True)))
 
 
 def map_chunks(
@@ -224,24 +238,26 @@ def require_trainable(config: PretrainedConfig, attn_implementation: str) -> Non
 
 def compute_hidden(model: PreTrainedModel, batch: PackedBatch | RowPart) -> Tensor:
     """Last hidden states, `[N, D]`."""
-    team = getattr(batch, "team", None)
     return model.base_model(
         input_ids=batch.ids_N.unsqueeze(0),
         position_ids=batch.position_N.unsqueeze(0),
         use_cache=False,
-        **attention_arguments(model.config._attn_implementation, batch.lengths, model.device, team),
+        **attend_to(batch, model),
     ).last_hidden_state.squeeze(0)
 
 
+def attend_to(batch: PackedBatch | RowPart, model: PreTrainedModel) -> dict[str, Any]:
+    """Keyword arguments of the model's forward, for its attention."""
+    team = batch.team if isinstance(batch, RowPart) else None
+    return attention_arguments(model.config._attn_implementation, batch.lengths, model.device, team)
+
+
 def compute_mtp_hidden(
-    model: PreTrainedModel, batch: PackedBatch, hidden_ND: Tensor, *, detached: bool
+    model: PreTrainedModel, batch: PackedBatch | RowPart, hidden_ND: Tensor, *, detached: bool
 ) -> Tensor:
     """States of the prediction layer, `[N, D]`, from those of `compute_hidden`: each predicts the
     token after the next."""
-    embeds_ND = model.get_input_embeddings()(batch.ids_N.roll(-1))
-    # No next token at a sequence's end. vLLM leaves out the embedding at position 0 as well.
-    has_next_N = (batch.position_N.roll(-1) > 0) & (batch.position_N > 0)
-    embeds_ND = embeds_ND * has_next_N.unsqueeze(-1)
+    embeds_ND = model.get_input_embeddings()(batch.next_N) * batch.has_next_N.unsqueeze(-1)
     if detached:
         hidden_ND, embeds_ND = hidden_ND.detach(), embeds_ND.detach()
     layer = cast("MtpLayer", find_mtp_layer(model))  # the trainer has required it
@@ -252,5 +268,5 @@ def compute_mtp_hidden(
         embeds_ND.unsqueeze(0),
         position_ids=position_1N,
         position_embeddings=model.base_model.rotary_emb(hidden_1ND, position_ids=position_1N),
-        **attention_arguments(model.config._attn_implementation, batch.lengths, model.device),
+        **attend_to(batch, model),
     ).squeeze(0)

@@ -49,44 +49,61 @@ def require_teams(
 
 
 @dataclass(frozen=True)
-class RowPart:
-    """This rank's tokens of a packed row, and those of the sampled tokens that they predict."""
+class Share:
+    """Of a row's sampled tokens those that tokens of this rank predict."""
 
-    ids_N: Tensor
-    position_N: Tensor
-    lengths: list[int]
-    """Tokens of each sequence of the whole row, padding as the last."""
     predictor_C: Tensor
+    """Index into this rank's tokens."""
     target_C: Tensor
-    sampled_C: Tensor
-    """Their places among all sampled tokens of the row."""
+    place_C: Tensor
+    """Index into all sampled tokens of the row."""
     num_sampled: int
     team: ProcessGroup
 
     @classmethod
-    def of(cls, batch: PackedBatch, team: ProcessGroup) -> "RowPart":
-        ids_N, position_N = (cut_tokens(t, team, 0) for t in (batch.ids_N, batch.position_N))
-        missing = -len(batch.ids_N) % team.size()
-        predictor_C = batch.predictor_C - team.rank() * len(ids_N)
-        sampled_C = ((predictor_C >= 0) & (predictor_C < len(ids_N))).nonzero().flatten()
-        # The head must have a gradient on every rank: a part without a sampled token has any.
-        computed_C = sampled_C if len(sampled_C) else sampled_C.new_zeros(1)
-        return cls(
-            ids_N,
-            position_N,
-            [*batch.lengths, missing] if missing else batch.lengths,
-            predictor_C[computed_C].clamp(0, len(ids_N) - 1),
-            batch.target_C[computed_C],
-            sampled_C,
-            len(batch.predictor_C),
-            team,
-        )
+    def of(cls, predictor_C: Tensor, target_C: Tensor, length: int, team: ProcessGroup) -> "Share":
+        """`predictor_C`, `target_C`: all of the row's; `length`: number of this rank's tokens."""
+        predictor_C = predictor_C - team.rank() * length
+        place_C = ((predictor_C >= 0) & (predictor_C < length)).nonzero().flatten()
+        # The head must have a gradient on every rank: a share without a sampled token has any.
+        computed_C = place_C if len(place_C) else place_C.new_zeros(1)
+        own_C = predictor_C[computed_C].clamp(0, length - 1)
+        return cls(own_C, target_C[computed_C], place_C, len(predictor_C), team)
 
     def join(self, values_C: Tensor) -> Tensor:
         """From this rank's sampled tokens to all of the row."""
         whole_C = values_C.new_zeros(self.num_sampled)
-        own_C = values_C[: len(self.sampled_C)]
-        return Sum.apply(whole_C.index_copy(0, self.sampled_C, own_C), self.team)
+        own_C = values_C[: len(self.place_C)]
+        return Sum.apply(whole_C.index_copy(0, self.place_C, own_C), self.team)
+
+
+@dataclass(frozen=True)
+class RowPart:
+    """This rank's tokens of a packed row. Names as in PackedBatch."""
+
+    ids_N: Tensor
+    position_N: Tensor
+    next_N: Tensor
+    has_next_N: Tensor
+    lengths: list[int]
+    """Tokens of each sequence of the whole row, padding as the last."""
+    first: Share
+    """The next tokens."""
+    second: Share
+    """Those after the next, which a prediction layer predicts."""
+    team: ProcessGroup
+
+    @classmethod
+    def of(cls, batch: PackedBatch, team: ProcessGroup) -> "RowPart":
+        columns = (batch.ids_N, batch.position_N, batch.next_N, batch.has_next_N)
+        own = [cut_tokens(column, team, 0) for column in columns]
+        missing = -len(batch.ids_N) % team.size()
+        lengths = [*batch.lengths, missing] if missing else batch.lengths
+        first, second = (
+            Share.of(predictor_C, batch.target_C, len(own[0]), team)
+            for predictor_C in (batch.predictor_C, batch.predictor_of_second_C)
+        )
+        return cls(*own, lengths, first, second, team)
 
 
 def cut_tokens(values_N: Tensor, team: ProcessGroup | None, filler: int) -> Tensor:

@@ -141,7 +141,7 @@ MISTAKES = [
     ({"stages": stages_with(2, fp8="both", adapter={})}, ["grpo: fp8 is", "without an adapter"]),
     ({"stages": stages_with(2, expert_parallel=2, adapter={})}, ["not go with an adapter"]),
     ({"stages": stages_with(2, expert_parallel=2, fp8="both")}, ["not go with fp8"]),
-    ({"stages": stages_with(2, sequence_parallel=2, mtp={})}, ["not go with mtp"]),
+    ({"stages": stages_with(2, sequence_parallel=2, fp8="update")}, ["not go with fp8"]),
     ({"stages": stages_with(2, sequence_parallel=2, top_p=0.9)}, ["not go with top_p"]),
     (
         {"stages": stages_with(1, train={"max_steps": 5, "fp8": "both"})},

@@ -74,7 +74,7 @@ CASES = {
         | {"expert_parallel": 2, "routing_replay": True},
         (5, 0),
     ),
-    "grouped_bf16": ("qwen3_moe", {}, {"expert_parallel": 2, "offload_optimizer": True}, (9, 11)),
+    "grouped_bf16": ("qwen3_moe", {}, {"beta": 0.1, "expert_parallel": 2}, (9, 11)),
     # Ranks share out the tokens of one row; fewer heads of keys than ranks, then groups as well.
     "teamed": (
         "llama",
@@ -84,8 +84,8 @@ CASES = {
     ),
     "teamed_moe": (
         "deepseek_v3",
-        {},
-        {"steps_per_generation": 4, "loss_type": "dapo", "bias_update_rate": 0.01}
+        {"num_mtp_layers": 1},
+        {"mtp": {}, "steps_per_generation": 4, "loss_type": "dapo", "bias_update_rate": 0.01}
         | {"sequence_parallel": 2, "expert_parallel": 2, "routing_replay": True},
         (5, 0),
     ),
@@ -211,17 +211,18 @@ def test_losses_are_those_of_one_process(name: str, cases: tuple[Path, dict]) ->
     compare_with_one_process(folder, name, by_name[name], tolerance=1e-5)
 
 
-def test_bf16_layers_and_float32_masters(cases: tuple[Path, dict]) -> None:
+@pytest.mark.parametrize("name", ["bf16", "grouped_bf16"])
+def test_bf16_layers_and_float32_masters(name: str, cases: tuple[Path, dict]) -> None:
     """Against one process, which sums in another order."""
     folder, by_name = cases
-    results = json.loads((folder / "bf16.json").read_text())
+    results = json.loads((folder / f"{name}.json").read_text())
     for result in results:
         assert result["computed_in"] == "torch.bfloat16"
         assert result["masters"] == ["torch.float32"]
         assert result["reference"] == ["torch.bfloat16"]
     assert results[0]["metrics"] == results[1]["metrics"]
-    updater = make_updater(folder, "bf16", by_name["bf16"])
-    samples = [sample for part in by_name["bf16"]["samples"] for sample in part]
+    updater = make_updater(folder, name, by_name[name])
+    samples = [sample for part in by_name[name]["samples"] for sample in part]
     for step in range(1, 4):
         expected = updater.step(copy.deepcopy(samples), step, lambda metrics: None)
         for key, tolerance in {"loss": 0.02, "entropy": 0.01, "kl": 0.01}.items():
