@@ -12,6 +12,9 @@ from r1pipe.models.model import build_model
 from r1pipe.models.weights import save_checkpoint
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def results(
     tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
