@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from r1pipe.models.model import build_model
 from r1pipe.models.weights import save_checkpoint
 
-
 pytestmark = pytest.mark.slow
 
 
