@@ -67,6 +67,19 @@ def test_a_sync_reaches_the_module(simple: tuple[PreTrainedModel, Sampler]) -> N
     assert shares[0] == shares[2] > 0.8
 
 
+def test_without_a_trial_samples_repeat_bit_by_bit(simple: tuple[PreTrainedModel, Sampler]) -> None:
+    """Log-probs, too; by a trial they depend on which calls had drafts."""
+    model, sampler = simple
+    both = []
+    for _ in range(2):
+        sampler.load_weights([*export_weights(model), *make_module(model).items()])
+        sampler.drafts.clear()
+        both.append(sampler.generate(PROBLEMS, 2, SAMPLINGS[0], (0,)))
+        assert 0 < sampler.drafts.acceptance() < 1
+    assert both[0] == both[1]
+    assert both[0] != sampler.generate(PROBLEMS, 2, SAMPLINGS[0], (1,))
+
+
 def test_a_module_without_weights_is_named(simple: tuple[PreTrainedModel, Sampler]) -> None:
     model, sampler = simple
     with pytest.raises(UserError, match=r"no weights of the module for multi-token prediction$"):

@@ -118,7 +118,12 @@ def speculating(drafter: str | None, *, trial: bool = True) -> Engine:
     return SETTINGS.model_copy(update={"speculative": speculative})
 
 
-@pytest.fixture(scope="module", params=CASES)
+SLOW = [pytest.mark.slow]
+PARAMS = [pytest.param(name, marks=SLOW * (name == "another architecture")) for name in CASES]
+"""Two engines for each."""
+
+
+@pytest.fixture(scope="module", params=PARAMS)
 def opened(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Opened]:
@@ -138,6 +143,7 @@ def test_samples_are_those_without_drafts(opened: Opened, number: int) -> None:
         assert [r.finish_reason for r in rollouts] == [r.finish_reason for r in plain]
         for one, other in zip(rollouts, plain, strict=True):
             np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+            assert (one.routes is not None) == opened.with_routes
             np.testing.assert_array_equal(one.routes, other.routes)
 
 
