@@ -16,9 +16,10 @@ from pathlib import Path
 from rich.console import Console
 
 from r1pipe.config.base import Sampling
-from r1pipe.config.recipe import Engine
+from r1pipe.config.recipe import Engine, Speculative
 from r1pipe.models.model import pick_device
 from r1pipe.models.thinking import ThinkingSplitter
+from r1pipe.models.weights import has_mtp_weights
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.vllm_args import server_command
 from r1pipe.runs.lineage import list_stages
@@ -54,10 +55,16 @@ def find_served(target: str) -> Served:
     return Served(str(stage.folder), name, stage.settings.get("dtype", default))
 
 
-def engine_settings(max_model_len: int | None) -> Engine:
-    """For a few conversations: a small machine's memory is not to be filled with KV cache."""
+def engine_settings(checkpoint: str, max_model_len: int | None) -> Engine:
+    """For a few conversations: a small machine's memory is not to be filled with KV cache. A
+    checkpoint's own prediction layer drafts."""
     on_gpu = pick_device("auto").type == "cuda"
-    return Engine(max_model_len=max_model_len, kv_cache_gib=None if on_gpu else 1.0)
+    drafts = Speculative(method="mtp", num_speculative_tokens=1, trial=False)
+    return Engine(
+        max_model_len=max_model_len,
+        kv_cache_gib=None if on_gpu else 1.0,
+        speculative=drafts if has_mtp_weights(Path(checkpoint)) else None,
+    )
 
 
 def serve(
@@ -66,7 +73,8 @@ def serve(
     """Become vLLM's server, which ends with Ctrl-C; `flags` are its own. Does not return."""
     served = find_served(target)
     require_free_port(host, port)
-    settings, device = engine_settings(max_model_len), pick_device("auto")
+    settings = engine_settings(served.checkpoint, max_model_len)
+    device = pick_device("auto")
     command = server_command(
         served.checkpoint, settings, served.dtype, device, served.name, host, port
     )
@@ -100,7 +108,8 @@ def chat(
     served = find_served(target)
     at_terminal = sys.stdin.isatty()
     questions = ask_questions() if at_terminal else iter([read_question()])
-    settings, device = engine_settings(max_model_len), pick_device("auto")
+    settings = engine_settings(served.checkpoint, max_model_len)
+    device = pick_device("auto")
     sampler = Sampler(served.checkpoint, settings, served.dtype, device)
     try:
         if at_terminal:

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -67,6 +68,17 @@ def list_weights(folder: Path) -> list[Path]:
         if files := sorted(set(folder.glob(f"*model*.{suffix}")) - set(folder.glob("adapter_*"))):
             return files
     return []
+
+
+def has_mtp_weights(folder: Path) -> bool:
+    """Whether a checkpoint has those of a prediction layer, which its config may only count."""
+    files = [file for file in list_weights(folder) if file.suffix == ".safetensors"]
+    return any(name.endswith(".eh_proj.weight") for file in files for name in read_names(file))
+
+
+def read_names(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as tensors:
+        return list(tensors.keys())
 
 
 def find_strays(folder: Path) -> list[Path]:

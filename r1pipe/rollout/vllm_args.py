@@ -116,6 +116,8 @@ def server_command(
     arguments = engine_arguments(config, settings, dtype, device)
     # Callers of a server expect the model's own log-probs.
     del arguments["logprobs_mode"], arguments["disable_log_stats"]
+    if device.type == "cpu":
+        arguments["worker_extension_cls"] = "r1pipe.rollout.server_worker.Repaired"
     if {"<think>", "</think>"} <= set(load_tokenizer(checkpoint).get_vocab()):
         arguments["reasoning_parser"] = "deepseek_r1"
     arguments |= {"served_model_name": name, "host": host, "port": port}

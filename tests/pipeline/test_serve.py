@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import socket
 import subprocess
 import sys
@@ -96,6 +97,17 @@ def test_a_stream_gives_the_same_answer(client: openai.OpenAI) -> None:
     assert "".join(d.content or "" for d in deltas) == whole.content
     thinking = "".join((d.model_extra or {}).get("reasoning") or "" for d in deltas)
     assert thinking == whole.model_extra["reasoning"]
+
+
+def test_a_temperature_holds_where_tokens_are_drafted(client: openai.OpenAI) -> None:
+    """The cold start has a prediction layer. So low that only the likeliest token is drawn."""
+    arguments = {"model": "tiny/sft", "prompt": "7 + 3", "max_tokens": 30}
+    greedy = client.completions.create(**arguments, temperature=0).choices[0]
+    drawn = client.completions.create(**arguments, temperature=1e-3, n=8).choices
+    assert {choice.text for choice in drawn} == {greedy.text}
+    metrics = httpx.get(str(client.base_url.join("/metrics"))).text
+    counts = re.findall(r"^vllm:spec_decode_num_(\S+)_tokens_total\S* (\S+)$", metrics, re.M)
+    assert all(float(dict(counts)[name]) > 0 for name in ("draft", "accepted")), counts
 
 
 def test_the_server_compiles_nothing(client: openai.OpenAI, compiled: Path) -> None:

@@ -79,6 +79,7 @@ NAMES = (
     "vllm.v1.outputs.LogprobsTensors.selected_token_ranks",
     "vllm.v1.sample.metadata.SamplingMetadata.temperature",
     "vllm.v1.sample.ops.topk_topp_sampler.TopKTopPSampler.forward",
+    "vllm.v1.sample.rejection_sampler.expand_batch_to_tokens",
     "vllm.v1.sample.ops.topk_topp_sampler.apply_top_k_top_p",
     "vllm.v1.sample.sampler.Sampler.topk_topp_sampler",
     "vllm.v1.spec_decode.metadata.SpecDecodeMetadata.draft_token_ids",
