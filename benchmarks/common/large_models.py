@@ -28,6 +28,7 @@ from r1pipe.models.weights import export_weights
 from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.rl.loop import draw_samples, measure_mismatch
 from r1pipe.trainer.fsdp import shard
+from r1pipe.trainer.packing import Sample
 from r1pipe.trainer.policy import Policy
 from r1pipe.types import Rollout
 
@@ -197,6 +198,32 @@ def check_mixture(card: Card, check: Check) -> None:
     for experts in ("grouped_mm", "eager"):
         model.set_experts_implementation(experts)
         measure_update(card, check, updater, f"experts {experts}", lengths)
+
+
+def check_fp8(card: Card, check: Check) -> None:
+    """Rollouts in vLLM's FP8 beside those in bf16; on a CPU with rounded weights beside float32.
+    Distances are from a trainer that rounds nothing."""
+    work, updater = card.dense, card.updater
+    problems = load_rows()[: work.prompts]
+    for in_fp8 in (False, True):
+        quantization = "fp8_per_block" if in_fp8 and card.on_gpu else None
+        settings = work.engine.model_copy(update={"quantization": quantization})
+        sampler = card.engines(settings, work.dtype).open(work.folder)
+        emulated = in_fp8 and not card.on_gpu
+        sampler.load_weights(export_weights(updater.model, fp8=emulated))
+        speeds = []
+        for number in range(3):
+            started = time.perf_counter()
+            rollouts = sampler.generate(problems, work.generations, work.stage.sampling, (number,))
+            seconds = time.perf_counter() - started
+            speeds.append(sum(rollout.num_tokens for rollout in rollouts) / seconds)
+        found = updater.evaluate([Sample(rollout, 0.0) for rollout in rollouts]).metrics()
+        name = ("FP8, emulated" if emulated else "FP8") if in_fp8 else work.dtype
+        check.add(f"{name}: sampled", statistics.median(speeds[1:]), "tokens/s")
+        goal = None if in_fp8 else PARITY[work.dtype]
+        check.add(f"{name}: mean abs dlogp", found["sampler/logprob_diff_mean"], at_most=goal)
+        check.add(f"{name}: KL (k3)", found["sampler/kl"])
+        check.add(f"{name}: effective sample size", found["sampler/ess"])
 
 
 def median(rows: list[dict[str, Any]], key: str) -> float:
