@@ -1,13 +1,11 @@
 """Runs a recipe's stages in order, or one of them, each continuing from the one before."""
 
 import importlib
-import logging
 import os
 import resource
 import shutil
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -30,6 +28,7 @@ from r1pipe.utils import distributed
 from r1pipe.utils.errors import FULL, Tripped, UserError, is_disk_full
 from r1pipe.utils.phases import phase
 from r1pipe.utils.progress import log_line
+from r1pipe.utils.quiet import silence_warnings
 from r1pipe.utils.threads import settle_threads
 from r1pipe.utils.watchdog import Watchdog, clear_stacks
 
@@ -230,10 +229,6 @@ def make_stage(
     log_line(f"{stage.name}: done in {wall_s:.0f} s, peak memory {peak_gib} GiB")
 
 
-def is_critical(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.CRITICAL
-
-
 def find_full(folder: Path) -> Path:
     """The full disk: the run's, or that of temporary files, where kernels are compiled."""
     temporary = Path(tempfile.gettempdir())
@@ -254,10 +249,7 @@ def silence_libraries() -> None:
     if not os.access(cache, os.W_OK):  # vLLM would print a traceback
         place = Path(tempfile.gettempdir(), f"vllm-{os.getuid()}")
         os.environ.setdefault("VLLM_CACHE_ROOT", str(place))
-    for name in ("torch._library.triton", "matplotlib", "vllm.logging_utils.dump_input"):
-        logging.getLogger(name).addFilter(is_critical)  # levels are set again by the libraries
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", "Glyph .* missing from font")
+    silence_warnings()
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

@@ -22,6 +22,7 @@ from r1pipe.config.recipe import SamplerPlace
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError, first_line
 from r1pipe.utils.phases import heartbeat, seconds_since_heartbeat
+from r1pipe.utils.quiet import silence_warnings
 from r1pipe.utils.threads import VARIABLE, available_cores
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class EngineProcess:
 
     def __init__(self, number: int):
         settle_core(number)
+        silence_warnings()
         from r1pipe.rollout.fleet import EngineHost
 
         self.host = EngineHost()
@@ -337,7 +339,9 @@ def join_ray(ray: Any, address: str | None, num_engines: int, object_store: int 
             ray.init("local", object_store_memory=OBJECT_STORE + object_store, **own, **quiet)
     except (ConnectionError, ValueError, RuntimeError, OSError) as error:
         where = f"the cluster at {address}" if address else "it does not start"
-        raise UserError(f"sampler.ray: {where}: {first_line(error)}") from error
+        # Ray asks for a token since 2.60, and does not say that it was the wrong one.
+        hint = ": is its token in RAY_AUTH_TOKEN?" if address else ""
+        raise UserError(f"sampler.ray: {where}: {first_line(error)}{hint}") from error
     free = count_free_cores(ray)
     if free < num_engines:
         ray.shutdown()
