@@ -10,6 +10,7 @@ from browser import CHROMIUM
 from commands import ROOT, run
 
 FOLDER = ROOT / "benchmarks"
+SLOW = ("precision", "speculation")
 BENCHMARKS = {
     "balance": ["--steps", "2", "--prompts", "2"],
     "cpu_training": ["--rounds", "1"],
@@ -22,8 +23,12 @@ BENCHMARKS = {
     "gpu_check": ["--cpu", "--quick", "--limit", "1500"],
     "lm_eval_check": ["configs/demo.yaml", "runs/demo/sft"],
     "memory": ["--only", "0", "3", "--layers", "1"],
+    "precision": ["--seeds", "0", "--steps", "1", "--smoke"],
     "report_page": ["--steps", "1"],
     "routing_replay": ["--models", "Qwen3-MoE", "--dtypes", "float32"],
+    "speculation": [
+        *("--seeds", "0", "--steps", "2", "--sizes", "2", "--rounds", "1", "--smoke"),
+    ],
 }
 
 
@@ -31,14 +36,16 @@ def test_every_benchmark_has_a_smoke_run() -> None:
     assert {path.stem for path in FOLDER.glob("*.py")} == set(BENCHMARKS)
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in BENCHMARKS]
+)
 def test_benchmark_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if name == "lm_eval_check":
         pytest.importorskip("lm_eval", reason="lm-eval is no dependency of r1pipe")
     if name == "report_page" and CHROMIUM is None:
         pytest.skip("no chromium")
     options = [*BENCHMARKS[name]]
-    if name == "distillation":
+    if name in ("distillation", "precision", "speculation"):
         options += ["--runs-dir", str(tmp_path)]
     if name == "gpu_check":
         options += ["--out", str(tmp_path)]
