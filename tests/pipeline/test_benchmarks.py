@@ -25,6 +25,7 @@ BENCHMARKS = {
     "memory": ["--only", "0", "3", "--layers", "1"],
     "precision": ["--seeds", "0", "--steps", "1", "--smoke"],
     "report_page": ["--steps", "1"],
+    "sparse_attention": ["--longest", "2048", "--topk", "64", "--learn", "1"],
     "routing_replay": ["--models", "Qwen3-MoE", "--dtypes", "float32"],
     "speculation": [
         *("--seeds", "0", "--steps", "2", "--sizes", "2", "--rounds", "1", "--smoke"),
