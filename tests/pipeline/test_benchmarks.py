@@ -10,12 +10,13 @@ from browser import CHROMIUM
 from commands import ROOT, run
 
 FOLDER = ROOT / "benchmarks"
-SLOW = ("precision", "speculation")
+SLOW = ("fleet", "precision", "speculation")
 BENCHMARKS = {
     "balance": ["--steps", "2", "--prompts", "2"],
     "cpu_training": ["--rounds", "1"],
     "decontamination": ["--rows", "100"],
     "distillation": ["--seeds", "0", "--smoke"],
+    "fleet": ["--rounds", "1", "--sides", "1 thread", "processes"],
     "grpo_vs_trl": [
         *("--blocks", "1", "--steps", "2", "--prompts", "2", "--generations", "2"),
         *("--trl-batch", "4", "--max-completion-length", "16"),
