@@ -14,6 +14,7 @@ from common.workload import (
     MADE_UP_IDS,
     describe_step,
     load_rows,
+    load_updater,
     make_rollout,
     peak_gib,
     run_ours,
@@ -201,8 +202,8 @@ def check_mixture(card: Card, check: Check) -> None:
 
 
 def check_fp8(card: Card, check: Check) -> None:
-    """Rollouts in vLLM's FP8 beside those in bf16; on a CPU with rounded weights beside float32.
-    Distances are from a trainer that rounds nothing."""
+    """Rollouts in vLLM's FP8 beside those in bf16, and updates in it; on a CPU with rounded weights
+    beside float32. Distances are from a trainer that rounds nothing."""
     work, updater = card.dense, card.updater
     problems = load_rows()[: work.prompts]
     for in_fp8 in (False, True):
@@ -224,6 +225,13 @@ def check_fp8(card: Card, check: Check) -> None:
         check.add(f"{name}: mean abs dlogp", found["sampler/logprob_diff_mean"], at_most=goal)
         check.add(f"{name}: KL (k3)", found["sampler/kl"])
         check.add(f"{name}: effective sample size", found["sampler/ess"])
+    del updater, sampler
+    card.free()
+    whole = [card.sizes.row_tokens] * card.sizes.rows
+    measure_update(card, check, load_updater(work), work.dtype, whole)
+    free_memory()
+    updater = load_updater(dataclasses.replace(work, fp8="update"))
+    measure_update(card, check, updater, name, whole)
 
 
 def median(rows: list[dict[str, Any]], key: str) -> float:

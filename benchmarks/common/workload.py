@@ -52,6 +52,7 @@ class Workload:
     micro_batch_tokens: int | None = None
     kv_cache_gib: float = 1.0
     learning_rate: float = 1e-6
+    fp8: str | None = None
     trl_batch: int = 8
     """Completions in a micro-batch of TRL's."""
     trl_eager: bool = False
@@ -87,6 +88,7 @@ class Workload:
                 # A figure, here: no reason to end the run.
                 "breaker": {"logprob_diff": {"action": "ignore"}},
                 "learning_rate": self.learning_rate,
+                "fp8": self.fp8,
             }
         )
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, get_scheduler
 
 from r1pipe.config.base import Optimization
 from r1pipe.models.expert_load import ExpertLoad, number_packed
-from r1pipe.models.fp8 import add_fp8
+from r1pipe.models.fp8 import add_fp8, multiplies_in_fp8
 from r1pipe.models.model import fast_training_kernels
 from r1pipe.models.mtp import find_mtp_layer, require_mtp_layer
 from r1pipe.models.sparse_attention import IndexerTraining, require_indexer
@@ -59,7 +59,9 @@ class PackedTrainer:
         self.indexer = self.open_indexer() if settings.indexer else None
         if settings.fp8:
             count = add_fp8(model, is_on=settings.trains_in_fp8)
-            log_line(f"fp8 ({settings.fp8}), emulated: {count} matrices in e4m3, 128 x 128 blocks")
+            own = settings.trains_in_fp8 and multiplies_in_fp8(self.device, getattr(torch, dtype))
+            how = "trained by the device" if own else "emulated"
+            log_line(f"fp8 ({settings.fp8}), {how}: {count} matrices in e4m3, 128 x 128 blocks")
         self.load = ExpertLoad(
             model,
             bias_update_rate=0.0 if self.learns_in_part else settings.bias_update_rate,

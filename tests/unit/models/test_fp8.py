@@ -20,7 +20,9 @@ from r1pipe.models.fp8 import (
     RoundedMatrix,
     add_fp8,
     computing_as_sampler,
+    lay_out,
     list_rounded,
+    multiply_codes,
     round_blocks,
     round_matrix,
 )
@@ -139,6 +141,29 @@ def test_three_products() -> None:
     # So small that a product in full precision is told apart.
     plain = gradient_NO.mT @ x_NI
     assert (found["dW"] - plain).abs().max() > 1e-3 * plain.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, BLOCK])
+@pytest.mark.parametrize(("m", "n", "k"), [(5, 200, 130), (128, 128, 128), (300, 7, 700)])
+def test_the_devices_product_is_asked_for_as_torch_demands(
+    m: int, n: int, k: int, rows: int
+) -> None:
+    """On the meta device, where torch checks shapes and strides as on a Hopper GPU."""
+    a_MK, b_NK = torch.empty(m, k, device="meta"), torch.empty(n, k, device="meta")
+    product_MN = multiply_codes(a_MK, b_NK, rows)
+    assert product_MN.shape == (m, n)
+    assert product_MN.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("rows", [1, BLOCK])
+def test_codes_and_scales_for_the_device_are_the_rounded_numbers(rows: int) -> None:
+    x_RC = make(200, 700) * torch.logspace(-3, 3, 700)
+    codes_RC, scales = lay_out(x_RC, rows)
+    assert codes_RC.shape == (256, 768)
+    scales_RC = scales if rows == 1 else scales.mT[:, :6]
+    each_RC = scales_RC.repeat_interleave(rows, 0).repeat_interleave(BLOCK, 1)
+    found_RC = (codes_RC.float() * each_RC)[:200, :700]
+    torch.testing.assert_close(found_RC, round_blocks(x_RC, rows, BLOCK), rtol=1e-6, atol=0)
 
 
 def make_changed(kind: str, changes: dict[str, float]) -> PreTrainedModel:
