@@ -98,6 +98,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--max-completion-length", type=int, default=256)
     parser.add_argument("--trl-batch", type=int, default=8, help="completions in a TRL micro-batch")
     parser.add_argument("--trl-eager", action="store_true", help="TRL's engine compiles nothing")
+    parser.add_argument("--engines", type=int, default=1, help="of r1pipe: a fleet, a core each")
     parser.add_argument("--micro-batch-tokens", type=int, help="of r1pipe; default: as in a recipe")
     parser.add_argument(
         "--cpu-time",
@@ -130,6 +131,7 @@ def make_workload(options: argparse.Namespace, folder: str) -> Workload:
         micro_batch_tokens=options.micro_batch_tokens,
         trl_batch=options.trl_batch,
         trl_eager=options.trl_eager,
+        engines=options.engines,
     )
 
 
