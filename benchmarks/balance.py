@@ -79,7 +79,7 @@ def measure(num_steps: int, num_prompts: int) -> None:
     )
     updater = GrpoUpdater(policy, None, settings, dtype="float32", seed=0)
     ways = {
-        "as sampled": lambda samples, costs, minibatches: samples,
+        "as sampled": lambda samples, costs, minibatches, team_size: samples,
         "by tokens": update.share_out,
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}

@@ -40,6 +40,7 @@ DEEPSEEK = {
 SPECIAL = {
     "deepseek_v2": DEEPSEEK,
     "deepseek_v3": DEEPSEEK,
+    "deepseek_v32": {**DEEPSEEK, "q_lora_rank": 16, "index_n_heads": 2, "index_head_dim": 24},
     "glm4_moe": {"first_k_dense_replace": 1, "n_group": 4, "topk_group": 2},
     "qwen2_moe": {"norm_topk_prob": True, "shared_expert_intermediate_size": 16},
     "qwen3_moe": {"norm_topk_prob": True},

@@ -301,7 +301,7 @@ def draw_samples(
     return [Sample(r, 0.0) for group in in_order for r in group.rollouts if r.num_tokens]
 
 
-def measure_mismatch(updater: Updater, samples: list[Sample], num_engines: int) -> float | None:
+def measure_mismatch(updater: Updater, samples: list[Sample], num_engines: int = 1) -> float | None:
     """Mean |sampler - trainer| log-probability of the engine that is furthest off, the trainer's
     weights rounded as the sampler's; None without samples on any rank."""
     with updater.computing_as_sampler():

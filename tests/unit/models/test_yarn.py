@@ -1,4 +1,4 @@
-"""YaRN in a model's settings and on its card. tests/pipeline/test_yarn.py compares the sampler."""
+"""YaRN in settings and on the card; tests/pipeline/test_long_context.py has the sampler."""
 
 import copy
 import re

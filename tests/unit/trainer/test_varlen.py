@@ -175,7 +175,8 @@ WINDOWED = {"model_type": "mistral", "sliding_window": 4}
 
 
 @pytest.mark.usefixtures("anywhere")
-@pytest.mark.parametrize("name", [*MODELS, "mistral"])
+# A deepseek_v32 attends by itself to the keys that it selects.
+@pytest.mark.parametrize("name", [*(n for n in MODELS if n != "deepseek_v32"), "mistral"])
 def test_a_policy_has_the_same_logprobs_and_gradients(
     tokenizer: PreTrainedTokenizerBase, samples: list[Sample], dtypes: list, name: str
 ) -> None:
