@@ -46,10 +46,10 @@ def recipes(finished: tuple, tiny_recipe: Path) -> dict[str, Path]:
         "from": str(run_dir / "sft"),
         "student": str(run_dir / "distill"),
         "data": data,
-        "max_steps": 8,
+        "max_steps": 16,
         "prompts_per_step": 16,
         "max_completion_length": 16,
-        "learning_rate": 3e-3,
+        "learning_rate": 1e-2,
         "verify_sync": True,
         "adapter": {},
     }
@@ -120,7 +120,7 @@ def test_a_student_that_is_adapted_comes_nearer_to_its_teacher(adapted: Path) ->
     folder = adapted / "taught" / "on_policy_distill"
     rows = read_lines(folder / "metrics.jsonl")
     divergences = [row["divergence"] for row in rows]
-    assert sum(divergences[-3:]) < sum(divergences[:3])
+    assert sum(divergences[-5:]) < sum(divergences[:5])  # one step's differs by 5%
     assert all(row["sync/logprob_diff_mean"] <= 1e-4 for row in rows)
     assert json.loads((folder / "stage.json").read_text())["adapter_parameters"] > 1000
 
