@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from r1pipe.config.base import ProblemSet
@@ -10,6 +11,7 @@ from r1pipe.data.problems import load_problems
 from r1pipe.models.model import build_model
 from r1pipe.models.tokenizer import encode_completion, encode_prompt
 from r1pipe.models.weights import save_checkpoint
+from r1pipe.trainer.packed import PackedTrainer
 from r1pipe.types import Problem, Rollout
 
 TINY = {
@@ -121,3 +123,15 @@ def save_llama(
 def change_json(path: Path, **changes: object) -> None:
     values = json.loads(path.read_text()) | changes
     path.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+
+
+def watch_gradients(trainer: PackedTrainer) -> dict[str, Tensor]:
+    """Gets the gradients of each optimizer step."""
+    seen: dict[str, Tensor] = {}
+
+    def look(*_: object) -> None:
+        named = trainer.model.named_parameters()
+        seen.update({n: p.grad.clone() for n, p in named if p.grad is not None})
+
+    trainer.optimizer.register_step_pre_hook(look)
+    return seen

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import MODELS, PROBLEMS
+from tiny_models import MODELS, PROBLEMS, watch_gradients
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -126,18 +126,6 @@ def make_trainer(model: PreTrainedModel, phase: str | None, **changes: object) -
         settings["indexer"] = {"phase": phase, "learning_rate": 0.01}
     checked = Supervised.model_validate(settings)
     return SupervisedTrainer(model, checked, num_steps=40, dtype="float32")
-
-
-def watch_gradients(trainer: SupervisedTrainer) -> dict[str, Tensor]:
-    """Gets the gradients of each optimizer step."""
-    seen: dict[str, Tensor] = {}
-
-    def look(*_: object) -> None:
-        named = trainer.model.named_parameters()
-        seen.update({n: p.grad.clone() for n, p in named if p.grad is not None})
-
-    trainer.optimizer.register_step_pre_hook(look)
-    return seen
 
 
 def measure_by_hand(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from grpo_settings import make_grpo, make_on_policy_distill
-from tiny_models import MODELS, PROBLEMS
+from tiny_models import MODELS, PROBLEMS, watch_gradients
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_layers import MtpLayer
@@ -26,7 +26,6 @@ from r1pipe.sft.encode import encode_traces
 from r1pipe.sft.trainer import SupervisedTrainer
 from r1pipe.trainer.breaker import EventLog
 from r1pipe.trainer.head import MAX_LOGITS
-from r1pipe.trainer.packed import PackedTrainer
 from r1pipe.trainer.packing import Sample, pack
 from r1pipe.trainer.policy import Policy
 from r1pipe.types import Rollout
@@ -166,18 +165,6 @@ def build_other(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         other.lm_head.weight.mul_(0.5)
     return other
-
-
-def watch_gradients(trainer: PackedTrainer) -> dict[str, Tensor]:
-    """Gets the gradients of each optimizer step."""
-    seen: dict[str, Tensor] = {}
-
-    def look(*_: object) -> None:
-        named = trainer.model.named_parameters()
-        seen.update({n: p.grad.clone() for n, p in named if p.grad is not None})
-
-    trainer.optimizer.register_step_pre_hook(look)
-    return seen
 
 
 @pytest.mark.parametrize("make_updater", [make_policy_gradient, make_distillation])
