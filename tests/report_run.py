@@ -10,6 +10,19 @@ from r1pipe.utils.jsonl import write_jsonl, write_text
 FUNCTIONS = ("rewards.math_correct", "rewards.format")
 SOURCE = {"data": {"recipe": "arithmetic", "stage": None}}
 
+TIMES = {
+    "seconds/step": 4.0,
+    "idle/engine_0": 0.25,
+    "idle/judges": 0.75,
+    "idle/trainer": 0.75,
+    "timeline": [
+        ["engine_0", "sampling", 0.0, 3.0],
+        ["judges", "scoring", 2.0, 3.0],
+        ["trainer", "update", 3.0, 3.8],
+        ["trainer", "sync", 3.8, 4.0],
+    ],
+}
+
 
 def write_run(
     run: Path, num_steps: int = 6, num_prompts: int = 4, num_samples: int = 4, beta: float = 0.0
@@ -31,7 +44,9 @@ def write_run(
         files.write(step, [add_tokens(row) for row in rows], {})
         reward = sum(row["reward"] for row in rows) / len(rows)
         load = {"experts/max_violation": 0.5, "experts/layer_1/load": [1.5, 0.5, 1.0, 1.0]}
-        metrics.append({"step": step, "reward": reward, "entropy": None, "mfu": 0.4, **load})
+        metrics.append(
+            {"step": step, "reward": reward, "entropy": None, "mfu": 0.4, **load, **TIMES}
+        )
     write_jsonl(grpo / "metrics.jsonl", metrics)
     event = {"step": 2, "check": "kl", "value": 0.5, "limit": 0.1, "action": "warn", "says": "far"}
     write_jsonl(grpo / "events.jsonl", [event])

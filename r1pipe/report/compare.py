@@ -112,6 +112,7 @@ def collect(
         "stages": [],
         "summary": [],
         "curves": list(overlay_curves(*stages)),
+        "timelines": [],
         "experts": [],
         "events": [],
         "cost": None,

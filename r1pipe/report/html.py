@@ -33,6 +33,8 @@ CHUNK = 256
 MAX_ROLLOUTS = 100_000
 MAX_POINTS = 1_000
 """Of a curve: more than a screen's pixels."""
+MAX_TIMELINES = 100
+"""Steps of a stage."""
 EVENTS = "events.jsonl"
 
 
@@ -106,6 +108,7 @@ def collect(run: Path, stages: list[StageFolder]) -> dict[str, Any]:
         "stages": [describe_stage(stage) for stage in stages],
         "summary": read_summary(run),
         "curves": [curves for stage in stages if (curves := collect_curves(stage))],
+        "timelines": [lines for stage in stages if (lines := collect_timelines(stage))],
         "experts": [load for stage in stages if (load := collect_expert_load(stage))],
         "events": [
             {"stage": stage.name, **event}
@@ -145,6 +148,22 @@ def collect_curves(stage: StageFolder) -> dict[str, Any] | None:
         "steps": [row["step"] for row in rows],
         "series": {name: [shorten(row.get(name)) for row in rows] for name in names},
     }
+
+
+def collect_timelines(stage: StageFolder) -> dict[str, Any] | None:
+    """Who worked when: `steps`, each with its seconds, idle shares by lane, and rows of lane, what,
+    begin and end."""
+    rows = [row for row in read_metrics(stage.folder) if row.get("timeline")]
+    steps = [
+        {
+            "step": row["step"],
+            "seconds": row["seconds/step"],
+            "idle": {n.removeprefix("idle/"): row[n] for n in row if n.startswith("idle/")},
+            "rows": row["timeline"],
+        }
+        for row in thin(rows, MAX_TIMELINES)
+    ]
+    return {"stage": stage.name, "steps": steps} if steps else None
 
 
 def collect_expert_load(stage: StageFolder) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ from r1pipe.trainer.breaker import Breaker, EventLog
 from r1pipe.trainer.checkpoints import AppendOnlyLog, Checkpoints, Stateful
 from r1pipe.trainer.packing import Sample
 from r1pipe.types import Problem
-from r1pipe.utils import distributed
+from r1pipe.utils import distributed, timeline
 from r1pipe.utils.errors import OutOfBudget, Tripped
 from r1pipe.utils.progress import Interrupt, StageProgress, log_line
 
@@ -314,17 +314,21 @@ class Clock:
     """Wall time of a step's phases. Sampling ahead is no phase: a step only waits for the rest."""
 
     def __init__(self) -> None:
-        self._last = time.perf_counter()
+        self._began = self._last = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
         now = time.perf_counter()
+        if phase != "wait":
+            timeline.record("trainer", phase, self._last, now)
         self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
-    def metrics(self, tokens_trained: float) -> dict[str, float]:
-        """Seconds per phase and of the step; prompt and completion tokens trained a second."""
+    def metrics(self, tokens_trained: float) -> dict[str, Any]:
+        """Seconds per phase and of the step; prompt and completion tokens trained a second; who
+        was idle."""
         return {
+            **timeline.describe_step(self._began, self._last),
             **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
             "seconds/step": sum(self.seconds.values()),
             "tokens_per_s/update": tokens_trained / self.seconds["update"],

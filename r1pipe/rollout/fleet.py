@@ -31,6 +31,7 @@ from r1pipe.rollout.vllm_args import (
     require_moe_layers,
 )
 from r1pipe.types import Problem, Rollout
+from r1pipe.utils import timeline
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.phases import heartbeat, phase
 from r1pipe.utils.progress import log_line
@@ -160,6 +161,8 @@ class Member:
         self.process = 0
         """Its id on its machine."""
         self.worked_at = time.monotonic()
+        self.span: int | None = None
+        """Of the step's timeline: what it is doing."""
 
     def add(self, method: str, arguments: Callable[[], tuple[Any, ...]]) -> None:
         self.calls.append(Call(method, arguments))
@@ -167,9 +170,17 @@ class Member:
             self.begin()
 
     def begin(self) -> None:
+        self.end_span()
         if self.calls:
+            what = "sampling" if self.calls[0].method == "sample" else "sync"
+            self.span = timeline.begin(f"engine_{self.number}", what)
             self.worked_at = time.monotonic()
             self.host.begin(self.calls[0].method, self.calls[0].arguments())
+
+    def end_span(self) -> None:
+        if self.span is not None:
+            timeline.end(self.span)
+            self.span = None
 
 
 class Fleet(Sampler):
@@ -272,7 +283,7 @@ class Fleet(Sampler):
         for member in self.members:
             if part := groups[member.number :: self.num_engines]:
                 member.add("sample", partial(describe, part))
-        with phase("sampling"):
+        with phase("waiting for engines"):
             for _, answer in self._work():
                 if not isinstance(answer, Part):  # that of an engine started meanwhile
                     continue
@@ -365,6 +376,7 @@ class Fleet(Sampler):
         """Also after an error: an engine has nothing to save."""
         for member in self.members:
             member.host.kill()
+            member.end_span()
         self.members = []
         self._placement.close()
 

@@ -121,6 +121,7 @@ class Ledger:
             step=metrics["step"],
             wall_s=round(wall_s, 3),
             idle_s=find_idle_seconds(metrics),
+            idle={n.removeprefix("idle/"): v for n, v in metrics.items() if n.startswith("idle/")},
             tokens_sampled=int(sampled),
             tokens_trained=int(trained),
             **self._judged(),
@@ -302,6 +303,7 @@ def summarize(stage: str, attempts: list[Attempt]) -> dict[str, Any]:
         "devices": last.devices,
         "device_hours": round(sum(a.device_hours for a in attempts), 5),
         "idle_share": round(sum(r["idle_s"] for r in timed) / steps_s, 4) if steps_s else None,
+        "idle": average_idle([row for attempt in attempts for row in attempt.steps]),
         "tokens_sampled": sum(a.sum("tokens_sampled") for a in attempts),
         "tokens_trained": sum(a.sum("tokens_trained") for a in attempts),
         "cost": (
@@ -310,6 +312,16 @@ def summarize(stage: str, attempts: list[Attempt]) -> dict[str, Any]:
         "currency": last.currency,
         **({"judge": last.judged} if last.judged else {}),
     }
+
+
+def average_idle(steps: list[dict]) -> dict[str, float]:
+    """Share of the steps' time in which the trainer, the judges and each engine did nothing."""
+    average = {}
+    for lane in sorted({lane for row in steps for lane in row.get("idle", {})}):
+        rows = [row for row in steps if lane in row.get("idle", {})]
+        idle_s = sum(row["wall_s"] * row["idle"][lane] for row in rows)
+        average[lane] = round(idle_s / (sum(row["wall_s"] for row in rows) or 1.0), 4)
+    return average
 
 
 def summarize_run(run_dir: Path) -> list[dict[str, Any]]:

@@ -1,9 +1,15 @@
-"""What each thread of this process is doing, and the last heartbeat: for the hang guard."""
+"""What each thread of this process is doing, and the last heartbeat: for the hang guard. Some of it
+goes to the step's timeline."""
 
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from r1pipe.utils import timeline
+
+LANES = {"sampling": "engine_0", "scoring": "judges"}
+"""Phases of which a step's timeline tells, wherever they come from."""
 
 _names: dict[int, list[str]] = {}
 _last_beat = time.monotonic()
@@ -26,11 +32,14 @@ def phase(name: str) -> Iterator[None]:
     names = _names.setdefault(threading.get_ident(), [])
     names.append(name)
     heartbeat()
+    span = timeline.begin(LANES[name], name) if name in LANES else None
     try:
         yield
     finally:
         names.pop()
         heartbeat()
+        if span is not None:
+            timeline.end(span)
 
 
 def describe_phases() -> str:

@@ -13,6 +13,7 @@ import yaml
 from commands import read_lines, run, start, wait_for
 from test_engine import CPU, make_model
 from test_faults import PROBLEMS, begin
+from test_resume import TIMES
 
 from r1pipe.config.base import Sampling
 from r1pipe.config.recipe import Engine, SamplerPlace
@@ -148,9 +149,13 @@ def test_steps_of_grpo_are_the_same(
     for (expected, rollouts), (metrics, others) in zip(*rows, strict=True):
         require_same(others, rollouts)
         for name, value in expected.items():
-            if not name.startswith(("seconds", "tokens_per_s", "logprob_diff", "sync")):
+            if not name.startswith((*TIMES, "logprob_diff", "sync")):
                 assert metrics[name] == pytest.approx(value, rel=SAME, abs=SAME), name
         assert metrics["sync/logprob_diff_mean"] < 1e-5
+        lanes = {name for name in metrics if name.startswith("idle/")}
+        assert lanes == {f"idle/{name}" for name in ("trainer", "judges", "engine_0", "engine_1")}
+        work = {tuple(row[:2]) for row in metrics["timeline"]}
+        assert {("engine_1", "sampling"), ("engine_1", "sync"), ("trainer", "update")} < work
 
 
 # --- Faults ---------------------------------------------------------------------------------------

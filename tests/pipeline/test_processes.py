@@ -17,7 +17,7 @@ from r1pipe.rollout.store import read_rollouts
 
 pytestmark = pytest.mark.slow
 
-TIMES = ("seconds/", "tokens_per_s", "train_", "wall_s", "eval_s", "checkpoint")
+TIMES = ("seconds/", "tokens_per_s", "idle/", "train_", "wall_s", "eval_s", "checkpoint")
 
 
 def start_two(*arguments: object) -> subprocess.Popen:

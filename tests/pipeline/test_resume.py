@@ -12,7 +12,7 @@ import yaml
 from commands import ROOT, read_lines, run, run_and_kill, start
 
 HERE = Path(__file__).parent
-TIMES = ("seconds/", "tokens_per_s/")
+TIMES = ("seconds/", "tokens_per_s/", "idle/", "timeline")
 OWN_OF_A_RUN = {"stage.json", "lineage.json", "ledger.json", "ledger.jsonl"}
 
 

@@ -17,6 +17,7 @@ import torch
 from grpo_settings import make_grpo, make_on_policy_distill
 from test_engine import CPU, LIMIT, ROOT, SAMPLING, SETTINGS, lengthen, logprob_diff, make_model
 from test_faults import PROBLEMS, begin
+from test_resume import TIMES
 
 from r1pipe.config.load import load_recipe
 from r1pipe.models.tokenizer import build_tokenizer, load_tokenizer
@@ -123,7 +124,7 @@ def test_the_next_stage_finds_it_awake(
 
 
 def without_times(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in metrics.items() if not k.startswith(("seconds/", "tokens_per_s/"))}
+    return {k: v for k, v in metrics.items() if not k.startswith(TIMES)}
 
 
 def test_sleep_changes_nothing_in_the_loop(

@@ -168,6 +168,7 @@ const CHARTS = [
   ["tokens a second", (n) => n.startsWith("tokens_per_s/")],
   ["MFU: share of the GPUs' peak", (n) => n === "mfu"],
   ["seconds", (n) => n.startsWith("seconds/")],
+  ["idle share of the step", (n) => n.startsWith("idle/")],
   ["loss", (n) => n === "loss"],
   ["gradient norm", (n) => n === "grad_norm"],
   ["expert load: max / mean − 1", (n) => n === "experts/max_violation"],
@@ -279,6 +280,47 @@ const dashed = (names, number) => names[number].startsWith("B: ");
 function colorOf(names, number) {
   const first = names.indexOf(names[number].replace(/^B: /, ""));
   return `var(--c${(first < 0 ? number : first) % 7})`;
+}
+
+// --- Timeline of a step ------------------------------------------------------------------------
+
+const WORK = ["sampling", "scoring", "update", "sync"];
+
+function showTimelines() {
+  if (!data.timelines.length) return hide("timeline");
+  for (const { stage, steps } of data.timelines) {
+    const number = make("input", { type: "range", min: 0, max: steps.length - 1, value: steps.length - 1, "aria-label": `step of ${stage}` });
+    const caption = make("figcaption"), drawing = make("div");
+    const show = () => {
+      const step = steps[Number(number.value)];
+      caption.textContent = `${stage}, step ${step.step}: ${format(step.seconds)} s`;
+      drawing.replaceChildren(drawTimeline(step));
+    };
+    number.addEventListener("input", show);
+    show();
+    const legend = make("div", { class: "legend" }, ...WORK.map((what, i) => make("span", { style: `--c: var(--c${i})` }, what)));
+    $("timelines").append(make("figure", {}, caption, drawing, legend, steps.length > 1 ? number : null));
+  }
+}
+
+function drawTimeline({ seconds, idle, rows }) {
+  const lanes = Object.keys(idle), left = 80, right = 70, width = 900, high = 24, height = high * lanes.length + 18;
+  const x = (s) => left + (Math.max(0, Math.min(s, seconds)) / seconds) * (width - left - right);
+  const svg = draw("svg", { class: "timeline", viewBox: `0 0 ${width} ${height}`, role: "img",
+    "aria-label": lanes.map((lane) => `${lane} idle ${percent(idle[lane])}`).join(", ") });
+  lanes.forEach((lane, i) => svg.append(
+    draw("text", { x: left - 6, y: i * high + 15, "text-anchor": "end" }, lane.replace("_", " ")),
+    draw("rect", { x: left, y: i * high + 3, width: width - left - right, height: high - 6, fill: "var(--line)", opacity: 0.5 }),
+    draw("text", { x: width - right + 6, y: i * high + 15 }, `idle ${percent(idle[lane])}`)));
+  for (const [lane, what, begin, end] of rows) {
+    const span = draw("rect", { x: x(begin).toFixed(1), y: lanes.indexOf(lane) * high + 3, width: Math.max(0.5, x(end) - x(begin)).toFixed(1),
+      height: high - 6, fill: `var(--c${WORK.indexOf(what)})` });
+    span.append(draw("title", {}, `${lane.replace("_", " ")}: ${what}, ${format(begin)} to ${format(end)} s`));
+    svg.append(span);
+  }
+  for (const part of [0, 0.25, 0.5, 0.75, 1])
+    svg.append(draw("text", { x: x(part * seconds), y: height - 3, "text-anchor": "middle" }, `${formatTick(part * seconds)} s`));
+  return svg;
 }
 
 // --- Expert load --------------------------------------------------------------------------------
@@ -515,6 +557,7 @@ showRecipe();
 showDifferences();
 showAccuracy();
 showCurves();
+showTimelines();
 showExperts();
 showEvents();
 showCost();

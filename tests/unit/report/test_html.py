@@ -164,6 +164,33 @@ def test_the_page_shows_every_section_without_an_error(page: Browser) -> None:
 
 
 @needs_browser
+def test_a_steps_timeline_is_drawn_to_scale(page: Browser) -> None:
+    """A row for each lane, and a span where it worked."""
+    spans = page.evaluate(
+        "[...document.querySelectorAll('svg.timeline rect:has(title)')].map("
+        "s => [s.querySelector('title').textContent, Number(s.getAttribute('x')), "
+        "Number(s.getAttribute('width'))])"
+    )
+    assert [title for title, *_ in spans] == [
+        "engine 0: sampling, 0 to 3 s",
+        "judges: scoring, 2 to 3 s",
+        "trainer: update, 3 to 3.8 s",
+        "trainer: sync, 3.8 to 4 s",
+    ]
+    begin, width = spans[0][1:]
+    assert spans[2][1] == pytest.approx(begin + width, abs=0.2)
+    assert spans[2][2] / width == pytest.approx(0.8 / 3, abs=0.01)
+    label = page.evaluate("document.querySelector('svg.timeline').getAttribute('aria-label')")
+    assert label == "engine_0 idle 25.0%, judges idle 75.0%, trainer idle 75.0%"
+    page.evaluate(
+        "(() => { const step = document.querySelector('#timelines input'); step.value = 0;"
+        "step.dispatchEvent(new Event('input')); })()"
+    )
+    caption = page.evaluate("document.querySelector('#timelines figcaption').textContent")
+    assert caption == "grpo, step 1: 4 s"
+
+
+@needs_browser
 def test_an_error_on_the_page_would_be_seen(page: Browser) -> None:
     page.evaluate("void setTimeout(() => { throw new Error('seen') })")
     page.evaluate("new Promise(resolve => setTimeout(resolve, 50))")

@@ -176,6 +176,15 @@ def test_idle_time(case: str) -> None:
     assert find_idle_seconds({**metrics, "staleness": phases.get("late", 0)}) == expected
 
 
+def test_idle_shares_are_averaged_over_time(tmp_path: Path) -> None:
+    account = Ledger(tmp_path, make_recipe(), Hardware("core", 2))
+    with account.stage("grpo"):
+        account.note_step({"step": 1, "seconds/step": 1.0, "idle/trainer": 0.5, "idle/engine_0": 0})
+        clock.rest(3)
+        account.note_step({"step": 2, "idle/trainer": 0.1, "idle/engine_0": 0.4})
+    assert summarize_run(tmp_path)[0]["idle"] == {"engine_0": 0.3, "trainer": 0.2}
+
+
 def test_tokens_that_no_step_has_logged_are_the_record_s(tmp_path: Path) -> None:
     account = Ledger(tmp_path, make_recipe(), Hardware("core", 2))
     with account.stage("distill"):
