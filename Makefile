@@ -12,11 +12,8 @@ RUN ?= runs/demo
 ARGS ?=
 NPROC ?= 1
 PYTHON ?= python3
-ifeq ($(NPROC),1)
-R1PIPE = .venv/bin/r1pipe
-else
-R1PIPE = .venv/bin/python -m r1pipe.launch --nproc-per-node $(NPROC)
-endif
+R1PIPE = $(if $(filter 1,$(NPROC)),.venv/bin/r1pipe,\
+	.venv/bin/python -m r1pipe.launch --nproc-per-node $(NPROC))
 
 STAGES = $(filter-out __init__,$(basename $(notdir $(wildcard r1pipe/stages/*.py))))
 
@@ -32,6 +29,8 @@ doctor:
 	@$(PYTHON) scripts/setup_env.py --check
 	@.venv/bin/r1pipe doctor $(CONFIG) $(ARGS)
 
+# A process for each of two cores: small products leave a second thread idle.
+demo: NPROC = 2
 demo: setup
 	@$(R1PIPE) run configs/demo.yaml $(ARGS)
 

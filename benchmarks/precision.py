@@ -62,6 +62,7 @@ def make_recipes(seed: int, options: argparse.Namespace, is_first: bool) -> list
     """The demo's recipe with a GRPO stage for each arm, and one of those in bf16."""
     values = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     random, sft, grpo, _, evaluation = values["stages"]
+    del grpo["old_policy"]  # the sampler's log-probs, which the correction is about
     formats, switches = [*NUMBERS], SWITCHES
     if options.smoke:
         formats, switches = ["both"], SWITCHES[-1:]

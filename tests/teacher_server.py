@@ -72,7 +72,7 @@ def answer_right(request: dict) -> Answer:
 @contextmanager
 def teacher_server() -> Iterator[TeacherServer]:
     server = TeacherServer()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     try:
         yield server
     finally:

@@ -181,6 +181,11 @@ class Optimization(Saving):
     """Tokens in one forward and backward pass: bounds memory, changes nothing else. Default: 16384
     on GPU; 1024 on CPU, where activations that stay in the cache make an update a tenth faster."""
     gradient_checkpointing: bool = False
+    sharding: Literal["full", "none"] = Field(
+        default="full", exclude_if=lambda given: given == "full"
+    )
+    """In several processes. full: FSDP, each holds a part of every weight. none: each holds them
+    all, and gradients are summed once an optimizer step, as DDP does; faster for small models."""
     expert_parallel: PositiveInt = Field(default=1, exclude_if=lambda given: given == 1)
     """Neighbouring processes that share out every layer's experts and send each other tokens.
     1: FSDP gathers all experts of a layer, one layer at a time (docs/distributed.md)."""
@@ -211,9 +216,10 @@ class Optimization(Saving):
     both. The checkpoint keeps its precision."""
 
     @property
-    def parallel(self) -> dict[str, int]:
-        """How processes are grouped."""
-        return {name: getattr(self, name) for name in ("expert_parallel", "sequence_parallel")}
+    def parallel(self) -> dict[str, Any]:
+        """How processes share the model out: arguments of `shard`."""
+        names = ("sharding", "expert_parallel", "sequence_parallel")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def samples_in_fp8(self) -> bool:
@@ -227,8 +233,9 @@ class Optimization(Saving):
     def round_all_weights(self) -> "Optimization":
         if self.fp8 and self.adapter:
             raise ValueError("fp8 is for training without an adapter; leave one of them out")
-        if self.expert_parallel > 1 and (self.fp8 or self.adapter):
-            what = "fp8" if self.fp8 else "an adapter"
+        unsharded = self.sharding == "none"
+        if self.expert_parallel > 1 and (self.fp8 or self.adapter or unsharded):
+            what = "fp8" if self.fp8 else "an adapter" if self.adapter else "sharding none"
             raise ValueError(f"expert_parallel does not go with {what}; leave one of them out")
         of_neighbours = [k for k in ("fp8", "seq_aux_loss_coef") if getattr(self, k)]
         if self.sequence_parallel > 1 and of_neighbours:

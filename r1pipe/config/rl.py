@@ -193,6 +193,10 @@ class Grpo(OnPolicy):
     """Largest ratio where the advantage is negative (two-sided clipping); above 1 + epsilon."""
     num_iterations: PositiveInt = 1
     """Passes over a batch of rollouts (mu in the GRPO paper)."""
+    old_policy: Literal["trainer", "sampler"] = "trainer"
+    """Whose log-probs are pi_old's. sampler: those of the rollouts, which saves a forward pass over
+    the batch wherever it has several optimizer steps, and corrects nothing: where sampler and
+    trainer differ, clipping bounds that as well (verl's bypass mode)."""
     mask_truncated_completions: bool = False
 
     vllm_importance_sampling_correction: bool = True
@@ -248,6 +252,11 @@ class Grpo(OnPolicy):
             raise ValueError("sequence_parallel does not go with top_p and top_k: leave them out")
         if self.loss_type == "cispo" and self.epsilon_high is None:
             raise ValueError("loss_type cispo needs epsilon_high, its largest weight, such as 5.0")
+        if self.old_policy == "sampler" and (self.top_p < 1 or self.top_k):
+            raise ValueError(
+                "old_policy sampler does not go with top_p and top_k, which cut pi_old's own "
+                "distribution: leave them out"
+            )
         if self.delta is not None and self.delta <= 1 + self.epsilon:
             raise ValueError("delta must be above 1 + epsilon")
         if self.beta and self.kl_estimator == "k1" and not self.use_bias_correction_kl:
@@ -262,7 +271,8 @@ class Grpo(OnPolicy):
         no_kl = not self.beta and "with beta 0"
         cispo = self.loss_type == "cispo" and "in cispo, which has epsilon_high alone"
         correction = "vllm_importance_sampling_correction"
-        uncorrected = not getattr(self, correction) and f"without {correction}"
+        of_sampler = self.old_policy == "sampler" and "with old_policy sampler"
+        uncorrected = of_sampler or (not getattr(self, correction) and f"without {correction}")
         refuse_idle(
             self,
             {
@@ -271,6 +281,7 @@ class Grpo(OnPolicy):
                 "reference_refresh_steps": no_kl or (self.adapter and "with an adapter"),
                 "epsilon": cispo,
                 "delta": cispo,
+                correction: of_sampler,
                 "vllm_importance_sampling_mode": uncorrected,
                 "vllm_importance_sampling_clip_min": uncorrected,
                 "vllm_importance_sampling_clip_max": uncorrected,

@@ -137,9 +137,11 @@ def estimate_shape(stage: Stage, recipe: Recipe, shape: Shape, devices: Devices)
     if is_on_policy:
         context = recipe.engine.max_model_len or context
     longest = min(context, stage.longest_sequence or context)
-    parts = trainer_parts(shape, devices, longest, element, stage.optimization)
+    count = devices.count if stage.optimization.sharding == "full" else 1
+    sharers = replace(devices, count=count)
+    parts = trainer_parts(shape, sharers, longest, element, stage.optimization)
     if is_on_policy and stage.keeps_reference:
-        parts["reference"] = element * shape.parameters / devices.count
+        parts["reference"] = element * shape.parameters / count
     if is_on_policy and stage.taught_by:
         teachers = [Shape.of(find_config(name, recipe)) for name in stage.taught_by]
         parts["teacher"] = teacher_bytes(teachers, devices, element)
@@ -153,7 +155,7 @@ def estimate_shape(stage: Stage, recipe: Recipe, shape: Shape, devices: Devices)
         engines |= sampler
     halves = {"": parts | engines}
     if devices.is_gpu and recipe.sleep_level(stage, "cuda"):
-        resident = resident_parts(stage, shape, parts, devices, element)
+        resident = resident_parts(stage, shape, parts, sharers, element)
         parts["vLLM asleep"] = ENGINE_WORKSPACE
         halves = {"training": parts, "sampling": resident | engines}
     traffic = describe_traffic(shape, devices, longest, element, stage.optimization)
@@ -165,6 +167,9 @@ def describe_traffic(
 ) -> str:
     if devices.count == 1 or settings.adapter:
         return ""
+    if settings.sharding == "none":
+        sent = 2 * MASTER * shape.parameters * (devices.count - 1) / devices.count
+        return f"; each sends {format_size(sent)} for an optimizer step"
     num_tokens = count_tokens(settings, devices, longest)
     sent = estimate_traffic(shape, devices.count, num_tokens, element, settings)
     return f"; each sends {format_size(sent)} for a micro-batch of {num_tokens} tokens"

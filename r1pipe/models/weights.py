@@ -132,7 +132,7 @@ def save_checkpoint(
     )
     if find_adapter(model) or any(isinstance(p, DTensor) for p in model.parameters()):
         save_sharded(model, folder)
-    else:
+    elif is_first():
         model.save_pretrained(folder)
     if find_adapter(model):
         save_adapter(model, folder / ADAPTER)

@@ -40,7 +40,7 @@ class GrpoUpdater(Updater):
 
     @property
     def needs_old_policy(self) -> bool:
-        return self.num_updates > 1
+        return self.num_updates > 1 and self.settings.old_policy == "trainer"
 
     def select(self, samples: list[Sample]) -> list[Sample]:
         if self.settings.mask_truncated_completions:
@@ -82,12 +82,13 @@ class GrpoUpdater(Updater):
     def backward(
         self, batch: PackedBatch, totals: Totals, mismatch: SamplerMismatch | None
     ) -> dict[str, float]:
-        if mismatch is not None:
-            # The policy before the first optimizer step is the policy in it: computed once.
+        if not self.needs_old_policy:
             now = self.measure(batch)
-            mismatch.add(batch, now)
-            old_C, support = now.logprobs_C.detach(), now.support
-            ref_C = self.measure_reference(batch, support)
+            if mismatch is not None:  # the first optimizer step, whose policy is the sampler's
+                mismatch.add(batch, now)
+            by_sampler = self.settings.old_policy == "sampler"
+            old_C = batch.sampler_logprobs_C if by_sampler else now.logprobs_C.detach()
+            ref_C = self.measure_reference(batch, now.support)
         else:
             old_C = cast("Tensor", batch.join("old_logprobs"))  # `remember` has set it
             ref_C = batch.join("ref_logprobs")

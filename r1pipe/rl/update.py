@@ -51,7 +51,8 @@ class Updater(PackedTrainer):
             dtype=dtype,
         )
         self.seed = seed
-        offloads = settings.adapter and settings.adapter.offload_base and distributed.alone()
+        whole = distributed.alone() or settings.sharding == "none"
+        offloads = whole and settings.adapter and settings.adapter.offload_base
         self.frozen = FrozenWeights(self.policy) if offloads else None
         self.truncation = Truncation(settings.sampling.top_p, settings.sampling.top_k)
         # Evaluation mode, without dropout, as the sampler; but layers are checkpointed in training

@@ -27,7 +27,11 @@ from r1pipe.models.tokenizer import (
     load_tokenizer,
     read_end_ids,
 )
-from r1pipe.rollout.cpu_sampling import use_counted_draws, use_norm_kernels
+from r1pipe.rollout.cpu_sampling import (
+    replace_kernels_once,
+    use_counted_draws,
+    use_norm_kernels,
+)
 from r1pipe.rollout.groups import Sampled, SampleFunction, SampleGroup, plan_groups
 from r1pipe.rollout.journal import SampleJournal
 from r1pipe.rollout.route_capture import (
@@ -109,6 +113,7 @@ class Sampler:
         arguments = engine_arguments(config, settings, dtype, device, with_routes, lora_rank)
         if device.type == "cpu":
             arguments |= use_norm_kernels()
+            replace_kernels_once()
         speculative = choose_speculation(settings, config)
         if speculative and speculative.model:
             check_files(speculative.model)
@@ -116,7 +121,11 @@ class Sampler:
         elif settings.speculative and not speculative:
             log_line(f"{checkpoint}: no module for multi-token prediction: sampled without drafts")
         try:
-            with routes_on_every_rank(settings.tensor_parallel_size if with_routes else 1):
+            # The heap is not frozen: the trainer's garbage is in it, too.
+            with (
+                routes_on_every_rank(settings.tensor_parallel_size if with_routes else 1),
+                mock.patch("vllm.v1.engine.core.freeze_gc_heap"),
+            ):
                 self.llm = LLM(checkpoint, **arguments)
         except (ValueError, RuntimeError, NotImplementedError, AssertionError) as error:
             raise UserError(f"{checkpoint}: vLLM cannot run it: {describe_error(error)}") from error
@@ -428,16 +437,15 @@ class Sampler:
             # next engine of this process would be told of that error.
             with suppress(RuntimeError):  # the trainer may still have the memory
                 self.llm.wake_up()
-        core = self.llm.llm_engine.engine_core
-        if distributed.alone():
-            core.shutdown()
-        else:
-            # vLLM would destroy the default process group, which is the trainer's.
-            from vllm.distributed import destroy_model_parallel
+        from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 
-            with mock.patch("vllm.v1.engine.core.cleanup_dist_env_and_memory"):
-                core.shutdown()
-            destroy_model_parallel()
+        # It would destroy the default process group, which may be the trainer's, and collect
+        # garbage before there is any.
+        with mock.patch("vllm.v1.engine.core.cleanup_dist_env_and_memory"):
+            self.llm.llm_engine.engine_core.shutdown()
+        destroy_model_parallel()
+        if distributed.alone():
+            destroy_distributed_environment()
         del self.llm
         gc.collect()
         if self.can_sleep and self.device.type == "cuda":

@@ -60,10 +60,11 @@ def load_sharded(
     dtype: str,
     trained: bool = True,
     adapter: NewAdapter | None = None,
-    expert_parallel: int = 1,
-    sequence_parallel: int = 1,
+    sharding: str = "full",
+    **groups: int,
 ) -> Root:
-    """`wrap(model)` of a checkpoint in float32, each rank with its part; alone, the full model.
+    """`wrap(model)` of a checkpoint in float32, each rank with its part; alone or unsharded, the
+    full model.
 
     The model is built without memory, sharded, and only then loaded: transformers reads each
     rank's slices of the safetensors files, so no rank ever holds more than its share and the
@@ -81,12 +82,11 @@ def load_sharded(
         if adapter:
             add_adapter(model, adapter.settings)
         root = wrap(model)
-        groups = {"expert_parallel": expert_parallel, "sequence_parallel": sequence_parallel}
-        roots.append(shard(root, model, device, dtype=dtype, **groups))
+        roots.append(shard(root, model, device, dtype=dtype, sharding=sharding, **groups))
 
     held = torch.float32 if trained and not adapter else getattr(torch, dtype)
     source = (checkpoint, device, find_implementation(attn_implementation, device, dtype), held)
-    if distributed.alone():
+    if distributed.alone() or sharding == "none":
         prepare(load_model(*source))
     else:
         with distributing(prepare):
@@ -107,13 +107,14 @@ def shard(
     device: torch.device,
     *,
     dtype: str,
+    sharding: str = "full",
     expert_parallel: int = 1,
     sequence_parallel: int = 1,
 ) -> Root:
     """Shard each decoder layer of `model`, then `root`, whose forward calls them all, with the
     rest: embedding, last norm, head; experts in groups of `expert_parallel` ranks. Teams of
-    `sequence_parallel` ranks share out a row's tokens. Alone, nothing is sharded. Raises UserError
-    if experts, heads or ranks cannot be grouped so.
+    `sequence_parallel` ranks share out a row's tokens. Alone, or with `sharding` none, nothing is
+    sharded. Raises UserError if experts, heads or ranks cannot be grouped so.
 
     In bfloat16, layers are gathered and computed in bf16, like the sampler's. autocast would gather
     them in float32 and keep the residual stream in it: twice the memory, further from the sampler
@@ -131,7 +132,7 @@ def shard(
     if dtype == "bfloat16":
         route_in_float32(model)
         precision = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    if distributed.alone():
+    if distributed.alone() or sharding == "none":
         if dtype == "bfloat16" and any(p.dtype != torch.bfloat16 for p in model.parameters()):
             for module in (*find_layers(model), root):
                 # A bound method: in a copy of the model it is bound to the copy.

@@ -14,6 +14,8 @@ from r1pipe.config.base import Optimization
 from r1pipe.utils import distributed
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = 2**25
+"""Most numbers that are summed over ranks in one message."""
 
 
 def find_schedule(settings: Optimization) -> tuple[str, dict[str, Any]]:
@@ -35,16 +37,31 @@ def group_by_mesh(parameters: Iterable[Tensor]) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
+def sum_gradients(parameters: Iterable[Tensor]) -> None:
+    """Over ranks that each hold every parameter in full; every rank must call it, with gradients of
+    the same ones."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if distributed.alone() or any(isinstance(g, DTensor) for g in gradients):
+        return
+    while gradients:
+        bucket, size = [], 0
+        while gradients and (not bucket or size + gradients[-1].numel() <= BUCKET):
+            bucket.append(gradients.pop())
+            size += bucket[-1].numel()
+        flat_N = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat_N)
+        for gradient, sum_N in zip(bucket, flat_N.split([g.numel() for g in bucket]), strict=True):
+            gradient.copy_(sum_N.view_as(gradient))
+
+
+@torch.no_grad()
 def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> float:
     """torch's `clip_grad_norm_`, which takes parameters of one mesh only. Returns the norm before
     clipping; every rank must call it."""
-    gradients = [
-        p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad
-        for p in parameters
-        if p.grad is not None
-    ]
+    whole = [p.grad for p in parameters if p.grad is not None]
+    gradients = [g.to_local() if isinstance(g, DTensor) else g for g in whole]
     norm = get_total_norm(gradients)
-    if gradients and not distributed.alone():
+    if any(isinstance(gradient, DTensor) for gradient in whole):
         square = norm.double().square()
         dist.all_reduce(square)
         norm = square.sqrt().to(norm.dtype)

@@ -20,7 +20,13 @@ from r1pipe.models.model import fast_training_kernels
 from r1pipe.models.mtp import find_mtp_layer, require_mtp_layer
 from r1pipe.models.sparse_attention import IndexerTraining, require_indexer
 from r1pipe.trainer.fsdp import put_optimizer, put_weights, take_optimizer, take_weights
-from r1pipe.trainer.optimizer import OffloadedAdamW, clip_gradient, find_schedule, group_by_mesh
+from r1pipe.trainer.optimizer import (
+    OffloadedAdamW,
+    clip_gradient,
+    find_schedule,
+    group_by_mesh,
+    sum_gradients,
+)
 from r1pipe.trainer.packing import PackedBatch, Sample, cut_batches, pack
 from r1pipe.trainer.policy import LogProbs, Policy
 from r1pipe.trainer.sequence_parallel import cut_tokens
@@ -169,6 +175,7 @@ class PackedTrainer:
     def clip_gradient(self) -> float:
         """Returns the gradient's norm over all ranks before clipping. A detached prediction layer
         and the indexers are clipped by themselves: the others' gradient is what it is without."""
+        sum_gradients(self.model.parameters())
         clip_gradient(self.detached, self.settings.max_grad_norm)
         own_norm, apart = 0.0, self.detached
         if self.indexer:

@@ -26,6 +26,8 @@ def shrink(values: dict) -> dict:
     by_name["sft"]["train"]["mtp"] = by_name["grpo"]["mtp"] = {}
     by_name["grpo"] |= {"max_steps": 2, "prompts_per_step": 8, "num_generations": 4}
     by_name["grpo"] |= {"steps_per_generation": 2, "routing_replay": True, "verify_sync": True}
+    # In several processes a stage of each kind; the policy's log-probs twice.
+    del by_name["grpo"]["sharding"], by_name["grpo"]["old_policy"]
     # An untrained policy is never right: the student learns from whatever is well formed.
     by_name["distill"]["traces"]["rewards"] = [{"function": "reward_of_tests.always_one"}]
     by_name["distill"]["train"]["max_steps"] = 5

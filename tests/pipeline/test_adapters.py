@@ -57,7 +57,7 @@ def train(
         "learning_rate": 1e-4,
         "breaker": {check: {"action": "ignore"} for check in TAUGHT},
     }
-    engine = {"max_model_len": 256, "max_num_seqs": 16, "kv_cache_gib": 0.25}
+    engine = {"max_model_len": 256, "max_num_seqs": 16, "kv_cache_gib": 0.1}
     recipe = {"name": "run", "runs_dir": str(folder), "engine": engine, "dtype": "float32"}
     (folder / "run.yaml").write_text(yaml.safe_dump({**recipe, "stages": [stage]}))
     result = run("grpo", folder / "run.yaml")

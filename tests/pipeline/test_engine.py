@@ -43,7 +43,7 @@ DEMO = {
     for stage in yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["stages"]
 }
 CPU = torch.device("cpu")
-SETTINGS = Engine(max_model_len=256, max_num_seqs=256, kv_cache_gib=0.25)
+SETTINGS = Engine(max_model_len=256, max_num_seqs=256, kv_cache_gib=0.1)
 SAMPLING = Sampling(max_completion_length=24)
 LIMIT = 1e-5
 """Mean |sampler - trainer| log-probability in float32; the wrong ones were 0.2 to 5.6."""
@@ -305,6 +305,14 @@ def test_draws_and_norms_are_our_own(opened: tuple, problems: list[Problem]) -> 
         torch.testing.assert_close(rms_norm(x, weight, 1e-6), expected)
 
 
+def test_kernels_are_replaced_once(opened: tuple) -> None:
+    """Not by an engine of an earlier test and once more by this one."""
+    from vllm.triton_utils.dispatcher import KernelOverride, _registry
+
+    assert _registry
+    assert not any(isinstance(original, KernelOverride) for original, _ in _registry.values())
+
+
 def test_nothing_is_compiled(opened: tuple, problems: list[Problem]) -> None:
     """vLLM decorates functions of its sampler and of routers; each shape used to take seconds."""
     name, _, sampler = opened
@@ -338,10 +346,12 @@ def test_requests_and_results_are_let_go(opened: tuple, problems: list[Problem])
         seen.append((engine.get_num_unfinished_requests(), results))
 
     few = Sampling(max_completion_length=2)
+    gc.freeze()  # what there was before is not looked at
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampler, "settings", SETTINGS.model_copy(update={"max_num_seqs": 4}))
         journal = SimpleNamespace(find_samples=lambda *_: {}, add_sample=look)
         groups = list(sampler.generate_groups(problems[:4], 12, few, (0,), journal=journal))
+    gc.unfreeze()
     assert len(seen) == 48
     assert max(unfinished for unfinished, _ in seen) <= 8
     # One engine step's, at most as many as run.

@@ -340,7 +340,7 @@ def test_a_run_killed_between_turns_resumes_bit_equal(tmp_path: Path) -> None:
         "max_completion_length": 60,
         "learning_rate": 1e-3,
     }
-    engine = {"max_model_len": 256, "max_num_seqs": 16, "kv_cache_gib": 0.25}
+    engine = {"max_model_len": 256, "max_num_seqs": 16, "kv_cache_gib": 0.1}
     measured = {
         "kind": "eval",
         "checkpoints": ["grpo"],
@@ -429,7 +429,7 @@ def test_a_student_learns_in_an_environment(tmp_path: Path) -> None:
         "learning_rate": 1e-3,
     }
     values = {"runs_dir": str(tmp_path), "name": "taught", "dtype": "float32"}
-    engine = {"max_model_len": 256, "max_num_seqs": 16, "kv_cache_gib": 0.25}
+    engine = {"max_model_len": 256, "max_num_seqs": 16, "kv_cache_gib": 0.1}
     recipe = tmp_path / "taught.yaml"
     recipe.write_text(yaml.safe_dump({**values, "engine": engine, "stages": [stage]}))
     result = run("on_policy_distill", recipe)
@@ -476,7 +476,7 @@ def test_episodes_become_traces_to_train_on(tmp_path: Path) -> None:
     train = {"learning_rate": 1e-3, "per_device_train_batch_size": 4, "max_steps": 2}
     learner = {"from": str(tmp_path / "student"), "data": {"stage": "reject"}, "train": train}
     values = {"runs_dir": str(tmp_path), "name": "traced", "dtype": "float32"}
-    values["engine"] = {"max_model_len": 256, "max_num_seqs": 16, "kv_cache_gib": 0.25}
+    values["engine"] = {"max_model_len": 256, "max_num_seqs": 16, "kv_cache_gib": 0.1}
     values["stages"] = [
         {"kind": "reject", **source},
         {"kind": "sft", **learner},

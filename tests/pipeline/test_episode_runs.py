@@ -40,7 +40,7 @@ def write_recipe(folder: Path, name: str, **changes: Any) -> Path:
         **changes,
     }
     values = {"name": name, "runs_dir": str(folder), "dtype": "float32", "stages": [stage]}
-    values["engine"] = {"max_model_len": 256, "max_num_seqs": 16, "kv_cache_gib": 0.25}
+    values["engine"] = {"max_model_len": 256, "max_num_seqs": 16, "kv_cache_gib": 0.1}
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path

@@ -35,7 +35,7 @@ from r1pipe.utils.jsonl import read_jsonl
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-SETTINGS = Engine(max_model_len=128, kv_cache_gib=0.25)
+SETTINGS = Engine(max_model_len=128, kv_cache_gib=0.1)
 SAMPLING = Sampling(max_completion_length=16)
 COMMON = {
     "hidden_size": 64,

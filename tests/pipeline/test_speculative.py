@@ -24,7 +24,7 @@ from r1pipe.types import Rollout
 from r1pipe.utils.errors import UserError
 
 PROBLEMS = load_problems(ProblemSet(recipe="arithmetic", options={"size": 24}))
-SETTINGS = Engine(max_model_len=256, max_num_seqs=64, kv_cache_gib=0.25)
+SETTINGS = Engine(max_model_len=256, max_num_seqs=64, kv_cache_gib=0.1)
 NUM_DRAFTS = 3
 SAMPLINGS = [
     Sampling(max_completion_length=24),

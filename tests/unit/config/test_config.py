@@ -62,6 +62,7 @@ def stages_with(index: int, **changes: object) -> list[dict]:
 
 
 ON_POLICY = {"kind": "on_policy_distill", "from": "sft", "num_generations": 1, "loss_type": None}
+ON_POLICY["old_policy"] = None
 """In the place of the demo's grpo stage."""
 
 SEVERAL = {**ON_POLICY, "from": None, "teachers": {"math": "sft"}}
@@ -79,6 +80,8 @@ MISTAKES = [
     ({"stages": stages_with(2, max_steps=0)}, ["stages.grpo.max_steps", "0"]),
     ({"stages": stages_with(2, num_generations=1)}, ["stages.grpo.num_generations"]),
     ({"stages": stages_with(2, steps_per_generation=3)}, ["steps_per_generation"]),
+    ({"stages": stages_with(2, top_p=0.9)}, ["stages.grpo", "old_policy sampler", "top_p"]),
+    ({"stages": stages_with(2, expert_parallel=2)}, ["expert_parallel", "sharding none"]),
     (
         {"stages": stages_with(2, async_steps=1), "engine": {"tensor_parallel_size": 2}},
         ["stages.grpo.async_steps", "tensor_parallel_size 1, not 2"],
@@ -223,7 +226,8 @@ def sft_with(**changes: object) -> dict:
 
 
 def grpo_with(**changes: object) -> dict:
-    return {"stages": stages_with(2, **changes)}
+    """With pi_old by the trainer, beside which all other keys may stand."""
+    return {"stages": stages_with(2, **{"old_policy": None, **changes})}
 
 
 def distill_with(**changes: object) -> dict:
@@ -268,6 +272,7 @@ IDLE = [
         )
         for key, value in (("mode", "token_mask"), ("clip_min", 0.5), ("clip_max", 3.0))
     ),
+    (grpo_with, {CORRECTION: False, "old_policy": "sampler"}, {"old_policy": "trainer"}),
     (grpo_with, {"max_sampling_rounds": 8}, {"dynamic_sampling": True}),
     (
         grpo_with,

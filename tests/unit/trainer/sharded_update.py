@@ -27,7 +27,7 @@ from r1pipe.rl.distill_update import DistillUpdater, TeacherModel
 from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.rl.update import Updater
 from r1pipe.trainer.checkpoints import Checkpoints
-from r1pipe.trainer.fsdp import load_sharded
+from r1pipe.trainer.fsdp import load_sharded, own_shard
 from r1pipe.trainer.policy import Policy
 from r1pipe.utils import distributed
 
@@ -63,7 +63,7 @@ def run(folder: Path, name: str, case: dict, device: torch.device) -> dict:
         "computed_in": computed_in[0],
         "masters": sorted({str(tensor.dtype) for tensor in [*policy.parameters(), *moments]}),
         "reference": sorted({str(tensor.dtype) for tensor in reference.parameters()}),
-        "bytes": sum(p.to_local().nbytes for p in policy.parameters()),
+        "bytes": sum(own_shard(p).nbytes for p in policy.parameters()),
         "biases": {n: b.tolist() for n, b in policy.model.named_buffers() if "correction" in n},
     }
 
@@ -131,7 +131,7 @@ def same_weights(one: Policy, other: Policy) -> Iterator[bool]:
     """By parameter that the other has, too, in its dtype."""
     mine = dict(one.named_parameters())
     for name, b in other.named_parameters():
-        yield torch.equal(mine[name].to_local().to(b.dtype), b.to_local())
+        yield torch.equal(own_shard(mine[name]).to(b.dtype), own_shard(b))
 
 
 def made(folder: Path, name: str) -> Path:

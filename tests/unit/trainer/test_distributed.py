@@ -107,6 +107,21 @@ CASES = {
     "bf16": ("qwen3_moe", {}, {"beta": 0.1, "offload_optimizer": True}, (9, 11)),
     # A micro-batch for each sample: tiles of tokens are those of one process.
     "fp8": ("deepseek_v3", {}, {"fp8": "both", "micro_batch_tokens": 1}, (9, 11)),
+    # Whole models, whose gradients are summed.
+    "whole": (
+        "deepseek_v3",
+        {"num_mtp_layers": 1},
+        {"mtp": {}, "steps_per_generation": 4, "beta": 0.1, "bias_update_rate": 0.01}
+        | {"sharding": "none"},
+        (5, 0),
+    ),
+    "whole_tied": (
+        "qwen3",
+        {"tie_word_embeddings": True},
+        {"num_iterations": 2, "old_policy": "sampler", "sharding": "none"},
+        (7, 13),
+    ),
+    "whole_adapted": ("qwen3_moe", {}, {"beta": 0.1, "adapter": {}, "sharding": "none"}, (5, 4)),
     # By a teacher; minibatches of a single sample, and a last one of two.
     "taught": (
         "qwen3",
@@ -160,6 +175,8 @@ def make_stage(**settings: object) -> OnPolicy:
         "mask_truncated_completions": True,
         "vllm_importance_sampling_correction": False,
     }
+    if "old_policy" in settings:
+        del fixed["vllm_importance_sampling_correction"]
     return make_grpo(**{**fixed, **settings})
 
 
@@ -336,7 +353,7 @@ def compare_with_one_process(folder: Path, name: str, case: dict, tolerance: flo
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_rank_holds_everything(name: str, cases: tuple[Path, dict]) -> None:
+def test_a_rank_holds_its_part(name: str, cases: tuple[Path, dict]) -> None:
     folder, by_name = cases
     results = json.loads((folder / f"{name}.json").read_text())
     settings = by_name[name]["settings"]
@@ -344,6 +361,9 @@ def test_no_rank_holds_everything(name: str, cases: tuple[Path, dict]) -> None:
     held = {True: 2, False: 4}  # bytes of a frozen weight
     size = held[by_name[name]["dtype"] == "bfloat16" and bool(settings.adapter)]
     whole = sum(p.numel() * (4 if p.requires_grad else size) for p in model.parameters())
+    if settings.sharding == "none":
+        assert all(result["bytes"] == whole for result in results)
+        return
     assert all(result["all_sharded"] for result in results)
     assert sum(result["bytes"] for result in results) == whole
     # Five experts are three and two.
