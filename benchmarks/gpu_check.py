@@ -38,7 +38,7 @@ CHECKS = {
     5: ("Qwen3-0.6B's shape, random weights", 100, "large_models.check_dense"),
     6: ("the same in TRL's GRPOTrainer", 110, "large_models.check_beside_trl"),
     7: ("a mixture of 64 experts, 1.0B active", 60, "large_models.check_mixture"),
-    8: ("sampling ahead: async_steps 1", 60, "small_models.check_async"),
+    8: ("sampling ahead: max_staleness 1", 60, "small_models.check_async"),
     9: ("two runs of one seed", 60, "small_models.check_determinism"),
     10: ("FP8 beside bf16", 90, "large_models.check_fp8"),
 }

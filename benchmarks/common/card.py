@@ -83,7 +83,7 @@ class Sizes:
     trl_batch: int = 16
     mixture: dict[str, Any] = field(default_factory=lambda: MIXTURE)
     mixture_row_tokens: int = 8_192
-    async_steps: int = 4
+    ahead_steps: int = 4
     matmul: int = 8192
 
 
@@ -105,7 +105,7 @@ QUICK = Sizes(
     trl_batch=4,
     mixture={**MIXTURE, **TINY, "num_experts": 4, "num_experts_per_tok": 2},
     mixture_row_tokens=64,
-    async_steps=2,
+    ahead_steps=2,
     matmul=256,
 )
 

@@ -34,7 +34,7 @@ def check_demo(card: Card, check: Check) -> None:
 
 def check_async(card: Card, check: Check) -> None:
     """Steps whose batch was sampled while the step before trained."""
-    folder = run_grpo(card, "async", "float32", max_steps=card.sizes.async_steps, async_steps=1)
+    folder = run_grpo(card, "async", "float32", max_steps=card.sizes.ahead_steps, max_staleness=1)
     rows = read_metrics(folder)
     staleness = [row["staleness"] for row in rows]
     check.add("staleness of the batches, by step", ", ".join(map(str, staleness)))

@@ -65,8 +65,8 @@ class Engine(Strict):
     tensor_parallel_size: PositiveInt = 1
     sleep: Literal[0, 1, 2] | None = None
     """vLLM's sleep mode while a model learns from its samples: 1 keeps the sampler's weights in the
-    CPU's memory meanwhile, 2 keeps none, 0 does not sleep. Default: 1 on CUDA without async_steps;
-    otherwise 0. On CPU sleeping frees nothing."""
+    CPU's memory meanwhile, 2 keeps none, 0 does not sleep. Default: 1 on CUDA with max_staleness
+    0; otherwise 0. On CPU sleeping frees nothing."""
     enforce_eager: bool = False
     """No compilation: always so on CPU, where compiling takes longer than a small run."""
     quantization: Literal["fp8_per_block"] | None = Field(
@@ -220,9 +220,9 @@ class Recipe(Strict):
             for source in stage.problem_sets():
                 if source.stage and source.stage not in earlier:
                     raise ValueError(f'stages: "{stage.name}": no earlier stage "{source.stage}"')
-            if isinstance(stage, rl.OnPolicy) and stage.async_steps and size > 1:
+            if isinstance(stage, rl.OnPolicy) and stage.max_staleness and size > 1:
                 raise ValueError(
-                    f"stages.{stage.name}.async_steps: sampling beside the training needs "
+                    f"stages.{stage.name}.max_staleness: sampling beside the training needs "
                     f"engine.tensor_parallel_size 1, not {size}: collectives of two threads would "
                     "meet in another order on every rank"
                 )
@@ -232,10 +232,10 @@ class Recipe(Strict):
                     f"stages.{stage.name}.adapter.sync: alone does not go with engine.speculative: "
                     "take merged"
                 )
-            if isinstance(stage, rl.OnPolicy) and stage.async_steps and self.engine.sleep:
+            if isinstance(stage, rl.OnPolicy) and stage.max_staleness and self.engine.sleep:
                 raise ValueError(
-                    f"stages.{stage.name}.async_steps: sampling beside the training needs the "
-                    f"engine awake: leave out engine.sleep {self.engine.sleep}, or async_steps"
+                    f"stages.{stage.name}.max_staleness: sampling beside the training needs the "
+                    f"engine awake: leave out engine.sleep {self.engine.sleep}, or max_staleness"
                 )
             if self.sampler.kind == "fleet":
                 self._refuse_outside_a_fleet(stage)
@@ -262,7 +262,7 @@ class Recipe(Strict):
     def sleep_level(self, stage: Stage, device_type: str) -> int:
         """vLLM's sleep level while the stage trains; 0: its engine stays awake."""
         samples_for_itself = stage.samplings() and stage.optimization is not None
-        if not samples_for_itself or (isinstance(stage, rl.OnPolicy) and stage.async_steps):
+        if not samples_for_itself or (isinstance(stage, rl.OnPolicy) and stage.max_staleness):
             return 0
         if self.sampler.kind == "fleet":
             return 0

@@ -73,8 +73,9 @@ class OnPolicy(PromptingStage, Optimization):
     """Samples per prompt."""
     temperature: PositiveFloat = 1.0
     max_completion_length: PositiveInt
-    async_steps: Annotated[int, Field(ge=0, le=1)] = 0
-    """1: the next batch is sampled by the previous policy while this one trains."""
+    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
+    """Steps that the policy which samples may be behind the one that trains. 1: the next batch is
+    sampled while this one trains."""
     steps_per_generation: PositiveInt = 1
     """Optimizer steps (minibatches) per pass over a batch of rollouts."""
 
@@ -90,9 +91,9 @@ class OnPolicy(PromptingStage, Optimization):
     learns_from_rewards: ClassVar[bool] = False
     """Whether samples of one prompt with equal rewards teach nothing."""
     verify_sync: bool | None = None
-    """Sample a few tokens after each weight sync and hold them to breaker.logprob_diff. Default: if
-    async_steps, or with fp8, where the trainer then rounds what the sampler does; otherwise the
-    whole next batch is held to it anyway."""
+    """Sample a few tokens after each weight sync and hold them to breaker.logprob_diff. Default:
+    with max_staleness, or with fp8, where the trainer then rounds what the sampler does; otherwise
+    the whole next batch is held to it anyway."""
 
     @property
     def policy(self) -> str:
@@ -135,7 +136,7 @@ class OnPolicy(PromptingStage, Optimization):
     @property
     def verifies_sync(self) -> bool:
         if self.verify_sync is None:
-            return bool(self.async_steps or self.fp8)
+            return bool(self.max_staleness or self.fp8)
         return self.verify_sync
 
     @model_validator(mode="after")

@@ -100,7 +100,7 @@ def run_steps(
     metrics_log = context.open_log()
     problems = collector.prompts.problems
     with (
-        Prefetcher(collector.collect, stage.max_steps, stage.async_steps) as batches,
+        Prefetcher(collector.collect, stage.max_steps, stage.max_staleness) as batches,
         Interrupt.deferred(stage.save_grace_s),
         context.open_progress(stage.name, stage.max_steps) as progress,
     ):
@@ -150,8 +150,8 @@ def save_at_budget(
     checkpoints: Checkpoints,
 ) -> Iterator[tuple[dict[str, Any], Batch]]:
     """The steps. If a judge's budget is used up while the next batch is scored, the last step is
-    saved, as it was before that batch was drawn. Not with `async_steps`, where the policy that has
-    sampled it is gone, nor of several processes, of which the others still sample: those resume
+    saved, as it was before that batch was drawn. Not with `max_staleness`, where the policy that
+    has sampled it is gone, nor of several processes, of which the others still sample: those resume
     from the last of `save_steps`."""
     last = 0
     while True:
@@ -162,7 +162,7 @@ def save_at_budget(
             return
         except OutOfBudget:
             saved = last in find_steps(checkpoints.folder)
-            if last and not saved and not stage.async_steps and distributed.alone():
+            if last and not saved and not stage.max_staleness and distributed.alone():
                 collector.load_state_dict(state)
                 checkpoints.save(last)
             raise
@@ -196,7 +196,7 @@ def train(
         sampler.sleep()
         updater.enter_device()
         clock.lap("sync")
-        before = updater.copy_weights() if stage.async_steps else {}  # the sampler's
+        before = updater.copy_weights() if stage.max_staleness else {}  # the sampler's
 
         metrics = {"step": step, **batch.metrics()}
         if breaker.examine_batch(batch, metrics):

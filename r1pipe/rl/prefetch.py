@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 
 class Prefetcher:
-    """Batches in order. With `async_steps` 1 the next one is sampled while the caller trains.
+    """Batches in order. With `max_staleness` 1 the next one is sampled while the caller trains.
 
     Sampling then runs in its own thread. With more than one thread for arithmetic, float sums may
     come out in another order.
     """
 
-    def __init__(self, collect: Callable[[int, int], Batch], num_steps: int, async_steps: int):
-        self._collect, self._num_steps, self._async_steps = collect, num_steps, async_steps
+    def __init__(self, collect: Callable[[int, int], Batch], num_steps: int, max_staleness: int):
+        self._collect, self._num_steps, self._max_staleness = collect, num_steps, max_staleness
         self._thread = ThreadPoolExecutor(1, "sampler")
         self._next: Future[Batch] | None = None
 
@@ -34,7 +34,7 @@ class Prefetcher:
         weights."""
         batch = self._next.result() if self._next else self._collect(step, step)
         self._next = None
-        if self._async_steps and step < self._num_steps:
+        if self._max_staleness and step < self._num_steps:
             self._next = self._thread.submit(run_at, find_place(), self._collect, step + 1, step)
         return batch
 

@@ -425,7 +425,7 @@ def test_a_student_learns_in_an_environment(tmp_path: Path) -> None:
         "max_steps": 2,
         "prompts_per_step": 8,
         "max_completion_length": 60,
-        "async_steps": 1,
+        "max_staleness": 1,
         "learning_rate": 1e-3,
     }
     values = {"runs_dir": str(tmp_path), "name": "taught", "dtype": "float32"}

@@ -48,9 +48,9 @@ def write_recipe(folder: Path, name: str, **changes: Any) -> Path:
 
 @pytest.mark.slow
 def test_episodes_sampled_ahead_are_kept_by_a_killed_run(folder: Path) -> None:
-    result = run("grpo", write_recipe(folder, "ahead", async_steps=1))
+    result = run("grpo", write_recipe(folder, "ahead", max_staleness=1))
     assert result.returncode == 0, result.stderr[-3000:]
-    recipe = write_recipe(folder, "ahead-killed", async_steps=1)
+    recipe = write_recipe(folder, "ahead-killed", max_staleness=1)
     run_and_kill("turning", 1, 0.0, folder / "ahead-killed" / ".grpo.partial", "grpo", recipe)
     result = run("grpo", recipe)
     assert result.returncode == 0, result.stderr[-3000:]

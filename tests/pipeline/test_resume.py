@@ -106,10 +106,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_checkpoint(
 
 @pytest.mark.slow
 def test_a_batch_sampled_ahead_is_kept(finished: tuple, tiny_recipe: Path) -> None:
-    """With async_steps, and all else that has a state: reference, dynamic sampling, biases."""
+    """With max_staleness, and all else that has a state: reference, dynamic sampling, biases."""
     folder, _ = finished
     changes = {
-        "async_steps": 1,
+        "max_staleness": 1,
         "max_steps": 4,
         "beta": 0.05,
         "reference_refresh_steps": 2,

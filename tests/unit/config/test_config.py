@@ -83,12 +83,12 @@ MISTAKES = [
     ({"stages": stages_with(2, top_p=0.9)}, ["stages.grpo", "old_policy sampler", "top_p"]),
     ({"stages": stages_with(2, expert_parallel=2)}, ["expert_parallel", "sharding none"]),
     (
-        {"stages": stages_with(2, async_steps=1), "engine": {"tensor_parallel_size": 2}},
-        ["stages.grpo.async_steps", "tensor_parallel_size 1, not 2"],
+        {"stages": stages_with(2, max_staleness=1), "engine": {"tensor_parallel_size": 2}},
+        ["stages.grpo.max_staleness", "tensor_parallel_size 1, not 2"],
     ),
     (
-        {"stages": stages_with(2, async_steps=1), "engine": {"sleep": 1}},
-        ["stages.grpo.async_steps", "leave out engine.sleep 1"],
+        {"stages": stages_with(2, max_staleness=1), "engine": {"sleep": 1}},
+        ["stages.grpo.max_staleness", "leave out engine.sleep 1"],
     ),
     (
         {"stages": stages_with(2, adapter={"sync": "alone"}), "sampler": {"kind": "fleet"}},

@@ -161,7 +161,7 @@ LEVELS = [
     ("distill", {}, [], "cuda", 1),
     ("grpo", {"sleep": 2}, [], "cuda", 2),
     ("grpo", {"sleep": 0}, [], "cuda", 0),
-    ("grpo", {}, ["stages.grpo.async_steps=1"], "cuda", 0),
+    ("grpo", {}, ["stages.grpo.max_staleness=1"], "cuda", 0),
     ("sft", {"sleep": 2}, [], "cuda", 0),
     ("eval", {"sleep": 2}, [], "cuda", 0),
     ("grpo", {}, [], "cpu", 0),

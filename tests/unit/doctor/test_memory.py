@@ -339,7 +339,7 @@ def test_what_stays_while_the_engine_samples() -> None:
     offloaded = of_grpo.model_copy(update={"offload_optimizer": True})
     assert halves(offloaded)["sampling"].keys() == shared | engine | {"probe"}
     assert halves(recipe.stage("distill"))["sampling"].keys() == {"process"} | engine
-    assert halves(of_grpo.model_copy(update={"async_steps": 1})).keys() == {""}
+    assert halves(of_grpo.model_copy(update={"max_staleness": 1})).keys() == {""}
     assert halves(recipe.stage("sft")).keys() == {""}
     estimate = estimate_shape(of_grpo, recipe, shape, Devices(1, 80 * GIB, is_gpu=False))
     assert estimate.halves.keys() == {""}

@@ -81,7 +81,7 @@ def test_prefetcher_samples_while_the_caller_trains() -> None:
         made.append((step, policy_step))
         return step, policy_step
 
-    with Prefetcher(sample, 3, async_steps=1) as batches:
+    with Prefetcher(sample, 3, max_staleness=1) as batches:
         assert batches.take(1) == (1, 1)
         assert began.wait(10), "step 2 is sampled before step 1 has been waited for"
         assert made == [(1, 1)]
@@ -110,14 +110,14 @@ def test_prefetcher_samples_on_the_callers_gpu_and_stream(monkeypatch: pytest.Mo
     def sample(step: int, policy_step: int) -> tuple:
         return threading.get_ident(), *mine().values()
 
-    with Prefetcher(sample, 2, async_steps=1) as batches:
+    with Prefetcher(sample, 2, max_staleness=1) as batches:
         first, second = batches.take(1), batches.take(2)
     assert first[0] != second[0]
     assert first[1:] == second[1:] == (3, "vllm's")
 
 
 def test_prefetcher_without_async_samples_in_order() -> None:
-    with Prefetcher(lambda step, policy_step: (step, policy_step), 2, async_steps=0) as batches:
+    with Prefetcher(lambda step, policy_step: (step, policy_step), 2, max_staleness=0) as batches:
         assert [batches.take(1), batches.take(2)] == [(1, 1), (2, 2)]
 
 
@@ -136,7 +136,7 @@ def test_prefetcher_passes_errors_on() -> None:
             raise ValueError("no more")
         return step
 
-    with Prefetcher(fail, 3, async_steps=1) as batches:
+    with Prefetcher(fail, 3, max_staleness=1) as batches:
         batches.take(1)
         batches.wait()
         with pytest.raises(ValueError, match="no more"):

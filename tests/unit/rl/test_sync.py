@@ -84,7 +84,7 @@ def test_probe(error: float, tmp_path: Path) -> None:
 def test_when_syncs_are_probed() -> None:
     """Where the next batch is too old to be compared, or where it is asked for."""
     assert not make_settings().verifies_sync
-    assert make_settings(async_steps=1).verifies_sync
+    assert make_settings(max_staleness=1).verifies_sync
     assert make_settings(verify_sync=True).verifies_sync
     assert make_settings(fp8="rollouts").verifies_sync
-    assert not make_settings(async_steps=1, verify_sync=False).verifies_sync
+    assert not make_settings(max_staleness=1, verify_sync=False).verifies_sync
