@@ -183,7 +183,7 @@ def sample(
 def take_steps(work: Workload, sampler: Sampler) -> Iterator[tuple[dict, Batch]]:
     stage, updater = work.stage, load_updater(work)
     collector = GrpoCollector(stage, sampler, Scorer(stage.rewards), Prompts(load_rows(), 0))
-    batches = Prefetcher(collector.collect, stage.max_steps, stage.max_staleness)
+    batches = Prefetcher(collector, stage)
     folder = Path(tempfile.mkdtemp(dir=work.folder))
     return train(stage, updater, sampler, batches, Breaker(stage, EventLog(folder), folder), 1)
 

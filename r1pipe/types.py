@@ -98,6 +98,9 @@ class Rollout:
     completion: str
     finish_reason: str
     routes: Any = field(default=None, repr=False, compare=False)
+    versions: list[int] | None = field(default=None, repr=False, compare=False)
+    """From a sampler that takes weights while it samples: whose sampled each of `completion_ids`,
+    as the number of a fleet's sync, in a batch as the step that they were the first for."""
     num_tokens: int = -1
     """Sampled tokens of the completion, also after `empty` has dropped `completion_ids`."""
     episode: Episode | None = None
@@ -133,7 +136,7 @@ class Rollout:
     def empty(self) -> None:
         """Let go of text and tokens, once nothing but figures is asked for."""
         self.prompt_ids, self.completion_ids, self.logprobs = [], [], []
-        self.completion, self.routes = "", None
+        self.completion, self.routes, self.versions = "", None, None
         if self.episode:
             self.episode.given, self.episode.messages, self.episode.prompt = [], [], None
 

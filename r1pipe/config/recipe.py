@@ -239,6 +239,8 @@ class Recipe(Strict):
                 )
             if self.sampler.kind == "fleet":
                 self._refuse_outside_a_fleet(stage)
+            elif isinstance(stage, rl.OnPolicy) and stage.in_flight:
+                raise ValueError(f"stages.{stage.name}.in_flight: needs sampler.kind fleet")
             earlier.add(stage.name)
         return self
 

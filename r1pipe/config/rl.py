@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import (
     Field,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     field_validator,
@@ -73,9 +74,13 @@ class OnPolicy(PromptingStage, Optimization):
     """Samples per prompt."""
     temperature: PositiveFloat = 1.0
     max_completion_length: PositiveInt
-    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """Steps that the policy which samples may be behind the one that trains. 1: the next batch is
-    sampled while this one trains."""
+    max_staleness: NonNegativeInt = 0
+    """Steps that the policy which sampled a token may be behind the one that trains on it. 1: the
+    next batch is sampled while this one trains. More: so many batches, which needs in_flight."""
+    in_flight: bool = False
+    """The sampler gets new weights while it samples, and running sequences go on; otherwise they
+    are finished first. Needs sampler.kind fleet. The log-probs that a loss is corrected by are
+    those of the weights that sampled each token. Such a run does not repeat bit by bit."""
     steps_per_generation: PositiveInt = 1
     """Optimizer steps (minibatches) per pass over a batch of rollouts."""
 
@@ -145,6 +150,19 @@ class OnPolicy(PromptingStage, Optimization):
             raise ValueError(
                 f"indexer.phase {self.indexer.phase} is for sft and distill: give sparse"
             )
+        return self
+
+    @model_validator(mode="after")
+    def bound_the_staleness(self) -> "OnPolicy":
+        if self.max_staleness > 1 and not self.in_flight:
+            raise ValueError(
+                f"max_staleness {self.max_staleness} needs in_flight: true: where sampling ends "
+                "before each sync, there is time for one batch"
+            )
+        if self.in_flight and not self.max_staleness:
+            raise ValueError("in_flight needs max_staleness: 1 or more")
+        if self.in_flight and self.routing_replay:
+            raise ValueError("in_flight does not go with routing_replay yet")
         return self
 
     @model_validator(mode="after")
@@ -246,6 +264,16 @@ class Grpo(OnPolicy):
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(LOSSES)}"
             raise ValueError(f"no such loss; {hint} (or give a dotted path)")
         return loss_type
+
+    @model_validator(mode="after")
+    def draw_in_order(self) -> "Grpo":
+        redraws = self.difficulty and self.difficulty.refresh_steps
+        if self.in_flight and (self.dynamic_sampling or redraws):
+            raise ValueError(
+                "in_flight does not go with dynamic_sampling and difficulty.refresh_steps yet: "
+                "several batches are sampled at once, whose prompts are drawn in order"
+            )
+        return self
 
     @model_validator(mode="after")
     def fit_the_loss(self) -> "Grpo":

@@ -66,6 +66,10 @@ class EpisodeSampler:
         return self.sampler.num_engines
 
     @property
+    def version(self) -> int:
+        return self.sampler.version
+
+    @property
     def asleep(self) -> bool:
         return self.sampler.asleep
 

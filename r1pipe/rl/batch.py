@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain
@@ -111,6 +111,11 @@ class Group:
         """Totals, NaN where no reward could judge."""
         return [float("nan") if s.total is None else s.total for s in self.scores]
 
+    @property
+    def versions(self) -> Iterator[int]:
+        """Of its tokens, if weights change while they are sampled."""
+        return (version for rollout in self.rollouts for version in rollout.versions or ())
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "problem": asdict(self.problem),
@@ -140,6 +145,7 @@ class Group:
                 "prompt_ids": rollout.prompt_ids,
                 "completion_ids": rollout.completion_ids,
                 "logprobs": rollout.logprobs,
+                "versions": rollout.versions,
                 "routes": rollout.routes,
             }
             for rollout, score, advantage in zip(
@@ -154,7 +160,8 @@ class Batch:
 
     step: int
     policy_step: int
-    """The step whose starting policy sampled it: `step`, or one less if sampled ahead."""
+    """The step whose starting policy sampled it: `step`, or an earlier one if sampled ahead. Of a
+    batch during which weights changed, that of its oldest token."""
     groups: list[Group]
     """From every rank; those of other ranks lack prompts and log-probs."""
     own_groups: list[Group]
@@ -166,6 +173,12 @@ class Batch:
     logprob_diff: float | None = None
     """If sampled ahead: mean |sampler - trainer| log-probability of some samples under the policy
     that sampled them."""
+    num_waiting: int = 0
+    """Finished batches behind it when it was taken."""
+
+    def __post_init__(self) -> None:
+        versions = [version for group in self.groups for version in group.versions]
+        self.policy_step = min(versions, default=self.policy_step)
 
     @property
     def rollouts(self) -> list[Rollout]:
@@ -190,7 +203,7 @@ class Batch:
             **self.reward_metrics(),
             "groups_sampled": len(self.groups),
             "sampling_rounds": self.rounds,
-            "staleness": self.step - self.policy_step,
+            **self.describe_staleness(),
             **({} if (d := self.logprob_diff) is None else {"sampler/logprob_diff_ahead": d}),
             **({} if (a := self.acceptance) is None else {"sampler/acceptance": a}),
             "tokens_sampled": num_tokens,
@@ -199,6 +212,20 @@ class Batch:
             **describe_episodes([r.episode for r in rollouts if r.episode]),
             **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
             "tokens_per_s/sample": num_tokens / self.seconds["sample"],
+        }
+
+    def describe_staleness(self) -> dict[str, Any]:
+        """Steps from the policy that sampled to the one that trains. Where weights change while a
+        batch is sampled: mean and maximum over its tokens, and how many are 0, 1, ... behind."""
+        versions = Counter(version for group in self.groups for version in group.versions)
+        if not versions:
+            return {"staleness": self.step - self.policy_step}
+        behind = [versions[version] for version in range(self.step, self.policy_step - 1, -1)]
+        return {
+            "staleness/mean": sum(steps * n for steps, n in enumerate(behind)) / versions.total(),
+            "staleness/max": self.step - self.policy_step,
+            "staleness/tokens": behind,
+            "staleness/batches_waiting": self.num_waiting,
         }
 
     def describe(self) -> dict[str, float]:

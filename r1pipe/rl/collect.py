@@ -28,12 +28,20 @@ class Collector:
     def __init__(self, stage: OnPolicy, sampler: Source, scorer: Scorer, prompts: Prompts):
         self.stage, self.sampler, self.scorer, self.prompts = stage, sampler, scorer, prompts
         self.sampling, self.seed = stage.sampling, prompts.seed
+        self._first_sync = 0
+        """The number, of the sampler's syncs, of the one before step 0."""
 
-    def collect(self, step: int, policy_step: int) -> Batch:
-        """`prompts_per_step` groups, all of them used."""
+    def draw(self, policy_step: int) -> list[Problem]:
+        """The next batch's prompts. The sampler has the weights of this step's start."""
+        self._first_sync = self.sampler.version - policy_step
+        return self.prompts.draw(self.stage.prompts_per_step)
+
+    def collect(self, step: int, policy_step: int, problems: list[Problem]) -> Batch:
+        """The groups of these problems, all of them used. `policy_step`: from which on the policy's
+        weights sample them."""
         seconds = {"sample": 0.0, "score": 0.0}
         self.sampler.drafts.clear()
-        groups = self._sample_round(step, 0, self.stage.prompts_per_step, seconds)
+        groups = self._sample_round(step, 0, problems, seconds)
         acceptance = self.sampler.drafts.acceptance()
         return Batch(step, policy_step, gather_groups(groups), groups, 1, seconds, acceptance)
 
@@ -45,12 +53,12 @@ class Collector:
         return {}
 
     def _sample_round(
-        self, step: int, number: int, count: int, seconds: dict[str, float]
+        self, step: int, number: int, problems: list[Problem], seconds: dict[str, float]
     ) -> list[Group]:
-        """Groups of the next `count` prompts; `number`: of the round within the step."""
+        """Groups of these problems; `number`: of the round within the step."""
         seed_parts = (self.seed, self.stage.name, step) + ((f"round {number}",) if number else ())
         return self._sample(
-            self.prompts.draw(count),
+            problems,
             self.stage.num_generations,
             seed_parts,
             seconds,
@@ -66,6 +74,13 @@ class Collector:
             "max_steps": self.stage.max_steps,
             "epoch": drawn / len(self.prompts.problems),
         }
+
+    def _find_steps(self, syncs: list[int] | None) -> list[int] | None:
+        """The steps that began with the weights of these syncs; None where weights do not change
+        while a batch is sampled."""
+        if syncs is None or not self.stage.in_flight:
+            return None
+        return [sync - self._first_sync for sync in syncs]
 
     def state_dict(self) -> dict[str, Any]:
         return self.prompts.state_dict()
@@ -99,6 +114,8 @@ class Collector:
                 problems, num_samples, self.sampling, seed_parts, with_routes=with_routes
             ):
                 Interrupt.check()
+                for rollout in group.rollouts:
+                    rollout.versions = self._find_steps(rollout.versions)
                 scoring.add(group)
             sampled = time.perf_counter()
         seconds["sample"] += sampled - started

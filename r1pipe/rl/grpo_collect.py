@@ -10,6 +10,7 @@ from r1pipe.rl.collect import Collector
 from r1pipe.rl.curriculum import PassRates, Prompts, compute_pass_rate, find_passing
 from r1pipe.rl.difficulty import DifficultyLog
 from r1pipe.rollout.scoring import Scorer, mean
+from r1pipe.types import Problem
 from r1pipe.utils import distributed
 
 
@@ -31,8 +32,9 @@ class GrpoCollector(Collector):
         if difficulty_log:
             self.logs = {"difficulty": difficulty_log}
 
-    def collect(self, step: int, policy_step: int) -> Batch:
-        """`prompts_per_step` groups; under dynamic sampling, so many whose rewards differ."""
+    def collect(self, step: int, policy_step: int, problems: list[Problem]) -> Batch:
+        """The groups of these problems; under dynamic sampling, of further ones until there are as
+        many whose rewards differ."""
         stage = self.stage
         max_rounds = stage.max_sampling_rounds if stage.dynamic_sampling else 1
         groups: list[Group] = []
@@ -40,7 +42,8 @@ class GrpoCollector(Collector):
         seconds = {"sample": 0.0, "score": 0.0}
         self.sampler.drafts.clear()
         while missing > 0 and rounds < max_rounds:
-            groups += self._sample_round(step, rounds, missing, seconds)
+            problems = self.prompts.draw(missing) if rounds else problems
+            groups += self._sample_round(step, rounds, problems, seconds)
             if stage.dynamic_sampling:
                 drop_zero_variance_groups(groups)
             used = [group for group in groups if group.used]

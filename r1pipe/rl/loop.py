@@ -45,7 +45,7 @@ class BatchSource(Protocol):
         """The step's batch, scored, with advantages."""
 
     def wait(self) -> None:
-        """Return when nothing is being sampled, so that weights may change."""
+        """Return when weights may change."""
 
     @property
     def ahead(self) -> Batch | None:
@@ -100,12 +100,11 @@ def run_steps(
     metrics_log = context.open_log()
     problems = collector.prompts.problems
     with (
-        Prefetcher(collector.collect, stage.max_steps, stage.max_staleness) as batches,
+        Prefetcher(collector, stage) as batches,
         Interrupt.deferred(stage.save_grace_s),
         context.open_progress(stage.name, stage.max_steps) as progress,
     ):
-        parts: dict[str, Stateful] = {"updater": updater, "collector": collector}
-        parts |= {"batches": batches, "breaker": breaker}
+        parts: dict[str, Stateful] = {"updater": updater, "batches": batches, "breaker": breaker}
         logs: dict[str, AppendOnlyLog] = {"metrics": metrics_log, "rollouts": rollout_files}
         logs |= {"events": breaker.log, **collector.logs}
         checkpoints = Checkpoints(context.shared_folder, stage, stage.name, parts, logs)
@@ -196,7 +195,8 @@ def train(
         sampler.sleep()
         updater.enter_device()
         clock.lap("sync")
-        before = updater.copy_weights() if stage.max_staleness else {}  # the sampler's
+        compares = stage.max_staleness and not stage.in_flight
+        before = updater.copy_weights() if compares else {}  # the sampler's
 
         metrics = {"step": step, **batch.metrics()}
         if breaker.examine_batch(batch, metrics):

@@ -6,7 +6,7 @@ in one process weights need no copy through the network.
 
 import gc
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, suppress
 from itertools import count, islice
 from pathlib import Path
@@ -78,6 +78,8 @@ class Sampler:
     """
 
     num_engines = 1
+    version = 0
+    """Of a fleet, the number of the last sync."""
 
     def __init__(
         self,
@@ -139,6 +141,8 @@ class Sampler:
         self.trial = DraftTrial(self.set_drafting) if tries else None
         self.max_model_len = self.llm.llm_engine.model_config.max_model_len
         self.lora: Any = None
+        self.between_steps: Callable[[], None] | None = None
+        """Called by `run` before each step: may load weights."""
         self.capture: RouteCapture | None = None
         self.moe_layers: list[int] = []
         if with_routes:
@@ -252,7 +256,7 @@ class Sampler:
         with phase("sampling"), capture.recording() if capture else nullcontext():
             for place, result in self.run(requests, len(missing)):
                 group, number = missing[place]
-                rollout = self._read(result, group, number)
+                rollout = self.read(result, group, number)
                 if with_routes and capture is None:
                     rollout.routes = take_routes(result, self.moe_layers)
                 group.samples[number] = rollout
@@ -297,6 +301,8 @@ class Sampler:
             call = self.trial.begin(min(num_requests, self.settings.max_num_seqs))
         try:
             while True:
+                if self.between_steps:
+                    self.between_steps()
                 for request in islice(coming, self.queue_size - len(waiting)):
                     if request is None:
                         break
@@ -317,6 +323,12 @@ class Sampler:
             if waiting:  # interrupted: the next call must not get their results
                 engine.abort_request(list(waiting))
             self._end_steps_in_flight()
+
+    def count_sampled(self) -> dict[int, int]:
+        """Tokens so far of each request of `run` that is not finished, by its index."""
+        # vLLM adds random characters to a request's name.
+        requests = self._scheduler.requests.items()
+        return {int(name.partition("-")[0]): r.num_output_tokens for name, r in requests}
 
     def _end_steps_in_flight(self) -> None:
         """On a GPU vLLM schedules a step before it knows that the last one has ended every sample.
@@ -366,7 +378,8 @@ class Sampler:
         said = self.tokenizer.decode([token for token in tokens if token not in self._unsaid])
         return self.find_opening(prompt_ids) + said
 
-    def _read(self, result: Any, group: SampleGroup, number: int) -> Rollout:
+    def read(self, result: Any, group: SampleGroup, number: int) -> Rollout:
+        """The rollout that is vLLM's finished result."""
         output = result.outputs[0]
         tokens = list(output.token_ids)
         return Rollout(

@@ -3,14 +3,25 @@
 The trainer's process plans groups, keeps the journal and hands out requests, the same ones to the
 same engine each time: so a run repeats bit by bit. An engine that dies or hangs is replaced by one
 with the same weights, which samples what it had left, by the same seeds.
+
+Several threads may sample, and load weights, at the same time. Weights that come while an engine
+samples are loaded between two of its steps ("in flight", PipelineRL, arXiv:2509.19128); sequences
+go on, read again by the new weights, as in AReaL (arXiv:2505.24298), where PipelineRL keeps the old
+keys and values.
 """
 
 import os
+import threading
 import time
+import traceback
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
@@ -32,12 +43,14 @@ from r1pipe.rollout.vllm_args import (
 )
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils import timeline
-from r1pipe.utils.errors import UserError
+from r1pipe.utils.errors import UserError, first_line
 from r1pipe.utils.phases import heartbeat, phase
 from r1pipe.utils.progress import log_line
 
 MAX_LOSSES = 3
 """How often in a row an engine may be lost without having answered anything."""
+POLL_S = 0.05
+"""How often a thread looks for what others have heard for it."""
 ALIGNMENT = 64
 """Bytes: where each tensor begins in a sync's buffer."""
 
@@ -90,61 +103,199 @@ class State(NamedTuple):
     process: int
 
 
+class Request(NamedTuple):
+    """A sample that an engine has been asked for."""
+
+    task: "Task"
+    group: SampleGroup
+    number: int
+
+
+@dataclass
+class Task:
+    """A call to sample, in the engine's process."""
+
+    call: int
+    sampling: Sampling
+    num_missing: int
+    ready: list[tuple[int, Rollout]] = field(default_factory=list)
+    sent_at: float = field(default_factory=time.monotonic)
+
+
 class EngineHost:
-    """In an engine's process: its Sampler, and what the fleet asks of it. Each method yields."""
+    """In an engine's process: its Sampler, and what the fleet asks of it, by calls in `inbox`.
 
-    @property
-    def state(self) -> State:
-        return State(self.version, self.sampler.max_model_len, os.getpid())
+    They are done one after another; but while samples are drawn, other calls to sample join, and
+    weights are loaded, between two steps of the engine. `send`: for answers.
+    """
 
-    def open(self, version: int, *arguments: Any) -> Iterator[State]:
+    def __init__(self, send: Callable[[Answer], None]):
+        self.inbox: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
+        """Number, method and arguments of each call."""
+        self.send, self.version = send, 0
+        self.is_busy = False
+        self._held: tuple[Any, ...] | None = None
+        """A call that waits for the end of the sampling, with all behind it."""
+        self._tasks: dict[int, Task] = {}
+        self._coming: deque[Request] = deque()
+        self._is_sampling = False
+        self._earlier: dict[int, list[tuple[int, int]]] = {}
+        """Of a sequence that has seen a sync, by its request's index: how many of its tokens were
+        there by then, and the version that had sampled the last of them."""
+
+    def work(self) -> None:
+        while True:
+            self.is_busy = self._held is not None
+            call = self._held or self.inbox.get()
+            self._held, self.is_busy = None, True
+            self._do(*call)
+
+    def _do(self, call: int, method: str, *arguments: Any) -> None:
+        """Answers the call: items of samples; then the end, else with the State, or what it
+        raised."""
+        heartbeat()
+        try:
+            if method == "sample":
+                self._sample(call, *arguments)
+            else:
+                getattr(self, method)(*arguments)
+                state = State(self.version, self.sampler.max_model_len, os.getpid())
+                self.send(Answer("end", state, call))
+        except Exception as error:
+            told = error
+            if not isinstance(error, UserError):
+                what = first_line(error, with_type=True)
+                told = RuntimeError(f"{what}\n{traceback.format_exc()}")
+            failed = {call, *([] if self._is_sampling else self._tasks)}
+            for number in failed:
+                self.send(Answer("error", told, number))
+            if not self._is_sampling:
+                self._tasks.clear()
+                self._coming.clear()
+
+    def open(self, version: int, *arguments: Any) -> None:
         """`arguments`: Sampler's."""
         self.sampler, self.version = Sampler(*arguments), version
-        yield self.state
 
-    def load_weights(self, version: int, places: list[Place], buffer: Any) -> Iterator[State]:
+    def load_weights(self, version: int, places: list[Place], buffer: Any) -> None:
+        for place, num_tokens in self.sampler.count_sampled().items():
+            self._earlier.setdefault(place, []).append((num_tokens, self.version))
         with warnings.catch_warnings():
             # Ray's array is read-only: vLLM copies out of it.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             buffer_N = torch.as_tensor(buffer)
         self.sampler.load_weights(unpack_weights(places, buffer_N))
         self.version = version
-        yield self.state
 
-    def load_checkpoint(self, version: int, checkpoint: str) -> Iterator[State]:
+    def load_checkpoint(self, version: int, checkpoint: str) -> None:
         self.sampler.load_checkpoint(checkpoint)
         self.version = version
-        yield self.state
 
-    def prepare_routes(self) -> Iterator[State]:
+    def prepare_routes(self) -> None:
         self.sampler.prepare_routes()
-        yield self.state
 
-    def sample(
-        self, version: int, groups: list[SampleGroup], sampling: Sampling, with_routes: bool
-    ) -> Iterator[Part]:
-        """What is missing in the groups, by the weights of this version."""
+    def _sample(
+        self,
+        call: int,
+        version: int,
+        groups: list[SampleGroup],
+        sampling: Sampling,
+        with_routes: bool,
+    ) -> None:
+        """What is missing in the groups, at first by the weights of this version."""
         if version != self.version:
             raise RuntimeError(f"has the weights of sync {self.version}, not of {version}")
+        self.sampler.drafts.clear()
+        task = Task(call, sampling, sum(len(group.missing) for group in groups))
+        if with_routes:
+            for group, rollout in self.sampler.sample(groups, sampling, with_routes):
+                task.ready.append((group.index, rollout))
+            self._send(task)  # routes come with the last one
+            task.num_missing = 0
+        if not task.num_missing:
+            self.send(Answer("end", call=call))
+            return
+        self._tasks[call] = task
+        self._coming += [
+            Request(task, group, number) for group in groups for number in group.missing
+        ]
+        if not self._is_sampling:
+            self._sample_all()
+
+    def _sample_all(self) -> None:
+        """Until nothing is left of the calls that are there or join."""
+        asked: list[Request] = []
+
+        def requests() -> Iterator[tuple[list[int], Any] | None]:
+            while True:
+                if not self._coming:
+                    yield None
+                    continue
+                request = self._coming.popleft()
+                asked.append(request)
+                seed = request.group.seeds[request.number]
+                parameters = self.sampler.parameters(request.task.sampling, seed, with_routes=False)
+                yield request.group.prompt_ids, parameters
+
+        self._is_sampling, self.sampler.between_steps = True, self._let_in
+        try:
+            with phase("sampling"):
+                for place, result in self.sampler.run(requests(), len(self._coming)):
+                    self._take(place, result, *asked[place])
+        finally:
+            self._is_sampling, self.sampler.between_steps = False, None
+            self._earlier.clear()
+
+    def _let_in(self) -> None:
+        while self._held is None and not self.inbox.empty():
+            call = self.inbox.get()
+            _, method, *arguments = call
+            if method == "load_weights" or (method == "sample" and not arguments[-1]):
+                self._do(*call)
+            else:
+                self._held = call
+
+    def _take(self, place: int, result: Any, task: Task, group: SampleGroup, number: int) -> None:
+        rollout = group.samples[number] = self.sampler.read(result, group, number)
+        rollout.versions = []
+        end = (len(rollout.completion_ids), self.version)
+        for num_tokens, version in (*self._earlier.pop(place, ()), end):
+            rollout.versions += [version] * (num_tokens - len(rollout.versions))
+        task.ready.append((group.index, rollout))
+        task.num_missing -= 1
+        if not group.missing or time.monotonic() - task.sent_at > BEAT_S:
+            self._send(task)
+        if not task.num_missing:
+            del self._tasks[task.call]
+            self.send(Answer("end", call=task.call))
+
+    def _send(self, task: Task) -> None:
         drafts = self.sampler.drafts
+        self.send(Answer("item", Part(task.ready, (drafts.proposed, drafts.accepted)), task.call))
         drafts.clear()
-        sampled = self.sampler.sample(groups, sampling, with_routes)
-        if with_routes and self.sampler.capture:
-            sampled = iter(list(sampled))  # routes come with the last one
-        ready, sent = [], time.monotonic()
-        for group, rollout in sampled:
-            ready.append((group.index, rollout))
-            if not group.missing or time.monotonic() - sent > BEAT_S:
-                yield Part(ready, (drafts.proposed, drafts.accepted))
-                drafts.clear()
-                ready, sent = [], time.monotonic()
-        yield Part(ready, (drafts.proposed, drafts.accepted))
+        task.ready, task.sent_at = [], time.monotonic()
+
+
+class Job:
+    """What a thread of the trainer waits for: calls of engines."""
+
+    def __init__(self) -> None:
+        self.open: set[int] = set()
+        """Calls that are not done."""
+        self.items: deque[Any] = deque()
+        """Parts and States that they have yielded, until somebody takes them."""
+        self.heard: set[tuple[int, int]] = set()
+        """Samples in the parts: group's index and number."""
+        self.error: Exception | None = None
+        self.is_wanted = True
+        """Whether somebody still waits."""
 
 
 class Call(NamedTuple):
+    job: Job
     method: str
     arguments: Callable[[], tuple[Any, ...]]
-    """Made when the call begins."""
+    """Made when the call begins, which it may do again in another process."""
 
 
 class Member:
@@ -152,35 +303,44 @@ class Member:
 
     def __init__(self, number: int, host: Host):
         self.number, self.host = number, host
-        self.calls: list[Call] = []
-        """The first one is being done."""
-        self.is_stopped = False
-        """Nobody waits for what the first one still yields."""
+        self.calls: dict[int, Call] = {}
+        """Those that are not done, by number, in order."""
         self.num_losses = 0
         """Since it last sampled something or did all that was asked."""
         self.process = 0
         """Its id on its machine."""
         self.worked_at = time.monotonic()
-        self.span: int | None = None
-        """Of the step's timeline: what it is doing."""
+        self.spans: dict[int, int] = {}
+        """Of the step's timeline, by the number of the call that is done in it."""
 
-    def add(self, method: str, arguments: Callable[[], tuple[Any, ...]]) -> None:
-        self.calls.append(Call(method, arguments))
-        if len(self.calls) == 1:
-            self.begin()
+    @property
+    def is_opening(self) -> bool:
+        """Then the other calls wait."""
+        return bool(self.calls) and next(iter(self.calls.values())).method == "open"
 
-    def begin(self) -> None:
-        self.end_span()
-        if self.calls:
-            what = "sampling" if self.calls[0].method == "sample" else "sync"
-            self.span = timeline.begin(f"engine_{self.number}", what)
+    def add(self, number: int, call: Call) -> None:
+        waits = self.is_opening
+        if not self.calls:
             self.worked_at = time.monotonic()
-            self.host.begin(self.calls[0].method, self.calls[0].arguments())
+        self.calls[number] = call
+        if not waits:
+            self.begin(number)
 
-    def end_span(self) -> None:
-        if self.span is not None:
-            timeline.end(self.span)
-            self.span = None
+    def begin(self, number: int) -> None:
+        call = self.calls[number]
+        what = "sampling" if call.method == "sample" else "sync"
+        self.spans[number] = timeline.begin(f"engine_{self.number}", what)
+        self.host.begin(number, call.method, call.arguments())
+
+    def end(self, number: int) -> None:
+        del self.calls[number]
+        timeline.end(self.spans.pop(number))
+
+    def forget(self) -> None:
+        """All calls: the process is gone."""
+        for span in self.spans.values():
+            timeline.end(span)
+        self.calls, self.spans = {}, {}
 
 
 class Fleet(Sampler):
@@ -223,6 +383,11 @@ class Fleet(Sampler):
         """Of the last sync, if there was one since the checkpoint was loaded."""
         num_bytes = sum(file.stat().st_size for file in list_weights(Path(checkpoint)))
         self._placement = open_placement(place, device.type, num_bytes)
+        self._numbers = count()
+        self._changing = threading.RLock()
+        """Held while calls begin or end, and a version with them."""
+        self._listening = threading.Lock()
+        """Held by the thread that hears the engines, for itself and others."""
         self.members: list[Member] = []
         try:
             self.members = [Member(n, self._placement.start(n)) for n in range(place.engines)]
@@ -248,19 +413,27 @@ class Fleet(Sampler):
 
     @phase("sync")
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Into every engine, which confirms the version."""
+        """Into every engine, which confirms the version; also while it samples."""
         places, buffer_N = pack_weights(weights)
-        self._weights = places, self._placement.share(buffer_N)
-        self._sync("load_weights", self._last_weights)
+        shared = self._placement.share(buffer_N)
+        with self._changing:
+            self._weights = places, shared
+            job = self._begin_sync("load_weights", self._last_weights)
+        self._require_version(job)
 
     def load_checkpoint(self, checkpoint: str) -> None:
         self.open_tokenizer(checkpoint)
-        self.checkpoint, self._weights = checkpoint, None
-        self._sync("load_checkpoint", lambda: self._opening()[:2])
+        with self._changing:
+            self.checkpoint, self._weights = checkpoint, None
+            job = self._begin_sync("load_checkpoint", lambda: self._opening()[:2])
+        self._require_version(job)
 
-    def _sync(self, method: str, arguments: Callable[[], tuple[Any, ...]]) -> None:
+    def _begin_sync(self, method: str, arguments: Callable[[], tuple[Any, ...]]) -> Job:
         self.version += 1
-        versions = [state.version for state in self._ask_all(method, arguments)]
+        return self._begin_all(method, arguments)
+
+    def _require_version(self, job: Job) -> None:
+        versions = [state.version for state in self._hear(job)]
         if versions != [self.version] * self.num_engines:
             raise RuntimeError(f"engines have the weights of {versions}, not of {self.version}")
 
@@ -276,85 +449,120 @@ class Fleet(Sampler):
         groups = [group for group in groups if group.missing]
         by_index = {group.index: group for group in groups}
 
+        job = Job()
+
         def describe(part: list[SampleGroup]) -> tuple[Any, ...]:
-            missing = [describe_missing(group) for group in part if group.missing]
+            described = (describe_missing(group, job.heard) for group in part)
+            missing = [group for group in described if group.missing]
             return self.version, missing, sampling, with_routes
 
-        for member in self.members:
-            if part := groups[member.number :: self.num_engines]:
-                member.add("sample", partial(describe, part))
+        with self._changing:
+            for member in self.members:
+                if part := groups[member.number :: self.num_engines]:
+                    self._begin(job, member, "sample", partial(describe, part))
         with phase("waiting for engines"):
-            for _, answer in self._work():
-                if not isinstance(answer, Part):  # that of an engine started meanwhile
-                    continue
-                self.drafts.proposed += answer.drafts[0]
-                self.drafts.accepted += answer.drafts[1]
-                for index, rollout in answer.rollouts:
+            for part in self._hear(job):
+                self.drafts.proposed += part.drafts[0]
+                self.drafts.accepted += part.drafts[1]
+                for index, rollout in part.rollouts:
                     group = by_index[index]
                     rollout.prompt_ids = group.prompt_ids
                     group.samples[rollout.sample] = rollout
                     yield group, rollout
 
+    def _begin(
+        self, job: Job, member: Member, method: str, arguments: Callable[[], tuple[Any, ...]]
+    ) -> None:
+        number = next(self._numbers)
+        job.open.add(number)
+        member.add(number, Call(job, method, arguments))
+
+    def _begin_all(self, method: str, arguments: Callable[[], tuple[Any, ...]]) -> Job:
+        job = Job()
+        with self._changing:
+            for member in self.members:
+                self._begin(job, member, method, arguments)
+        return job
+
     def _ask_all(self, method: str, arguments: Callable[[], tuple[Any, ...]]) -> list[State]:
         """The state of each engine behind it."""
-        for member in self.members:
-            member.add(method, arguments)
-        states = {member.number: state for member, state in self._work()}
-        return [states[member.number] for member in self.members]
+        return list(self._hear(self._begin_all(method, arguments)))
 
-    def _work(self) -> Iterator[tuple[Member, Any]]:
-        """What the engines yield, until each has done all that it was asked for."""
+    def _hear(self, job: Job) -> Iterator[Any]:
+        """What the job's calls yield, until they are done. One of the threads that wait hears the
+        engines, for all."""
         try:
-            while busy := {member.host: member for member in self.members if member.calls}:
-                silent = set(busy)
-                for host, answer in self._placement.wait(busy, BEAT_S):
-                    silent.discard(host)
-                    item = self._take(busy[host], answer)
-                    if item is not None:
-                        yield busy[host], item
-                for host in silent:
-                    silent_s = time.monotonic() - busy[host].worked_at
-                    if self.hang_s is not None and silent_s > self.hang_s:
-                        self._replace(busy[host], f"no step for {silent_s:.0f} s")
+            while True:
+                is_done = not job.open
+                while job.items:
+                    yield job.items.popleft()
+                if job.error:
+                    raise job.error
+                if is_done:
+                    return
+                if self._listening.acquire(timeout=POLL_S):
+                    try:
+                        if job.open and not job.items:
+                            self._listen()
+                    finally:
+                        self._listening.release()
         finally:
-            for member in self.members:  # the next call must not get their results
-                member.is_stopped = bool(member.calls)
-                del member.calls[1:]
+            job.is_wanted = False
 
-    def _take(self, member: Member, answer: Answer) -> Any:
-        """The item, if it is one that somebody waits for."""
+    def _listen(self) -> None:
+        """To what engines say next."""
+        by_host = {member.host: member for member in self.members}
+        silent = {member for member in self.members if member.calls}
+        for host, answer in self._placement.wait(by_host, BEAT_S):
+            silent.discard(by_host[host])
+            with self._changing:
+                self._take(by_host[host], answer)
+        for member in silent:
+            silent_s = time.monotonic() - member.worked_at
+            if member.calls and self.hang_s is not None and silent_s > self.hang_s:
+                with self._changing:
+                    self._replace(member, f"no step for {silent_s:.0f} s")
+
+    def _take(self, member: Member, answer: Answer) -> None:
         now = time.monotonic()
         if answer.kind == "lost":
             self._replace(member, answer.value)
-            return None
+            return
         if answer.kind == "beat":
             # A process that is hung says for ever longer that it has done nothing.
             worked_at = now - answer.value
             if worked_at > member.worked_at + BEAT_S / 2:
                 heartbeat()
                 member.worked_at = worked_at
-            return None
+            return
         heartbeat()
         member.worked_at = now
+        call = member.calls[answer.call]
+        job = call.job
+        if answer.kind == "item" and answer.value.rollouts:
+            member.num_losses = 0
+            job.heard |= {(index, rollout.sample) for index, rollout in answer.value.rollouts}
+        if isinstance(answer.value, State):
+            member.process = answer.value.process
+        if answer.kind == "error":
+            job.error = answer.value
+        elif answer.value is not None and job.is_wanted:
+            job.items.append(answer.value)
         if answer.kind == "item":
-            if isinstance(answer.value, State):
-                member.process = answer.value.process
-            elif answer.value.rollouts:
-                member.num_losses = 0
-            return None if member.is_stopped else answer.value
-        was_stopped, member.is_stopped = member.is_stopped, False
-        del member.calls[0]
-        member.begin()
+            return
+        member.end(answer.call)
+        if call.method == "open":
+            for number in member.calls:
+                member.begin(number)
         if not member.calls:
             member.num_losses = 0
-        if answer.kind == "error" and not was_stopped:
-            raise answer.value
-        return None
+        job.open.discard(answer.call)
 
     def _replace(self, member: Member, how: str) -> None:
         """By a new process, which begins with the weights of the last sync and goes on with the
         groups that are not finished."""
-        doing = member.calls[0].method
+        calls = [(number, call) for number, call in member.calls.items() if call.job.is_wanted]
+        doing = next((call.method for call in member.calls.values()), "idle")
         lost = f"sampler: engine {member.number} was lost in {doing} ({how})"
         member.num_losses += 1
         if member.num_losses > MAX_LOSSES:
@@ -363,26 +571,26 @@ class Fleet(Sampler):
         self.num_replaced += 1
         member.host.kill()
         member.host = self._placement.start(member.number)
-        wanted = member.calls[1:] if member.is_stopped else member.calls
-        member.calls = [
-            Call("open", self._opening),
-            *([Call("load_weights", self._last_weights)] if self._weights else []),
-            *(call for call in wanted if call.method == "sample"),
-        ]
-        member.is_stopped = False
-        member.begin()
+        member.forget()
+        if not (calls and calls[0][1].method == "open"):
+            self._begin(Job(), member, "open", self._opening)
+            if self._weights:
+                self._begin(Job(), member, "load_weights", self._last_weights)
+        for number, call in calls:
+            member.add(number, call)
 
     def close(self) -> None:
         """Also after an error: an engine has nothing to save."""
         for member in self.members:
             member.host.kill()
-            member.end_span()
+            member.forget()
         self.members = []
         self._placement.close()
 
 
-def describe_missing(group: SampleGroup) -> SampleGroup:
+def describe_missing(group: SampleGroup, heard: set[tuple[int, int]]) -> SampleGroup:
     """What an engine needs of a group: not the problem's tests, nor the samples that are there."""
     problem = Problem(group.problem.id, group.problem.kind, [])
-    there = dict.fromkeys(group.samples)
+    numbers = (number for number in range(len(group.seeds)) if (group.index, number) in heard)
+    there: dict[int, Any] = dict.fromkeys((*group.samples, *numbers))
     return SampleGroup(group.index, problem, group.seeds, group.prompt_ids, there)

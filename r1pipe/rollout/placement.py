@@ -1,6 +1,6 @@
 """Where a fleet's engines run: in processes of this machine, or in Ray's actors on any.
 
-Both kinds are asked in the same way: `begin` a call, and `wait` for answers of any. Imports no
+Both kinds are asked in the same way: `begin` calls, and `wait` for answers of any. Imports no
 torch, which would read the number of threads before the engine's process has set it.
 """
 
@@ -10,18 +10,19 @@ import signal
 import socket
 import threading
 import time
-import traceback
 from collections.abc import Collection, Iterator
 from contextlib import suppress
+from itertools import count
 from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for_connections
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 from unittest import mock
 
 from r1pipe.config.recipe import SamplerPlace
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError, first_line
-from r1pipe.utils.phases import heartbeat, seconds_since_heartbeat
+from r1pipe.utils.phases import seconds_since_heartbeat
 from r1pipe.utils.quiet import silence_warnings
 from r1pipe.utils.threads import VARIABLE, available_cores
 
@@ -38,18 +39,19 @@ ones are freed when all engines have the new ones."""
 
 
 class Answer(NamedTuple):
-    """Of an engine's process: an item of what it was asked for; the end of it; what it raised; how
-    many seconds ago it has last done something; or that it is gone, and how."""
+    """Of an engine's process: an item of what a call asked for; the call's end; what it raised; how
+    many seconds ago the process has last done something; or that it is gone, and how."""
 
     kind: Literal["item", "end", "error", "beat", "lost"]
     value: Any = None
+    call: int = 0
 
 
 class Host(Protocol):
     """An engine's process, as the trainer sees it."""
 
-    def begin(self, method: str, arguments: tuple[Any, ...]) -> None:
-        """Call a method of `fleet.EngineHost`; one call at a time."""
+    def begin(self, call: int, method: str, arguments: tuple[Any, ...]) -> None:
+        """Ask `fleet.EngineHost` for this; answers have the call's number."""
 
     def kill(self) -> None: ...
 
@@ -73,28 +75,33 @@ class Placement(Protocol):
 
 
 class EngineProcess:
-    """Calls the methods of one `fleet.EngineHost`."""
+    """One `fleet.EngineHost`, which works in one thread while others ask and listen."""
 
     def __init__(self, number: int):
         settle_core(number)
         silence_warnings()
         from r1pipe.rollout.fleet import EngineHost
 
-        self.host = EngineHost()
+        self.answers: SimpleQueue[Answer] = SimpleQueue()
+        self.host = EngineHost(self.answers.put)
+        self._early: dict[int, tuple[Any, ...]] = {}
+        self._num_asked = 0
 
-    def call(self, method: str, *arguments: Any) -> Iterator[Answer]:
-        """Its items; then the end, or what it raised."""
-        heartbeat()
-        try:
-            for item in getattr(self.host, method)(*arguments):
-                yield Answer("item", item)
-        except UserError as error:
-            yield Answer("error", error)
-        except Exception as error:
-            what = first_line(error, with_type=True)
-            yield Answer("error", RuntimeError(f"{what}\n{traceback.format_exc()}"))
-        else:
-            yield Answer("end")
+    def ask(self, order: int, *call: Any) -> None:
+        """Number, method and arguments of a call. Ray may bring them in another `order`."""
+        self._early[order] = call
+        while self._num_asked in self._early:
+            self.host.inbox.put(self._early.pop(self._num_asked))
+            self._num_asked += 1
+
+    def work(self) -> None:
+        """Never ends."""
+        self.host.work()
+
+    def listen(self) -> Iterator[Answer]:
+        """Never ends."""
+        while True:
+            yield self.answers.get()
 
     def idle_s(self) -> Answer:
         return Answer("beat", seconds_since_heartbeat())
@@ -112,25 +119,27 @@ def serve(number: int, connection: Connection) -> None:
     for ignored in (signal.SIGINT, signal.SIGTERM):  # of the process group: the trainer decides
         signal.signal(ignored, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
-    process, lock, busy = EngineProcess(number), threading.Lock(), threading.Event()
+    process = EngineProcess(number)
 
-    def send(answer: Answer) -> None:
-        with lock:
-            connection.send(answer)
+    def ask() -> None:
+        with suppress(EOFError, ConnectionResetError):
+            while True:
+                process.ask(*connection.recv())
+
+    def answer() -> None:
+        with suppress(BrokenPipeError, ConnectionResetError):
+            for answer in process.listen():
+                connection.send(answer)
 
     def beat() -> None:
-        while busy.wait():
-            send(process.idle_s())
-            time.sleep(BEAT_S)
-
-    threading.Thread(target=beat, daemon=True).start()
-    with suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
-            method, arguments = connection.recv()
-            busy.set()
-            for answer in process.call(method, *arguments):
-                send(answer)
-            busy.clear()
+            time.sleep(BEAT_S)
+            if process.host.is_busy and process.answers.empty():
+                process.answers.put(process.idle_s())
+
+    for task in (ask, answer, beat):
+        threading.Thread(target=task, daemon=True).start()
+    process.work()
 
 
 def end_with_parent() -> None:
@@ -157,10 +166,11 @@ class LocalProcess:
         with mock.patch.dict(os.environ, {VARIABLE: "1"}):
             self.process.start()
         theirs.close()  # so that its end is noticed here
+        self.orders = count()
 
-    def begin(self, method: str, arguments: tuple[Any, ...]) -> None:
+    def begin(self, call: int, method: str, arguments: tuple[Any, ...]) -> None:
         with suppress(BrokenPipeError, ConnectionResetError):  # `receive` will tell
-            self.connection.send((method, arguments))
+            self.connection.send((next(self.orders), call, method, *arguments))
 
     def receive(self) -> Answer:
         try:
@@ -203,17 +213,19 @@ class RayActor:
 
     def __init__(self, ray: Any, number: int):
         self._ray = ray
-        # Two threads: one for the engine, and one that answers while it works.
-        remote = ray.remote(num_cpus=1, max_restarts=0, concurrency_groups={"beat": 1})(
-            EngineProcess
-        )
+        # A thread each: for the engine, for what it is asked while it works, and for what it says.
+        groups = {"ask": 1, "listen": 1}
+        remote = ray.remote(num_cpus=1, max_restarts=0, concurrency_groups=groups)(EngineProcess)
         self.actor = remote.remote(number)
-        self.stream: Any = None
+        self.working = self.actor.work.remote()
+        listen = self.actor.listen.options(concurrency_group="listen", num_returns="streaming")
+        self.stream = listen.remote()
         self.beat: Any = None
+        self.orders = count()
 
-    def begin(self, method: str, arguments: tuple[Any, ...]) -> None:
-        call = self.actor.call.options(num_returns="streaming")
-        self.stream = call.remote(method, *arguments)
+    def begin(self, call: int, method: str, arguments: tuple[Any, ...]) -> None:
+        ask = self.actor.ask.options(concurrency_group="ask")
+        ask.remote(next(self.orders), call, method, *arguments)
 
     def receive(self, reference: Any) -> Answer:
         try:
@@ -248,7 +260,7 @@ class RayPlacement:
         if time.monotonic() - self._beat_at > BEAT_S:
             self._beat_at = time.monotonic()
             for host in hosts:
-                beat = host.actor.idle_s.options(concurrency_group="beat")
+                beat = host.actor.idle_s.options(concurrency_group="ask")
                 host.beat = host.beat or beat.remote()
         waiting = {host.stream: host for host in hosts}
         waiting |= {host.beat: host for host in hosts if host.beat}

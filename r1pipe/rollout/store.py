@@ -47,9 +47,11 @@ TOKENS = {
     "prompt_ids": pa.list_(pa.int32()),
     "completion_ids": pa.list_(pa.int32()),
     "logprobs": pa.list_(pa.float32()),
+    "versions": pa.list_(pa.int32()),
     "routes": pa.binary(),
 }
-"""For a replay (see `types.Rollout`); routes in numpy's file format."""
+"""For a replay (see `types.Rollout`); routes in numpy's file format, versions in files of stages
+with `in_flight`."""
 METADATA = b"r1pipe"
 RENAMED = {"takes_part": "used", "made_at": "policy_step"}
 """Old names of columns and facts, in rollouts and checkpoints of older runs."""
@@ -78,8 +80,9 @@ class RolloutFiles:
         # Parquet has no structs without fields.
         rewards = pa.struct([(name, pa.float64()) for name in names]) if names else pa.null()
         kinds = {**TEXT, "rewards": rewards, **TOKENS}
-        if not any(row.get("episode") for row in rows):
-            del kinds["episode"]
+        for name in ("episode", "versions"):
+            if not any(row.get(name) for row in rows):
+                del kinds[name]
         schema = pa.schema(kinds)
         columns = {
             name: [pack_routes(row[name]) if name == "routes" else row[name] for row in rows]

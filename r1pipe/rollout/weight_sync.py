@@ -16,14 +16,17 @@ def send_weights(
     llm: Any, weights: Iterable[tuple[str, torch.Tensor]], device: torch.device
 ) -> None:
     """Load weights, named as in a checkpoint, into a running `vllm.LLM`, and into its module for
-    multi-token prediction. Raises UserError if some are missing."""
+    multi-token prediction. Sequences that are being sampled go on: the new weights read them again,
+    so that each further log-prob is the new weights' alone. Raises UserError if some are
+    missing."""
     (absent,) = llm.collective_rpc(reload_weights, args=(iter(weights),))
     if absent:
         more = f" and {len(absent) - 1} more layers" if len(absent) > 1 else ""
         raise UserError(f"vLLM was given no weights of {absent[0]}{more}")
     if device.type == "cpu":
         llm.apply_model(repack_tied_head)
-    if not llm.reset_prefix_cache():
+    is_sampling = llm.llm_engine.has_unfinished_requests()
+    if not llm.reset_prefix_cache(reset_running_requests=is_sampling):
         raise RuntimeError("vLLM kept the keys and values of the old weights")
 
 

@@ -163,7 +163,7 @@ def find_idle_seconds(metrics: dict[str, Any]) -> float | None:
     wait = metrics.get("seconds/wait")
     if wait is None:
         return None
-    if metrics.get("staleness"):
+    if metrics.get("staleness") or "staleness/max" in metrics:
         return round(min(wait, metrics["seconds/score"]), 3)
     return round(max(0.0, wait - metrics["seconds/sample"]), 3)
 

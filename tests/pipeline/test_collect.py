@@ -43,13 +43,17 @@ def make_collector(
     return GrpoCollector(stage, sampler, Scorer(stage.rewards), prompts)
 
 
+def collect(collector: GrpoCollector, step: int) -> Batch:
+    return collector.collect(step, step, collector.draw(step))
+
+
 def describe(batch: Batch) -> list[tuple[str, list[int]]]:
     return [(rollout.problem_id, rollout.completion_ids) for rollout in batch.rollouts]
 
 
 def test_scores_and_advantages_belong_to_their_rollouts(sampler: Sampler) -> None:
     """Groups are judged in the order in which they finish, in another thread."""
-    batch = make_collector(sampler, "reward_of_tests.own_tokens").collect(1, 1)
+    batch = collect(make_collector(sampler, "reward_of_tests.own_tokens"), 1)
     assert len(batch.rollouts) == len(batch.samples) == 32
     for group in batch.groups:
         assert {r.problem_id for r in group.rollouts} == {group.problem.id}
@@ -63,12 +67,12 @@ def test_scores_and_advantages_belong_to_their_rollouts(sampler: Sampler) -> Non
 
 def test_dynamic_sampling_refills_the_batch(sampler: Sampler) -> None:
     reward = "reward_of_tests.undecided_for_odd_answers"
-    plain = make_collector(sampler, reward).collect(1, 1)
+    plain = collect(make_collector(sampler, reward), 1)
     assert plain.rounds == 1
     silent = plain.metrics()["groups_without_spread"]
     assert 0 < silent < 1
     changes = {"dynamic_sampling": True, "max_sampling_rounds": 9}
-    batch = make_collector(sampler, reward, **changes).collect(1, 1)
+    batch = collect(make_collector(sampler, reward, **changes), 1)
     assert 1 < batch.rounds <= 9
     assert len(batch.samples) == 32
     taking_part = [group for group in batch.groups if len(set(group.rewards)) > 1]
@@ -84,7 +88,7 @@ def test_dynamic_sampling_refills_the_batch(sampler: Sampler) -> None:
 
 def test_dynamic_sampling_gives_up_in_the_end(sampler: Sampler) -> None:
     changes = {"dynamic_sampling": True, "max_sampling_rounds": 3}
-    batch = make_collector(sampler, "reward_of_tests.always_one", **changes).collect(1, 1)
+    batch = collect(make_collector(sampler, "reward_of_tests.always_one", **changes), 1)
     assert batch.rounds == 3
     assert batch.samples == []
     assert batch.metrics()["groups_without_spread"] == 1.0
@@ -92,7 +96,7 @@ def test_dynamic_sampling_gives_up_in_the_end(sampler: Sampler) -> None:
 
 def test_a_problem_drawn_twice_gets_other_samples(sampler: Sampler) -> None:
     problems = PROBLEMS[:3]
-    batch = make_collector(sampler, "reward_of_tests.own_tokens", problems).collect(1, 1)
+    batch = collect(make_collector(sampler, "reward_of_tests.own_tokens", problems), 1)
     groups = {}
     for group in batch.groups:
         groups.setdefault(group.problem.id, []).append([r.completion_ids for r in group.rollouts])
@@ -103,7 +107,7 @@ def test_a_problem_drawn_twice_gets_other_samples(sampler: Sampler) -> None:
 
 def test_an_interrupted_batch_leaves_no_requests_behind(sampler: Sampler) -> None:
     collector = make_collector(sampler, "reward_of_tests.own_tokens")
-    expected = describe(collector.collect(1, 1))
+    expected = describe(collect(collector, 1))
 
     def interrupt() -> None:
         for _ in sampler.generate_groups(PROBLEMS, 4, collector.sampling, (7,)):
@@ -113,7 +117,7 @@ def test_an_interrupted_batch_leaves_no_requests_behind(sampler: Sampler) -> Non
         interrupt()
     again = make_collector(sampler, "reward_of_tests.own_tokens")
     torch.manual_seed(5)
-    assert describe(again.collect(1, 1)) == expected
+    assert describe(collect(again, 1)) == expected
 
 
 DIFFICULTY = {"num_samples": 2, "min_pass_rate": 0.1, "max_pass_rate": 0.9, "refresh_steps": 2}
@@ -125,7 +129,7 @@ def test_refresh_samples_what_had_no_rollouts(sampler: Sampler) -> None:
     odd = {problem.id for problem in PROBLEMS if int(problem.answer) % 2}
     collector = make_collector(sampler, EVEN, difficulty=DIFFICULTY)
     collector.prompts.refresh(dict.fromkeys((problem.id for problem in PROBLEMS), 0.5))
-    first = collector.collect(1, 1)
+    first = collect(collector, 1)
     drawn = {group.problem.id for group in first.groups}
     assert drawn - odd, "nothing is known yet"
     rates = collector.refresh_difficulty(2)
@@ -136,7 +140,7 @@ def test_refresh_samples_what_had_no_rollouts(sampler: Sampler) -> None:
     assert {rates[name] for name in odd - drawn} <= {0.0, 0.5, 1.0}  # two samples of these
     chosen = {name for name, rate in rates.items() if 0.1 <= rate <= 0.9}
     assert 0 < collector.prompts.num_chosen == len(chosen) < len(odd)
-    assert {group.problem.id for group in collector.collect(3, 3).groups} <= chosen
+    assert {group.problem.id for group in collect(collector, 3).groups} <= chosen
 
 
 def test_collector_with_difficulty_resumes_where_it_was(sampler: Sampler) -> None:
@@ -147,24 +151,24 @@ def test_collector_with_difficulty_resumes_where_it_was(sampler: Sampler) -> Non
 
     stage = make_collector(sampler, EVEN, difficulty={**DIFFICULTY, "order": "easy_first"}).stage
     collector = make()
-    collector.collect(1, 1)
+    collect(collector, 1)
     state = collector.state_dict()
-    expected = [collector.refresh_difficulty(2), describe(collector.collect(3, 3))]
+    expected = [collector.refresh_difficulty(2), describe(collect(collector, 3))]
     again = make()
     again.load_state_dict(state)
-    assert [again.refresh_difficulty(2), describe(again.collect(3, 3))] == expected
+    assert [again.refresh_difficulty(2), describe(collect(again, 3))] == expected
 
 
 def test_a_group_s_prompt_is_read_once(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its other samples find it in the prefix cache, in whole blocks of 128 tokens on CPU."""
     problems = [lengthen(problem, 6) for problem in PROBLEMS[:4]]
     cached = []
-    read = sampler._read
+    read = sampler.read
 
     def read_and_note(result, *arguments):
         cached.append(result.num_cached_tokens)
         return read(result, *arguments)
 
-    monkeypatch.setattr(sampler, "_read", read_and_note)
+    monkeypatch.setattr(sampler, "read", read_and_note)
     sampler.generate(problems, 8, Sampling(max_completion_length=2), (0,))
     assert sum(tokens >= 128 for tokens in cached) >= 4 * 7

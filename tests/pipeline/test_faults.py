@@ -224,7 +224,7 @@ def begin(
     updater = GrpoUpdater(policy, reference, stage, dtype="float32", seed=0)
     sampler.load_checkpoint(str(checkpoint))
     collector = GrpoCollector(stage, sampler, Scorer(stage.rewards), Prompts(PROBLEMS, 0))
-    batches = Prefetcher(collector.collect, stage.max_steps, stage.max_staleness)
+    batches = Prefetcher(collector, stage)
     breaker = Breaker(stage, EventLog(folder), folder)
     world = World(stage, updater, sampler, patch)
     return world, train(stage, updater, sampler, batches, breaker, first_step=1)

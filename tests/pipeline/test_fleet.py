@@ -4,25 +4,33 @@ outlives the death of its engines. Each kind of fleet is started once, with real
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
-from commands import read_lines, run, start, wait_for
+from commands import read_lines, run, run_and_kill, start, wait_for
 from test_engine import CPU, make_model
 from test_faults import PROBLEMS, begin
 from test_resume import TIMES
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from r1pipe.config.base import Sampling
+from r1pipe.config.base import ProblemSet, Sampling
 from r1pipe.config.recipe import Engine, SamplerPlace
+from r1pipe.data.problems import load_problems
+from r1pipe.models.model import fast_training_kernels, load_model
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import export_weights, save_checkpoint
+from r1pipe.rl.curriculum import Prompts
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.fleet import Fleet
-from r1pipe.rollout.groups import cover_engines
+from r1pipe.rollout.groups import SampleGroup, cover_engines
 from r1pipe.rollout.probe import PROBE_PROBLEMS, measure_difference, probe
+from r1pipe.rollout.store import read_rollouts
 from r1pipe.types import Rollout
 from r1pipe.utils.errors import UserError
 
@@ -158,6 +166,118 @@ def test_steps_of_grpo_are_the_same(
         assert {("engine_1", "sampling"), ("engine_1", "sync"), ("trainer", "update")} < work
 
 
+# --- Weights that change in flight ----------------------------------------------------------------
+
+LONG = Sampling(max_completion_length=48)
+
+
+@torch.no_grad()
+def measure_diffs(models: dict[int, PreTrainedModel], rollouts: list[Rollout]) -> Tensor:
+    """|log-probability of the sampler - of the model of the token's version|, of every token."""
+    diffs = []
+    for rollout in rollouts:
+        assert len(rollout.versions) == len(rollout.completion_ids)
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids])
+        for version in set(rollout.versions):
+            with fast_training_kernels(CPU, "float32"):
+                logits_NV = models[version](input_ids=ids, use_cache=False).logits[0, :-1]
+            logprobs_N = logits_NV.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+            logprobs_C = logprobs_N[-len(rollout.versions) :]
+            own = torch.tensor(rollout.versions) == version
+            diffs.append((logprobs_C - torch.tensor(rollout.logprobs))[own].abs())
+    return torch.cat(diffs)
+
+
+def sample_in_flight(fleet: Fleet, seed: int, meanwhile: Callable[[], None]) -> list[SampleGroup]:
+    """Two batches at once; `meanwhile` is called when a group of each is there."""
+    found: dict[int, list[SampleGroup]] = {0: [], 1: []}
+
+    def sample_batch(number: int) -> None:
+        for group in fleet.generate_groups(PROBLEMS, 4, LONG, (seed, number)):
+            found[number].append(group)
+
+    with ThreadPoolExecutor(2) as threads:
+        running = [threads.submit(sample_batch, number) for number in found]
+        wait_for(lambda: any(call.done() for call in running) or all(found.values()))
+        meanwhile()
+        for call in running:
+            call.result()
+    for groups in found.values():
+        assert sorted(group.index for group in groups) == list(range(len(PROBLEMS)))
+    return [group for groups in found.values() for group in groups]
+
+
+def test_weights_change_between_two_steps(fleet: Fleet) -> None:
+    """A token's log-prob is that of the weights that it says, over all that stands before it."""
+    models = {}
+
+    def sync(seed: int) -> None:
+        model = make_model("deepseek_v3", fleet.tokenizer, seed)
+        fleet.load_weights(export_weights(model))
+        models[fleet.version] = model.eval()
+
+    def sync_twice() -> None:
+        sync(5)
+        sync(6)
+        # What begins now has the newest alone.
+        probe = fleet.generate(PROBLEMS[:2], 1, SAMPLING, ("probe",))
+        assert {version for rollout in probe for version in rollout.versions} == {fleet.version}
+        assert measure_diffs(models, probe).max() < 1e-4
+
+    sync(4)
+    groups = sample_in_flight(fleet, 8, sync_twice)
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    assert {version for rollout in rollouts for version in rollout.versions} == set(models)
+    assert all(rollout.versions == sorted(rollout.versions) for rollout in rollouts)
+    mixed = [rollout for rollout in rollouts if len(set(rollout.versions)) > 1]
+    assert mixed
+    diffs = measure_diffs(models, rollouts)
+    assert (diffs.mean() < 1e-5, diffs.max() < 1e-3) == (True, True)
+    swapped = dict.fromkeys(models, models[fleet.version])
+    assert measure_diffs(swapped, mixed).mean() > 0.1
+
+
+def test_grpo_in_flight(
+    fleet: Fleet, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every prompt is trained on once, in order, by tokens at most two steps old, whose log-probs
+    are those of the trainer at the steps that they name."""
+    changes = {
+        "max_staleness": 2,
+        "in_flight": True,
+        "max_steps": 4,
+        "max_completion_length": 48,
+        "learning_rate": 1e-3,
+        "off_policy_mask_threshold": 1.0,
+        "breaker": {"truncated": {"action": "ignore"}},
+    }
+    world, steps = begin(changes, checkpoint, fleet, tmp_path, monkeypatch)
+
+    def copy_policy() -> PreTrainedModel:
+        """The trainer's own takes packed rows."""
+        model = load_model(checkpoint, CPU)
+        model.load_state_dict(world.updater.model.state_dict())
+        return model
+
+    models, trained, rollouts = {1: copy_policy()}, [], []
+    for metrics, batch in steps:
+        step = metrics["step"]
+        models[step + 1] = copy_policy()
+        trained += [group.problem.id for group in batch.groups]
+        rollouts += batch.rollouts
+        assert metrics["sync/logprob_diff_mean"] < 1e-5
+        assert metrics["staleness/max"] <= min(2, step - 1)
+        assert len(metrics["staleness/tokens"]) == metrics["staleness/max"] + 1
+        assert sum(metrics["staleness/tokens"]) == metrics["tokens_sampled"]
+        if metrics["staleness/max"]:
+            assert metrics["sampler/ratio"] != pytest.approx(1.0, abs=1e-6)
+    assert trained == [problem.id for problem in Prompts(PROBLEMS, 0).draw(4 * 16)]
+    assert any(len(set(rollout.versions)) > 1 for rollout in rollouts)
+    diffs = measure_diffs(models, rollouts)
+    assert (diffs.mean() < 1e-5, diffs.max() < 1e-3) == (True, True)
+    assert measure_diffs(dict.fromkeys(models, models[1]), rollouts).mean() > 1e-3
+
+
 # --- Faults ---------------------------------------------------------------------------------------
 
 
@@ -179,6 +299,25 @@ def test_an_engine_killed_while_it_samples(fleet: Fleet, alone: Sampler, checkpo
         rollout for group in sorted(groups, key=lambda g: g.index) for rollout in group.rollouts
     ]
     require_same(found, alone.generate(PROBLEMS, 4, SAMPLING, (6,)))
+
+
+@pytest.mark.slow
+def test_an_engine_killed_in_flight(fleet: Fleet) -> None:
+    """Just before a sync: its successor samples what was left by the weights of that sync."""
+    model = make_model("deepseek_v3", fleet.tokenizer, 7).eval()
+    models = {fleet.version + 1: model, fleet.version + 2: model}
+    fleet.load_weights(export_weights(model))
+    replaced = fleet.num_replaced
+
+    def kill_and_sync() -> None:
+        os.kill(fleet.members[0].process, signal.SIGKILL)
+        fleet.load_weights(export_weights(model))
+
+    groups = sample_in_flight(fleet, 9, kill_and_sync)
+    assert fleet.num_replaced == replaced + 1
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    assert {version for rollout in rollouts for version in rollout.versions} == set(models)
+    assert measure_diffs(models, rollouts).mean() < 1e-5
 
 
 @pytest.mark.slow
@@ -256,3 +395,34 @@ def test_a_killed_run_leaves_no_process_behind(
     rows = read_lines(tmp_path / kind / "grpo" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(row["sync/logprob_diff_mean"] < 1e-5 for row in rows)
+
+
+@pytest.mark.slow
+def test_a_killed_run_in_flight_trains_on_every_prompt_once(
+    tiny_recipe: Path, tmp_path: Path
+) -> None:
+    """Batches that were finished are kept, others sampled again: the same prompts in order."""
+    values = yaml.safe_load(tiny_recipe.read_text())
+    stages = {stage.get("name", stage["kind"]): stage for stage in values["stages"]}
+    stages["grpo"] |= {"from": "random", "max_completion_length": 32, "save_steps": 1}
+    stages["grpo"] |= {"routing_replay": False, "max_steps": 6}
+    stages["grpo"] |= {"max_staleness": 2, "in_flight": True}
+    values |= {"name": "killed", "runs_dir": str(tmp_path)}
+    values["sampler"] = PLACES["processes"].model_dump()
+    values["stages"] = [stages[name] for name in ("random", "grpo")]
+    recipe = tmp_path / "in_flight.yaml"
+    recipe.write_text(yaml.safe_dump(values, sort_keys=False))
+    partial = tmp_path / "killed" / ".grpo.partial"
+    for steps in (1, 3):
+        run_and_kill("updating", steps, 0.05, partial, "run", recipe)
+    result = run("run", recipe)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "resumes after step" in result.stderr
+    folder = tmp_path / "killed" / "grpo"
+    rows = list(read_rollouts(folder, columns=("step", "problem_id", "sample")))
+    problems = load_problems(ProblemSet.model_validate(stages["grpo"]["data"]))
+    drawn = [problem.id for problem in Prompts(problems, values["seed"]).draw(6 * 8)]
+    assert [row["problem_id"] for row in rows] == [name for name in drawn for _ in range(4)]
+    metrics = read_lines(folder / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == list(range(1, 7))
+    assert max(row["staleness/max"] for row in metrics) in (1, 2)

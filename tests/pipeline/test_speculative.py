@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_collect import make_collector
+from test_collect import collect, make_collector
 from test_engine import CPU, LIMIT, lengthen, logprob_diff, make_model
 from transformers import PreTrainedModel
 
@@ -260,7 +260,7 @@ def test_both_ways_are_tried(opened: Opened, capfd: pytest.CaptureFixture) -> No
 
 def test_acceptance_is_a_metric(opened: Opened) -> None:
     collector = make_collector(opened.sampler, "reward_of_tests.always_one")
-    batch, drafts = collector.collect(1, 1), opened.sampler.drafts
+    batch, drafts = collect(collector, 1), opened.sampler.drafts
     assert batch.metrics()["sampler/acceptance"] == drafts.accepted / drafts.proposed < 1
     restored = Batch.from_state(batch.state_dict())
     assert restored.metrics() == batch.metrics()

@@ -165,6 +165,7 @@ const CHARTS = [
   ["|log-prob difference|, sampler and trainer", (n) => n.startsWith("sampler/logprob_diff") || n === "sync/logprob_diff_mean", { log: true }],
   ["clipped share", (n) => n.startsWith("clip_ratio/")],
   ["share of rollouts", (n) => ["completions/truncated", "reward_unjudged", "groups_without_spread"].includes(n)],
+  ["steps that tokens are behind the trainer; batches waiting", (n) => n.startsWith("staleness/")],
   ["tokens a second", (n) => n.startsWith("tokens_per_s/")],
   ["MFU: share of the GPUs' peak", (n) => n === "mfu"],
   ["seconds", (n) => n.startsWith("seconds/")],

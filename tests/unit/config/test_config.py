@@ -90,6 +90,20 @@ MISTAKES = [
         {"stages": stages_with(2, max_staleness=1), "engine": {"sleep": 1}},
         ["stages.grpo.max_staleness", "leave out engine.sleep 1"],
     ),
+    ({"stages": stages_with(2, max_staleness=2)}, ["max_staleness 2 needs in_flight"]),
+    ({"stages": stages_with(2, in_flight=True)}, ["in_flight needs max_staleness"]),
+    (
+        {"stages": stages_with(2, max_staleness=1, in_flight=True)},
+        ["stages.grpo.in_flight", "sampler.kind fleet"],
+    ),
+    (
+        {"stages": stages_with(2, max_staleness=1, in_flight=True, dynamic_sampling=True)},
+        ["in_flight", "dynamic_sampling"],
+    ),
+    (
+        {"stages": stages_with(2, max_staleness=1, in_flight=True, routing_replay=True)},
+        ["in_flight", "routing_replay"],
+    ),
     (
         {"stages": stages_with(2, adapter={"sync": "alone"}), "sampler": {"kind": "fleet"}},
         ["stages.grpo.adapter.sync", "take merged"],

@@ -56,7 +56,7 @@ def read_completion(sampler: Sampler, completion_ids: list[int]) -> str:
     )
     result = SimpleNamespace(outputs=[output])
     prompt_ids = encode_prompt(sampler.tokenizer, QUESTION)
-    return sampler._read(result, SampleGroup(0, TRACE, [], prompt_ids), 0).completion
+    return sampler.read(result, SampleGroup(0, TRACE, [], prompt_ids), 0).completion
 
 
 def test_all_end_tokens_live_on(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

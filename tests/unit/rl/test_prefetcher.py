@@ -1,15 +1,18 @@
-"""Which prompts a step gets, and by which policy they are sampled."""
+"""Which prompts a step gets, and by which policies they are sampled."""
 
 import threading
+from collections import defaultdict
+from collections.abc import Callable
 
 import pytest
 import torch
+from grpo_settings import make_grpo
 
 from r1pipe.config.rl import Difficulty
 from r1pipe.rl.batch import Batch, Group
 from r1pipe.rl.curriculum import Prompts
 from r1pipe.rl.prefetch import Prefetcher
-from r1pipe.types import Problem
+from r1pipe.types import Problem, Rollout, Score
 
 PROBLEMS = [
     Problem(id=f"p{i}", kind="math", prompt=[{"role": "user", "content": "?"}], answer=str(i))
@@ -70,18 +73,45 @@ def test_prompts_resume_where_they_were() -> None:
         assert draw_epochs(again, 3, 4) == expected
 
 
+# --- Batches ahead --------------------------------------------------------------------------------
+
+
+class FakeCollector:
+    """`sample` makes a batch of a step, a policy's step, and prompts: one of PROBLEMS a step."""
+
+    def __init__(self, sample: Callable):
+        self.collect, self.drawn = sample, 0
+
+    def draw(self, policy_step: int) -> list[Problem]:
+        self.drawn += 1
+        return [PROBLEMS[self.drawn - 1]]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.drawn = state["drawn"]
+
+
+def prefetch(
+    sample: Callable, max_steps: int, max_staleness: int, *, in_flight: bool = False
+) -> Prefetcher:
+    bounds = {"max_staleness": max_staleness, "in_flight": in_flight}
+    return Prefetcher(FakeCollector(sample), make_grpo(max_steps=max_steps, **bounds))
+
+
 def test_prefetcher_samples_while_the_caller_trains() -> None:
     began, trained = threading.Event(), threading.Event()
     made: list[tuple[int, int]] = []
 
-    def sample(step: int, policy_step: int) -> tuple[int, int]:
+    def sample(step: int, policy_step: int, prompts: list[Problem]) -> tuple[int, int]:
         if step == 2:
             began.set()
             assert trained.wait(10)
         made.append((step, policy_step))
         return step, policy_step
 
-    with Prefetcher(sample, 3, max_staleness=1) as batches:
+    with prefetch(sample, 3, 1) as batches:
         assert batches.take(1) == (1, 1)
         assert began.wait(10), "step 2 is sampled before step 1 has been waited for"
         assert made == [(1, 1)]
@@ -107,17 +137,17 @@ def test_prefetcher_samples_on_the_callers_gpu_and_stream(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: mine().update(stream=stream))
     mine().update(device=3, stream="vllm's")
 
-    def sample(step: int, policy_step: int) -> tuple:
+    def sample(step: int, policy_step: int, prompts: list[Problem]) -> tuple:
         return threading.get_ident(), *mine().values()
 
-    with Prefetcher(sample, 2, max_staleness=1) as batches:
+    with prefetch(sample, 2, 1) as batches:
         first, second = batches.take(1), batches.take(2)
     assert first[0] != second[0]
     assert first[1:] == second[1:] == (3, "vllm's")
 
 
-def test_prefetcher_without_async_samples_in_order() -> None:
-    with Prefetcher(lambda step, policy_step: (step, policy_step), 2, max_staleness=0) as batches:
+def test_prefetcher_on_policy_samples_in_order() -> None:
+    with prefetch(lambda step, policy_step, prompts: (step, policy_step), 2, 0) as batches:
         assert [batches.take(1), batches.take(2)] == [(1, 1), (2, 2)]
 
 
@@ -131,13 +161,100 @@ def test_prefetched_batch_of_an_older_run_is_restored() -> None:
 
 
 def test_prefetcher_passes_errors_on() -> None:
-    def fail(step: int, policy_step: int) -> int:
+    def fail(step: int, policy_step: int, prompts: list[Problem]) -> int:
         if step == 2:
             raise ValueError("no more")
         return step
 
-    with Prefetcher(fail, 3, max_staleness=1) as batches:
+    with prefetch(fail, 3, 1) as batches:
         batches.take(1)
         batches.wait()
+        assert batches.state_dict() == {"ahead": [], "collector": {"drawn": 1}}
         with pytest.raises(ValueError, match="no more"):
             batches.take(2)
+
+
+class Gates:
+    """Batches that are finished when their gate is opened."""
+
+    def __init__(self) -> None:
+        self.begun: dict[int, int] = {}
+        """By step: the policy's."""
+        self.gates: dict[int, threading.Event] = defaultdict(threading.Event)
+
+    def sample(self, step: int, policy_step: int, prompts: list[Problem]) -> Batch:
+        self.begun[step] = policy_step
+        assert self.gates[step].wait(10)
+        versions = [policy_step, step]
+        rollout = Rollout(prompts[0].id, 0, [1], [2, 3], [0, 0], "", "stop", versions=versions)
+        groups = [Group(prompts[0], [rollout], [Score()])]
+        return Batch(step, policy_step, groups, groups, 1, {"sample": 1.0})
+
+    def finish(self, batches: Prefetcher, step: int, before: int) -> None:
+        """The batch of this step, which is ahead while `before` trains."""
+        self.gates[step].set()
+        batches._ahead[step - before - 1].batch.result(10)
+
+
+def test_in_flight_no_batch_is_begun_too_early() -> None:
+    """Nor is one taken before its turn; and weights may change at any time."""
+    world = Gates()
+    world.gates[1].set()
+    with prefetch(world.sample, 5, 2, in_flight=True) as batches:
+        batches.take(1)
+        batches.wait()
+        world.finish(batches, 3, before=1)
+        assert world.begun == {1: 1, 2: 1, 3: 1}
+        assert batches.ahead is None
+        world.gates[2].set()
+        assert batches.take(2).step == 2
+        batch = batches.take(3)
+        assert (batch.step, batch.num_waiting) == (3, 0)
+        world.finish(batches, 5, before=3)
+        assert world.begun == {1: 1, 2: 1, 3: 1, 4: 2, 5: 3}
+        world.gates[4].set()
+        batch = batches.take(4)
+        assert (batch.step, batch.policy_step, batch.num_waiting) == (4, 2, 1)
+        assert batches.take(5).step == 5
+    assert all(step - policy_step <= 2 for step, policy_step in world.begun.items())
+
+
+def test_what_was_not_finished_is_sampled_again() -> None:
+    """Of steps 2 to 4 the third is still sampled when the run is saved, and killed."""
+    world = Gates()
+    for step in (1, 2, 4):
+        world.gates[step].set()
+    with prefetch(world.sample, 6, 3, in_flight=True) as batches:
+        trained = [batches.take(1)]
+        for step in (2, 4):
+            world.finish(batches, step, before=1)
+        state = batches.state_dict()
+        assert state["collector"] == {"drawn": 2}
+        world.gates[3].set()
+    again = Gates()
+    for step in range(3, 7):
+        again.gates[step].set()
+    with prefetch(again.sample, 6, 3, in_flight=True) as batches:
+        batches.load_state_dict(state)
+        trained += [batches.take(step) for step in range(2, 7)]
+    assert again.begun == {3: 2, 4: 2, 5: 2, 6: 3}, "by the policy that has resumed"
+    names = [rollout.problem_id for batch in trained for rollout in batch.rollouts]
+    assert names == [f"p{number}" for number in range(6)]
+
+
+def test_staleness_is_by_token() -> None:
+    """Of a batch that has seen two syncs."""
+
+    def make(*versions: int) -> Group:
+        ids = [0] * len(versions)
+        rollout = Rollout("p", 0, [1], ids, ids, "", "stop", versions=list(versions))
+        return Group(PROBLEMS[0], [rollout], [Score()])
+
+    groups = [make(4, 4, 4, 5), make(5, 5, 6, 6, 6, 6)]
+    batch = Batch(6, 5, groups, groups, 1, {"sample": 1.0})
+    assert batch.policy_step == 4, "the oldest token's"
+    expected = {"mean": 0.9, "max": 2, "tokens": [4, 3, 3], "batches_waiting": 0}
+    assert batch.describe_staleness() == {f"staleness/{k}": v for k, v in expected.items()}
+    assert Batch.from_state(batch.state_dict()).groups[0].rollouts[0].versions == [4, 4, 4, 5]
+    plain = Batch(6, 5, [], [], 1, {"sample": 1.0})
+    assert plain.describe_staleness() == {"staleness": 1}

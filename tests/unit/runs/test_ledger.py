@@ -174,6 +174,8 @@ def test_idle_time(case: str) -> None:
     phases, expected = PHASES[case]
     metrics = {f"seconds/{name}": value for name, value in phases.items()}
     assert find_idle_seconds({**metrics, "staleness": phases.get("late", 0)}) == expected
+    if "late" in phases:  # nor where weights have changed while it was sampled
+        assert find_idle_seconds({**metrics, "staleness/max": 0}) == expected
 
 
 def test_idle_shares_are_averaged_over_time(tmp_path: Path) -> None:
