@@ -339,6 +339,7 @@ def join_ray(ray: Any, address: str | None, num_engines: int, object_store: int 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             # Ray waits for minutes.
@@ -354,6 +355,10 @@ def join_ray(ray: Any, address: str | None, num_engines: int, object_store: int 
         # Ray asks for a token since 2.60, and does not say that it was the wrong one.
         hint = ": is its token in RAY_AUTH_TOKEN?" if address else ""
         raise UserError(f"sampler.ray: {where}: {first_line(error)}{hint}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own would end a run in the middle of a step, without saving it.
+            signal.signal(signal.SIGTERM, on_sigterm)
     free = count_free_cores(ray)
     if free < num_engines:
         ray.shutdown()
