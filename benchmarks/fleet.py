@@ -3,6 +3,8 @@ with two, and a fleet of two engines of one core each, on the demo's model.
 
     .venv/bin/python benchmarks/fleet.py                  # on a machine of two cores
     .venv/bin/python benchmarks/fleet.py --sides processes ray --rounds 5
+    .venv/bin/python benchmarks/fleet.py --predict        # a step by the simulation, and measured
+    .venv/bin/python benchmarks/fleet.py --simulate       # what pays off on 8, 64 and 512 GPUs
 
 Each side is a process that stays open; they take turns, so a drift of the machine's speed slows
 all. Weights are random, and completions end at random, at 56 tokens at the latest.
@@ -22,19 +24,22 @@ from pathlib import Path
 
 import torch
 import yaml
-from common.workload import Workload, describe_step, load_rows, load_updater
+from common.simulation import Plan, Rates, draw_again, simulate
+from common.splits import GPUS, SYNC_S, print_splits
+from common.workload import Workload, describe_step, load_rows, load_updater, time_update
 
 from r1pipe.config.recipe import SamplerPlace
 from r1pipe.rl.batch import Batch
 from r1pipe.rl.curriculum import Prompts
 from r1pipe.rl.grpo_collect import GrpoCollector
-from r1pipe.rl.loop import train
+from r1pipe.rl.loop import sync, train
 from r1pipe.rl.prefetch import Prefetcher
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.engines import Engines
 from r1pipe.rollout.fleet import Fleet
 from r1pipe.rollout.scoring import Scorer
 from r1pipe.trainer.breaker import Breaker, EventLog
+from r1pipe.utils import timeline
 
 SIDES = {"1 thread": 1, "2 threads": 2, "processes": 2, "ray": 2}
 """With the trainer's threads."""
@@ -47,14 +52,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="after one that is not counted")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--predict", action="store_true")
+    parser.add_argument("--simulate", action="store_true")
+    parser.add_argument("--gpus", nargs="+", type=int, default=GPUS)
+    parser.add_argument("--run", type=Path, help="simulate: the lengths of its rollouts")
+    parser.add_argument("--sync-s", type=float, default=SYNC_S)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         serve(options.side, make_workload(options.folder))
         return
+    if options.simulate:
+        print_splits(options.gpus, options.run, options.sync_s)
+        return
     with tempfile.TemporaryDirectory() as folder:
         make_workload(folder).make_checkpoint()
+        if options.predict:
+            print_predictions(options.sides, options.rounds, folder)
+            return
         sides = {side: start(side, folder) for side in options.sides}
         found: dict[tuple[str, str], list[dict]] = {}
         try:
@@ -86,6 +102,61 @@ def ask(process: subprocess.Popen, task: str = "") -> dict:
         process.stdin.write(f"{task}\n")
         process.stdin.flush()
     return json.loads(next(line for line in process.stdout if line.startswith("{")))
+
+
+def print_predictions(sides: list[str], rounds: int, folder: str) -> None:
+    """Rates from sampling, updating and syncing by themselves, of half a step's samples at most;
+    the step that the simulation makes of them; and steps as they are."""
+    print("| side | part | predicted, s | measured, s | ratio |\n|---|---|---|---|---|")
+    for side in sides:
+        process = start(side, folder)
+        ask(process)
+        found = ask(process, "calibrate")
+        rates = fit_rates(found)
+        plan = Plan(found["engines"], found["groups"])
+        outcome = simulate(rates, plan, draw_again(found["lengths"]), num_steps=50)
+        predicted = {"step": outcome.step_s, "sync": rates.sync_s}
+        predicted["update"] = outcome.step_s * (1 - outcome.trainer_idle)
+        predicted["sample"] = outcome.step_s - predicted["update"] - predicted["sync"]
+        ask(process, "step")  # not counted
+        steps = [ask(process, "step") for _ in range(rounds)]
+        process.stdin.close()
+        process.wait()
+        for part in ("sample", "update", "sync", "step"):
+            values = [step[part] for step in steps]
+            value, measured = predicted[part], statistics.median(values)
+            spread = f"{measured:.3g} ({min(values):.3g}-{max(values):.3g})"
+            print(f"| {side} | {part} | {value:.3g} | {spread} | {value / measured:.2f} |")
+        print(f"{side}: {rates}", file=sys.stderr)
+
+
+def fit_rates(found: dict) -> Rates:
+    step_s, sequence_s, read_s = fit(found["sampled"])
+    token_s, update_s = fit(found["trained"])
+    return Rates(
+        step_s=step_s,
+        sequence_s=sequence_s,
+        read_s=read_s,
+        token_s=token_s,
+        update_s=update_s,
+        sync_s=statistics.median(found["synced"]),
+        max_num_seqs=found["max_num_seqs"],
+        prompt_tokens=found["prompt_tokens"],
+    )
+
+
+def fit(rows: list[list[float]]) -> list[float]:
+    """Of rows (x, y, ..., t): a, b, ... with a x + b y + ... = t, none below 0, by least squares of
+    the relative error."""
+    table_RN = torch.tensor(rows, dtype=torch.float64)
+    scaled_RN = table_RN[:, :-1] / table_RN[:, -1:]
+    kept = list(range(scaled_RN.shape[1]))
+    while True:
+        ones_R1 = torch.ones(len(rows), 1, dtype=torch.float64)
+        found = torch.linalg.lstsq(scaled_RN[:, kept], ones_R1).solution.flatten().tolist()
+        if min(found) >= 0:
+            return [dict(zip(kept, found)).get(i, 0.0) for i in range(scaled_RN.shape[1])]
+        del kept[found.index(min(found))]
 
 
 def print_table(sides: list[str], ready: dict[str, dict], found: dict) -> None:
@@ -151,6 +222,9 @@ def serve(side: str, work: Workload) -> None:
                 metrics, _ = next(steps)
                 print(json.dumps(describe_step(metrics)), flush=True)
                 continue
+            if line.strip() == "calibrate":
+                print(json.dumps(calibrate(work, sampler)), flush=True)
+                continue
             figures = {"tokens_per_s": sample(work, sampler, number, 1, time.perf_counter)}
             clock = partial(read_cpu_seconds, sampler)
             # Sums over threads say nothing of how long two take.
@@ -178,6 +252,51 @@ def sample(
     started = clock()
     rollouts = sampler.generate(problems, work.generations, work.stage.sampling, (seed,))
     return sum(rollout.num_tokens for rollout in rollouts) / (clock() - started)
+
+
+def calibrate(work: Workload, sampler: Sampler) -> dict:
+    """How long sampling takes each engine, an update and a sync, each by itself."""
+    updater, sampled, trained, lengths = load_updater(work), [], [], []
+    problems = load_rows()
+    number = sampler.num_engines
+    sampling = work.stage.sampling
+    one = sampling.model_copy(update={"max_completion_length": 1})
+    sampler.generate(problems[: 2 * number], work.generations, sampling, ("warm",))
+    for divisor in (8, 4, 2, 8, 4, 2):
+        part = problems[: work.prompts // divisor]
+        for length in (one, sampling):
+            began = time.perf_counter()
+            rollouts = sampler.generate(part, work.generations, length, (len(sampled),))
+            elapsed = time.perf_counter() - began
+            idle = timeline.describe_step(began, began + elapsed)
+            groups = [
+                rollouts[start : start + work.generations]
+                for start in range(0, len(rollouts), work.generations)
+            ]
+            for engine in range(number):
+                own = [rollout for group in groups[engine::number] for rollout in group]
+                tokens = [rollout.num_tokens for rollout in own]
+                read = sum(len(rollout.prompt_ids) for rollout in own)
+                busy_s = (1 - idle[f"idle/engine_{engine}"]) * elapsed
+                sampled.append((max(tokens), sum(tokens), read, busy_s))
+        lengths += [[rollout.num_tokens for rollout in group] for group in groups]
+        figures = time_update(updater, rollouts, len(trained))
+        trained.append((figures["tokens_trained"], 1.0, figures["update"]))
+    synced = []
+    for _ in range(3):
+        began = time.perf_counter()
+        sync(updater, sampler)
+        synced.append(time.perf_counter() - began)
+    return {
+        "engines": number,
+        "groups": work.prompts,
+        "max_num_seqs": work.engine.max_num_seqs,
+        "prompt_tokens": statistics.mean(len(rollout.prompt_ids) for rollout in rollouts),
+        "sampled": sampled,
+        "trained": trained[1:],  # the first one warms up
+        "synced": synced,
+        "lengths": lengths,
+    }
 
 
 def take_steps(work: Workload, sampler: Sampler) -> Iterator[tuple[dict, Batch]]:
