@@ -3,7 +3,7 @@ with two, and a fleet of two engines of one core each, on the demo's model.
 
     .venv/bin/python benchmarks/fleet.py                  # on a machine of two cores
     .venv/bin/python benchmarks/fleet.py --sides processes ray --rounds 5
-    .venv/bin/python benchmarks/fleet.py --predict        # a step by the simulation, and measured
+    .venv/bin/python benchmarks/fleet.py --predict --sides processes    # a step, and simulated
     .venv/bin/python benchmarks/fleet.py --simulate       # what pays off on 8, 64 and 512 GPUs
 
 Each side is a process that stays open; they take turns, so a drift of the machine's speed slows
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -53,6 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="after one that is not counted")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
     parser.add_argument("--predict", action="store_true")
+    parser.add_argument("--max-staleness", type=int, default=0, help="above 1: in flight")
     parser.add_argument("--simulate", action="store_true")
     parser.add_argument("--gpus", nargs="+", type=int, default=GPUS)
     parser.add_argument("--run", type=Path, help="simulate: the lengths of its rollouts")
@@ -61,7 +63,7 @@ def main() -> None:
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        serve(options.side, make_workload(options.folder))
+        serve(options.side, make_workload(options.folder, options.max_staleness))
         return
     if options.simulate:
         print_splits(options.gpus, options.run, options.sync_s)
@@ -69,7 +71,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make_workload(folder).make_checkpoint()
         if options.predict:
-            print_predictions(options.sides, options.rounds, folder)
+            print_predictions(options.sides, options.rounds, folder, options.max_staleness)
             return
         sides = {side: start(side, folder) for side in options.sides}
         found: dict[tuple[str, str], list[dict]] = {}
@@ -90,8 +92,9 @@ def main() -> None:
     print_table(options.sides, ready, found)
 
 
-def start(side: str, folder: str) -> subprocess.Popen:
+def start(side: str, folder: str, max_staleness: int = 0) -> subprocess.Popen:
     command = [sys.executable, __file__, "--side", side, "--folder", folder]
+    command += ["--max-staleness", str(max_staleness)]
     environment = os.environ | {"OMP_NUM_THREADS": str(SIDES[side]), "HF_HUB_OFFLINE": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     return subprocess.Popen(command, env=environment, text=True, **pipes)
@@ -104,25 +107,30 @@ def ask(process: subprocess.Popen, task: str = "") -> dict:
     return json.loads(next(line for line in process.stdout if line.startswith("{")))
 
 
-def print_predictions(sides: list[str], rounds: int, folder: str) -> None:
+def print_predictions(sides: list[str], rounds: int, folder: str, max_staleness: int) -> None:
     """Rates from sampling, updating and syncing by themselves, of half a step's samples at most;
     the step that the simulation makes of them; and steps as they are."""
     print("| side | part | predicted, s | measured, s | ratio |\n|---|---|---|---|---|")
     for side in sides:
-        process = start(side, folder)
+        process = start(side, folder, max_staleness)
         ask(process)
         found = ask(process, "calibrate")
         rates = fit_rates(found)
-        plan = Plan(found["engines"], found["groups"])
+        plan = Plan(found["engines"], found["groups"], max_staleness, max_staleness > 1)
+        if max_staleness:  # all at once, on cores that they share
+            cores = len(os.sched_getaffinity(0))
+            rates = replace(rates, cores=cores, trainer_threads=SIDES[side])
         outcome = simulate(rates, plan, draw_again(found["lengths"]), num_steps=50)
         predicted = {"step": outcome.step_s, "sync": rates.sync_s}
         predicted["update"] = outcome.step_s * (1 - outcome.trainer_idle)
-        predicted["sample"] = outcome.step_s - predicted["update"] - predicted["sync"]
-        ask(process, "step")  # not counted
+        if not max_staleness:
+            predicted["sample"] = outcome.step_s - predicted["update"] - predicted["sync"]
+        for _ in range(1 + max_staleness):  # not counted
+            ask(process, "step")
         steps = [ask(process, "step") for _ in range(rounds)]
         process.stdin.close()
         process.wait()
-        for part in ("sample", "update", "sync", "step"):
+        for part in sorted(predicted):
             values = [step[part] for step in steps]
             value, measured = predicted[part], statistics.median(values)
             spread = f"{measured:.3g} ({min(values):.3g}-{max(values):.3g})"
@@ -190,7 +198,7 @@ def print_table(sides: list[str], ready: dict[str, dict], found: dict) -> None:
 # --- One side -------------------------------------------------------------------------------------
 
 
-def make_workload(folder: str) -> Workload:
+def make_workload(folder: str, max_staleness: int = 0) -> Workload:
     """The demo's model and step, from random weights whose completions end at random."""
     demo = yaml.safe_load((Path(__file__).parents[1] / "configs" / "demo.yaml").read_text())
     return Workload(
@@ -203,6 +211,7 @@ def make_workload(folder: str) -> Workload:
         mean_length=60,
         steps=10_000,
         kv_cache_gib=0.5,
+        max_staleness=max_staleness,
     )
 
 

@@ -54,6 +54,8 @@ class Workload:
     learning_rate: float = 1e-6
     fp8: str | None = None
     engines: int = 1
+    max_staleness: int = 0
+    """In flight, if above 1."""
     trl_batch: int = 8
     """Completions in a micro-batch of TRL's."""
     trl_eager: bool = False
@@ -96,6 +98,9 @@ class Workload:
                 "breaker": {"logprob_diff": {"action": "ignore"}},
                 "learning_rate": self.learning_rate,
                 "fp8": self.fp8,
+                "max_staleness": self.max_staleness,
+                "in_flight": self.max_staleness > 1,
+                "verify_sync": False,
             }
         )
 
