@@ -34,7 +34,10 @@ class ReplayBatches:
     def take(self, step: int) -> Batch:
         """Raises UserError if the step is missing, or lacks the routes that the stage replays."""
         started = time.perf_counter()
-        rows = read_rollouts(self.stage_dir, [step], (*TEXT, *TOKENS))
+        columns = [*TEXT, *TOKENS]
+        if self.has_old_weights:
+            columns.remove("versions")
+        rows = read_rollouts(self.stage_dir, [step], columns)
         groups = [make_group(list(group)) for _, group in groupby(rows, lambda row: row["group"])]
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         routed = all(r.routes is not None for r in rollouts if r.num_tokens)

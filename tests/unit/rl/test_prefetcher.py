@@ -3,15 +3,19 @@
 import threading
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from grpo_settings import make_grpo
 
+from r1pipe.config.recipe import KeptRollouts
 from r1pipe.config.rl import Difficulty
 from r1pipe.rl.batch import Batch, Group
 from r1pipe.rl.curriculum import Prompts
 from r1pipe.rl.prefetch import Prefetcher
+from r1pipe.rl.replay import ReplayBatches
+from r1pipe.rollout.store import RolloutFiles
 from r1pipe.types import Problem, Rollout, Score
 
 PROBLEMS = [
@@ -258,3 +262,16 @@ def test_staleness_is_by_token() -> None:
     assert Batch.from_state(batch.state_dict()).groups[0].rollouts[0].versions == [4, 4, 4, 5]
     plain = Batch(6, 5, [], [], 1, {"sample": 1.0})
     assert plain.describe_staleness() == {"staleness": 1}
+
+
+def test_a_replay_knows_whose_a_token_is(tmp_path: Path) -> None:
+    """Unless it trains other weights than the run did."""
+    rollout = Rollout("p", 0, [1], [2, 3], [-1, -2], "", "stop", versions=[4, 5])
+    groups = [Group(PROBLEMS[0], [rollout], [Score({"r": 1.0}, 1.0)])]
+    batch = Batch(6, 5, groups, groups, 1, {"sample": 1.0})
+    RolloutFiles(tmp_path, KeptRollouts()).write(6, batch.records(), batch.facts())
+    for has_old_weights, policy_step, versions in ((False, 4, [4, 5]), (True, 5, None)):
+        batches = ReplayBatches(tmp_path, needs_routes=False, has_old_weights=has_old_weights)
+        replayed = batches.take(6)
+        assert replayed.policy_step == policy_step
+        assert replayed.rollouts[0].versions == versions
