@@ -545,7 +545,10 @@ class Fleet(Sampler):
         if isinstance(answer.value, State):
             member.process = answer.value.process
         if answer.kind == "error":
-            job.error = answer.value
+            # What waits for an engine that does not open waits for ever.
+            failed = member.calls.values() if call.method == "open" else [call]
+            for each in failed:
+                each.job.error = answer.value
         elif answer.value is not None and job.is_wanted:
             job.items.append(answer.value)
         if answer.kind == "item":

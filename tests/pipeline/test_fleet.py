@@ -348,6 +348,20 @@ def test_an_engine_lost_otherwise(
     require_same(sample(fleet, 7), sample(alone, 7))
 
 
+@pytest.mark.slow
+def test_an_engine_that_cannot_be_replaced_is_one_line(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sample(fleet, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(fleet, "checkpoint", "/nowhere")
+        os.kill(fleet.members[0].process, signal.SIGKILL)
+        with pytest.raises(UserError, match="/nowhere"):
+            sample(fleet, 10)
+    fleet._replace(fleet.members[0], "by the test")
+    sample(fleet, 10)
+
+
 def test_an_engine_that_cannot_start_is_one_line(checkpoint: Path) -> None:
     settings = SETTINGS.model_copy(update={"kv_cache_gib": 1e-5})
     with pytest.raises(UserError, match="vLLM cannot run it") as error:
