@@ -37,6 +37,7 @@ from transformers import AutoConfig
 
 from r1pipe.models.flops import train_flops
 from r1pipe.models.model import pick_device
+from r1pipe.utils import distributed
 
 MODELS = {
     "qwen3": {
@@ -74,7 +75,8 @@ def main() -> None:
             time.perf_counter = time.process_time
         with contextlib.redirect_stdout(sys.stderr):
             steps = run_side(options)
-        print(json.dumps({"steps": steps[1:], "peak_gib": peak_gib()}), flush=True)
+        if distributed.is_first():
+            print(json.dumps({"steps": steps[1:], "peak_gib": peak_gib()}), flush=True)
         return
     with tempfile.TemporaryDirectory() as folder:
         make_workload(options, folder).make_checkpoint()
@@ -98,7 +100,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--max-completion-length", type=int, default=256)
     parser.add_argument("--trl-batch", type=int, default=8, help="completions in a TRL micro-batch")
     parser.add_argument("--trl-eager", action="store_true", help="TRL's engine compiles nothing")
-    parser.add_argument("--engines", type=int, default=1, help="of r1pipe: a fleet, a core each")
+    parser.add_argument("--processes", type=int, default=1, help="of either side, a core each")
     parser.add_argument("--micro-batch-tokens", type=int, help="of r1pipe; default: as in a recipe")
     parser.add_argument(
         "--cpu-time",
@@ -111,8 +113,13 @@ def parse_options() -> argparse.Namespace:
 
 
 def run_block(options: argparse.Namespace, side: str, folder: str) -> dict:
-    command = [sys.executable, __file__, *sys.argv[1:], "--side", side, "--folder", folder]
+    command = [__file__, *sys.argv[1:], "--side", side, "--folder", folder]
     environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+    if options.processes > 1:
+        count = ["--nproc-per-node", str(options.processes)]
+        command = ["-m", "torch.distributed.run", "--standalone", *count, *command]
+        environment["OMP_NUM_THREADS"] = "1"
+    command.insert(0, sys.executable)
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{side} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
@@ -131,7 +138,7 @@ def make_workload(options: argparse.Namespace, folder: str) -> Workload:
         micro_batch_tokens=options.micro_batch_tokens,
         trl_batch=options.trl_batch,
         trl_eager=options.trl_eager,
-        engines=options.engines,
+        processes=options.processes,
     )
 
 
@@ -153,8 +160,8 @@ def print_tables(options: argparse.Namespace, blocks: dict[str, list[dict]]) -> 
     what = "update only" if options.update_only else "whole steps"
     print(
         f"{options.model}, {what}, {options.prompts} prompts x {options.generations} samples of at "
-        f"most {options.max_completion_length} tokens; {device_name()}; {options.blocks} blocks of "
-        f"{options.steps - 1} steps\n"
+        f"most {options.max_completion_length} tokens; {device_name()}, "
+        f"{options.processes} processes; {options.blocks} blocks of {options.steps - 1} steps\n"
     )
     rows = list(list_figures(options, steps, blocks))
     print("| figure, median over steps | r1pipe | TRL | ratio |\n|---|---|---|---|")
@@ -199,7 +206,7 @@ def list_figures(
             True,
         )
     peaks = (max(block["peak_gib"] for block in blocks[side]) for side in SIDES)
-    yield "peak memory, GiB", *peaks, False
+    yield "peak memory of a process, GiB", *peaks, False
 
 
 def print_matmul_share(options: argparse.Namespace, steps: dict[str, list[dict]]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from common.workload import (
     Workload,
     load_rows,
@@ -55,7 +56,7 @@ def run_trl(work: Workload, *, update_only: bool = False) -> list[dict]:
         use_cpu=work.device.type == "cpu",
         bf16=work.device.type == "cuda",
         per_device_train_batch_size=work.trl_batch,
-        gradient_accumulation_steps=work.num_samples // work.trl_batch,
+        gradient_accumulation_steps=work.num_samples // work.trl_batch // work.processes,
         num_generations=work.generations,
         max_completion_length=work.max_completion_length,
         max_steps=work.steps,
@@ -138,6 +139,11 @@ class PhaseClock:
         synchronize()
         step = time.perf_counter() - self.started
         rest = step - self.phases["sample"] - self.phases["sync"]
+        counts_2 = torch.tensor([self.phases["tokens_sampled"], self.phases["tokens_trained"]])
+        if dist.is_initialized():
+            dist.all_reduce(counts_2)
+        sampled, trained = counts_2.tolist()
+        self.phases |= {"tokens_sampled": sampled, "tokens_trained": trained}
         self.steps.append({"step": step, **self.phases, "update": rest, "score": 0.0})
 
     def count(self, sampled: int, trained: int) -> None:

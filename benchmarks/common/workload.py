@@ -2,6 +2,7 @@
 end at random, problems, and made-up rollouts of the lengths of sampled ones."""
 
 import math
+import os
 import random
 import resource
 import tempfile
@@ -54,6 +55,7 @@ class Workload:
     learning_rate: float = 1e-6
     fp8: str | None = None
     engines: int = 1
+    processes: int = 1
     max_staleness: int = 0
     """In flight, if above 1."""
     trl_batch: int = 8
@@ -94,6 +96,7 @@ class Workload:
                 "max_completion_length": self.max_completion_length,
                 "micro_batch_tokens": self.micro_batch_tokens,
                 "loss_type": "dapo",
+                "sharding": "full" if self.device.type == "cuda" else "none",
                 # A figure, here: no reason to end the run.
                 "breaker": {"logprob_diff": {"action": "ignore"}},
                 "learning_rate": self.learning_rate,
@@ -184,9 +187,10 @@ def time_update(updater: Any, rollouts: list[Rollout], step: int) -> dict[str, f
 def run_ours(work: Workload, engines: "Engines | None" = None) -> list[dict[str, Any]]:
     """A grpo stage, run as its command runs it; the rows of its metrics.jsonl. `engines`: stay
     open."""
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")  # the same on all ranks
     recipe = Recipe(
         name="r1pipe",
-        runs_dir=tempfile.mkdtemp(dir=work.folder),
+        runs_dir=f"{work.folder}/{launch}" if launch else tempfile.mkdtemp(dir=work.folder),
         dtype=work.dtype,
         device=work.device.type,
         engine=work.engine,

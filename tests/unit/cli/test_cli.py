@@ -105,10 +105,18 @@ def run_here(*arguments: str, program: tuple[str, ...] = ("-m", "r1pipe"), **opt
     return subprocess.run(command, env=environment, text=True, encoding="utf-8", **streams)
 
 
+MODULE, SCRIPT = ("-m", "r1pipe"), ("-P", "-m", "r1pipe")
+
+
 @pytest.mark.parametrize(
-    "program", [("-m", "r1pipe"), ("-P", "-m", "r1pipe")], ids=["-m", "r1pipe"]
+    ("program", "python_path"),
+    [
+        pytest.param(MODULE, f".:{ROOT}", id="-m, the folder first"),
+        pytest.param(SCRIPT, str(ROOT), id="r1pipe"),
+        pytest.param(MODULE, str(ROOT), id="-m", marks=pytest.mark.slow),
+        pytest.param(SCRIPT, f".:{ROOT}", id="r1pipe, the folder first", marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("python_path", [str(ROOT), f".:{ROOT}"])
 def test_modules_of_the_working_folder(
     program: tuple[str, ...], python_path: str, tmp_path: Path
 ) -> None:

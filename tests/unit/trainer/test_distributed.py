@@ -7,6 +7,7 @@ import pickle
 import random
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,6 +144,15 @@ CASES = {
         (8, 3),
     ),
 }
+QUICK = ("moe", "tied", "grouped", "teamed_moe", "adapted", "bf16", "whole", "taught")
+"""The others are for make test-slow."""
+
+
+def by_case(names: Collection[str]) -> pytest.MarkDecorator:
+    marks = {name: () if name in QUICK else pytest.mark.slow for name in names}
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=m) for n, m in marks.items()])
+
+
 FLOAT32 = [name for name in CASES if "bf16" not in name and name != "fp8"]
 
 
@@ -193,18 +203,26 @@ def run_ranks(script: str, *arguments: object, ranks: int = 2) -> subprocess.Com
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """The folder with what two ranks have made of every case, and the cases."""
-    return run_cases(tmp_path_factory.mktemp("ranks"), "cpu")
+def cases(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict]:
+    """The folder with what two ranks have made of every case that was chosen, and the cases."""
+    own = [item for item in request.session.items if item.path == request.path]
+    chosen = {item.callspec.params.get("name") for item in own if hasattr(item, "callspec")}
+    names = [name for name in CASES if name in chosen | {"moe"}]
+    return run_cases(tmp_path_factory.mktemp("ranks"), "cpu", names)
 
 
-def run_cases(folder: Path, device: str, ranks: int = 2) -> tuple[Path, dict]:
+def run_cases(
+    folder: Path, device: str, names: Collection[str] = CASES, ranks: int = 2
+) -> tuple[Path, dict]:
     texts = (f"{p.question}\n{p.solution}" for p in PROBLEMS)
     tokenizer = build_tokenizer(texts, VOCABULARY)
     assert len(tokenizer) == VOCABULARY
     samples = make_samples(tokenizer)
     cases = {}
-    for name, (model, changes, settings, (first, second)) in CASES.items():
+    for name in names:
+        model, changes, settings, (first, second) = CASES[name]
         checkpoint = folder / f"{name}-start"
         start = build_model({**MODELS[model], **changes}, tokenizer, 0)
         save_checkpoint(start, tokenizer, checkpoint)
@@ -224,26 +242,27 @@ def run_cases(folder: Path, device: str, ranks: int = 2) -> tuple[Path, dict]:
     return folder, cases
 
 
-@pytest.mark.parametrize("name", FLOAT32)
+@by_case(FLOAT32)
 def test_losses_are_those_of_one_process(name: str, cases: tuple[Path, dict]) -> None:
     folder, by_name = cases
     compare_with_one_process(folder, name, by_name[name], tolerance=1e-5)
 
 
-def test_fp8_is_that_of_one_process(cases: tuple[Path, dict]) -> None:
+@by_case(["fp8"])
+def test_fp8_is_that_of_one_process(name: str, cases: tuple[Path, dict]) -> None:
     """Up to the first update. After it, weights that differ in the last bit may round to other
     codes."""
     folder, by_name = cases
-    case = by_name["fp8"]
-    results = json.loads((folder / "fp8.json").read_text())
+    case = by_name[name]
+    results = json.loads((folder / f"{name}.json").read_text())
     assert results[0]["metrics"] == results[1]["metrics"]
     samples = [sample for part in case["samples"] for sample in part]
-    expected = make_updater(folder, "fp8", case).step(samples, 1, lambda metrics: None)
+    expected = make_updater(folder, name, case).step(samples, 1, lambda metrics: None)
     for key, value in expected.items():  # each by itself: some are lists
         assert results[0]["metrics"][0][key] == pytest.approx(value, rel=1e-5), key
 
 
-@pytest.mark.parametrize("name", ["bf16", "grouped_bf16"])
+@by_case(["bf16", "grouped_bf16"])
 def test_bf16_layers_and_float32_masters(name: str, cases: tuple[Path, dict]) -> None:
     """Against one process, which sums in another order."""
     folder, by_name = cases
@@ -263,7 +282,7 @@ def test_bf16_layers_and_float32_masters(name: str, cases: tuple[Path, dict]) ->
             )
 
 
-@pytest.mark.parametrize("name", CASES)
+@by_case(CASES)
 def test_samples_are_shared_out_by_tokens(name: str, cases: tuple[Path, dict]) -> None:
     """Whole, each to one rank; of every minibatch the ranks' tokens differ by one sample's."""
     folder, by_name = cases
@@ -286,7 +305,7 @@ def test_samples_are_shared_out_by_tokens(name: str, cases: tuple[Path, dict]) -
         assert abs(loads[0] - loads[1]) <= max(costs[n] for n in numbers)
 
 
-@pytest.mark.parametrize("name", CASES)
+@by_case(CASES)
 def test_two_ranks_resume_bit_equal(name: str, cases: tuple[Path, dict]) -> None:
     folder, _ = cases
     for result in json.loads((folder / f"{name}.json").read_text()):
@@ -352,7 +371,7 @@ def compare_with_one_process(folder: Path, name: str, case: dict, tolerance: flo
         assert close.float().mean() > 0.99, n
 
 
-@pytest.mark.parametrize("name", CASES)
+@by_case(CASES)
 def test_a_rank_holds_its_part(name: str, cases: tuple[Path, dict]) -> None:
     folder, by_name = cases
     results = json.loads((folder / f"{name}.json").read_text())
