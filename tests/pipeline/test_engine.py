@@ -388,7 +388,7 @@ def test_weights_that_are_missing_are_named(opened: tuple) -> None:
 
 def test_a_kept_prefix_cache_is_an_error(opened: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model, sampler = opened
-    monkeypatch.setattr(sampler.llm, "reset_prefix_cache", lambda: False)
+    monkeypatch.setattr(sampler.llm, "reset_prefix_cache", lambda **_: False)
     with pytest.raises(RuntimeError, match="keys and values"):
         sampler.load_weights(export_weights(model))
 
