@@ -113,6 +113,7 @@ def test_groups_and_teams(recipe: Path, tmp_path: Path) -> None:
     random, _, sft = values["stages"]
     random["model"]["n_routed_experts"] = 6
     sft["from"] = "grpo"
+    del sft["train"]["sharding"]
     path = tmp_path / "groups.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     with pytest.MonkeyPatch.context() as patch:
