@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from r1pipe.config.base import ProblemSet
-from r1pipe.config.recipe import Engine, Recipe, SamplerPlace
+from r1pipe.config.recipe import Engine, Recipe
 from r1pipe.config.rl import Grpo
 from r1pipe.data.problems import load_problems
 from r1pipe.models.model import build_model
@@ -54,7 +54,6 @@ class Workload:
     kv_cache_gib: float = 1.0
     learning_rate: float = 1e-6
     fp8: str | None = None
-    engines: int = 1
     processes: int = 1
     max_staleness: int = 0
     """In flight, if above 1."""
@@ -75,12 +74,6 @@ class Workload:
     def engine(self) -> Engine:
         context = self.max_completion_length + 128
         return Engine(max_model_len=context, max_num_seqs=256, kv_cache_gib=self.kv_cache_gib)
-
-    @property
-    def sampler(self) -> SamplerPlace:
-        if self.engines == 1:
-            return SamplerPlace()
-        return SamplerPlace(kind="fleet", engines=self.engines)
 
     @property
     def stage(self) -> Grpo:
@@ -194,7 +187,6 @@ def run_ours(work: Workload, engines: "Engines | None" = None) -> list[dict[str,
         dtype=work.dtype,
         device=work.device.type,
         engine=work.engine,
-        sampler=work.sampler,
         phase_timeout_s=None,
         stages=[work.stage],
     )

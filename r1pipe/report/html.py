@@ -26,6 +26,7 @@ from r1pipe.runs.reader import StageFolder, find_stages, read_summary
 from r1pipe.utils.errors import FULL, UserError, is_disk_full
 from r1pipe.utils.jsonl import read_json, read_jsonl, write_text
 from r1pipe.utils.progress import log_line
+from r1pipe.utils.timeline import find_idle
 
 PAGE = Path(__file__).with_name("page")
 CHUNK = 256
@@ -158,7 +159,7 @@ def collect_timelines(stage: StageFolder) -> dict[str, Any] | None:
         {
             "step": row["step"],
             "seconds": row["seconds/step"],
-            "idle": {n.removeprefix("idle/"): row[n] for n in row if n.startswith("idle/")},
+            "idle": find_idle(row),
             "rows": row["timeline"],
         }
         for row in thin(rows, MAX_TIMELINES)

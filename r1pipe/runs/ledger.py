@@ -22,6 +22,7 @@ from r1pipe.config.recipe import Recipe
 from r1pipe.utils import distributed
 from r1pipe.utils.jsonl import dump_row, read_jsonl, write_jsonl, write_text
 from r1pipe.utils.threads import threads_in_use
+from r1pipe.utils.timeline import find_idle
 
 SECONDS_BETWEEN_TOUCHES = 5.0
 """How exactly the end of a killed attempt is known."""
@@ -121,7 +122,7 @@ class Ledger:
             step=metrics["step"],
             wall_s=round(wall_s, 3),
             idle_s=find_idle_seconds(metrics),
-            idle={n.removeprefix("idle/"): v for n, v in metrics.items() if n.startswith("idle/")},
+            idle=find_idle(metrics),
             tokens_sampled=int(sampled),
             tokens_trained=int(trained),
             **self._judged(),

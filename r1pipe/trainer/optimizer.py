@@ -40,8 +40,10 @@ def group_by_mesh(parameters: Iterable[Tensor]) -> list[dict[str, Any]]:
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
     """Over ranks that each hold every parameter in full; every rank must call it, with gradients of
     the same ones."""
+    if distributed.alone():
+        return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if distributed.alone() or any(isinstance(g, DTensor) for g in gradients):
+    if any(isinstance(gradient, DTensor) for gradient in gradients):
         return
     while gradients:
         bucket, size = [], 0

@@ -60,6 +60,11 @@ def describe_step(began: float, ended: float) -> dict[str, Any]:
     return {**metrics, "timeline": timeline}
 
 
+def find_idle(metrics: dict[str, Any]) -> dict[str, float]:
+    """Idle shares by lane, of a step's metrics."""
+    return {n.removeprefix("idle/"): share for n, share in metrics.items() if n.startswith("idle/")}
+
+
 def join(spans: list[Span], gap_s: float) -> list[Span]:
     """In order; those of the same work that overlap, or are `gap_s` apart at most, are one."""
     joined: list[Span] = []
