@@ -12,6 +12,7 @@ SOURCE = {"data": {"recipe": "arithmetic", "stage": None}}
 
 TIMES = {
     "seconds/step": 4.0,
+    "staleness/tokens": [30, 10],
     "idle/engine_0": 0.25,
     "idle/judges": 0.75,
     "idle/trainer": 0.75,

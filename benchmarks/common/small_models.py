@@ -36,9 +36,9 @@ def check_async(card: Card, check: Check) -> None:
     """Steps whose batch was sampled while the step before trained."""
     folder = run_grpo(card, "async", "float32", max_steps=card.sizes.ahead_steps, max_staleness=1)
     rows = read_metrics(folder)
-    staleness = [row["staleness"] for row in rows]
+    staleness = [row["staleness/max"] for row in rows]
     check.add("staleness of the batches, by step", ", ".join(map(str, staleness)))
-    ahead = [row["sampler/logprob_diff_ahead"] for row in rows if row["staleness"]]
+    ahead = [row["sampler/logprob_diff_ahead"] for row in rows if row["staleness/max"]]
     check.add(
         "mean abs dlogp under the weights that sampled, largest",
         max(ahead, default=float("nan")),

@@ -167,6 +167,12 @@ CHECKS: dict[str, Check] = {
         "{value:.0%} of the completions were cut at max_completion_length",
         "raise max_completion_length, or mask_truncated_completions",
     ),
+    # Fu et al. 2025 (AReaL), arXiv:2505.24298, section 7.4: up to 8 versions cost no accuracy.
+    "staleness": Check(
+        read("staleness/mean"), "rollouts", 8.0, "warn",
+        "these tokens were sampled {value:.1f} versions of the policy ago, on average",
+        "a smaller max_staleness, or more devices for the trainer",
+    ),
     "identical_groups": Check(
         read("identical_groups"), "rollouts", 0.9, "warn",
         "in {value:.0%} of the groups all completions are the same text",

@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     GetCoreSchemaHandler,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     field_validator,
@@ -100,11 +101,15 @@ class SamplerPlace(Strict):
     """Ray places the engines: auto joins the cluster at RAY_ADDRESS, or else starts one on this
     machine for the run; or a cluster's address. All machines then need r1pipe and the run's folder
     at the same path. Default: processes of this machine."""
+    reward_workers: NonNegativeInt = 0
+    """Ray actors that score the samples of stages which train on them, each in processes of its own
+    as the trainer does by default, on any machine."""
 
     @model_validator(mode="after")
     def use_every_key(self) -> "SamplerPlace":
         alone = self.kind == "colocated" and "without kind: fleet"
-        refuse_idle(self, {"engines": alone, "ray": alone})
+        without_ray = self.ray is None and "without ray"
+        refuse_idle(self, {"engines": alone, "ray": alone, "reward_workers": without_ray})
         return self
 
 
@@ -255,6 +260,12 @@ class Recipe(Strict):
             raise ValueError(
                 f"stages.{stage.name}.adapter.sync: alone does not go with sampler.kind fleet: "
                 "take merged"
+            )
+        asks_judges = any(reward.is_judge for reward in stage.rewards_used())
+        if self.sampler.reward_workers and isinstance(stage, rl.OnPolicy) and asks_judges:
+            raise ValueError(
+                f"stages.{stage.name}.rewards: rewards.judge asks a server, and books in one file "
+                "what that costs: leave out sampler.reward_workers"
             )
         if self.engine.tensor_parallel_size > 1 or self.engine.sleep:
             raise ValueError(

@@ -153,7 +153,7 @@ def collect_curves(stage: StageFolder) -> dict[str, Any] | None:
 
 def collect_timelines(stage: StageFolder) -> dict[str, Any] | None:
     """Who worked when: `steps`, each with its seconds, idle shares by lane, and rows of lane, what,
-    begin and end."""
+    begin and end. `behind`: tokens that were sampled 0, 1, ... syncs before."""
     rows = [row for row in read_metrics(stage.folder) if row.get("timeline")]
     steps = [
         {
@@ -161,6 +161,7 @@ def collect_timelines(stage: StageFolder) -> dict[str, Any] | None:
             "seconds": row["seconds/step"],
             "idle": find_idle(row),
             "rows": row["timeline"],
+            "behind": row.get("staleness/tokens"),
         }
         for row in thin(rows, MAX_TIMELINES)
     ]

@@ -219,7 +219,7 @@ class Batch:
         batch is sampled: mean and maximum over its tokens, and how many are 0, 1, ... behind."""
         versions = Counter(version for group in self.groups for version in group.versions)
         if not versions:
-            return {"staleness": self.step - self.policy_step}
+            return dict.fromkeys(("staleness/mean", "staleness/max"), self.step - self.policy_step)
         behind = [versions[version] for version in range(self.step, self.policy_step - 1, -1)]
         return {
             "staleness/mean": sum(steps * n for steps, n in enumerate(behind)) / versions.total(),

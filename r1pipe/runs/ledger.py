@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from r1pipe.config.recipe import Recipe
@@ -123,6 +124,7 @@ class Ledger:
             wall_s=round(wall_s, 3),
             idle_s=find_idle_seconds(metrics),
             idle=find_idle(metrics),
+            staleness=metrics.get("staleness/mean"),
             tokens_sampled=int(sampled),
             tokens_trained=int(trained),
             **self._judged(),
@@ -164,7 +166,7 @@ def find_idle_seconds(metrics: dict[str, Any]) -> float | None:
     wait = metrics.get("seconds/wait")
     if wait is None:
         return None
-    if metrics.get("staleness") or "staleness/max" in metrics:
+    if metrics.get("staleness/max") or "staleness/tokens" in metrics:
         return round(min(wait, metrics["seconds/score"]), 3)
     return round(max(0.0, wait - metrics["seconds/sample"]), 3)
 
@@ -284,6 +286,7 @@ def summarize(stage: str, attempts: list[Attempt]) -> dict[str, Any]:
     """What a stage has cost in all its attempts.
 
     `lost_s`: wall time of all but the steps in its result and the last attempt's start and end.
+    `staleness`: mean over those steps of how many steps behind the trainer their tokens were.
     """
     kept = kept_steps(attempts)
     last = attempts[-1]
@@ -293,6 +296,7 @@ def summarize(stage: str, attempts: list[Attempt]) -> dict[str, Any]:
     timed = [r for a in attempts for r in a.steps if r["idle_s"] is not None]
     steps_s = sum(row["wall_s"] for row in timed)
     prices = [attempt.price for attempt in attempts]
+    stale = [value for row in kept if (value := row.get("staleness")) is not None]
     return {
         "stage": stage,
         "attempts": len(attempts),
@@ -305,6 +309,7 @@ def summarize(stage: str, attempts: list[Attempt]) -> dict[str, Any]:
         "device_hours": round(sum(a.device_hours for a in attempts), 5),
         "idle_share": round(sum(r["idle_s"] for r in timed) / steps_s, 4) if steps_s else None,
         "idle": average_idle([row for attempt in attempts for row in attempt.steps]),
+        "staleness": round(fmean(stale), 3) if stale else None,
         "tokens_sampled": sum(a.sum("tokens_sampled") for a in attempts),
         "tokens_trained": sum(a.sum("tokens_trained") for a in attempts),
         "cost": (

@@ -15,7 +15,7 @@ from r1pipe.rl.grpo_collect import GrpoCollector
 from r1pipe.rl.grpo_update import GrpoUpdater
 from r1pipe.rl.loop import BestMetric, run_steps
 from r1pipe.rl.replay import replay_steps
-from r1pipe.rollout.scoring import Scorer
+from r1pipe.rollout.reward_workers import open_scorer
 from r1pipe.trainer.fsdp import load_sharded
 from r1pipe.trainer.policy import Policy
 
@@ -25,7 +25,8 @@ BEST = BestMetric("reward")
 def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
     """Train the policy; write its checkpoint, metrics.jsonl and rollouts."""
     environment = stage.environment
-    scorer = Scorer(stage.rewards, environment.weight if environment else None)
+    weight = environment.weight if environment else None
+    scorer = open_scorer(stage.rewards, weight, context.recipe.sampler)
     problems = context.load_training_problems(stage)
     checkpoint = context.checkpoint(stage.from_)
     sleep = context.recipe.sleep_level(stage, context.device.type)

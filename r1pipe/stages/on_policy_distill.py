@@ -27,7 +27,7 @@ from r1pipe.rl.curriculum import Prompts
 from r1pipe.rl.distill_update import DistillUpdater, TeacherModel, route_problems
 from r1pipe.rl.loop import BestMetric, run_steps
 from r1pipe.rl.replay import replay_steps
-from r1pipe.rollout.scoring import Scorer
+from r1pipe.rollout.reward_workers import open_scorer
 from r1pipe.trainer.fsdp import load_sharded
 from r1pipe.trainer.policy import Policy
 from r1pipe.types import Problem
@@ -39,7 +39,8 @@ BEST = BestMetric("divergence", is_cost=True)
 def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
     """Train the student; write its checkpoint, metrics.jsonl and rollouts."""
     environment = stage.environment
-    scorer = Scorer(stage.rewards, environment.weight if environment else None)
+    weight = environment.weight if environment else None
+    scorer = open_scorer(stage.rewards, weight, context.recipe.sampler)
     problems = context.load_training_problems(stage)
     route_problems(stage, problems)  # before an engine starts
     check_vocabularies(stage, context)

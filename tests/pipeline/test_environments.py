@@ -449,7 +449,7 @@ def test_a_student_learns_in_an_environment(tmp_path: Path) -> None:
         assert row["episodes/turns"] == 2
         assert row["sync/logprob_diff_mean"] < LIMIT
         assert row["divergence"] > 0
-    assert [row["staleness"] for row in metrics] == [0, 1]
+    assert [row["staleness/max"] for row in metrics] == [0, 1]
     assert metrics[0].keys() ^ metrics[1].keys() == {"sampler/logprob_diff_ahead"}
     assert metrics[1]["sampler/logprob_diff_ahead"] < LIMIT
     assert record["last_sync/logprob_diff_mean"] < LIMIT

@@ -2,8 +2,10 @@
 outlives the death of its engines. Each kind of fleet is started once, with real vLLM and Ray."""
 
 import os
+import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -19,7 +21,7 @@ from test_resume import TIMES
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from r1pipe.config.base import ProblemSet, Sampling
+from r1pipe.config.base import ProblemSet, Reward, Sampling
 from r1pipe.config.recipe import Engine, SamplerPlace
 from r1pipe.data.problems import load_problems
 from r1pipe.models.model import fast_training_kernels, load_model
@@ -30,6 +32,8 @@ from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.fleet import Fleet
 from r1pipe.rollout.groups import SampleGroup, cover_engines
 from r1pipe.rollout.probe import PROBE_PROBLEMS, measure_difference, probe
+from r1pipe.rollout.reward_workers import RayScorer
+from r1pipe.rollout.scoring import Scorer
 from r1pipe.rollout.store import read_rollouts
 from r1pipe.types import Rollout
 from r1pipe.utils.errors import UserError
@@ -278,6 +282,30 @@ def test_grpo_in_flight(
     assert measure_diffs(dict.fromkeys(models, models[1]), rollouts).mean() > 1e-3
 
 
+def test_reward_workers_score_as_the_trainer_does(fleet: Fleet, alone: Sampler) -> None:
+    """Also when they die; and a reward that raises is the same one line."""
+    if fleet.place.ray is None:
+        pytest.skip("they are Ray's")
+    import ray
+
+    functions = ("rewards.math_correct", "reward_of_tests.accept_even_lengths")
+    rewards = [Reward(function=function) for function in functions]
+    rollouts = sample(alone, 8)
+    problems = [problem for problem in PROBLEMS[:21] for _ in range(4)]
+    expected = Scorer(rewards).score(problems, rollouts)
+    scorer = RayScorer(rewards, 2)
+    assert scorer.num_threads == 2
+    assert scorer.score(problems, rollouts) == expected
+    for worker in scorer.workers:
+        os.kill(ray.get(worker.__ray_call__.remote(lambda _: os.getpid())), signal.SIGKILL)
+    for _ in scorer.workers:
+        assert scorer.score(problems, rollouts) == expected
+    broken = RayScorer([Reward(function="reward_of_tests.raises")], 1)
+    with pytest.raises(UserError, match="raised ValueError: broken reward") as error:
+        broken.score(problems, rollouts)
+    assert "\n" not in str(error.value)
+
+
 # --- Faults ---------------------------------------------------------------------------------------
 
 
@@ -360,6 +388,32 @@ def test_an_engine_that_cannot_be_replaced_is_one_line(
             sample(fleet, 10)
     fleet._replace(fleet.members[0], "by the test")
     sample(fleet, 10)
+
+
+@pytest.mark.slow
+def test_ten_kills_at_random_moments(fleet: Fleet, alone: Sampler) -> None:
+    """While engines sample, load or idle: every sample is there once, and the same."""
+    rng, kills = random.Random(0), []
+
+    def kill() -> None:
+        while len(kills) < 10:
+            time.sleep(rng.uniform(0.0, 3.0))
+            process = rng.choice(fleet.members).process
+            if process not in kills:  # else the one in its place has not begun yet
+                os.kill(process, signal.SIGKILL)
+                kills.append(process)
+
+    replaced, step = fleet.num_replaced, 0
+    thread = threading.Thread(target=kill)
+    thread.start()
+    while thread.is_alive() or step == 0:
+        step += 1
+        model = make_model("deepseek_v3", fleet.tokenizer, step)
+        for sampler in (fleet, alone):
+            sampler.load_weights(export_weights(model))
+        require_same(sample(fleet, step), sample(alone, step))
+    sample(fleet, 0)  # replaces those that were killed last
+    assert fleet.num_replaced >= replaced + 10
 
 
 def test_an_engine_that_cannot_start_is_one_line(checkpoint: Path) -> None:

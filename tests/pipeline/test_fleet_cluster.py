@@ -67,8 +67,8 @@ def write_recipe(tiny_recipe: Path, folder: Path, name: str, sampler: dict, step
 def test_a_cluster_is_joined_by_its_address_and_outlives_the_run(
     cluster: str, tiny_recipe: Path, tmp_path: Path
 ) -> None:
-    """Its cores are free again after a run; a token that is not the cluster's is one line."""
-    place = {"kind": "fleet", "engines": 2, "ray": cluster}
+    """Its cores are free again after a run, whose rewards were judged there."""
+    place = {"kind": "fleet", "engines": 2, "ray": cluster, "reward_workers": 2}
     recipe = write_recipe(tiny_recipe, tmp_path, "joined", place, steps=2)
     result = run("run", recipe)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -295,7 +295,7 @@ function showTimelines() {
     const show = () => {
       const step = steps[Number(number.value)];
       caption.textContent = `${stage}, step ${step.step}: ${format(step.seconds)} s`;
-      drawing.replaceChildren(drawTimeline(step));
+      drawing.replaceChildren(drawTimeline(step), ...(step.behind ? [drawStaleness(step.behind)] : []));
     };
     number.addEventListener("input", show);
     show();
@@ -321,6 +321,18 @@ function drawTimeline({ seconds, idle, rows }) {
   }
   for (const part of [0, 0.25, 0.5, 0.75, 1])
     svg.append(draw("text", { x: x(part * seconds), y: height - 3, "text-anchor": "middle" }, `${formatTick(part * seconds)} s`));
+  return svg;
+}
+
+function drawStaleness(behind) {
+  const tokens = behind.reduce((sum, n) => sum + n, 0), left = 170, width = 900, high = 18;
+  const says = behind.map((n, steps) => `${steps} behind: ${percent(n / tokens)}`);
+  const svg = draw("svg", { class: "timeline", viewBox: `0 0 ${width} ${high * behind.length + 6}`, role: "img",
+    "aria-label": `tokens by steps behind the trainer: ${says.join(", ")}` });
+  behind.forEach((n, steps) => svg.append(
+    draw("text", { x: left - 6, y: steps * high + 15, "text-anchor": "end" }, `tokens ${steps} step${steps === 1 ? "" : "s"} behind`),
+    draw("rect", { x: left, y: steps * high + 4, width: (n / tokens) * (width - left - 70), height: high - 5, fill: "var(--c0)" }),
+    draw("text", { x: left + 6 + (n / tokens) * (width - left - 70), y: steps * high + 15 }, percent(n / tokens))));
   return svg;
 }
 

@@ -114,6 +114,13 @@ MISTAKES = [
     ),
     ({"sampler": {"kind": "fleet"}, "engine": {"sleep": 1}}, ["sleep", "sampler.kind fleet"]),
     (
+        {
+            "stages": stages_with(2, rewards=[{"function": "rewards.judge"}]),
+            "sampler": {"kind": "fleet", "ray": "auto", "reward_workers": 2},
+        },
+        ["stages.grpo.rewards: rewards.judge", "sampler.reward_workers"],
+    ),
+    (
         {"stages": stages_with(2, adapter={"sync": "alone"}), "engine": {"speculative": DRAFTS}},
         ["stages.grpo.adapter.sync", "alone", "engine.speculative"],
     ),
@@ -321,6 +328,7 @@ IDLE = [
     (eval_with, {"k": 9, "num_samples": 8}, {"k": 8}),
     (sampler_with, {"engines": 2}, {"kind": "fleet"}),
     (sampler_with, {"ray": "auto"}, {"kind": "fleet"}),
+    (sampler_with, {"kind": "fleet", "reward_workers": 2}, {"ray": "auto"}),
     (
         eval_with,
         {"data": [{"recipe": "arithmetic", "num_samples": 2}], "num_samples": 3, "k": 2},

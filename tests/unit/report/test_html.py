@@ -188,6 +188,10 @@ def test_a_steps_timeline_is_drawn_to_scale(page: Browser) -> None:
     )
     caption = page.evaluate("document.querySelector('#timelines figcaption').textContent")
     assert caption == "grpo, step 1: 4 s"
+    behind = page.evaluate(
+        "[...document.querySelectorAll('svg.timeline')][1].getAttribute('aria-label')"
+    )
+    assert behind == "tokens by steps behind the trainer: 0 behind: 75.0%, 1 behind: 25.0%"
 
 
 @needs_browser

@@ -261,7 +261,7 @@ def test_staleness_is_by_token() -> None:
     assert batch.describe_staleness() == {f"staleness/{k}": v for k, v in expected.items()}
     assert Batch.from_state(batch.state_dict()).groups[0].rollouts[0].versions == [4, 4, 4, 5]
     plain = Batch(6, 5, [], [], 1, {"sample": 1.0})
-    assert plain.describe_staleness() == {"staleness": 1}
+    assert plain.describe_staleness() == {"staleness/mean": 1, "staleness/max": 1}
 
 
 def test_a_replay_knows_whose_a_token_is(tmp_path: Path) -> None:

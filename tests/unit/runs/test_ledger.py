@@ -173,9 +173,11 @@ PHASES = {
 def test_idle_time(case: str) -> None:
     phases, expected = PHASES[case]
     metrics = {f"seconds/{name}": value for name, value in phases.items()}
-    assert find_idle_seconds({**metrics, "staleness": phases.get("late", 0)}) == expected
+    assert find_idle_seconds({**metrics, "staleness/max": phases.get("late", 0)}) == expected
     if "late" in phases:  # nor where weights have changed while it was sampled
-        assert find_idle_seconds({**metrics, "staleness/max": 0}) == expected
+        assert (
+            find_idle_seconds({**metrics, "staleness/max": 0, "staleness/tokens": [8]}) == expected
+        )
 
 
 def test_idle_shares_are_averaged_over_time(tmp_path: Path) -> None:
@@ -185,6 +187,16 @@ def test_idle_shares_are_averaged_over_time(tmp_path: Path) -> None:
         clock.rest(3)
         account.note_step({"step": 2, "idle/trainer": 0.1, "idle/engine_0": 0.4})
     assert summarize_run(tmp_path)[0]["idle"] == {"engine_0": 0.3, "trainer": 0.2}
+
+
+def test_staleness_is_averaged_over_the_steps_that_have_one(tmp_path: Path) -> None:
+    account = Ledger(tmp_path, make_recipe(), Hardware("core", 2))
+    with account.stage("grpo"):
+        for step, behind in enumerate((0, 1.5), 1):
+            account.note_step({"step": step, "staleness/mean": behind})
+    with account.stage("sft"):
+        account.note_step({"step": 1})
+    assert [stage["staleness"] for stage in summarize_run(tmp_path)] == [0.75, None]
 
 
 def test_tokens_that_no_step_has_logged_are_the_record_s(tmp_path: Path) -> None:

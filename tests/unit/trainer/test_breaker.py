@@ -55,6 +55,11 @@ CASES = {
         ({"completions/truncated": 0.4}, None, False),
         ({"completions/truncated": 0.6}, None, True),
     ],
+    "staleness": [
+        ({"staleness/mean": 8.0}, None, False),
+        ({"staleness/mean": 8.5}, None, True),
+        ({}, None, False),
+    ],
     "identical_groups": [
         ({"identical_groups": 0.4}, None, False),
         ({"identical_groups": 1.0}, None, True),
