@@ -20,6 +20,7 @@ from test_faults import PROBLEMS, begin
 from test_resume import TIMES
 
 from r1pipe.config.load import load_recipe
+from r1pipe.config.recipe import SamplerPlace
 from r1pipe.models.tokenizer import build_tokenizer, load_tokenizer
 from r1pipe.models.weights import export_weights, save_checkpoint
 from r1pipe.rl.loop import check_last_sync
@@ -191,7 +192,7 @@ def test_a_model_is_loaded_while_the_engine_sleeps(
     context = SimpleNamespace(
         engines=engines,
         device=CPU,
-        recipe=SimpleNamespace(sleep_level=lambda *arguments: 2, seed=0),
+        recipe=SimpleNamespace(sleep_level=lambda *arguments: 2, seed=0, sampler=SamplerPlace()),
         load_training_problems=lambda stage: PROBLEMS,
         checkpoint=lambda name: str(checkpoints[0]),
         tokenizer=load_tokenizer,
