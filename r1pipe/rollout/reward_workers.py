@@ -8,6 +8,7 @@ from typing import Any
 
 from r1pipe.config.base import Reward
 from r1pipe.config.recipe import SamplerPlace
+from r1pipe.config.rl import OnPolicy
 from r1pipe.rollout.scoring import Scorer
 from r1pipe.types import Problem, Rollout, Score
 from r1pipe.utils.errors import UserError, first_line
@@ -77,10 +78,9 @@ class RayScorer(Scorer):
             self._free.put(worker)
 
 
-def open_scorer(
-    rewards: list[Reward], environment_weight: float | None, place: SamplerPlace
-) -> Scorer:
-    """As the recipe's sampler says. Raises UserError as Scorer does."""
-    if place.reward_workers and rewards:
-        return RayScorer(rewards, place.reward_workers)
-    return Scorer(rewards, environment_weight)
+def open_scorer(stage: OnPolicy, place: SamplerPlace) -> Scorer:
+    """As the recipe's sampler says, which has no workers beside an environment. Raises UserError as
+    Scorer does."""
+    if place.reward_workers and stage.rewards:
+        return RayScorer(stage.rewards, place.reward_workers)
+    return Scorer(stage.rewards, stage.environment.weight if stage.environment else None)

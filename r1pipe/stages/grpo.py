@@ -25,8 +25,7 @@ BEST = BestMetric("reward")
 def run(stage: Grpo, context: StageContext) -> dict[str, Any]:
     """Train the policy; write its checkpoint, metrics.jsonl and rollouts."""
     environment = stage.environment
-    weight = environment.weight if environment else None
-    scorer = open_scorer(stage.rewards, weight, context.recipe.sampler)
+    scorer = open_scorer(stage, context.recipe.sampler)
     problems = context.load_training_problems(stage)
     checkpoint = context.checkpoint(stage.from_)
     sleep = context.recipe.sleep_level(stage, context.device.type)

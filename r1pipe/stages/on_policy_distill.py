@@ -39,8 +39,7 @@ BEST = BestMetric("divergence", is_cost=True)
 def run(stage: OnPolicyDistill, context: StageContext) -> dict[str, Any]:
     """Train the student; write its checkpoint, metrics.jsonl and rollouts."""
     environment = stage.environment
-    weight = environment.weight if environment else None
-    scorer = open_scorer(stage.rewards, weight, context.recipe.sampler)
+    scorer = open_scorer(stage, context.recipe.sampler)
     problems = context.load_training_problems(stage)
     route_problems(stage, problems)  # before an engine starts
     check_vocabularies(stage, context)

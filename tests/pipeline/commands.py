@@ -43,6 +43,12 @@ def start(
     )
 
 
+def finish(process: subprocess.Popen, timeout_s: float = 1800) -> subprocess.CompletedProcess:
+    """Of `start`, to the end."""
+    out, err = process.communicate(timeout=timeout_s)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
 def run(
     *arguments: object, program: Callable = main, said: str = "", timeout_s: float = 1800
 ) -> subprocess.CompletedProcess:

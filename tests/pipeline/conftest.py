@@ -50,10 +50,8 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(tiny_recipe: Path) -> tuple[Path, subprocess.CompletedProcess]:
     """The run's folder after `r1pipe run`, and what the command said."""
-    from commands import start
+    from commands import finish, start
 
-    process = start("run", tiny_recipe)
-    out, err = process.communicate(timeout=1800)
-    assert process.returncode == 0, err[-3000:]
-    result = subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    result = finish(start("run", tiny_recipe))
+    assert result.returncode == 0, result.stderr[-3000:]
     return tiny_recipe.parent / "runs" / "tiny", result

@@ -3,13 +3,12 @@
 import os
 import signal
 import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from commands import read_lines, start, wait_for
+from commands import finish, read_lines, start, wait_for
 from test_fleet import PLACES, list_descendants, wait_for_end
 
 pytestmark = pytest.mark.slow
@@ -23,7 +22,8 @@ def find_port() -> int:
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a Ray of two cores, whose token is in the environment."""
+    """The address of a Ray of two cores, whose token is in the environment. What joins it must not
+    be forked: Ray reads how to show a token when vLLM imports it."""
     pytest.importorskip("ray", reason='needs Ray: pip install "r1pipe[ray]"')
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
@@ -45,13 +45,6 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         wait_for_end(process)
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    """Not in a fork: Ray reads how to show its token when vLLM imports it."""
-    process = start(*arguments)
-    out, err = process.communicate(timeout=600)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
 def write_recipe(tiny_recipe: Path, folder: Path, name: str, sampler: dict, steps: int) -> Path:
     """Random weights, then GRPO."""
     values = yaml.safe_load(tiny_recipe.read_text())
@@ -70,12 +63,12 @@ def test_a_cluster_is_joined_by_its_address_and_outlives_the_run(
     """Its cores are free again after a run, whose rewards were judged there."""
     place = {"kind": "fleet", "engines": 2, "ray": cluster, "reward_workers": 2}
     recipe = write_recipe(tiny_recipe, tmp_path, "joined", place, steps=2)
-    result = run("run", recipe)
+    result = finish(start("run", recipe))
     assert result.returncode == 0, result.stderr[-3000:]
     rows = read_lines(tmp_path / "joined" / "grpo" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2]
     assert all(row["sync/logprob_diff_mean"] < 1e-5 for row in rows)
-    result = run("doctor", recipe, "--quick")
+    result = finish(start("doctor", recipe, "--quick"))
     assert f"2 engines on 2 cores of {cluster}, by Ray" in result.stdout + result.stderr
 
 
@@ -85,7 +78,7 @@ def test_a_wrong_token_is_one_line(
     place = {"kind": "fleet", "engines": 2, "ray": cluster}
     recipe = write_recipe(tiny_recipe, tmp_path, "refused", place, steps=2)
     monkeypatch.setenv("RAY_AUTH_TOKEN", "another-token-" * 4)
-    result = run("run", recipe, "--skip-doctor")
+    result = finish(start("run", recipe, "--skip-doctor"), timeout_s=300)
     assert result.returncode == 2, result.stderr[-3000:]
     line = result.stderr.splitlines()[-1]
     assert f"sampler.ray: the cluster at {cluster}" in line

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from commands import read_lines, run, start, wait_for
+from commands import finish, read_lines, run, start, wait_for
 from test_resume import assert_equal
 
 from r1pipe.rollout.store import read_rollouts
@@ -25,9 +25,7 @@ def start_two(*arguments: object) -> subprocess.Popen:
 
 
 def run_two(*arguments: object) -> subprocess.CompletedProcess:
-    process = start_two(*arguments)
-    out, err = process.communicate(timeout=900)  # a collective waits for half an hour
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    return finish(start_two(*arguments), timeout_s=900)  # a collective waits for half an hour
 
 
 @pytest.fixture(scope="module")

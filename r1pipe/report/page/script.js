@@ -325,14 +325,14 @@ function drawTimeline({ seconds, idle, rows }) {
 }
 
 function drawStaleness(behind) {
-  const tokens = behind.reduce((sum, n) => sum + n, 0), left = 170, width = 900, high = 18;
-  const says = behind.map((n, steps) => `${steps} behind: ${percent(n / tokens)}`);
+  const tokens = behind.reduce((sum, n) => sum + n, 0), shares = behind.map((n) => n / tokens);
+  const left = 170, right = 70, width = 900, high = 18, long = (share) => share * (width - left - right);
   const svg = draw("svg", { class: "timeline", viewBox: `0 0 ${width} ${high * behind.length + 6}`, role: "img",
-    "aria-label": `tokens by steps behind the trainer: ${says.join(", ")}` });
-  behind.forEach((n, steps) => svg.append(
+    "aria-label": `tokens by steps behind the trainer: ${shares.map((share, steps) => `${steps} behind: ${percent(share)}`).join(", ")}` });
+  shares.forEach((share, steps) => svg.append(
     draw("text", { x: left - 6, y: steps * high + 15, "text-anchor": "end" }, `tokens ${steps} step${steps === 1 ? "" : "s"} behind`),
-    draw("rect", { x: left, y: steps * high + 4, width: (n / tokens) * (width - left - 70), height: high - 5, fill: "var(--c0)" }),
-    draw("text", { x: left + 6 + (n / tokens) * (width - left - 70), y: steps * high + 15 }, percent(n / tokens))));
+    draw("rect", { x: left, y: steps * high + 4, width: long(share), height: high - 5, fill: "var(--c0)" }),
+    draw("text", { x: left + 6 + long(share), y: steps * high + 15 }, percent(share))));
   return svg;
 }
 
