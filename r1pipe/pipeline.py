@@ -117,7 +117,11 @@ def open_run(recipe: Recipe) -> Iterator[RunFolder]:
     if not distributed.alone():
         silence_libraries()
     stacks = recipe.run_dir / ".stacks"
-    with distributed.joined(recipe.device, recipe.phase_timeout_s), RunFolder(recipe) as run:
+    num_lanes = 1 + recipe.batches_ahead
+    with (
+        distributed.joined(recipe.device, recipe.phase_timeout_s, num_lanes),
+        RunFolder(recipe) as run,
+    ):
         if distributed.alone():  # the launcher has shared out the cores
             settle_threads(run.path)
         distributed.on_first_rank(lambda: clear_stacks(stacks))

@@ -96,7 +96,8 @@ class SamplerPlace(Strict):
     for all stages that sample. Samples are the same: each token is drawn from its request's seed
     and its position."""
     engines: PositiveInt = 1
-    """On CPU each computes with one core: to one engine a second core gives a tenth."""
+    """On CPU each computes with one core: to one engine a second core gives a tenth. Several
+    processes of a trainer share them out evenly, as they do `reward_workers`."""
     ray: str | None = None
     """Ray places the engines: auto joins the cluster at RAY_ADDRESS, or else starts one on this
     machine for the run; or a cluster's address. All machines then need r1pipe and the run's folder
@@ -281,6 +282,11 @@ class Recipe(Strict):
             return 0
         default = 1 if device_type == "cuda" else 0
         return default if self.engine.sleep is None else self.engine.sleep
+
+    @property
+    def batches_ahead(self) -> int:
+        """The most that a stage samples beside its training."""
+        return max((s.max_staleness for s in self.stages if isinstance(s, rl.OnPolicy)), default=0)
 
     @property
     def run_dir(self) -> Path:

@@ -71,9 +71,8 @@ class Devices:
         count = distributed.world_size()
         if device != "cpu" and torch.cuda.is_available():
             return cls(count, torch.cuda.get_device_properties(0).total_memory)
-        local_count = int(os.environ.get("LOCAL_WORLD_SIZE", count))
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return cls(count, memory / local_count, is_gpu=False)
+        return cls(count, memory / distributed.local_world_size(), is_gpu=False)
 
 
 @dataclass(frozen=True)
@@ -248,7 +247,7 @@ def engine_parts(
             f"{format_size(one_sequence)} for one sequence of {context} tokens: raise "
             "engine.tensor_parallel_size or gpu_memory_utilization"
         )
-    count = recipe.sampler.engines
+    count = max(1, recipe.sampler.engines // devices.count)
     parts = {"vLLM": count * weights, "KV cache": count * max(0.0, room)}
     if recipe.sampler.kind == "fleet":
         parts["engines' processes"] = count * CPU_PROCESS

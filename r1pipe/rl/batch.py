@@ -279,7 +279,7 @@ def gather_groups(groups: list[Group]) -> list[Group]:
         )
         for group in groups
     ]
-    return [group for part in distributed.gather(light, "sampling") for group in part]
+    return [group for part in distributed.gather(light) for group in part]
 
 
 def flatten_rollout(rollout: Rollout) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class GrpoCollector(Collector):
             if stage.dynamic_sampling:
                 drop_zero_variance_groups(groups)
             used = [group for group in groups if group.used]
-            missing = stage.prompts_per_step - sum(distributed.gather(len(used), "sampling"))
+            missing = stage.prompts_per_step - sum(distributed.gather(len(used)))
             rounds += 1
         acceptance = self.sampler.drafts.acceptance()
         give_advantages(used, stage.scale_rewards)
@@ -108,7 +108,7 @@ def drop_zero_variance_groups(groups: list[Group]) -> None:
 
 def give_advantages(groups: list[Group], scale_rewards: str) -> None:
     """Over all ranks' groups: `scale_rewards` may need the std of the whole batch."""
-    by_rank = distributed.gather([group.rewards for group in groups], "sampling")
+    by_rank = distributed.gather([group.rewards for group in groups])
     first = sum(map(len, by_rank[: distributed.rank()]))
     if groups:
         rewards_NG = torch.tensor([rewards for part in by_rank for rewards in part])

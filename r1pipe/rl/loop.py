@@ -277,7 +277,8 @@ def probe_sync(
     length = min(PROBE_TOKENS, stage.max_completion_length)
     sampling = stage.sampling.model_copy(update={"max_completion_length": length})
     seed_parts = (updater.seed, stage.name, "probe", step)
-    asked = cover_engines(problems[:PROBE_PROMPTS], sampler.num_engines)
+    num_engines = sampler.num_engines * distributed.world_size()
+    asked = cover_engines(problems[:PROBE_PROMPTS], num_engines)
     samples = draw_samples(stage, sampler, asked, sampling, seed_parts)
     diff = measure_mismatch(updater, samples, sampler.num_engines)
     if diff is None:
@@ -326,9 +327,10 @@ class Clock:
 
     def metrics(self, tokens_trained: float) -> dict[str, Any]:
         """Seconds per phase and of the step; prompt and completion tokens trained a second; who
-        was idle."""
+        was idle. Every rank must call it."""
+        own = timeline.describe_step(self._began, self._last)
         return {
-            **timeline.describe_step(self._began, self._last),
+            **timeline.join_ranks(distributed.gather_to_first(own) or [own]),
             **{f"seconds/{phase}": value for phase, value in self.seconds.items()},
             "seconds/step": sum(self.seconds.values()),
             "tokens_per_s/update": tokens_trained / self.seconds["update"],

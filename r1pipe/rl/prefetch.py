@@ -12,6 +12,7 @@ import torch
 from r1pipe.config.rl import OnPolicy
 from r1pipe.rl.batch import Batch
 from r1pipe.types import Problem
+from r1pipe.utils import distributed
 
 T = TypeVar("T")
 
@@ -48,8 +49,8 @@ class Prefetcher:
     batch, not the one that is finished first, which would be that of short samples.
 
     Each batch ahead has a thread: `in_flight`, while the last long samples of one are drawn, those
-    of the next begin. With more than one thread for arithmetic, float sums may come out in another
-    order.
+    of the next begin. Ranks may finish them in different orders: each has a lane of its own. With
+    more than one thread for arithmetic, float sums may come out in another order.
     """
 
     def __init__(self, collector: Collects, stage: OnPolicy):
@@ -77,7 +78,8 @@ class Prefetcher:
             before = self._collector.state_dict()
             prompts = self._collector.draw(step)
             collect = partial(self._collector.collect, later, step, prompts)
-            batch_ahead = self._threads.submit(run_at, find_place(), collect)
+            lane = 1 + later % self._stage.max_staleness
+            batch_ahead = self._threads.submit(run_at, find_place(), lane, collect)
             self._ahead.append(Ahead(batch_ahead, before))
         return batch
 
@@ -96,9 +98,11 @@ class Prefetcher:
                 ahead.batch.exception()
 
     def state_dict(self) -> dict[str, Any]:
-        """The finished batches, whose policies no longer exist. The first that is not, and those
-        behind it, are sampled again by the policy that resumes: the same prompts and seeds."""
+        """The batches that every rank has finished, whose policies no longer exist. The first that
+        is not, and those behind it, are sampled again by the policy that resumes: the same prompts
+        and seeds."""
         finished = list(takewhile(lambda ahead: ahead.is_finished, self._ahead))
+        finished = finished[: min(distributed.gather(len(finished)))]
         rest = list(self._ahead)[len(finished) :]
         return {
             "ahead": [ahead.batch.result().state_dict() for ahead in finished],
@@ -122,11 +126,13 @@ def find_place() -> tuple[int, Any] | None:
     return torch.cuda.current_device(), torch.cuda.current_stream()
 
 
-def run_at(place: tuple[int, Any] | None, function: Callable[[], T]) -> T:
-    """Call `function` on the GPU and stream of `place`. vLLM's graphs and copies belong to the
-    stream on which the engine was first used; another would read them half-written."""
+def run_at(place: tuple[int, Any] | None, lane: int, function: Callable[[], T]) -> T:
+    """Call `function` in this lane, on the GPU and stream of `place`. vLLM's graphs and copies
+    belong to the stream on which the engine was first used; another would read them half-written.
+    """
     if place is not None:
         device, stream = place
         torch.cuda.set_device(device)
         torch.cuda.set_stream(stream)
-    return function()
+    with distributed.lane(lane):
+        return function()

@@ -78,6 +78,7 @@ class Sampler:
     """
 
     num_engines = 1
+    """This rank's."""
     version = 0
     """Of a fleet, the number of the last sync."""
 

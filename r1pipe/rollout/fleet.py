@@ -1,7 +1,8 @@
 """Several vLLM engines in processes of their own, behind the interface of one `Sampler`.
 
 The trainer's process plans groups, keeps the journal and hands out requests, the same ones to the
-same engine each time: so a run repeats bit by bit. An engine that dies or hangs is replaced by one
+same engine each time: so a run repeats bit by bit. Of several processes each does so for its share
+of the problems, with as many engines as the others. An engine that dies or hangs is replaced by one
 with the same weights, which samples what it had left, by the same seeds.
 
 Several threads may sample, and load weights, at the same time. Weights that come while an engine
@@ -42,7 +43,7 @@ from r1pipe.rollout.vllm_args import (
     require_moe_layers,
 )
 from r1pipe.types import Problem, Rollout
-from r1pipe.utils import timeline
+from r1pipe.utils import distributed, timeline
 from r1pipe.utils.errors import UserError, first_line
 from r1pipe.utils.phases import heartbeat, phase
 from r1pipe.utils.progress import log_line
@@ -344,7 +345,8 @@ class Member:
 
 
 class Fleet(Sampler):
-    """A Sampler whose engines are elsewhere: `place.engines` of them, each with all weights.
+    """A Sampler whose engines are elsewhere: this rank's share of `place.engines`, each with all
+    weights. Their numbers count through all ranks.
 
     `hang_s`: seconds without a step after which an engine is replaced; None: never. Raises
     UserError if there is no room for them or one cannot be started.
@@ -364,7 +366,7 @@ class Fleet(Sampler):
     ):
         self.settings, self.dtype, self.device, self.place = settings, dtype, device, place
         self.chat_template, self.hang_s = chat_template, hang_s
-        self.num_engines = place.engines
+        self.num_engines = place.engines // distributed.world_size()
         self.lora_rank = self.sleep_level = 0
         self.can_sleep = self.asleep = False
         self.can_return_routes, self.capture = True, None
@@ -390,7 +392,9 @@ class Fleet(Sampler):
         """Held by the thread that hears the engines, for itself and others."""
         self.members: list[Member] = []
         try:
-            self.members = [Member(n, self._placement.start(n)) for n in range(place.engines)]
+            first = distributed.rank() * self.num_engines
+            numbers = range(first, first + self.num_engines)
+            self.members = [Member(n, self._placement.start(n)) for n in numbers]
             states = self._ask_all("open", self._opening)
         except BaseException:
             self.close()
@@ -457,8 +461,8 @@ class Fleet(Sampler):
             return self.version, missing, sampling, with_routes
 
         with self._changing:
-            for member in self.members:
-                if part := groups[member.number :: self.num_engines]:
+            for place, member in enumerate(self.members):
+                if part := groups[place :: self.num_engines]:
                     self._begin(job, member, "sample", partial(describe, part))
         with phase("waiting for engines"):
             for part in self._hear(job):
@@ -570,7 +574,7 @@ class Fleet(Sampler):
         member.num_losses += 1
         if member.num_losses > MAX_LOSSES:
             raise UserError(f"{lost}, {member.num_losses} times in a row: is there memory for it?")
-        log_line(f"{lost}: starting another")
+        log_line(f"{lost}: starting another", from_any_rank=True)
         self.num_replaced += 1
         member.host.kill()
         member.host = self._placement.start(member.number)

@@ -78,6 +78,7 @@ class EngineProcess:
     """One `fleet.EngineHost`, which works in one thread while others ask and listen."""
 
     def __init__(self, number: int):
+        distributed.leave()
         settle_core(number)
         silence_warnings()
         from r1pipe.rollout.fleet import EngineHost
@@ -280,19 +281,31 @@ class RayPlacement:
 
 
 def open_placement(place: SamplerPlace, device_type: str, weight_bytes: int) -> Placement:
-    """Raises UserError for what does not fit."""
+    """Every rank must call it: none takes a cluster's cores before all have counted them. Raises
+    UserError for what does not fit."""
     check_placement(place, device_type)
     if place.ray is None:
         return Processes()
-    return RayPlacement(find_ray_address(place.ray), place.engines, 3 * weight_bytes)
+    address = find_ray_address(place.ray)
+    # Without a cluster, which a rank of another machine could not join, each has a Ray of its own.
+    num_engines = place.engines if address else place.engines // distributed.world_size()
+    distributed.barrier()
+    placement = RayPlacement(address, num_engines, 3 * weight_bytes)
+    distributed.barrier()
+    return placement
 
 
 def check_placement(place: SamplerPlace, device_type: str) -> None:
     """Raises UserError for what is known without starting or joining anything."""
     if device_type != "cpu":
         raise UserError("sampler.kind fleet: on CPU cores only: leave out sampler on GPUs")
-    if not distributed.alone():
-        raise UserError("sampler.kind fleet: for a trainer of one process: start it without NPROC")
+    num_ranks = distributed.world_size()
+    for what in ("engines", "reward_workers"):
+        if (count := getattr(place, what)) % num_ranks:
+            raise UserError(
+                f"sampler.{what} {count}: the trainer's {num_ranks} processes have as many "
+                f"each: take {num_ranks}, or a multiple of it"
+            )
     if place.ray is not None:
         try:
             import ray  # noqa: F401
@@ -303,10 +316,11 @@ def check_placement(place: SamplerPlace, device_type: str) -> None:
             ) from error
         if find_ray_address(place.ray):
             return  # its cores are not this machine's
-    if place.engines > (cores := available_cores()):
+    here = place.engines // num_ranks * distributed.local_world_size()
+    if here > (cores := available_cores()):
         raise UserError(
             f"sampler.engines {place.engines}: each takes a core, and there are {cores}: take "
-            f"{cores} or fewer"
+            f"{cores * num_ranks // distributed.local_world_size()} or fewer"
         )
 
 
@@ -319,6 +333,8 @@ def describe_placement(place: SamplerPlace, device_type: str) -> str:
     """For the doctor; joins a cluster, but starts none. Raises UserError for what does not fit."""
     check_placement(place, device_type)
     what = f"{place.engines} engine{'s' * (place.engines > 1)}"
+    if not distributed.alone():
+        what += f", {place.engines // distributed.world_size()} for each process of the trainer,"
     if place.ray is None:
         return f"{what} on {available_cores()} cores of this machine"
     import ray

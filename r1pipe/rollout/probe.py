@@ -67,25 +67,25 @@ def probe(
     except UserError:  # a context too short for these prompts
         own = []
     by_rank = distributed.gather_to_first(own)
-    rollouts = [rollout for part in by_rank for rollout in part]
-    settings = (sampler.dtype, sampler.device, sampler.num_engines, adapt)
-    return distributed.on_first_rank(lambda: measure_difference(checkpoint, rollouts, *settings))
+    count = sampler.num_engines
+    by_engine = [part[place::count] for part in by_rank for place in range(count) if part]
+    settings = (sampler.dtype, sampler.device, adapt)
+    return distributed.on_first_rank(lambda: measure_difference(checkpoint, by_engine, *settings))
 
 
 @torch.no_grad()
 def measure_difference(
     checkpoint: str,
-    rollouts: list[Rollout],
+    by_engine: list[list[Rollout]],
     dtype: str,
     device: torch.device,
-    num_engines: int = 1,
     adapt: Callable[[PreTrainedModel], None] | None = None,
 ) -> float | None:
     """Mean |sampler - transformers| log-probability of the engine that is furthest off."""
     size = sum(file.stat().st_size for file in list_weights(Path(checkpoint)))
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.5 * size:
         device = torch.device("cpu")
-    if not rollouts or (device.type == "cpu" and available_memory() < 2 * size):
+    if not by_engine or (device.type == "cpu" and available_memory() < 2 * size):
         return None
     try:
         model = load_model(checkpoint, device, dtype=getattr(torch, dtype)).eval()
@@ -94,12 +94,13 @@ def measure_difference(
     if adapt:
         adapt(model)
         model.to(getattr(torch, dtype))
-    diffs = []
+
+    def compare(rollout: Rollout) -> torch.Tensor:
+        ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids], device=device)
+        logits_NV = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        logprobs_N = logits_NV.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+        sampled_C = torch.tensor(rollout.logprobs, device=device)
+        return (logprobs_N[-len(sampled_C) :] - sampled_C).abs()
+
     with fast_training_kernels(device, dtype):
-        for rollout in rollouts:
-            ids = torch.tensor([rollout.prompt_ids + rollout.completion_ids], device=device)
-            logits_NV = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            logprobs_N = logits_NV.log_softmax(-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
-            sampled = torch.tensor(rollout.logprobs, device=device)
-            diffs.append((logprobs_N[-len(sampled) :] - sampled).abs())
-    return max(float(torch.cat(diffs[i::num_engines]).mean()) for i in range(num_engines))
+        return max(float(torch.cat([*map(compare, own)]).mean()) for own in by_engine)

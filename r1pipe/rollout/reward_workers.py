@@ -11,6 +11,7 @@ from r1pipe.config.recipe import SamplerPlace
 from r1pipe.config.rl import OnPolicy
 from r1pipe.rollout.scoring import Scorer
 from r1pipe.types import Problem, Rollout, Score
+from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError, first_line
 from r1pipe.utils.phases import phase
 
@@ -22,6 +23,7 @@ class RewardWorker(Scorer):
     """In an actor's process. `path`: where the trainer finds modules; Ray does not pass that on."""
 
     def __init__(self, path: list[str], rewards: list[Reward]):
+        distributed.leave()
         sys.path.extend(place for place in path if place not in sys.path)
         super().__init__(rewards)
 
@@ -82,5 +84,5 @@ def open_scorer(stage: OnPolicy, place: SamplerPlace) -> Scorer:
     """As the recipe's sampler says, which has no workers beside an environment. Raises UserError as
     Scorer does."""
     if place.reward_workers and stage.rewards:
-        return RayScorer(stage.rewards, place.reward_workers)
+        return RayScorer(stage.rewards, place.reward_workers // distributed.world_size())
     return Scorer(stage.rewards, stage.environment.weight if stage.environment else None)

@@ -39,7 +39,7 @@ class DraftCounts:
         """Share of all ranks' drafts that stood; None if nothing was drafted. Every rank must call
         it."""
         proposed, accepted = map(
-            sum, zip(*distributed.gather((self.proposed, self.accepted), "sampling"), strict=True)
+            sum, zip(*distributed.gather((self.proposed, self.accepted)), strict=True)
         )
         return accepted / proposed if proposed else None
 

@@ -9,6 +9,7 @@ knows goes through `gather` or `on_first_rank`.
 
 import os
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,10 +28,19 @@ Number = TypeVar("Number", int, float)
 LAUNCHER = "R1PIPE_LAUNCHER"
 """Set in the environment of processes that r1pipe.launch starts."""
 
-LANES = ("main", "sampling")
-"""Process groups by thread: sampling may run beside the training, and collectives of two threads in
-one group could be ordered differently on every rank."""
-_lanes: dict[str, Any] = {}
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TORCHELASTIC_USE_AGENT_STORE")
+"""What it sets in a rank's environment that torch, vLLM or this module read."""
+
+_lanes: list[Any] = []
+"""Process groups: the main thread's, and one for each batch that may be sampled beside the
+training. Collectives of two threads in one group could be ordered differently on every rank."""
+
+
+class _Here(threading.local):
+    lane = 0
+
+
+_here = _Here()
 
 PATIENCE_S = 60.0
 """Seconds beyond the recipe's `phase_timeout_s` that a collective waits for a slow rank: the hang
@@ -53,8 +63,19 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_world_size() -> int:
+    """How many of them are on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+
+
 def alone() -> bool:
     return world_size() == 1
+
+
+def leave() -> None:
+    """Be no rank: for what a rank has started, which inherits its environment."""
+    for name in TORCHRUN:
+        os.environ.pop(name, None)
 
 
 def has_launcher() -> bool:
@@ -68,9 +89,9 @@ def is_first() -> bool:
 
 
 @contextmanager
-def joined(device: str, phase_timeout_s: float | None = None) -> Iterator[None]:
+def joined(device: str, phase_timeout_s: float | None = None, num_lanes: int = 1) -> Iterator[None]:
     """Process groups of all ranks: gloo, and NCCL for GPUs. `device` ("auto", "cpu", "cuda") and
-    `phase_timeout_s` (None: a year) are the recipe's.
+    `phase_timeout_s` (None: a year) are the recipe's. `num_lanes`: for threads, see `lane`.
 
     Raises LostRank for a collective that fails because another rank is gone.
     """
@@ -91,7 +112,7 @@ def joined(device: str, phase_timeout_s: float | None = None) -> Iterator[None]:
     # Objects and numbers use gloo: they must not wait for a GPU's queue.
     timeout = timedelta(seconds=phase_timeout_s + PATIENCE_S if phase_timeout_s else 365 * 86400)
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timeout)
-    _lanes.update({lane: dist.new_group(backend="gloo", timeout=timeout) for lane in LANES})
+    _lanes[:] = [dist.new_group(backend="gloo", timeout=timeout) for _ in range(num_lanes)]
     try:
         yield
     except RuntimeError as error:
@@ -109,15 +130,25 @@ def is_lost_connection(error: BaseException) -> bool:
     return any(sign in str(error) for sign in signs)
 
 
-def gather(value: T, lane: str = "main") -> list[T]:
-    """Every rank's value, in rank order. Collective. Concurrent threads need lanes of their own."""
+@contextmanager
+def lane(number: int) -> Iterator[None]:
+    """Within it this thread's collectives meet apart from others': the main thread's lane is 0."""
+    _here.lane = number
+    try:
+        yield
+    finally:
+        _here.lane = 0
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in rank order. Collective. Concurrent threads need a `lane` each."""
     if alone():
         return [value]
     import torch.distributed as dist
 
     values: list = [None] * world_size()
     with phase("waiting for other ranks"):
-        dist.all_gather_object(values, value, group=_lanes[lane])
+        dist.all_gather_object(values, value, group=_lanes[_here.lane])
     return values
 
 
@@ -128,7 +159,7 @@ def gather_to_first(value: T) -> list[T]:
     import torch.distributed as dist
 
     values: list | None = [None] * world_size() if is_first() else None
-    dist.gather_object(value, values, group=_lanes["main"])
+    dist.gather_object(value, values, group=_lanes[_here.lane])
     return values or []
 
 
@@ -153,7 +184,7 @@ def exchange(parcels: list[T]) -> list[T]:
     sizes_here = [others[rank()] for others in gather(sizes)]
     sent = torch.frombuffer(bytearray(b"".join(data)), dtype=torch.uint8)
     received = torch.empty(sum(sizes_here), dtype=torch.uint8)
-    dist.all_to_all_single(received, sent, sizes_here, sizes, group=_lanes["main"])
+    dist.all_to_all_single(received, sent, sizes_here, sizes, group=_lanes[_here.lane])
     return [pickle.loads(part.numpy().tobytes()) for part in received.split(sizes_here)]
 
 

@@ -147,9 +147,9 @@ def format_size(num_bytes: float) -> str:
     return f"{size:.1f} {unit}" if unit != "B" else f"{size:.0f} B"
 
 
-def log_line(text: str) -> None:
-    """Print a line on stderr (stdout is for results), on rank 0 only."""
-    if not is_first():
+def log_line(text: str, *, from_any_rank: bool = False) -> None:
+    """Print a line on stderr (stdout is for results), on rank 0 only unless it is a rank's own."""
+    if not (is_first() or from_any_rank):
         return
     console.print(text, markup=False, soft_wrap=True)
     sys.stderr.flush()

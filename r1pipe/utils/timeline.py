@@ -45,7 +45,7 @@ def describe_step(began: float, ended: float) -> dict[str, Any]:
         going_on.setdefault(lane, []).append((what, since, ended))
     metrics: dict[str, Any] = {}
     timeline: list[tuple[str, str, float, float]] = []
-    for lane in sorted({*_lanes.copy(), *going_on}, key=lambda lane: (lane[:6], len(lane), lane)):
+    for lane in sorted({*_lanes.copy(), *going_on}, key=order):
         spans = _lanes.setdefault(lane, deque(maxlen=MAX_SPANS))
         recorded = [spans.popleft() for _ in range(len(spans))]
         spans.extend(span for span in recorded if span[2] > ended)
@@ -58,6 +58,23 @@ def describe_step(began: float, ended: float) -> dict[str, Any]:
         metrics[f"idle/{lane}"] = 1 - busy_s / (ended - began)
         timeline += [(lane, w, round(a - began, 3), round(b - began, 3)) for w, a, b in joined]
     return {**metrics, "timeline": timeline}
+
+
+def join_ranks(by_rank: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first rank's step, with the lanes that only others have: their engines in a fleet."""
+    idle: dict[str, float] = {}
+    rows: list[tuple[str, str, float, float]] = []
+    for metrics in by_rank:
+        new = {lane: s for lane, s in find_idle(metrics).items() if lane not in idle}
+        idle |= new
+        rows += [row for row in metrics["timeline"] if row[0] in new]
+    shares = {f"idle/{lane}": idle[lane] for lane in sorted(idle, key=order)}
+    return {**shares, "timeline": sorted(rows, key=lambda row: order(row[0]))}
+
+
+def order(lane: str) -> tuple[str, int, str]:
+    """Engines by number, judges, trainer."""
+    return lane[:6], len(lane), lane
 
 
 def find_idle(metrics: dict[str, Any]) -> dict[str, float]:

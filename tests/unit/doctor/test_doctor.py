@@ -298,7 +298,10 @@ def test_a_fleet_that_fits_and_others(project: Path, monkeypatch: pytest.MonkeyP
         "FAIL: sampler.kind fleet: on CPU cores only"
     )
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert look().startswith("FAIL: sampler.kind fleet: for a trainer of one process")
+    assert look("sampler.engines=2") == (
+        "ok: 2 engines, 1 for each process of the trainer, on 2 cores of this machine"
+    )
+    assert look().startswith("FAIL: sampler.engines 1: the trainer's 2 processes have as many each")
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.setitem(sys.modules, "ray", None)  # as if it were not installed
     assert 'Ray is not installed: pip install "r1pipe[ray]"' in look("sampler.ray=auto")

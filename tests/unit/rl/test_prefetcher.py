@@ -1,6 +1,10 @@
 """Which prompts a step gets, and by which policies they are sampled."""
 
+import json
+import os
+import socket
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +21,7 @@ from r1pipe.rl.prefetch import Prefetcher
 from r1pipe.rl.replay import ReplayBatches
 from r1pipe.rollout.store import RolloutFiles
 from r1pipe.types import Problem, Rollout, Score
+from r1pipe.utils import distributed
 
 PROBLEMS = [
     Problem(id=f"p{i}", kind="math", prompt=[{"role": "user", "content": "?"}], answer=str(i))
@@ -244,6 +249,44 @@ def test_what_was_not_finished_is_sampled_again() -> None:
     assert again.begun == {3: 2, 4: 2, 5: 2, 6: 3}, "by the policy that has resumed"
     names = [rollout.problem_id for batch in trained for rollout in batch.rollouts]
     assert names == [f"p{number}" for number in range(6)]
+
+
+def sample_on_one_rank(rank: int, port: int, folder: Path) -> None:
+    """One of two, which reach the ends of their batches in different orders. Saved when one rank
+    has finished the third."""
+    ranks = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in ranks.items()}
+    met, saved = {}, threading.Event()
+
+    def sample(step: int, policy_step: int, prompts: list[Problem]) -> Batch:
+        time.sleep((step + rank) % 2 / 2)
+        met[step] = distributed.gather((step, rank))
+        if (step, rank) == (4, 1):
+            assert saved.wait(60)
+        return Batch(step, policy_step, [], [], 1, {})
+
+    with (
+        distributed.joined("cpu", 60, num_lanes=4),
+        prefetch(sample, 6, 3, in_flight=True) as batches,
+    ):
+        batches.take(1)
+        for ahead in list(batches._ahead)[: 3 - rank]:
+            ahead.batch.result(60)
+        state = batches.state_dict()
+        saved.set()
+    found = met, len(state["ahead"]), state["collector"]
+    (folder / f"{rank}.json").write_text(json.dumps(found))
+
+
+def test_batches_of_several_ranks_do_not_mix(tmp_path: Path) -> None:
+    """And all ranks keep the same ones."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    torch.multiprocessing.spawn(sample_on_one_rank, (port, tmp_path), nprocs=2)
+    expected = [{str(step): [[step, 0], [step, 1]] for step in range(1, 5)}, 2, {"drawn": 3}]
+    for rank in range(2):
+        assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
 
 
 def test_staleness_is_by_token() -> None:

@@ -56,6 +56,17 @@ def test_work_across_steps_belongs_to_each() -> None:
     assert timeline.describe_step(now + 2, now + 3)["idle/engine_1"] == 1
 
 
+def test_other_ranks_engines_are_the_first_ranks_too() -> None:
+    """Where it has none of that number."""
+    first = {"idle/engine_0": 0.5, "idle/trainer": 0.1, "timeline": [("engine_0", "sync", 0, 1)]}
+    rows = [("engine_0", "sampling", 2, 3), ("engine_1", "sampling", 2, 4)]
+    other = {"idle/engine_0": 0.6, "idle/engine_1": 0.7, "timeline": rows}
+    joined = timeline.join_ranks([first, other])
+    lanes = {"idle/engine_0": 0.5, "idle/engine_1": 0.7, "idle/trainer": 0.1}
+    assert joined == {**lanes, "timeline": [first["timeline"][0], rows[1]]}
+    assert list(joined) == [*lanes, "timeline"]
+
+
 def test_no_lane_grows_without_a_limit() -> None:
     for number in range(3 * timeline.MAX_SPANS):
         timeline.record("judges", "scoring", number, number + 0.5)
