@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from r1pipe.config.base import Sampling
 from r1pipe.config.recipe import Engine, Speculative
+from r1pipe.models.mtp import has_mtp_layer
 from r1pipe.models.quirks import find_quirks, has_mla
 from r1pipe.models.routing import find_moe_layers
 from r1pipe.models.sparse_attention import has_indexer
@@ -263,9 +264,10 @@ def keep_own_config() -> None:
 
 def choose_speculation(settings: Engine, config: Any) -> Speculative | None:
     """None too for a model without the module that it would draft with, such as a student in the
-    recipe of a policy that has one."""
+    recipe of a policy that has one. Other architectures' configs count modules that no sync would
+    send, and a deepseek_v32's a dense engine refuses."""
     wanted = settings.speculative
-    has_module = getattr(config.get_text_config(), "num_nextn_predict_layers", 0)
+    has_module = has_mtp_layer(config.get_text_config())
     return None if wanted and wanted.method == "mtp" and not has_module else wanted
 
 

@@ -165,6 +165,15 @@ def test_files_named_exist(document: Path) -> None:
 
 
 @each_document
+def test_slow_files_are_asked_for(document: Path) -> None:
+    """Without -m slow pytest runs nothing of them."""
+    found = re.findall(r"(-m slow\s+)?((?:tests/[\w/]+\.py\s*)+)", document.read_text())
+    for is_asked, names in found:
+        texts = [PYTHON[ROOT / name] for name in names.split()]
+        assert is_asked or not all("\npytestmark = pytest.mark.slow" in t for t in texts), names
+
+
+@each_document
 def test_functions_and_tests_named_exist(document: Path) -> None:
     text = document.read_text()
     for name in re.findall(r"`(test_\w+)`(?!:)", text):

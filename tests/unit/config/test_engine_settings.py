@@ -106,14 +106,24 @@ def test_drafters(
             check_engine("m", make_config(model), settings, device, 1)
 
 
-@pytest.mark.parametrize("module", [0, 1])
-def test_only_a_model_with_the_module_drafts_by_it(module: int) -> None:
-    config = make_config({**R1, "num_mtp_layers": module})
+# (model, whether it drafts by its module)
+DRAFTS = [
+    ({**R1, "num_mtp_layers": 0}, False),
+    ({**R1, "num_mtp_layers": 1}, True),
+    ({**V32, "num_nextn_predict_layers": 1}, False),
+    ({"model_type": "glm4_moe", "num_mtp_layers": 1, "head_dim": 64}, False),
+]
+
+
+@pytest.mark.parametrize(("model", "drafts"), DRAFTS)
+def test_only_a_model_with_the_module_drafts_by_it(model: dict, drafts: bool) -> None:
+    """Not one whose config alone counts it: the trainer has deepseek_v3's."""
+    config = make_config(model)
     speculative = {"method": "mtp", "num_speculative_tokens": 2}
     settings = Engine(max_model_len=128, speculative=speculative)
-    check_engine("m", config, settings, "cuda", 1)
+    check_engine("m", config, settings, "cpu", 1)
     arguments = engine_arguments(config, settings, "float32", CPU)
-    assert arguments.get("speculative_config") == (speculative if module else None)
+    assert arguments.get("speculative_config") == (speculative if drafts else None)
 
 
 # (recipe, stage): what `make demo`, and the other laptop recipes with DeepSeek-V3, start from.
