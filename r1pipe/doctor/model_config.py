@@ -10,6 +10,8 @@ from r1pipe.config.base import Stage
 from r1pipe.config.recipe import Recipe
 from r1pipe.models.hub_cache import reaches_hub
 from r1pipe.models.quirks import find_quirks
+from r1pipe.models.yarn import check_yarn_keys
+from r1pipe.utils.errors import first_line
 
 
 def find_stage_config(stage: Stage, recipe: Recipe) -> PretrainedConfig:
@@ -43,10 +45,12 @@ def find_config(source: str, recipe: Recipe) -> PretrainedConfig:
 
 
 def make_config(settings: dict[str, Any]) -> PretrainedConfig:
-    """Raises ValueError for settings that transformers does not accept."""
+    """Raises ValueError for settings that transformers does not accept, UserError as
+    `check_yarn_keys` does."""
+    check_yarn_keys(settings)
     settings = deepcopy(settings)
     model_type = settings.pop("model_type", "")
     try:
         return AutoConfig.for_model(model_type, **find_quirks(model_type).config | settings)
     except Exception as error:  # each checks its values in its own way
-        raise ValueError(str(error)) from error
+        raise ValueError(first_line(error)) from error

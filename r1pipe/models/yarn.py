@@ -12,20 +12,25 @@ from r1pipe.utils.errors import UserError
 
 REQUIRED = {"factor", "original_max_position_embeddings"}
 OPTIONAL = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate"}
-OPTIONAL |= {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+NUMBERS = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+OPTIONAL |= NUMBERS
+NUMBERS |= REQUIRED
 
 
 def check_yarn_keys(settings: dict[str, Any]) -> None:
     """Raises UserError for a new model's settings that transformers would read as another YaRN, or
     leave out, with a warning in its log."""
     scaling = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    if scaling.get("rope_type", scaling.get("type")) != "yarn":
+    if not isinstance(scaling, dict) or scaling.get("rope_type", scaling.get("type")) != "yarn":
         return
     if missing := sorted(REQUIRED - scaling.keys()):
         raise UserError(f"model: yarn needs {' and '.join(missing)}")
     if unknown := sorted(scaling.keys() - REQUIRED - OPTIONAL):
         known = ", ".join(sorted(REQUIRED | OPTIONAL))
         raise UserError(f'model: yarn has no "{unknown[0]}"; it has {known}')
+    for key in sorted(scaling.keys() & NUMBERS):
+        if not isinstance(scaling[key], int | float | None):
+            raise UserError(f'model: {key} of yarn is "{scaling[key]}": give a number')
 
 
 def find_yarn(config: Any) -> dict[str, Any] | None:

@@ -275,7 +275,10 @@ def check_drafter(drafter: str, name: str, config: Any, settings: Engine, device
     """Raises UserError for a draft model with which vLLM cannot draft for a model of this
     config."""
     what = f"engine.speculative.model: {drafter}"
-    text = read_config(drafter).get_text_config()
+    try:
+        text = read_config(drafter).get_text_config()
+    except UserError as error:
+        raise UserError(f"engine.speculative.model: {error}") from error
     if text.vocab_size != config.vocab_size:
         raise UserError(
             f"{what} has {text.vocab_size} tokens, {name} {config.vocab_size}: take a drafter with "

@@ -106,6 +106,13 @@ def test_drafters(
             check_engine("m", make_config(model), settings, device, 1)
 
 
+def test_a_drafter_that_is_not_here(tmp_path: Path) -> None:
+    speculative = {"method": "draft_model", "num_speculative_tokens": 2}
+    settings = Engine(speculative={**speculative, "model": str(tmp_path / "grpo")})
+    with pytest.raises(UserError, match=r"^engine.speculative.model: /.*/grpo: no model config"):
+        check_engine("m", make_config(LLAMA), settings, "cpu", 1)
+
+
 # (model, whether it drafts by its module)
 DRAFTS = [
     ({**R1, "num_mtp_layers": 0}, False),

@@ -7,6 +7,7 @@ import pytest
 from tiny_models import TINY
 from transformers import PreTrainedTokenizerBase
 
+from r1pipe.doctor.model_config import make_config
 from r1pipe.models.model import build_model
 from r1pipe.models.yarn import describe_yarn, find_yarn
 from r1pipe.utils.errors import UserError
@@ -35,13 +36,18 @@ def test_none() -> None:
     [
         ({"original_max_position_embeddings": None}, "yarn needs original_max_position_embeddings"),
         ({"factor": None, "type": "yarn", "rope_type": None}, "yarn needs factor"),
+        ({"factor": "4x"}, 'model: factor of yarn is "4x": give a number'),
         ({"beta_fats": 8}, 'yarn has no "beta_fats"; it has attention_factor, beta_fast,'),
     ],
 )
 def test_what_transformers_would_guess(
     tokenizer: PreTrainedTokenizerBase, changes: dict, words: str
 ) -> None:
-    """It takes the whole context for the original one, and leaves unknown keys out."""
+    """It takes the whole context for the original one, leaves unknown keys out, and computes with
+    what is no number. The doctor knows it as well."""
     scaling = {k: v for k, v in {**YARN, **changes}.items() if v is not None}
+    settings = {**TINY, "rope_parameters": scaling}
     with pytest.raises(UserError, match=re.escape(words)):
-        build_model({**TINY, "rope_parameters": scaling}, tokenizer, 0)
+        build_model(settings, tokenizer, 0)
+    with pytest.raises(UserError, match=re.escape(words)):
+        make_config(settings)
