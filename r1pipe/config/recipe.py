@@ -96,8 +96,9 @@ class SamplerPlace(Strict):
     for all stages that sample. Samples are the same: each token is drawn from its request's seed
     and its position."""
     engines: PositiveInt = 1
-    """On CPU each computes with one core: to one engine a second core gives a tenth. Several
-    processes of a trainer share them out evenly, as they do `reward_workers`."""
+    """On CPU each computes with one core: to one engine a second core gives a tenth. On GPUs each
+    has one, beside those of the trainer's processes, which are the machine's first. Several
+    processes of a trainer share the engines out evenly, as they do `reward_workers`."""
     ray: str | None = None
     """Ray places the engines: auto joins the cluster at RAY_ADDRESS, or else starts one on this
     machine for the run; or a cluster's address. All machines then need r1pipe and the run's folder

@@ -83,7 +83,8 @@ class Estimate:
     shape: Shape
     devices: Devices
     halves: dict[str, dict[str, float]]
-    """Where the engine sleeps: "training" and "sampling", of which a device needs the larger."""
+    """Where the engine sleeps, or has GPUs of its own: "training" and "sampling", of which a device
+    needs the larger."""
     problems: list[str]
     traffic: str = ""
     """What each device sends, in words."""
@@ -157,6 +158,8 @@ def estimate_shape(stage: Stage, recipe: Recipe, shape: Shape, devices: Devices)
         resident = resident_parts(stage, shape, parts, sharers, element)
         parts["vLLM asleep"] = ENGINE_WORKSPACE
         halves = {"training": parts, "sampling": resident | engines}
+    elif devices.is_gpu and recipe.sampler.kind == "fleet" and engines:
+        halves = {"training": parts, "sampling": engines}
     traffic = describe_traffic(shape, devices, longest, element, stage.optimization)
     return Estimate(stage.name, shape, devices, halves, problems, traffic)
 
@@ -247,9 +250,9 @@ def engine_parts(
             f"{format_size(one_sequence)} for one sequence of {context} tokens: raise "
             "engine.tensor_parallel_size or gpu_memory_utilization"
         )
-    count = max(1, recipe.sampler.engines // devices.count)
+    count = 1 if devices.is_gpu else max(1, recipe.sampler.engines // devices.count)
     parts = {"vLLM": count * weights, "KV cache": count * max(0.0, room)}
-    if recipe.sampler.kind == "fleet":
+    if recipe.sampler.kind == "fleet" and not devices.is_gpu:
         parts["engines' processes"] = count * CPU_PROCESS
     return parts, problems
 

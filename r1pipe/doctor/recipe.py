@@ -11,6 +11,7 @@ A check is ok, warn, FAIL, or skipped where it cannot be made yet: never ok with
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
+import torch
 from huggingface_hub import constants
 
 from r1pipe.config.base import Stage
@@ -112,6 +113,9 @@ def examine_tracking(recipe: Recipe) -> Diagnosis:
 
 
 def examine_fleet(recipe: Recipe, devices: Devices) -> Diagnosis:
+    if devices.is_gpu and not torch.cuda.is_available():
+        what = "its engines take GPUs beside the trainer's: looked for where there are some"
+        return Diagnosis("sampler", "skipped", what)
     try:
         found = describe_placement(recipe.sampler, "cuda" if devices.is_gpu else "cpu")
     except UserError as error:

@@ -60,7 +60,12 @@ from r1pipe.rollout.vllm_args import (
     sampling_parameters,
     set_environment,
 )
-from r1pipe.rollout.weight_sync import read_weights, send_adapter, send_weights
+from r1pipe.rollout.weight_sync import (
+    read_weights,
+    receive_weights,
+    send_adapter,
+    send_weights,
+)
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils import distributed
 from r1pipe.utils.errors import UserError
@@ -74,7 +79,8 @@ class Sampler:
     """One vLLM engine with the weights of one checkpoint at a time.
 
     `with_routes`: for `generate` with a mixture's routes. With `settings.sleep` it can sleep, with
-    a `lora_rank` it takes adapters, no other weights. Raises UserError if vLLM cannot run it.
+    a `lora_rank` it takes adapters, no other weights. `transfer`: vLLM's backend for
+    `receive_weights`. Raises UserError if vLLM cannot run it.
     """
 
     num_engines = 1
@@ -91,6 +97,7 @@ class Sampler:
         with_routes: bool = False,
         chat_template: str | None = None,
         lora_rank: int = 0,
+        transfer: str | None = None,
     ):
         self.settings, self.device, self.lora_rank = settings, device, lora_rank
         self.can_sleep, self.asleep = bool(settings.sleep), False
@@ -117,6 +124,8 @@ class Sampler:
         if device.type == "cpu":
             arguments |= use_norm_kernels()
             replace_kernels_once()
+        if transfer:
+            arguments["weight_transfer_config"] = {"backend": transfer}
         speculative = choose_speculation(settings, config)
         if speculative and speculative.model:
             check_files(speculative.model)
@@ -423,6 +432,11 @@ class Sampler:
         if self.asleep:
             self.llm.wake_up(["kv_cache"])
             self.asleep = False
+
+    @phase("sync")
+    def receive_weights(self, group: dict[str, Any] | None, update: dict[str, Any]) -> None:
+        """See weight_sync."""
+        receive_weights(self.llm, group, update, self.device)
 
     @phase("sync")
     def load_adapter(self, folder: str) -> None:

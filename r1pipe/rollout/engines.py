@@ -115,8 +115,8 @@ class Engines:
 
     def make_room(self) -> None:
         """Called before a model is trained that is not the sampler's: on a GPU the engine sleeps,
-        or is closed if it cannot."""
-        if self._sampler is not None and self.device.type == "cuda":
+        or is closed if it cannot. A fleet has GPUs of its own."""
+        if self._sampler is not None and self.device.type == "cuda" and self.place.kind != "fleet":
             if self._sampler.can_sleep:
                 self._sampler.sleep_level = self._sampler.settings.sleep
                 self._sampler.sleep()

@@ -19,7 +19,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -41,7 +41,9 @@ from r1pipe.rollout.vllm_args import (
     describe_kind,
     read_config,
     require_moe_layers,
+    set_environment,
 )
+from r1pipe.rollout.weight_transfer import Broadcast, choose_backend
 from r1pipe.types import Problem, Rollout
 from r1pipe.utils import distributed, timeline
 from r1pipe.utils.errors import UserError, first_line
@@ -67,16 +69,21 @@ class Place(NamedTuple):
 
 
 def pack_weights(weights: Iterable[tuple[str, Tensor]]) -> tuple[list[Place], Tensor]:
-    """All in one buffer of bytes, uint8 `[N]`."""
+    """All in one buffer of bytes, uint8 `[N]`, in the CPU's memory."""
     places, tensors, end = [], [], 0
     for name, tensor in weights:
         places.append(Place(name, tensor.dtype, tensor.shape, end))
         tensors.append(tensor.detach())
         end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    buffer_N = torch.empty(end, dtype=torch.uint8)
+    buffer_N = make_buffer(places)
     for (_, tensor_N), tensor in zip(unpack_weights(places, buffer_N), tensors, strict=True):
         tensor_N.copy_(tensor)
     return places, buffer_N
+
+
+def make_buffer(places: list[Place]) -> Tensor:
+    _, dtype, shape, start = places[-1]
+    return torch.empty(start + shape.numel() * dtype.itemsize, dtype=torch.uint8)
 
 
 def unpack_weights(places: list[Place], buffer_N: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -84,6 +91,18 @@ def unpack_weights(places: list[Place], buffer_N: Tensor) -> Iterator[tuple[str,
     for name, dtype, shape, start in places:
         num_bytes = shape.numel() * dtype.itemsize
         yield name, buffer_N[start : start + num_bytes].view(dtype).view(shape)
+
+
+def copy_weights(
+    weights: Iterable[tuple[str, Tensor]], places: list[Place], buffer_N: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights themselves; each is copied to its place when the next one is asked for."""
+    copies = unpack_weights(places, buffer_N)
+    for (name, tensor), (known, copy) in zip(weights, copies, strict=True):
+        if (name, tensor.dtype, tensor.shape) != (known, copy.dtype, copy.shape):
+            raise RuntimeError(f"{name} has come where {known} was in the last sync")
+        copy.copy_(tensor.detach())
+        yield name, tensor
 
 
 class Part(NamedTuple):
@@ -130,7 +149,8 @@ class EngineHost:
     weights are loaded, between two steps of the engine. `send`: for answers.
     """
 
-    def __init__(self, send: Callable[[Answer], None]):
+    def __init__(self, number: int, send: Callable[[Answer], None]):
+        self.number = number
         self.inbox: SimpleQueue[tuple[Any, ...]] = SimpleQueue()
         """Number, method and arguments of each call."""
         self.send, self.version = send, 0
@@ -179,14 +199,33 @@ class EngineHost:
         self.sampler, self.version = Sampler(*arguments), version
 
     def load_weights(self, version: int, places: list[Place], buffer: Any) -> None:
-        for place, num_tokens in self.sampler.count_sampled().items():
-            self._earlier.setdefault(place, []).append((num_tokens, self.version))
+        self._note_sampled()
         with warnings.catch_warnings():
             # Ray's array is read-only: vLLM copies out of it.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
             buffer_N = torch.as_tensor(buffer)
         self.sampler.load_weights(unpack_weights(places, buffer_N))
         self.version = version
+
+    def receive_weights(
+        self, version: int, group: dict[str, Any] | None, places: list[Place]
+    ) -> None:
+        """From the trainer's broadcast; see weight_sync."""
+        self._note_sampled()
+        if group:
+            place = self.number % (group["world_size"] - 1)  # in its process of the trainer
+            group = group | {"rank_offset": 1 + place}
+        update = {
+            "names": [place.name for place in places],
+            "dtype_names": [str(place.dtype).removeprefix("torch.") for place in places],
+            "shapes": [list(place.shape) for place in places],
+        }
+        self.sampler.receive_weights(group, update)
+        self.version = version
+
+    def _note_sampled(self) -> None:
+        for place, num_tokens in self.sampler.count_sampled().items():
+            self._earlier.setdefault(place, []).append((num_tokens, self.version))
 
     def load_checkpoint(self, version: int, checkpoint: str) -> None:
         self.sampler.load_checkpoint(checkpoint)
@@ -251,7 +290,8 @@ class EngineHost:
         while self._held is None and not self.inbox.empty():
             call = self.inbox.get()
             _, method, *arguments = call
-            if method == "load_weights" or (method == "sample" and not arguments[-1]):
+            loads = method in ("load_weights", "receive_weights")
+            if loads or (method == "sample" and not arguments[-1]):
                 self._do(*call)
             else:
                 self._held = call
@@ -319,6 +359,11 @@ class Member:
         """Then the other calls wait."""
         return bool(self.calls) and next(iter(self.calls.values())).method == "open"
 
+    @property
+    def is_receiving(self) -> bool:
+        """Then it waits for all others of the fleet."""
+        return any(call.method == "receive_weights" for call in self.calls.values())
+
     def add(self, number: int, call: Call) -> None:
         waits = self.is_opening
         if not self.calls:
@@ -369,7 +414,7 @@ class Fleet(Sampler):
         self.num_engines = place.engines // distributed.world_size()
         self.lora_rank = self.sleep_level = 0
         self.can_sleep = self.asleep = False
-        self.can_return_routes, self.capture = True, None
+        self.can_return_routes, self.capture = with_routes or device.type == "cpu", None
         self.moe_layers: list[int] = []
         self.drafts, self.trial = DraftCounts(), None
         self.with_routes, self.num_replaced = with_routes, 0
@@ -381,8 +426,9 @@ class Fleet(Sampler):
         if with_routes:
             self.moe_layers = require_moe_layers(config)
         self.checkpoint, self.version = checkpoint, 0
-        self._weights: tuple[list[Place], Any] | None = None
-        """Of the last sync, if there was one since the checkpoint was loaded."""
+        self._weights: tuple[list[Place], Callable[[], Any]] | None = None
+        """Of the last sync, if there was one since the checkpoint was loaded: what its placement
+        has made of them."""
         num_bytes = sum(file.stat().st_size for file in list_weights(Path(checkpoint)))
         self._placement = open_placement(place, device.type, num_bytes)
         self._numbers = count()
@@ -391,7 +437,13 @@ class Fleet(Sampler):
         self._listening = threading.Lock()
         """Held by the thread that hears the engines, for itself and others."""
         self.members: list[Member] = []
+        self._transfer = choose_backend(device.type, settings, config)
+        self._broadcast: Broadcast | None = None
         try:
+            if self._transfer:
+                set_environment(config, device, dtype, with_routes)
+                address = self._placement.address
+                self._broadcast = Broadcast(device, self.num_engines, address)
             first = distributed.rank() * self.num_engines
             numbers = range(first, first + self.num_engines)
             self.members = [Member(n, self._placement.start(n)) for n in numbers]
@@ -405,11 +457,13 @@ class Fleet(Sampler):
         folder = Path(self.checkpoint)
         # Another process may have another working folder.
         name = str(folder.absolute()) if folder.is_dir() else self.checkpoint
-        settings = (self.settings, self.dtype, self.device, self.with_routes, self.chat_template)
-        return self.version, name, *settings
+        device = torch.device(self.device.type)  # the only one that it sees
+        settings = (self.settings, self.dtype, device, self.with_routes, self.chat_template)
+        return self.version, name, *settings, 0, self._transfer
 
     def _last_weights(self) -> tuple[Any, ...]:
-        return self.version, *self._weights
+        places, share = self._weights
+        return self.version, places, share()
 
     def prepare_routes(self) -> None:
         self.moe_layers, self.with_routes = require_moe_layers(self.config), True
@@ -418,12 +472,47 @@ class Fleet(Sampler):
     @phase("sync")
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Into every engine, which confirms the version; also while it samples."""
-        places, buffer_N = pack_weights(weights)
-        shared = self._placement.share(buffer_N)
+        if self._broadcast and self._listening.acquire(blocking=False):
+            try:
+                self._listen(0.0)  # an engine may have died since
+            finally:
+                self._listening.release()
         with self._changing:
-            self._weights = places, shared
-            job = self._begin_sync("load_weights", self._last_weights)
-        self._require_version(job)
+            job = self._begin_broadcast(weights)
+        if job is None:
+            places, buffer_N = pack_weights(weights)
+            shared = self._placement.share(buffer_N)
+            with self._changing:
+                self._weights = places, lambda: shared
+                job = self._begin_sync("load_weights", self._last_weights)
+        try:
+            self._require_version(job)
+        except BaseException:
+            if self._broadcast:
+                self._broadcast.stop()
+            raise
+        if self._broadcast:
+            self._broadcast.end()
+
+    def _begin_broadcast(self, weights: Iterable[tuple[str, Tensor]]) -> Job | None:
+        """By vLLM's weight transfer, with a copy in this process for engines that will be lost.
+        None: it has to go without, as names and shapes are not known before the first sync, and all
+        would wait for an engine that is not open yet."""
+        if not (self._broadcast and self._weights) or any(m.is_opening for m in self.members):
+            return None
+        places, _ = self._weights
+        copy_N, job = make_buffer(places), Job()
+
+        def take() -> Iterator[tuple[str, Tensor]]:
+            try:
+                yield from copy_weights(weights, places, copy_N)
+            except Exception as error:
+                job.error = error
+                raise
+
+        self._weights = places, cache(partial(self._placement.share, copy_N))
+        group = self._broadcast.begin(take())
+        return self._begin_sync("receive_weights", lambda: (self.version, group, places), job)
 
     def load_checkpoint(self, checkpoint: str) -> None:
         self.open_tokenizer(checkpoint)
@@ -432,9 +521,11 @@ class Fleet(Sampler):
             job = self._begin_sync("load_checkpoint", lambda: self._opening()[:2])
         self._require_version(job)
 
-    def _begin_sync(self, method: str, arguments: Callable[[], tuple[Any, ...]]) -> Job:
+    def _begin_sync(
+        self, method: str, arguments: Callable[[], tuple[Any, ...]], job: Job | None = None
+    ) -> Job:
         self.version += 1
-        return self._begin_all(method, arguments)
+        return self._begin_all(method, arguments, job)
 
     def _require_version(self, job: Job) -> None:
         versions = [state.version for state in self._hear(job)]
@@ -481,8 +572,10 @@ class Fleet(Sampler):
         job.open.add(number)
         member.add(number, Call(job, method, arguments))
 
-    def _begin_all(self, method: str, arguments: Callable[[], tuple[Any, ...]]) -> Job:
-        job = Job()
+    def _begin_all(
+        self, method: str, arguments: Callable[[], tuple[Any, ...]], job: Job | None = None
+    ) -> Job:
+        job = job or Job()
         with self._changing:
             for member in self.members:
                 self._begin(job, member, method, arguments)
@@ -513,14 +606,19 @@ class Fleet(Sampler):
         finally:
             job.is_wanted = False
 
-    def _listen(self) -> None:
+    def _listen(self, timeout_s: float = BEAT_S) -> None:
         """To what engines say next."""
         by_host = {member.host: member for member in self.members}
         silent = {member for member in self.members if member.calls}
-        for host, answer in self._placement.wait(by_host, BEAT_S):
+        for host, answer in self._placement.wait(by_host, timeout_s):
             silent.discard(by_host[host])
             with self._changing:
-                self._take(by_host[host], answer)
+                if by_host[host].host is host:  # not replaced beside another
+                    self._take(by_host[host], answer)
+        if self._broadcast and self._broadcast.failure:
+            with self._changing:
+                for member in [member for member in self.members if member.is_receiving][:1]:
+                    self._replace(member, self._broadcast.failure)
         for member in silent:
             silent_s = time.monotonic() - member.worked_at
             if member.calls and self.hang_s is not None and silent_s > self.hang_s:
@@ -543,6 +641,10 @@ class Fleet(Sampler):
         member.worked_at = now
         call = member.calls[answer.call]
         job = call.job
+        failed = answer.kind == "error" and not isinstance(answer.value, UserError)
+        if failed and call.method == "receive_weights":  # for another that was lost; half of them
+            self._replace(member, first_line(answer.value))
+            return
         if answer.kind == "item" and answer.value.rollouts:
             member.num_losses = 0
             job.heard |= {(index, rollout.sample) for index, rollout in answer.value.rollouts}
@@ -567,14 +669,23 @@ class Fleet(Sampler):
 
     def _replace(self, member: Member, how: str) -> None:
         """By a new process, which begins with the weights of the last sync and goes on with the
-        groups that are not finished."""
-        calls = [(number, call) for number, call in member.calls.items() if call.job.is_wanted]
+        groups that are not finished; with it those that wait for it to receive weights."""
         doing = next((call.method for call in member.calls.values()), "idle")
         lost = f"sampler: engine {member.number} was lost in {doing} ({how})"
         member.num_losses += 1
         if member.num_losses > MAX_LOSSES:
             raise UserError(f"{lost}, {member.num_losses} times in a row: is there memory for it?")
-        log_line(f"{lost}: starting another", from_any_rank=True)
+        together = [other for other in self.members if other is member or other.is_receiving]
+        others = ", ".join(str(other.number) for other in together if other is not member)
+        beside = f", and {others}, which waited for it" if others else ""
+        log_line(f"{lost}: starting another{beside}", from_any_rank=True)
+        if self._broadcast:
+            self._broadcast.stop()
+        for each in together:
+            self._restart(each)
+
+    def _restart(self, member: Member) -> None:
+        calls = [(number, call) for number, call in member.calls.items() if call.job.is_wanted]
         self.num_replaced += 1
         member.host.kill()
         member.host = self._placement.start(member.number)
@@ -584,6 +695,8 @@ class Fleet(Sampler):
             if self._weights:
                 self._begin(Job(), member, "load_weights", self._last_weights)
         for number, call in calls:
+            if call.method == "receive_weights":
+                call = Call(call.job, "load_weights", self._last_weights)
             member.add(number, call)
 
     def close(self) -> None:
@@ -592,6 +705,8 @@ class Fleet(Sampler):
             member.host.kill()
             member.forget()
         self.members = []
+        if self._broadcast:
+            self._broadcast.stop()
         self._placement.close()
 
 

@@ -29,6 +29,9 @@ from r1pipe.utils.threads import VARIABLE, available_cores
 if TYPE_CHECKING:
     import torch
 
+UNITS = {"cpu": "core", "cuda": "GPU"}
+"""What an engine takes, by torch's name for its kind of device."""
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 BEAT_S = 1.0
 """Seconds from one message of a busy engine's process, that it works, to the next."""
 CONNECT_S = 10.0
@@ -59,6 +62,9 @@ class Host(Protocol):
 class Placement(Protocol):
     """Starts the processes and hears what they answer."""
 
+    address: str
+    """Of the trainer's machine, for the engines."""
+
     def start(self, number: int) -> Host: ...
 
     def share(self, data_N: "torch.Tensor") -> Any:
@@ -77,14 +83,15 @@ class Placement(Protocol):
 class EngineProcess:
     """One `fleet.EngineHost`, which works in one thread while others ask and listen."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, device_type: str):
         distributed.leave()
-        settle_core(number)
+        if device_type == "cpu":
+            settle_core(number)
         silence_warnings()
         from r1pipe.rollout.fleet import EngineHost
 
         self.answers: SimpleQueue[Answer] = SimpleQueue()
-        self.host = EngineHost(self.answers.put)
+        self.host = EngineHost(number, self.answers.put)
         self._early: dict[int, tuple[Any, ...]] = {}
         self._num_asked = 0
 
@@ -115,12 +122,12 @@ def settle_core(number: int) -> None:
     os.sched_setaffinity(0, {cores[number % len(cores)]})
 
 
-def serve(number: int, connection: Connection) -> None:
+def serve(number: int, device_type: str, connection: Connection) -> None:
     """Runs in a process of this machine until the trainer's ends."""
     for ignored in (signal.SIGINT, signal.SIGTERM):  # of the process group: the trainer decides
         signal.signal(ignored, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
-    process = EngineProcess(number)
+    process = EngineProcess(number, device_type)
 
     def ask() -> None:
         with suppress(EOFError, ConnectionResetError):
@@ -156,15 +163,16 @@ def end_with_parent() -> None:
 class LocalProcess:
     """See Host."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, gpu: str | None):
         # Not forked: the trainer has threads, and torch.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
+        arguments = (number, "cuda" if gpu else "cpu", theirs)
         self.process = context.Process(
-            target=serve, args=(number, theirs), name=f"engine {number}", daemon=True
+            target=serve, args=arguments, name=f"engine {number}", daemon=True
         )
         # Before anything imports torch there, which a user's own main module may.
-        with mock.patch.dict(os.environ, {VARIABLE: "1"}):
+        with mock.patch.dict(os.environ, {VISIBLE: gpu} if gpu else {VARIABLE: "1"}):
             self.process.start()
         theirs.close()  # so that its end is noticed here
         self.orders = count()
@@ -189,10 +197,15 @@ class LocalProcess:
 
 
 class Processes:
-    """See Placement."""
+    """See Placement. `gpus`: one for each of this rank's engines; None: on cores."""
+
+    address = "127.0.0.1"
+
+    def __init__(self, gpus: list[str] | None):
+        self.gpus = gpus
 
     def start(self, number: int) -> LocalProcess:
-        return LocalProcess(number)
+        return LocalProcess(number, self.gpus[number % len(self.gpus)] if self.gpus else None)
 
     def share(self, data_N: "torch.Tensor") -> "torch.Tensor":
         return data_N.share_memory_()
@@ -203,7 +216,8 @@ class Processes:
         by_connection = {host.connection: host for host in hosts}
         for connection in wait_for_connections(list(by_connection), timeout_s):
             host = by_connection[connection]
-            yield host, host.receive()
+            if not connection.closed:  # killed for what another has answered
+                yield host, host.receive()
 
     def close(self) -> None:
         pass
@@ -212,12 +226,13 @@ class Processes:
 class RayActor:
     """See Host."""
 
-    def __init__(self, ray: Any, number: int):
+    def __init__(self, ray: Any, number: int, device_type: str):
         self._ray = ray
         # A thread each: for the engine, for what it is asked while it works, and for what it says.
         groups = {"ask": 1, "listen": 1}
-        remote = ray.remote(num_cpus=1, max_restarts=0, concurrency_groups=groups)(EngineProcess)
-        self.actor = remote.remote(number)
+        needs = {"num_cpus": 1, "num_gpus": 1 if device_type == "cuda" else 0}
+        remote = ray.remote(**needs, max_restarts=0, concurrency_groups=groups)(EngineProcess)
+        self.actor = remote.remote(number, device_type)
         self.working = self.actor.work.remote()
         listen = self.actor.listen.options(concurrency_group="listen", num_returns="streaming")
         self.stream = listen.remote()
@@ -242,15 +257,16 @@ class RayPlacement:
     """See Placement. A Ray that was started here is shut down with it; if this process is killed,
     Ray's own reaper does so."""
 
-    def __init__(self, address: str | None, num_engines: int, object_store: int):
+    def __init__(self, address: str | None, num_engines: int, device_type: str, object_store: int):
         import ray
 
-        self._ray = ray
+        self._ray, self._device_type = ray, device_type
         self._beat_at = time.monotonic()
-        join_ray(ray, address, num_engines, object_store)
+        join_ray(ray, address, num_engines, device_type, object_store)
+        self.address = ray.util.get_node_ip_address()
 
     def start(self, number: int) -> RayActor:
-        return RayActor(self._ray, number)
+        return RayActor(self._ray, number, self._device_type)
 
     def share(self, data_N: "torch.Tensor") -> Any:
         return self._ray.put(data_N.numpy())  # once, however many read it
@@ -285,20 +301,20 @@ def open_placement(place: SamplerPlace, device_type: str, weight_bytes: int) -> 
     UserError for what does not fit."""
     check_placement(place, device_type)
     if place.ray is None:
-        return Processes()
+        return Processes(
+            cut_gpus(place.engines // distributed.world_size()) if device_type == "cuda" else None
+        )
     address = find_ray_address(place.ray)
     # Without a cluster, which a rank of another machine could not join, each has a Ray of its own.
     num_engines = place.engines if address else place.engines // distributed.world_size()
     distributed.barrier()
-    placement = RayPlacement(address, num_engines, 3 * weight_bytes)
+    placement = RayPlacement(address, num_engines, device_type, 3 * weight_bytes)
     distributed.barrier()
     return placement
 
 
 def check_placement(place: SamplerPlace, device_type: str) -> None:
     """Raises UserError for what is known without starting or joining anything."""
-    if device_type != "cpu":
-        raise UserError("sampler.kind fleet: on CPU cores only: leave out sampler on GPUs")
     num_ranks = distributed.world_size()
     for what in ("engines", "reward_workers"):
         if (count := getattr(place, what)) % num_ranks:
@@ -315,13 +331,37 @@ def check_placement(place: SamplerPlace, device_type: str) -> None:
                 "processes of this machine need none"
             ) from error
         if find_ray_address(place.ray):
-            return  # its cores are not this machine's
-    here = place.engines // num_ranks * distributed.local_world_size()
-    if here > (cores := available_cores()):
+            return  # its devices are not this machine's
+    num_local = distributed.local_world_size()
+    room = count_room(device_type)
+    if place.engines // num_ranks * num_local > room:
+        most = room // num_local * num_ranks
         raise UserError(
-            f"sampler.engines {place.engines}: each takes a core, and there are {cores}: take "
-            f"{cores * num_ranks // distributed.local_world_size()} or fewer"
+            f"sampler.engines {place.engines}: each takes a {UNITS[device_type]}, and there are "
+            f"{room}{' beside the trainer' * (device_type == 'cuda')}: "
+            + (f"take {most} or fewer" if most else "leave out sampler")
         )
+
+
+def count_room(device_type: str) -> int:
+    """How many engines this machine has a device for."""
+    return available_cores() if device_type == "cpu" else len(list_spare_gpus())
+
+
+def list_spare_gpus() -> list[str]:
+    """This machine's GPUs beside those of the trainer's ranks, which take the first; each as
+    CUDA_VISIBLE_DEVICES has it."""
+    import torch
+
+    count, visible = torch.cuda.device_count(), os.environ.get(VISIBLE)
+    names = visible.split(",") if visible else [str(number) for number in range(count)]
+    return names[distributed.local_world_size() : count]
+
+
+def cut_gpus(num_engines: int) -> list[str]:
+    """Those of this rank's engines."""
+    first = distributed.local_rank() * num_engines
+    return list_spare_gpus()[first : first + num_engines]
 
 
 def find_ray_address(wanted: str) -> str | None:
@@ -335,23 +375,25 @@ def describe_placement(place: SamplerPlace, device_type: str) -> str:
     what = f"{place.engines} engine{'s' * (place.engines > 1)}"
     if not distributed.alone():
         what += f", {place.engines // distributed.world_size()} for each process of the trainer,"
+    what += " on"
+    unit = f"{UNITS[device_type]}s"
+    here = f"{count_room(device_type)} {'spare ' * (device_type == 'cuda')}{unit} of this machine"
     if place.ray is None:
-        return f"{what} on {available_cores()} cores of this machine"
+        return f"{what} {here}"
     import ray
 
     if address := find_ray_address(place.ray):
-        join_ray(ray, address, place.engines)
-        free = count_free_cores(ray)
+        join_ray(ray, address, place.engines, device_type)
+        free = count_free(ray, device_type)
         ray.shutdown()
-        return f"{what} on {free} cores of {address}, by Ray {ray.__version__}"
-    return (
-        f"{what} on {available_cores()} cores of this machine, by a Ray "
-        f"{ray.__version__} of the run's own"
-    )
+        return f"{what} {free} {unit} of {address}, by Ray {ray.__version__}"
+    return f"{what} {here}, by a Ray {ray.__version__} of the run's own"
 
 
-def join_ray(ray: Any, address: str | None, num_engines: int, object_store: int = 0) -> None:
-    """Raises UserError for a cluster that does not answer or has too few cores."""
+def join_ray(
+    ray: Any, address: str | None, num_engines: int, device_type: str, object_store: int = 0
+) -> None:
+    """Raises UserError for a cluster that does not answer or has too few devices."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -364,8 +406,12 @@ def join_ray(ray: Any, address: str | None, num_engines: int, object_store: int 
             ray.init(address, **quiet)
         else:
             os.environ.setdefault("RAY_worker_niceness", "0")  # 15: last in line on a busy machine
-            own = {"num_cpus": num_engines, "num_gpus": 0, "include_dashboard": False}
-            ray.init("local", object_store_memory=OBJECT_STORE + object_store, **own, **quiet)
+            gpus = cut_gpus(num_engines) if device_type == "cuda" else []
+            own = {"num_cpus": num_engines, "num_gpus": len(gpus), "include_dashboard": False}
+            own["object_store_memory"] = OBJECT_STORE + object_store
+            # It hands out those that it sees.
+            with mock.patch.dict(os.environ, {VISIBLE: ",".join(gpus)} if gpus else {}):
+                ray.init("local", **own, **quiet)
     except Exception as error:  # a node that takes too long to start is a plain one
         where = f"the cluster at {address}" if address else "it does not start"
         # Ray asks for a token since 2.60, and does not say that it was the wrong one.
@@ -375,14 +421,15 @@ def join_ray(ray: Any, address: str | None, num_engines: int, object_store: int 
         if threading.current_thread() is threading.main_thread():
             # Ray's own would end a run in the middle of a step, without saving it.
             signal.signal(signal.SIGTERM, on_sigterm)
-    free = count_free_cores(ray)
+    free = count_free(ray, device_type)
     if free < num_engines:
         ray.shutdown()
         raise UserError(
-            f"sampler.engines {num_engines}: each takes a core, and {free} of the Ray cluster at "
-            f"{address} are free"
+            f"sampler.engines {num_engines}: each takes a {UNITS[device_type]}, and {free} of the "
+            f"Ray cluster at {address} are free"
         )
 
 
-def count_free_cores(ray: Any) -> int:
-    return int(ray.available_resources().get("CPU", 0))
+def count_free(ray: Any, device_type: str) -> int:
+    """A cluster's cores, or GPUs."""
+    return int(ray.available_resources().get("GPU" if device_type == "cuda" else "CPU", 0))

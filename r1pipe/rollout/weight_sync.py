@@ -20,6 +20,42 @@ def send_weights(
     so that each further log-prob is the new weights' alone. Raises UserError if some are
     missing."""
     (absent,) = llm.collective_rpc(reload_weights, args=(iter(weights),))
+    settle(llm, absent, device)
+
+
+def receive_weights(
+    llm: Any, group: dict[str, Any] | None, update: dict[str, Any], device: torch.device
+) -> None:
+    """As `send_weights`, of weights that a trainer broadcasts (weight_transfer.py). `group`: what
+    vLLM needs to join its communicator, if there is a new one; `update`: names, dtypes, shapes."""
+    if group:
+        llm.collective_rpc(leave_group)
+        llm.init_weight_transfer_engine({"init_info": group})
+        llm.collective_rpc(require_group)
+    if device.type == "cpu":
+        llm.apply_model(drop_expert_kernels)
+    llm.start_weight_update()
+    llm.update_weights({"update_info": update})
+    (absent,) = llm.collective_rpc(lambda worker: find_absent(worker.get_model()))
+    llm.finish_weight_update()
+    settle(llm, absent, device)
+
+
+def leave_group(worker: Any) -> None:
+    """Runs inside the engine. vLLM would keep the old communicator's memory."""
+    if group := worker.weight_transfer_engine.model_update_group:
+        group.destroy()
+
+
+def require_group(worker: Any) -> None:
+    """Runs inside the engine. Without NCCL vLLM would receive nothing, and load whatever is in its
+    buffer."""
+    if not worker.weight_transfer_engine.model_update_group.available:
+        raise UserError("sampler: the engine finds no NCCL to receive weights by")
+
+
+def settle(llm: Any, absent: list[str], device: torch.device) -> None:
+    """After a reload; `absent`: layers that got no weights."""
     if absent:
         more = f" and {len(absent) - 1} more layers" if len(absent) > 1 else ""
         raise UserError(f"vLLM was given no weights of {absent[0]}{more}")
@@ -75,8 +111,6 @@ def reload_model(
 ) -> list[str]:
     """Of `worker.get_model()`; the `shared` layers are another model's as well, and loaded there.
     Returns the layers that got no weights, which vLLM only logs."""
-    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
-
     model = worker.get_model()
     if worker.device.type == "cpu":
         # The layer-wise reload repacks the experts' weights but keeps their old kernel, which
@@ -87,15 +121,7 @@ def reload_model(
 
     def load_and_look(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
         loaded = load(weights)
-        tied = getattr(model.config, "tie_word_embeddings", False)
-        for name, layer in model.named_modules():
-            info = get_layerwise_info(layer)
-            # A complete layer has been put in place by now and no longer waits.
-            waits = info.can_load() and not info.load_numel
-            if waits and layer not in shared and any(True for _ in layer.parameters(recurse=False)):
-                absent.append(name)
-        if tied and "lm_head" in absent:
-            absent.remove("lm_head")
+        absent.extend(find_absent(model, shared))
         return loaded
 
     model.load_weights = load_and_look
@@ -103,6 +129,22 @@ def reload_model(
         worker.reload_weights(weights_iterator=weights)
     finally:
         del model.load_weights  # the instance's; the class has its own
+    return absent
+
+
+def find_absent(model: torch.nn.Module, shared: Collection[torch.nn.Module] = ()) -> list[str]:
+    """The layers that still wait for weights, at the end of a layer-wise reload."""
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    absent = []
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        # A complete layer has been put in place by now and no longer waits.
+        waits = info.can_load() and not info.load_numel
+        if waits and layer not in shared and any(True for _ in layer.parameters(recurse=False)):
+            absent.append(name)
+    if getattr(model.config, "tie_word_embeddings", False) and "lm_head" in absent:
+        absent.remove("lm_head")
     return absent
 
 

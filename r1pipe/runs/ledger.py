@@ -46,7 +46,8 @@ class Hardware:
             return cls("core", max(processes * threads_in_use(), recipe.sampler.engines))
         # A process has one GPU; alone it has those that its engine asks for.
         per_process = recipe.engine.tensor_parallel_size if distributed.alone() else 1
-        return cls("GPU", processes * per_process)
+        engines = recipe.sampler.engines if recipe.sampler.kind == "fleet" else 0
+        return cls("GPU", processes * per_process + engines)
 
 
 class Ledger:

@@ -10,6 +10,8 @@ def silence_warnings() -> None:
         logging.getLogger(name).addFilter(is_critical)  # levels are set again by the libraries
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", "Glyph .* missing from font")
+    # vLLM's weight transfer of one that is larger than a part.
+    warnings.filterwarnings("ignore", "Tensor '.*' has size .* buffer_size_bytes")
 
 
 def is_critical(record: logging.LogRecord) -> bool:

@@ -294,9 +294,20 @@ def test_a_fleet_that_fits_and_others(project: Path, monkeypatch: pytest.MonkeyP
 
     assert look("sampler.engines=2") == "ok: 2 engines on 2 cores of this machine"
     assert look("sampler.engines=3").startswith("FAIL: sampler.engines 3: each takes a core")
-    assert look(devices=Devices(1, 80 * 2**30)).startswith(
-        "FAIL: sampler.kind fleet: on CPU cores only"
-    )
+    gpus = Devices(1, 80 * 2**30)
+    assert look(devices=gpus).startswith("skipped: its engines take GPUs beside the trainer's")
+    with monkeypatch.context() as patch:
+        fake_gpu(patch)
+        assert look(devices=gpus) == (
+            "FAIL: sampler.engines 1: each takes a GPU, and there are 0 beside the trainer: leave "
+            "out sampler"
+        )
+        patch.setattr("torch.cuda.device_count", lambda: 4)
+        fitting = "sampler.engines=3"
+        assert look(fitting, devices=gpus) == "ok: 3 engines on 3 spare GPUs of this machine"
+        patch.setenv("WORLD_SIZE", "2")
+        refusal = look("sampler.engines=4", devices=gpus)
+        assert refusal.endswith("there are 2 beside the trainer: take 2 or fewer")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert look("sampler.engines=2") == (
         "ok: 2 engines, 1 for each process of the trainer, on 2 cores of this machine"

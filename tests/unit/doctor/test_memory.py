@@ -11,7 +11,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from r1pipe.config.base import Stage
 from r1pipe.config.load import load_recipe
-from r1pipe.config.recipe import Engine
+from r1pipe.config.recipe import Engine, SamplerPlace
 from r1pipe.doctor.memory import Devices, estimate_shape, estimate_stage
 from r1pipe.doctor.model_config import find_stage_config
 from r1pipe.models.adapter import NewAdapter
@@ -341,6 +341,11 @@ def test_what_stays_while_the_engine_samples() -> None:
     assert halves(recipe.stage("distill"))["sampling"].keys() == {"process"} | engine
     assert halves(of_grpo.model_copy(update={"max_staleness": 1})).keys() == {""}
     assert halves(recipe.stage("sft")).keys() == {""}
+    fleet = recipe.model_copy(update={"sampler": SamplerPlace(kind="fleet", engines=3)})
+    apart = estimate_shape(of_grpo, fleet, shape, Devices(1, 80 * GIB)).halves
+    assert apart["sampling"].keys() == engine
+    assert not apart["training"].keys() & engine
+    assert apart["sampling"]["vLLM"] == halves(of_grpo)["sampling"]["vLLM"]
     estimate = estimate_shape(of_grpo, recipe, shape, Devices(1, 80 * GIB, is_gpu=False))
     assert estimate.halves.keys() == {""}
 

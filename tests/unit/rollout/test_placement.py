@@ -1,13 +1,109 @@
-"""Where engines fit, and Ray's start, with what it does to a run's process."""
+"""Where engines fit, on GPUs too, as far as it can be seen without; and how Ray is started."""
 
+import os
 import signal
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from faked_gpu import fake_gpu
+from transformers import AutoConfig
 
-from r1pipe.config.recipe import SamplerPlace
-from r1pipe.rollout.placement import check_placement, join_ray
+from r1pipe.config.recipe import Engine, SamplerPlace
+from r1pipe.rollout.engines import Engines
+from r1pipe.rollout.placement import (
+    LocalProcess,
+    RayPlacement,
+    check_placement,
+    cut_gpus,
+    join_ray,
+    list_spare_gpus,
+)
+from r1pipe.rollout.weight_transfer import choose_backend
 from r1pipe.utils.errors import UserError
+
+
+@pytest.fixture
+def spare(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of four GPUs, two are those of the trainer's ranks."""
+    fake_gpu(monkeypatch)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,5,3,1")
+    return ["3", "1"]
+
+
+def test_engines_take_the_gpus_after_the_trainers(
+    spare: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list_spare_gpus() == spare
+    assert cut_gpus(1) == spare[:1]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cut_gpus(1) == spare[1:]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert list_spare_gpus() == ["2", "3"]
+
+
+def test_a_process_sees_one_gpu_or_computes_with_one_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From its beginning: torch reads both as it is imported."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    found = []
+    for gpu in ("3", None):
+        host = LocalProcess(1, gpu)
+        process = Path(f"/proc/{host.process.pid}")
+        while "spawn_main" not in (process / "cmdline").read_text():  # still a copy of this one
+            time.sleep(0.01)
+        variables = (process / "environ").read_text().split("\0")
+        host.kill()
+        names = ("CUDA_VISIBLE_DEVICES=", "OMP_NUM_THREADS=")
+        found.append(sorted(each for each in variables if each.startswith(names)))
+    assert found == [["CUDA_VISIBLE_DEVICES=3", "OMP_NUM_THREADS=5"], ["OMP_NUM_THREADS=1"]]
+
+
+def test_a_fleet_stays_open_while_another_model_is_trained() -> None:
+    for kind, is_open in (("fleet", True), ("colocated", False)):
+        engines = Engines(Engine(), "float32", torch.device("cuda"), None, SamplerPlace(kind=kind))
+        engines._sampler = SimpleNamespace(can_sleep=False, close=lambda: None)
+        engines.make_room()
+        assert (engines._sampler is not None) == is_open
+
+
+def test_weights_travel_by_nccl_where_it_reaches_them() -> None:
+    config = AutoConfig.for_model("deepseek_v3", num_nextn_predict_layers=1)
+    drafting = Engine(speculative={"method": "mtp", "num_speculative_tokens": 1})
+    assert choose_backend("cuda", Engine(), config) == "nccl"
+    assert choose_backend("cuda", drafting, config) is None
+    config.num_nextn_predict_layers = 0  # a student, which is sampled without drafts
+    assert choose_backend("cuda", drafting, config) == "nccl"
+    assert choose_backend("cpu", Engine(), config) is None
+
+
+@pytest.mark.slow
+def test_ray_hands_out_the_gpus_after_the_trainers(
+    spare: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A Ray of the run's own; without GPUs it takes our word for them."""
+    ray = pytest.importorskip("ray", reason='needs Ray: pip install "r1pipe[ray]"')
+    placement = RayPlacement(None, 2, "cuda", 0)
+    try:
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == "7,5,3,1"
+        assert ray.cluster_resources()["GPU"] == 2
+        actors = [placement.start(number).actor for number in range(2)]
+        look = [
+            actor.__ray_call__.options(concurrency_group="ask").remote(
+                lambda _: (os.environ["CUDA_VISIBLE_DEVICES"], len(os.sched_getaffinity(0)))
+            )
+            for actor in actors
+        ]
+        cores = len(os.sched_getaffinity(0))
+        assert sorted(ray.get(look)) == [("1", cores), ("3", cores)]
+    finally:
+        placement.close()
 
 
 def test_a_ray_that_does_not_start_is_one_line_and_leaves_sigterm_alone() -> None:
@@ -22,7 +118,7 @@ def test_a_ray_that_does_not_start_is_one_line_and_leaves_sigterm_alone() -> Non
     before = signal.signal(signal.SIGTERM, handle)
     try:
         with pytest.raises(UserError, match="it does not start: The current node timed") as error:
-            join_ray(SimpleNamespace(init=init), None, 2)
+            join_ray(SimpleNamespace(init=init), None, 2, "cpu")
         assert signal.getsignal(signal.SIGTERM) is handle
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -67,6 +67,13 @@ def make_recipe(*overrides: str) -> Recipe:
     return load_recipe(DEMO, ["price_per_device_hour=2.0", *overrides])
 
 
+def test_a_fleet_has_gpus_beside_the_trainers() -> None:
+    for overrides, count in ((("sampler.engines=3",), 4), ((), 2)):
+        fleet = make_recipe("sampler.kind=fleet", *overrides)
+        assert Hardware.here(fleet, "cuda") == Hardware("GPU", count)
+    assert Hardware.here(make_recipe(), "cuda") == Hardware("GPU", 1)
+
+
 def spend(run_dir: Path, steps: range, finish: bool = True, recipe: Recipe | None = None) -> None:
     """An attempt at the grpo stage; without `finish` the process dies in the middle of a step."""
     account = Ledger(run_dir, recipe or make_recipe(), Hardware("GPU", 4))
