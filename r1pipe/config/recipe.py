@@ -253,11 +253,6 @@ class Recipe(Strict):
 
     def _refuse_outside_a_fleet(self, stage: Stage) -> None:
         adapter = stage.optimization and stage.optimization.adapter
-        if stage.environment_used():
-            raise ValueError(
-                f"stages.{stage.name}.environment: its turns are asked for one by one, which a "
-                "fleet does not do yet: leave out sampler"
-            )
         if adapter and adapter.sync == "alone":
             raise ValueError(
                 f"stages.{stage.name}.adapter.sync: alone does not go with sampler.kind fleet: "

@@ -161,8 +161,9 @@ class OnPolicy(PromptingStage, Optimization):
             )
         if self.in_flight and not self.max_staleness:
             raise ValueError("in_flight needs max_staleness: 1 or more")
-        if self.in_flight and self.routing_replay:
-            raise ValueError("in_flight does not go with routing_replay yet")
+        for other in ("routing_replay", "environment"):
+            if self.in_flight and getattr(self, other):
+                raise ValueError(f"in_flight does not go with {other} yet")
         return self
 
     @model_validator(mode="after")

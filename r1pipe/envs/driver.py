@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Coroutine, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import nullcontext
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -20,6 +21,7 @@ from r1pipe.config.base import Sampling
 from r1pipe.envs.base import check_environment
 from r1pipe.envs.path import Path, join_routes
 from r1pipe.rollout.engine import Sampler
+from r1pipe.rollout.fleet import Fleet
 from r1pipe.rollout.groups import SampleGroup
 from r1pipe.rollout.journal import SampleJournal
 from r1pipe.rollout.scoring import start_event_loop
@@ -42,7 +44,7 @@ class EpisodeSampler:
     """
 
     def __init__(self, sampler: Sampler, settings: Settings, problem: Problem):
-        self.sampler, self.settings = sampler, settings
+        self.sampler, self.settings, self.problem = sampler, settings, problem
         if sampler.num_ranks > 1:
             raise UserError(
                 "environment: needs engine.tensor_parallel_size 1 where several processes train: "
@@ -117,7 +119,12 @@ class EpisodeSampler:
     def sample(
         self, groups: list[SampleGroup], sampling: Sampling, with_routes: bool
     ) -> Iterator[tuple[SampleGroup, Rollout]]:
-        """Every missing sample as its episode ends, already in its group."""
+        """Every missing sample as its episode ends, already in its group. A fleet's are played in
+        the engines' processes."""
+        if isinstance(self.sampler, Fleet):
+            play = partial(EpisodeSampler, settings=self.settings, problem=self.problem)
+            yield from self.sampler.sample(groups, sampling, with_routes, play)
+            return
         paths = [
             Path(self.sampler, self.settings, self.parser, sampling, group, number, with_routes)
             for group in groups

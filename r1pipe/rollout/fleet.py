@@ -54,6 +54,8 @@ MAX_LOSSES = 3
 """How often in a row an engine may be lost without having answered anything."""
 POLL_S = 0.05
 """How often a thread looks for what others have heard for it."""
+MakeSource = Callable[[Sampler], Any]
+"""Of what samples in the place of a Sampler, such as envs.driver.EpisodeSampler."""
 ALIGNMENT = 64
 """Bytes: where each tensor begins in a sync's buffer."""
 
@@ -241,16 +243,20 @@ class EngineHost:
         groups: list[SampleGroup],
         sampling: Sampling,
         with_routes: bool,
+        make_source: MakeSource | None,
     ) -> None:
         """What is missing in the groups, at first by the weights of this version."""
         if version != self.version:
             raise RuntimeError(f"has the weights of sync {self.version}, not of {version}")
         self.sampler.drafts.clear()
         task = Task(call, sampling, sum(len(group.missing) for group in groups))
-        if with_routes:
-            for group, rollout in self.sampler.sample(groups, sampling, with_routes):
+        if with_routes or make_source:
+            source = make_source(self.sampler) if make_source else self.sampler
+            for group, rollout in source.sample(groups, sampling, with_routes):
                 task.ready.append((group.index, rollout))
-            self._send(task)  # routes come with the last one
+                if not (with_routes or group.missing):  # routes come with the last one
+                    self._send(task)
+            self._send(task)
             task.num_missing = 0
         if not task.num_missing:
             self.send(Answer("end", call=call))
@@ -291,7 +297,7 @@ class EngineHost:
             call = self.inbox.get()
             _, method, *arguments = call
             loads = method in ("load_weights", "receive_weights")
-            if loads or (method == "sample" and not arguments[-1]):
+            if loads or (method == "sample" and not any(arguments[-2:])):
                 self._do(*call)
             else:
                 self._held = call
@@ -538,8 +544,15 @@ class Fleet(Sampler):
     def sleep(self) -> None:
         """Nothing to free: the trainer's memory is its own."""
 
-    def sample(self, groups: list[SampleGroup], sampling: Sampling, with_routes: bool) -> Sampled:
-        """As Sampler's. Group number i goes to engine i modulo their number, not to the one that is
+    def sample(
+        self,
+        groups: list[SampleGroup],
+        sampling: Sampling,
+        with_routes: bool,
+        make_source: MakeSource | None = None,
+    ) -> Sampled:
+        """As Sampler's, or as that of what `make_source` makes of it in each engine's process.
+        Group number i goes to engine i modulo their number, not to the one that is
         free first: log-probs follow in their last bits what is sampled beside them."""
         groups = [group for group in groups if group.missing]
         by_index = {group.index: group for group in groups}
@@ -547,9 +560,10 @@ class Fleet(Sampler):
         job = Job()
 
         def describe(part: list[SampleGroup]) -> tuple[Any, ...]:
-            described = (describe_missing(group, job.heard) for group in part)
+            whole = make_source is not None
+            described = (describe_missing(group, job.heard, whole) for group in part)
             missing = [group for group in described if group.missing]
-            return self.version, missing, sampling, with_routes
+            return self.version, missing, sampling, with_routes, make_source
 
         with self._changing:
             for place, member in enumerate(self.members):
@@ -561,7 +575,7 @@ class Fleet(Sampler):
                 self.drafts.accepted += part.drafts[1]
                 for index, rollout in part.rollouts:
                     group = by_index[index]
-                    rollout.prompt_ids = group.prompt_ids
+                    rollout.prompt_ids = group.prompt_ids or rollout.prompt_ids
                     group.samples[rollout.sample] = rollout
                     yield group, rollout
 
@@ -710,9 +724,12 @@ class Fleet(Sampler):
         self._placement.close()
 
 
-def describe_missing(group: SampleGroup, heard: set[tuple[int, int]]) -> SampleGroup:
-    """What an engine needs of a group: not the problem's tests, nor the samples that are there."""
-    problem = Problem(group.problem.id, group.problem.kind, [])
+def describe_missing(
+    group: SampleGroup, heard: set[tuple[int, int]], whole: bool = False
+) -> SampleGroup:
+    """What an engine needs of a group: not the samples that are there, nor, without the `whole`
+    problem, its tests."""
+    problem = group.problem if whole else Problem(group.problem.id, group.problem.kind, [])
     numbers = (number for number in range(len(group.seeds)) if (group.index, number) in heard)
     there: dict[int, Any] = dict.fromkeys((*group.samples, *numbers))
     return SampleGroup(group.index, problem, group.seeds, group.prompt_ids, there)

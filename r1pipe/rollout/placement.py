@@ -8,9 +8,10 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
 from itertools import count
 from multiprocessing.connection import Connection
@@ -83,7 +84,9 @@ class Placement(Protocol):
 class EngineProcess:
     """One `fleet.EngineHost`, which works in one thread while others ask and listen."""
 
-    def __init__(self, number: int, device_type: str):
+    def __init__(self, number: int, device_type: str, path: Iterable[str] = ()):
+        """`path`: where the trainer finds modules, where that is not passed on."""
+        sys.path.extend(place for place in path if place not in sys.path)
         distributed.leave()
         if device_type == "cpu":
             settle_core(number)
@@ -232,7 +235,7 @@ class RayActor:
         groups = {"ask": 1, "listen": 1}
         needs = {"num_cpus": 1, "num_gpus": 1 if device_type == "cuda" else 0}
         remote = ray.remote(**needs, max_restarts=0, concurrency_groups=groups)(EngineProcess)
-        self.actor = remote.remote(number, device_type)
+        self.actor = remote.remote(number, device_type, sys.path)
         self.working = self.actor.work.remote()
         listen = self.actor.listen.options(concurrency_group="listen", num_returns="streaming")
         self.stream = listen.remote()

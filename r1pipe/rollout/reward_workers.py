@@ -22,10 +22,11 @@ MAX_LOSSES = 3
 class RewardWorker(Scorer):
     """In an actor's process. `path`: where the trainer finds modules; Ray does not pass that on."""
 
-    def __init__(self, path: list[str], rewards: list[Reward]):
+    def __init__(self, path: list[str], *arguments: Any):
+        """`arguments`: Scorer's."""
         distributed.leave()
         sys.path.extend(place for place in path if place not in sys.path)
-        super().__init__(rewards)
+        super().__init__(*arguments)
 
 
 class RayScorer(Scorer):
@@ -33,8 +34,11 @@ class RayScorer(Scorer):
     that dies, which scores again what was lost. Needs the Ray that a fleet has started or joined.
     """
 
-    def __init__(self, rewards: list[Reward], num_workers: int):
-        super().__init__(rewards)  # tells what is wrong with a reward, here and now
+    def __init__(
+        self, rewards: list[Reward], num_workers: int, environment_weight: float | None = None
+    ):
+        # Tells what is wrong with a reward, here and now.
+        super().__init__(rewards, environment_weight)
         self.rewards, self.num_workers = rewards, num_workers
         self.workers: list[Any] = []
         self._free: SimpleQueue[Any] = SimpleQueue()
@@ -50,7 +54,8 @@ class RayScorer(Scorer):
         options = {"num_cpus": 0, "max_restarts": -1, "max_task_retries": MAX_LOSSES}
         options["max_concurrency"] = super().num_threads
         remote = ray.remote(**options)(RewardWorker)
-        self.workers = [remote.remote(sys.path, self.rewards) for _ in range(self.num_workers)]
+        arguments = (sys.path, self.rewards, self.environment_weight)
+        self.workers = [remote.remote(*arguments) for _ in range(self.num_workers)]
         for _ in range(super().num_threads):
             for worker in self.workers:
                 self._free.put(worker)
@@ -81,8 +86,9 @@ class RayScorer(Scorer):
 
 
 def open_scorer(stage: OnPolicy, place: SamplerPlace) -> Scorer:
-    """As the recipe's sampler says, which has no workers beside an environment. Raises UserError as
-    Scorer does."""
+    """As the recipe's sampler says. Raises UserError as Scorer does."""
+    weight = stage.environment.weight if stage.environment else None
     if place.reward_workers and stage.rewards:
-        return RayScorer(stage.rewards, place.reward_workers // distributed.world_size())
-    return Scorer(stage.rewards, stage.environment.weight if stage.environment else None)
+        num_workers = place.reward_workers // distributed.world_size()
+        return RayScorer(stage.rewards, num_workers, weight)
+    return Scorer(stage.rewards, weight)

@@ -62,14 +62,26 @@ def test_episodes_sampled_ahead_are_kept_by_a_killed_run(folder: Path) -> None:
     assert all(row["sampler/logprob_diff_ahead"] < LIMIT for row in rows[1:])
 
 
-@pytest.mark.slow
-def test_two_processes_play_what_one_plays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many as each of the two has
-    alone = run("grpo", write_recipe(folder, "one"))
-    assert alone.returncode == 0, alone.stderr[-3000:]
-    result = run_two("grpo", write_recipe(folder, "two"))
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Path:
+    """The stage's folder of a run in one process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # as many as each of the two has
+        result = run("grpo", write_recipe(folder, "one"))
     assert result.returncode == 0, result.stderr[-3000:]
-    one, two = (folder / name / "grpo" for name in ("one", "two"))
+    return folder / "one" / "grpo"
+
+
+PLACES = {"two": [], "fleet": ["--set", "sampler.kind=fleet", "--set", "sampler.engines=2"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PLACES)
+def test_two_processes_play_what_one_plays(name: str, folder: Path, one: Path) -> None:
+    """Also with an engine each in processes of their own."""
+    result = run_two("grpo", write_recipe(folder, name), *PLACES[name])
+    assert result.returncode == 0, result.stderr[-3000:]
+    two = folder / name / "grpo"
     for expected, row in zip(*(read_lines(f / "metrics.jsonl") for f in (one, two)), strict=True):
         assert without_times(row) == pytest.approx(without_times(expected), rel=1e-4, abs=1e-5)
         assert row["episodes/turns"] > 1.5

@@ -6,7 +6,7 @@ import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -21,9 +21,10 @@ from test_resume import TIMES
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from r1pipe.config.base import ProblemSet, Reward, Sampling
+from r1pipe.config.base import Environment, ProblemSet, Reward, Sampling
 from r1pipe.config.recipe import Engine, SamplerPlace
 from r1pipe.data.problems import load_problems
+from r1pipe.envs.driver import EpisodeSampler
 from r1pipe.models.model import fast_training_kernels, load_model
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import export_weights, save_checkpoint
@@ -35,11 +36,12 @@ from r1pipe.rollout.probe import PROBE_PROBLEMS, measure_difference, probe
 from r1pipe.rollout.reward_workers import RayScorer
 from r1pipe.rollout.scoring import Scorer
 from r1pipe.rollout.store import read_rollouts
-from r1pipe.types import Rollout
+from r1pipe.types import Episode, Rollout
 from r1pipe.utils.errors import UserError
 
 SETTINGS = Engine(max_model_len=128, max_num_seqs=32, kv_cache_gib=0.1)
 SAMPLING = Sampling(max_completion_length=24)
+LONG = Sampling(max_completion_length=48)
 PLACES = {
     "processes": SamplerPlace(kind="fleet", engines=2),
     "ray": SamplerPlace(kind="fleet", engines=2, ray="auto"),
@@ -171,9 +173,42 @@ def test_steps_of_grpo_are_the_same(
         assert {("engine_1", "sampling"), ("engine_1", "sync"), ("trainer", "update")} < work
 
 
-# --- Weights that change in flight ----------------------------------------------------------------
+@pytest.fixture(scope="module")
+def talker(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the same kind, but ends a turn after eight tokens or so."""
+    model = make_model("deepseek_v3", fleet.tokenizer, 11)
+    end_id = fleet.tokenizer.eos_token_id
+    model.generation_config.eos_token_id = [end_id, *range(5, len(fleet.tokenizer), 8)]
+    folder = tmp_path_factory.mktemp("talker")
+    save_checkpoint(model, fleet.tokenizer, folder)
+    return folder
 
-LONG = Sampling(max_completion_length=48)
+
+def play(sampler: Sampler, with_routes: bool = False) -> Iterator[SampleGroup]:
+    episodes = EpisodeSampler(sampler, Environment(name="envs_of_tests.Talk"), PROBLEMS[0])
+    return episodes.generate_groups(PROBLEMS[:9], 4, LONG, (12,), with_routes=with_routes)
+
+
+def join_groups(groups: Iterable[SampleGroup]) -> list[Rollout]:
+    in_order = sorted(groups, key=lambda group: group.index)
+    return [rollout for group in in_order for rollout in group.rollouts]
+
+
+def test_episodes_are_those_of_one_engine(fleet: Fleet, alone: Sampler, talker: Path) -> None:
+    """Whose environments are in its own process."""
+    for sampler in (fleet, alone):
+        sampler.load_checkpoint(str(talker))
+        sampler.prepare_routes()
+    rollouts, expected = join_groups(play(fleet)), join_groups(play(alone))
+    assert sum(rollout.episode.num_turns > 1 for rollout in rollouts) > len(rollouts) / 2
+    require_same(rollouts, expected)
+    routed = join_groups(play(fleet, with_routes=True))
+    pairs = zip(routed, join_groups(play(alone, with_routes=True)), strict=True)
+    assert all((rollout.routes == other.routes).all() for rollout, other in pairs)
+    require_same(routed, expected)
+
+
+# --- Weights that change in flight ----------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -284,7 +319,8 @@ def test_grpo_in_flight(
 
 
 def test_reward_workers_score_as_the_trainer_does(fleet: Fleet, alone: Sampler) -> None:
-    """Also when they die; and a reward that raises is the same one line."""
+    """What an environment gave counts; also when they die; and a reward that raises is the same one
+    line."""
     if fleet.place.ray is None:
         pytest.skip("they are Ray's")
     import ray
@@ -293,8 +329,10 @@ def test_reward_workers_score_as_the_trainer_does(fleet: Fleet, alone: Sampler) 
     rewards = [Reward(function=function) for function in functions]
     rollouts = sample(alone, 8)
     problems = [problem for problem in PROBLEMS[:21] for _ in range(4)]
-    expected = Scorer(rewards).score(problems, rollouts)
-    scorer = RayScorer(rewards, 2)
+    for number, rollout in enumerate(rollouts):
+        rollout.episode = Episode([], [], reward=float(number))
+    expected = Scorer(rewards, 0.5).score(problems, rollouts)
+    scorer = RayScorer(rewards, 2, 0.5)
     assert scorer.num_threads == 2
     assert scorer.score(problems, rollouts) == expected
     for worker in scorer.workers:
@@ -324,10 +362,23 @@ def test_an_engine_killed_while_it_samples(fleet: Fleet, alone: Sampler, checkpo
     assert fleet.num_replaced == replaced + 1
     assert fleet.members[1].process != before
     assert sorted(group.index for group in groups) == list(range(len(PROBLEMS)))
-    found = [
-        rollout for group in sorted(groups, key=lambda g: g.index) for rollout in group.rollouts
-    ]
-    require_same(found, alone.generate(PROBLEMS, 4, SAMPLING, (6,)))
+    require_same(join_groups(groups), alone.generate(PROBLEMS, 4, SAMPLING, (6,)))
+
+
+@pytest.mark.slow
+def test_an_engine_killed_in_the_middle_of_episodes(
+    fleet: Fleet, alone: Sampler, talker: Path
+) -> None:
+    """Those that had not ended begin again, by the same seeds."""
+    for sampler in (fleet, alone):
+        sampler.load_checkpoint(str(talker))
+    replaced, groups = fleet.num_replaced, []
+    for group in play(fleet):
+        if not groups:
+            os.kill(fleet.members[1].process, signal.SIGKILL)
+        groups.append(group)
+    assert fleet.num_replaced == replaced + 1
+    require_same(join_groups(groups), join_groups(play(alone)))
 
 
 @pytest.mark.slow

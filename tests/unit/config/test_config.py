@@ -109,8 +109,13 @@ MISTAKES = [
         ["stages.grpo.adapter.sync", "take merged"],
     ),
     (
-        {"stages": stages_with(2, environment={"name": "my.Game"}), "sampler": {"kind": "fleet"}},
-        ["stages.grpo.environment", "leave out sampler"],
+        {
+            "stages": stages_with(
+                2, max_staleness=1, in_flight=True, environment={"name": "my.Game"}
+            ),
+            "sampler": {"kind": "fleet"},
+        },
+        ["in_flight", "environment"],
     ),
     ({"sampler": {"kind": "fleet"}, "engine": {"sleep": 1}}, ["sleep", "sampler.kind fleet"]),
     (
