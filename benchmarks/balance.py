@@ -49,11 +49,12 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=7, help="the first is not counted")
     parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--longest", type=int, default=1024, help="tokens of a completion")
     options = parser.parse_args()
     silence_libraries()
     if "RANK" in os.environ:
         with distributed.joined("cpu"):
-            measure(options.steps, options.prompts)
+            measure(options.steps, options.prompts, options.longest)
         return
     launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -61,7 +62,7 @@ def main() -> None:
     subprocess.run(command, check=True, env=environment)
 
 
-def measure(num_steps: int, num_prompts: int) -> None:
+def measure(num_steps: int, num_prompts: int, longest: int) -> None:
     tokenizer = build_tokenizer(["1 + 1 = 2"], 300)
     model = build_model(MODEL, tokenizer, seed=0)
     policy = shard(Policy(model), model, CPU, dtype="float32")
@@ -74,7 +75,7 @@ def measure(num_steps: int, num_prompts: int) -> None:
             "max_steps": num_steps,
             "prompts_per_step": num_prompts,
             "num_generations": SAMPLES,
-            "max_completion_length": 1024,
+            "max_completion_length": longest,
         }
     )
     updater = GrpoUpdater(policy, None, settings, dtype="float32", seed=0)
@@ -87,7 +88,7 @@ def measure(num_steps: int, num_prompts: int) -> None:
     for step in range(1, num_steps + 1):
         for way, share_out in ways.items():
             update.share_out = share_out
-            samples = make_samples(step, num_prompts)
+            samples = make_samples(step, num_prompts, longest)
             plan = updater.plan_minibatches(samples, step)
             shares = updater.share_out(samples, plan).values()
             loads = distributed.gather(sum(sample.num_tokens for sample in shares))
@@ -107,7 +108,7 @@ def measure(num_steps: int, num_prompts: int) -> None:
             print(f"| {way} | {statistics.median(uneven[way]):.2f} | {median:.2f} | {ratio} |")
 
 
-def make_samples(step: int, num_prompts: int) -> list[Sample]:
+def make_samples(step: int, num_prompts: int, longest: int) -> list[Sample]:
     """This rank's groups."""
     rng = random.Random(step)
     samples = []
@@ -115,7 +116,7 @@ def make_samples(step: int, num_prompts: int) -> list[Sample]:
         # 10 times (2.3 nats) between percentiles 2.56 standard deviations apart.
         typical = rng.gauss(4.6, 0.85)
         for _ in range(SAMPLES):
-            length = max(8, min(1024, round(2.718 ** rng.gauss(typical, 0.3))))
+            length = max(8, min(longest, round(2.718 ** rng.gauss(typical, 0.3))))
             ids = [rng.randrange(8, 300) for _ in range(length + 16)]
             rollout = Rollout("", 0, ids[:16], ids[16:], [-6.0] * length, "", "stop")
             samples.append(Sample(rollout, rng.choice([-1.0, 1.0])))

@@ -50,8 +50,8 @@ def tiny_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(tiny_recipe: Path) -> tuple[Path, subprocess.CompletedProcess]:
     """The run's folder after `r1pipe run`, and what the command said."""
-    from commands import finish, start
+    from commands import run
 
-    result = finish(start("run", tiny_recipe))
+    result = run("run", tiny_recipe)
     assert result.returncode == 0, result.stderr[-3000:]
     return tiny_recipe.parent / "runs" / "tiny", result

@@ -87,6 +87,7 @@ def test_a_class_for_trl_is_learnt_from(tmp_path: Path) -> None:
     assert all(row["episodes/tool_calls"] > 0.5 for row in metrics)
 
 
+@pytest.mark.slow
 def test_reasoning_gym_rows_are_played_with_tools(tmp_path: Path) -> None:
     """An answer without a call is a path of one turn, judged by the task's own scorer."""
     pytest.importorskip("reasoning_gym")

@@ -15,7 +15,7 @@ STEPS = [
     *("--trl-batch", "4", "--max-completion-length", "16"),
 ]
 BENCHMARKS = {
-    "balance": ["--steps", "2", "--prompts", "2"],
+    "balance": ["--steps", "2", "--prompts", "2", "--longest", "32"],
     "cpu_training": ["--rounds", "1"],
     "decontamination": ["--rows", "100"],
     "grpo_vs_trl": ["--update-only", *STEPS],

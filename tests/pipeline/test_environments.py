@@ -396,6 +396,7 @@ def test_a_run_killed_between_turns_resumes_bit_equal(tmp_path: Path) -> None:
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_a_student_learns_in_an_environment(tmp_path: Path) -> None:
     """From the environment's own first prompt on, which is also what `max_prompt_length`, the
     doctor and the comparisons after a sync look at."""

@@ -65,6 +65,12 @@ def alone(checkpoint: Path) -> Iterator[Sampler]:
     sampler.close()
 
 
+RAY_IS_SLOW = pytest.mark.parametrize(
+    "fleet", ["processes", pytest.param("ray", marks=pytest.mark.slow)], indirect=True, scope="module"
+)
+"""For what differs little between the two."""
+
+
 @pytest.fixture(scope="module", params=PLACES)
 def fleet(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[Fleet]:
     if request.param == "ray":
@@ -277,6 +283,7 @@ def test_weights_change_between_two_steps(fleet: Fleet) -> None:
     assert measure_diffs(swapped, mixed).mean() > 0.1
 
 
+@RAY_IS_SLOW
 def test_grpo_in_flight(
     fleet: Fleet, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -318,11 +325,11 @@ def test_grpo_in_flight(
     assert measure_diffs(dict.fromkeys(models, models[1]), rollouts).mean() > 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("fleet", ["ray"], indirect=True, scope="module")
 def test_reward_workers_score_as_the_trainer_does(fleet: Fleet, alone: Sampler) -> None:
     """What an environment gave counts; also when they die; and a reward that raises is the same one
     line."""
-    if fleet.place.ray is None:
-        pytest.skip("they are Ray's")
     import ray
 
     functions = ("rewards.math_correct", "reward_of_tests.accept_even_lengths")
@@ -348,6 +355,7 @@ def test_reward_workers_score_as_the_trainer_does(fleet: Fleet, alone: Sampler) 
 # --- Faults ---------------------------------------------------------------------------------------
 
 
+@RAY_IS_SLOW
 def test_an_engine_killed_while_it_samples(fleet: Fleet, alone: Sampler, checkpoint: Path) -> None:
     """No sample is lost or comes twice, and they are the same; by weights that were synced."""
     model = make_model("deepseek_v3", fleet.tokenizer, 2)
@@ -468,6 +476,7 @@ def test_ten_kills_at_random_moments(fleet: Fleet, alone: Sampler) -> None:
     assert fleet.num_replaced >= replaced + 10
 
 
+@pytest.mark.slow
 def test_an_engine_that_cannot_start_is_one_line(checkpoint: Path) -> None:
     settings = SETTINGS.model_copy(update={"kv_cache_gib": 1e-5})
     with pytest.raises(UserError, match="vLLM cannot run it") as error:

@@ -101,6 +101,7 @@ def kill_and_resume(made: Path, recipe: Path, step: int) -> None:
     assert_equal(made / STAGE, killed / STAGE)
 
 
+@pytest.mark.slow
 def test_a_killed_stage_resumes_bit_equal(taught: Path, recipe: Path) -> None:
     kill_and_resume(taught, recipe, 2)
 

@@ -55,7 +55,9 @@ KILLS = {
 }
 
 
-@pytest.mark.parametrize("stage", ["sft", "grpo", pytest.param("distill", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "stage", ["grpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "distill"))]
+)
 def test_a_killed_stage_resumes_bit_equal(stage: str, finished: tuple, tiny_recipe: Path) -> None:
     folder, _ = finished
     phase, steps, *settings = KILLS[stage]

@@ -223,6 +223,7 @@ def test_finished_stages_are_not_run_again(finished: tuple, tiny_recipe: Path) -
     assert after == before
 
 
+@pytest.mark.slow
 def test_same_seed_gives_the_same_weights(finished: tuple, tiny_recipe: Path) -> None:
     """A second run, one command per stage: bit-equal checkpoints and rollouts."""
     folder, _ = finished

@@ -64,11 +64,13 @@ def wait_until_ready(server: subprocess.Popen, port: int) -> None:
     raise TimeoutError("the server does not become ready")
 
 
+@pytest.mark.slow
 def test_flags_behind_two_dashes_are_vllms(client: openai.OpenAI) -> None:
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="none").models.list()
 
 
+@pytest.mark.slow
 def test_thinking_is_returned_separately(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert model.id == "tiny/sft"
@@ -83,6 +85,7 @@ def test_thinking_is_returned_separately(client: openai.OpenAI) -> None:
     assert "think>" not in choice.message.content + choice.message.model_extra["reasoning"]
 
 
+@pytest.mark.slow
 def test_a_stream_gives_the_same_answer(client: openai.OpenAI) -> None:
     arguments = {
         "model": "tiny/sft",
@@ -99,6 +102,7 @@ def test_a_stream_gives_the_same_answer(client: openai.OpenAI) -> None:
     assert thinking == whole.model_extra["reasoning"]
 
 
+@pytest.mark.slow
 def test_a_temperature_holds_where_tokens_are_drafted(client: openai.OpenAI) -> None:
     """The cold start has a prediction layer. So low that only the likeliest token is drawn."""
     arguments = {"model": "tiny/sft", "prompt": "7 + 3", "max_tokens": 30}
@@ -110,6 +114,7 @@ def test_a_temperature_holds_where_tokens_are_drafted(client: openai.OpenAI) -> 
     assert all(float(dict(counts)[name]) > 0 for name in ("draft", "accepted")), counts
 
 
+@pytest.mark.slow
 def test_the_server_compiles_nothing(client: openai.OpenAI, compiled: Path) -> None:
     client.completions.create(model="tiny/sft", prompt="7 + 3", max_tokens=4, logprobs=1)
     assert not [path for path in compiled.rglob("*") if path.is_file()]

@@ -144,7 +144,7 @@ CASES = {
         (8, 3),
     ),
 }
-QUICK = ("moe", "tied", "grouped", "teamed_moe", "adapted", "bf16", "whole", "taught")
+QUICK = ("moe", "teamed_moe", "bf16", "whole")
 """The others are for make test-slow."""
 
 

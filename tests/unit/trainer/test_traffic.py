@@ -17,6 +17,7 @@ from r1pipe.models.weights import save_checkpoint
 DEMO = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["stages"][0]["model"]
 
 
+@pytest.mark.slow
 def test_bytes_sent(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     """The demo's model, float32: weights twice, gradients once; or rows of tokens."""
     (tmp_path / "start").mkdir()
