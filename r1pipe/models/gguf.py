@@ -1,18 +1,16 @@
 """GGUF, llama.cpp's format: export and import of checkpoints."""
 
 import json
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import gguf
 import numpy as np
 import torch
 from gguf.quants import quant_shape_to_byte_shape, quantize
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
@@ -24,7 +22,7 @@ from transformers import (
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from r1pipe.models.tokenizer import find_end_id, list_ids, read_end_ids
-from r1pipe.models.weights import save_checkpoint
+from r1pipe.models.weights import UNREADABLE, save_checkpoint
 from r1pipe.utils.errors import UserError, first_line
 from r1pipe.utils.progress import log_line
 
@@ -335,22 +333,6 @@ def replace_splitting(
     model = {**stored["model"], "ignore_merges": ignore_merges}
     other = {**stored, "pre_tokenizer": pre_tokenizer, "model": model, "normalizer": None}
     return Tokenizer.from_str(json.dumps(other))
-
-
-UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    NotImplementedError,
-    RuntimeError,
-    SafetensorError,
-    UnpicklingError,
-    struct.error,
-)
-"""A damaged file raises whatever its reader raises."""
 
 
 def import_gguf(file: Path, out: Path) -> None:

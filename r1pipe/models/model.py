@@ -15,11 +15,10 @@ from transformers import (
 )
 
 from r1pipe.models.adapter import is_adapters
-from r1pipe.models.gguf import UNREADABLE
 from r1pipe.models.mtp import drop_mtp_layer, find_mtp_layer, pick_class
 from r1pipe.models.quirks import find_quirks
 from r1pipe.models.tokenizer import SPECIAL
-from r1pipe.models.weights import check_weights
+from r1pipe.models.weights import UNREADABLE, check_weights
 from r1pipe.models.yarn import check_yarn_keys
 from r1pipe.utils.distributed import local_rank
 from r1pipe.utils.errors import UserError, first_line

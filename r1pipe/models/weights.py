@@ -7,12 +7,14 @@ tensor per expert. `export_weights` translates.
 import contextlib
 import json
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -33,6 +35,20 @@ from r1pipe.utils.phases import phase
 
 MAX_FILE_BYTES = 4 * 2**30
 """Largest safetensors file of a sharded model: what rank 0 holds while saving."""
+UNREADABLE = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ImportError,
+    NotImplementedError,
+    RuntimeError,
+    SafetensorError,
+    UnpicklingError,
+    struct.error,
+)
+"""A damaged file raises whatever its reader raises."""
 
 
 ADAPTER = "adapter"

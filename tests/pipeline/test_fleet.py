@@ -66,7 +66,10 @@ def alone(checkpoint: Path) -> Iterator[Sampler]:
 
 
 RAY_IS_SLOW = pytest.mark.parametrize(
-    "fleet", ["processes", pytest.param("ray", marks=pytest.mark.slow)], indirect=True, scope="module"
+    "fleet",
+    ["processes", pytest.param("ray", marks=pytest.mark.slow)],
+    indirect=True,
+    scope="module",
 )
 """For what differs little between the two."""
 
