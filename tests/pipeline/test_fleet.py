@@ -256,6 +256,7 @@ def sample_in_flight(fleet: Fleet, seed: int, meanwhile: Callable[[], None]) -> 
     return [group for groups in found.values() for group in groups]
 
 
+@RAY_IS_SLOW
 def test_weights_change_between_two_steps(fleet: Fleet) -> None:
     """A token's log-prob is that of the weights that it says, over all that stands before it."""
     models = {}

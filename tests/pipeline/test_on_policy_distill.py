@@ -106,6 +106,7 @@ def test_a_killed_stage_resumes_bit_equal(taught: Path, recipe: Path) -> None:
     kill_and_resume(taught, recipe, 2)
 
 
+@pytest.mark.slow
 def test_replayed_rollouts_give_the_same_losses_and_weights(taught: Path, recipe: Path) -> None:
     """Bit by bit, without a sampler."""
     result = run(STAGE, recipe, "--replay", f"1:{STEPS}")

@@ -116,6 +116,7 @@ def test_rollouts_are_kept(finished: tuple) -> None:
         assert sum(row["advantage"] for row in group) == pytest.approx(0, abs=1e-2)
 
 
+@pytest.mark.slow
 def test_replayed_rollouts_give_the_same_losses_and_weights(
     finished: tuple, tiny_recipe: Path
 ) -> None:

@@ -112,6 +112,7 @@ def balance_on_one_rank(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_loads_are_summed_over_ranks(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(balance_on_one_rank, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))

@@ -495,6 +495,7 @@ def test_rollouts_and_collection(hub: FakeHub, run: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_gguf(hub: FakeHub, run: Path) -> None:
     result = publish(hub, run, "--gguf")
     assert result.returncode == 0, result.stderr

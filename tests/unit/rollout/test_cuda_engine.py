@@ -12,6 +12,8 @@ from transformers import AutoConfig
 
 from r1pipe.rollout.vllm_args import require_moe_layers
 
+pytestmark = pytest.mark.slow
+
 QWEN3 = {
     "model_type": "qwen3",
     "architectures": ["Qwen3ForCausalLM"],

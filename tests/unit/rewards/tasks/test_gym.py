@@ -29,6 +29,7 @@ def score(problems: list[Problem], answers: list[str]) -> list[float | None]:
     return rewards.reasoning_gym_score(completions=completions, tests=tests)
 
 
+@pytest.mark.slow
 def test_every_task_s_gold_scores_1() -> None:
     tasks = sorted(set(factory.DATASETS) - {"composite"})
     assert len(tasks) > 100
