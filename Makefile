@@ -51,7 +51,7 @@ test: setup
 	@.venv/bin/python -m pytest $(or $(ARGS),-n logical --maxprocesses 4 --dist loadfile \
 		--no-loadscope-reorder --durations 15)
 
-# What takes longer than 20 s: runs that are killed again and again, for instance. A third of it:
+# What takes longer than 10 s: runs that are killed again and again, for instance. A third of it:
 # ARGS="--third 0".
 test-slow: setup
 	@.venv/bin/python -m pytest -m slow $(ARGS)
