@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from r1pipe.models import experts
 from r1pipe.models.adapter import is_adapters
 from r1pipe.models.mtp import drop_mtp_layer, find_mtp_layer, pick_class
 from r1pipe.models.quirks import find_quirks
@@ -123,8 +124,8 @@ def load_model(
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         raise UserError(f"{checkpoint}: its weights have no {absent[0]}{more}")
     if device.type == "cpu" and hasattr(model, "set_experts_implementation") and is_moe(model):
-        # The fastest on CPU for small experts (`make bench` compares); grouped_mm is for GPUs.
-        model.set_experts_implementation("eager")
+        # The fastest there for small experts (`make bench` compares).
+        model.set_experts_implementation(experts.NAME)
     return model.to(device)
 
 

@@ -357,16 +357,16 @@ def attend_sdpa(
     """Neighbouring sequences of equal length as one batch without a mask. A block-diagonal mask
     over the row would cost the square of its length."""
     grouped = key_1KND.shape[1] != query_1HND.shape[1]
-    parts, start = [], 0
-    for length, run in groupby(lengths):
-        count = len(list(run))
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
+    # Not slices, each of whose gradients would be as long as the row.
+    rows = (
+        states.squeeze(0).split([length * count for length, count in runs], dim=1)
+        for states in (query_1HND, key_1KND, value_1KNE)
+    )
+    parts = []
+    for (length, count), states in zip(runs, zip(*rows, strict=True), strict=True):
         # [H, n L, D] -> [n, H, L, D]
-        query, key, value = (
-            states[0, :, start : start + count * length]
-            .unflatten(1, (count, length))
-            .transpose(0, 1)
-            for states in (query_1HND, key_1KND, value_1KNE)
-        )
+        query, key, value = (part.unflatten(1, (count, length)).transpose(0, 1) for part in states)
         windowed = sliding_window is not None and length > sliding_window
         out = scaled_dot_product_attention(
             query,
@@ -379,7 +379,6 @@ def attend_sdpa(
             enable_gqa=grouped,
         )
         parts.append(out.transpose(1, 2).flatten(0, 1))
-        start += count * length
     return torch.cat(parts).unsqueeze(0), None
 
 
