@@ -240,7 +240,7 @@ def compare_ahead(updater: Updater, weights: dict[str, Tensor], batch: Batch) ->
     groups = batch.own_groups[:PROBE_PROMPTS]
     samples = [Sample(group.rollouts[0], 0.0) for group in groups if group.rollouts[0].num_tokens]
     with updater.computing_as_sampler():
-        metrics = updater.evaluate_with(weights, samples).metrics()
+        metrics = updater.evaluate_with(weights, updater.share_in_team(samples)).metrics()
     return metrics.get("sampler/logprob_diff_mean")
 
 
@@ -306,7 +306,8 @@ def measure_mismatch(updater: Updater, samples: list[Sample], num_engines: int =
     """Mean |sampler - trainer| log-probability of the engine that is furthest off, the trainer's
     weights rounded as the sampler's; None without samples on any rank."""
     with updater.computing_as_sampler():
-        by_engine = [updater.evaluate(samples[i::num_engines]) for i in range(num_engines)]
+        parts = [updater.share_in_team(samples[i::num_engines]) for i in range(num_engines)]
+        by_engine = [updater.evaluate(part) for part in parts]
     diffs = [part.metrics().get("sampler/logprob_diff_mean") for part in by_engine]
     return max((diff for diff in diffs if diff is not None), default=None)
 

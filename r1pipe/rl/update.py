@@ -230,6 +230,13 @@ class Updater(PackedTrainer):
         costs = {n: s.num_tokens * self.is_informative(s) for n, s in numbered.items()}
         return share_out(numbered, costs, minibatches, self.settings.sequence_parallel)
 
+    def share_in_team(self, samples: list[Sample]) -> list[Sample]:
+        """Samples of each rank's own, as a team computes them: all of its ranks the same."""
+        if self.settings.sequence_parallel == 1:
+            return samples
+        numbers = range(sum(distributed.gather(len(samples))))
+        return [*self.share_out(samples, [[*numbers]]).values()]
+
     @torch.no_grad()
     def evaluate(self, samples: list[Sample]) -> "SamplerMismatch":
         """Compare the policy with the sampler, and `remember` its log-probs."""

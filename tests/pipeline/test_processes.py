@@ -117,7 +117,8 @@ def test_groups_and_teams(recipe: Path, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         assert run("run", path).returncode == 0
-    keys = ("grpo.expert_parallel", "sft.train.expert_parallel", "sft.train.sequence_parallel")
+    stages, groups = ("grpo", "sft.train"), ("expert_parallel", "sequence_parallel")
+    keys = (f"{stage}.{group}" for stage in stages for group in groups)
     changes = ["name=grouped", *(f"stages.{key}=2" for key in keys)]
     result = run_two("run", path, *(word for change in changes for word in ("--set", change)))
     assert result.returncode == 0, result.stderr[-3000:]
