@@ -1,18 +1,15 @@
 """Four gloo processes in groups of two: experts, tokens of a row, both."""
 
 import pytest
-from test_distributed import CASES, compare_with_one_process, run_cases
+from test_distributed import compare_with_one_process, run_cases
 
 pytestmark = pytest.mark.slow
 
 NAMES = ("grouped", "teamed", "teamed_moe")
 
 
-def test_four_ranks(
-    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_four_ranks(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Groups share their experts by FSDP, teams have other samples; two ranks begin without any."""
-    monkeypatch.setattr("test_distributed.CASES", {name: CASES[name] for name in NAMES})
-    folder, cases = run_cases(tmp_path_factory.mktemp("ranks"), "cpu", ranks=4)
+    folder, cases = run_cases(tmp_path_factory.mktemp("ranks"), "cpu", NAMES, ranks=4)
     for name in NAMES:
         compare_with_one_process(folder, name, cases[name], tolerance=1e-5)
