@@ -55,7 +55,7 @@ class Host(Protocol):
     """An engine's process, as the trainer sees it."""
 
     def begin(self, call: int, method: str, arguments: tuple[Any, ...]) -> None:
-        """Ask `fleet.EngineHost` for this; answers have the call's number."""
+        """Ask `engine_host.EngineHost` for this; answers have the call's number."""
 
     def kill(self) -> None: ...
 
@@ -82,7 +82,7 @@ class Placement(Protocol):
 
 
 class EngineProcess:
-    """One `fleet.EngineHost`, which works in one thread while others ask and listen."""
+    """One `engine_host.EngineHost`, which works in one thread while others ask and listen."""
 
     def __init__(self, number: int, device_type: str, path: Iterable[str] = ()):
         """`path`: where the trainer finds modules, where that is not passed on."""
@@ -91,7 +91,7 @@ class EngineProcess:
         if device_type == "cpu":
             settle_core(number)
         silence_warnings()
-        from r1pipe.rollout.fleet import EngineHost
+        from r1pipe.rollout.engine_host import EngineHost
 
         self.answers: SimpleQueue[Answer] = SimpleQueue()
         self.host = EngineHost(number, self.answers.put)

@@ -1,20 +1,20 @@
-"""Weights into a running vLLM engine: layer by layer, and what its CPU kernels need besides."""
+"""Weights into a running vLLM engine: layer by layer, what its CPU kernels need besides, and the
+buffer in which they reach an engine in another process."""
 
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 from safetensors import safe_open
+from torch import Tensor
 
 from r1pipe.models.weights import list_weights
 from r1pipe.utils.errors import UserError
 
 
-def send_weights(
-    llm: Any, weights: Iterable[tuple[str, torch.Tensor]], device: torch.device
-) -> None:
+def send_weights(llm: Any, weights: Iterable[tuple[str, Tensor]], device: torch.device) -> None:
     """Load weights, named as in a checkpoint, into a running `vllm.LLM`, and into its module for
     multi-token prediction. Sequences that are being sampled go on: the new weights read them again,
     so that each further log-prob is the new weights' alone. Raises UserError if some are
@@ -78,7 +78,7 @@ def send_adapter(llm: Any, folder: str) -> Any:
     return LoRARequest("adapter", 1, folder)
 
 
-def reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> list[str]:
+def reload_weights(worker: Any, weights: Iterator[tuple[str, Tensor]]) -> list[str]:
     """Runs inside the engine: vLLM's layer-wise reload, which does not reach the module for
     multi-token prediction. Returns the layers that got no weights and kept their old ones."""
     from vllm.model_executor.models.utils import get_spec_layer_idx_from_weight_name
@@ -88,7 +88,7 @@ def reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> 
     model, module = worker.get_model(), worker.get_draft_model()
     own = []
 
-    def pass_on() -> Iterator[tuple[str, torch.Tensor]]:
+    def pass_on() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights:
             # The module computes with the policy's embedding and head, whatever copies there are.
             is_copy = name.endswith(("embed_tokens.weight", "shared_head.head.weight"))
@@ -106,7 +106,7 @@ def reload_weights(worker: Any, weights: Iterator[tuple[str, torch.Tensor]]) -> 
 
 def reload_model(
     worker: Any,
-    weights: Iterator[tuple[str, torch.Tensor]],
+    weights: Iterator[tuple[str, Tensor]],
     shared: Collection[torch.nn.Module] = (),
 ) -> list[str]:
     """Of `worker.get_model()`; the `shared` layers are another model's as well, and loaded there.
@@ -119,7 +119,7 @@ def reload_model(
         drop_expert_kernels(model)
     load, absent = model.load_weights, []
 
-    def load_and_look(weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
+    def load_and_look(weights: Iterable[tuple[str, Tensor]]) -> set[str] | None:
         loaded = load(weights)
         absent.extend(find_absent(model, shared))
         return loaded
@@ -165,7 +165,7 @@ def repack_tied_head(model: torch.nn.Module) -> None:
         head.quant_method.process_weights_after_loading(head)
 
 
-def read_weights(folder: Path) -> Iterable[tuple[str, torch.Tensor]]:
+def read_weights(folder: Path) -> Iterable[tuple[str, Tensor]]:
     """Names and tensors of a checkpoint folder's files."""
     for file in list_weights(folder):
         if file.suffix == ".bin":
@@ -174,3 +174,56 @@ def read_weights(folder: Path) -> Iterable[tuple[str, torch.Tensor]]:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
                 yield name, tensors.get_tensor(name)
+
+
+# --- Between processes ----------------------------------------------------------------------------
+
+ALIGNMENT = 64
+"""Bytes: where each tensor begins in a sync's buffer."""
+
+
+class Place(NamedTuple):
+    """Where a weight is in a sync's buffer."""
+
+    name: str
+    dtype: torch.dtype
+    shape: torch.Size
+    start: int
+    """Bytes."""
+
+
+def pack_weights(weights: Iterable[tuple[str, Tensor]]) -> tuple[list[Place], Tensor]:
+    """All in one buffer of bytes, uint8 `[N]`, in the CPU's memory."""
+    places, tensors, end = [], [], 0
+    for name, tensor in weights:
+        places.append(Place(name, tensor.dtype, tensor.shape, end))
+        tensors.append(tensor.detach())
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    buffer_N = make_buffer(places)
+    for (_, tensor_N), tensor in zip(unpack_weights(places, buffer_N), tensors, strict=True):
+        tensor_N.copy_(tensor)
+    return places, buffer_N
+
+
+def make_buffer(places: list[Place]) -> Tensor:
+    _, dtype, shape, start = places[-1]
+    return torch.empty(start + shape.numel() * dtype.itemsize, dtype=torch.uint8)
+
+
+def unpack_weights(places: list[Place], buffer_N: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Names and views of the buffer."""
+    for name, dtype, shape, start in places:
+        num_bytes = shape.numel() * dtype.itemsize
+        yield name, buffer_N[start : start + num_bytes].view(dtype).view(shape)
+
+
+def copy_weights(
+    weights: Iterable[tuple[str, Tensor]], places: list[Place], buffer_N: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """The weights themselves; each is copied to its place when the next one is asked for."""
+    copies = unpack_weights(places, buffer_N)
+    for (name, tensor), (known, copy) in zip(weights, copies, strict=True):
+        if (name, tensor.dtype, tensor.shape) != (known, copy.dtype, copy.shape):
+            raise RuntimeError(f"{name} has come where {known} was in the last sync")
+        copy.copy_(tensor.detach())
+        yield name, tensor
