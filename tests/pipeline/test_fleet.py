@@ -46,7 +46,7 @@ PLACES = {
     "processes": SamplerPlace(kind="fleet", engines=2),
     "ray": SamplerPlace(kind="fleet", engines=2, ray="auto"),
 }
-SAME = 1e-6
+SAME = 2e-6
 """Absolute, and relative: the last bits of float32 follow what is sampled beside a sequence."""
 
 
@@ -364,6 +364,7 @@ def test_an_engine_killed_while_it_samples(fleet: Fleet, alone: Sampler, checkpo
     """No sample is lost or comes twice, and they are the same; by weights that were synced."""
     model = make_model("deepseek_v3", fleet.tokenizer, 2)
     for sampler in (fleet, alone):
+        sampler.load_checkpoint(str(checkpoint))  # another test's has other ends
         sampler.load_weights(export_weights(model))
     replaced, before = fleet.num_replaced, fleet.members[1].process
     groups = []

@@ -284,6 +284,7 @@ JUDGE = f"function: rewards.judge, options: {{base_url: '{NOWHERE}', model: m, r
 
 
 def test_a_fleet_that_fits_and_others(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)  # an engine that was opened here sets it
     monkeypatch.setattr("r1pipe.rollout.placement.available_cores", lambda: 2)
     cores = Devices(1, 64 * 2**30, is_gpu=False)
 
