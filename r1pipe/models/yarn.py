@@ -11,10 +11,8 @@ from typing import Any
 from r1pipe.utils.errors import UserError
 
 REQUIRED = {"factor", "original_max_position_embeddings"}
-OPTIONAL = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate"}
-NUMBERS = {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
-OPTIONAL |= NUMBERS
-NUMBERS |= REQUIRED
+NUMBERS = REQUIRED | {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+KNOWN = NUMBERS | {"rope_type", "type", "rope_theta", "partial_rotary_factor", "truncate"}
 
 
 def check_yarn_keys(settings: dict[str, Any]) -> None:
@@ -25,8 +23,8 @@ def check_yarn_keys(settings: dict[str, Any]) -> None:
         return
     if missing := sorted(REQUIRED - scaling.keys()):
         raise UserError(f"model: yarn needs {' and '.join(missing)}")
-    if unknown := sorted(scaling.keys() - REQUIRED - OPTIONAL):
-        known = ", ".join(sorted(REQUIRED | OPTIONAL))
+    if unknown := sorted(scaling.keys() - KNOWN):
+        known = ", ".join(sorted(KNOWN))
         raise UserError(f'model: yarn has no "{unknown[0]}"; it has {known}')
     for key in sorted(scaling.keys() & NUMBERS):
         if not isinstance(scaling[key], int | float | None):

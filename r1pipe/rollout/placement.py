@@ -85,9 +85,8 @@ class EngineProcess:
     """One `engine_host.EngineHost`, which works in one thread while others ask and listen."""
 
     def __init__(self, number: int, device_type: str, path: Iterable[str] = ()):
-        """`path`: where the trainer finds modules, where that is not passed on."""
-        sys.path.extend(place for place in path if place not in sys.path)
-        distributed.leave()
+        """`path`: see begin_apart."""
+        begin_apart(path)
         if device_type == "cpu":
             settle_core(number)
         silence_warnings()
@@ -116,6 +115,13 @@ class EngineProcess:
 
     def idle_s(self) -> Answer:
         return Answer("beat", seconds_since_heartbeat())
+
+
+def begin_apart(path: Iterable[str]) -> None:
+    """In a process that a rank has started: be no rank. `path`: where the trainer finds modules,
+    which Ray does not pass on."""
+    distributed.leave()
+    sys.path.extend(place for place in path if place not in sys.path)
 
 
 def settle_core(number: int) -> None:
@@ -303,15 +309,14 @@ def open_placement(place: SamplerPlace, device_type: str, weight_bytes: int) -> 
     """Every rank must call it: none takes a cluster's cores before all have counted them. Raises
     UserError for what does not fit."""
     check_placement(place, device_type)
+    num_own = place.engines // distributed.world_size()
     if place.ray is None:
-        return Processes(
-            cut_gpus(place.engines // distributed.world_size()) if device_type == "cuda" else None
-        )
+        return Processes(cut_gpus(num_own) if device_type == "cuda" else None)
     address = find_ray_address(place.ray)
     # Without a cluster, which a rank of another machine could not join, each has a Ray of its own.
-    num_engines = place.engines if address else place.engines // distributed.world_size()
+    num_here = place.engines if address else num_own
     distributed.barrier()
-    placement = RayPlacement(address, num_engines, device_type, 3 * weight_bytes)
+    placement = RayPlacement(address, num_here, device_type, 3 * weight_bytes)
     distributed.barrier()
     return placement
 

@@ -9,6 +9,7 @@ from typing import Any
 from r1pipe.config.base import Reward
 from r1pipe.config.recipe import SamplerPlace
 from r1pipe.config.rl import OnPolicy
+from r1pipe.rollout.placement import begin_apart
 from r1pipe.rollout.scoring import Scorer
 from r1pipe.types import Problem, Rollout, Score
 from r1pipe.utils import distributed
@@ -20,12 +21,11 @@ MAX_LOSSES = 3
 
 
 class RewardWorker(Scorer):
-    """In an actor's process. `path`: where the trainer finds modules; Ray does not pass that on."""
+    """In an actor's process. `path`: see placement.begin_apart."""
 
     def __init__(self, path: list[str], *arguments: Any):
         """`arguments`: Scorer's."""
-        distributed.leave()
-        sys.path.extend(place for place in path if place not in sys.path)
+        begin_apart(path)
         super().__init__(*arguments)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from grpo_settings import make_grpo
-from test_engine import ARCHITECTURES, CPU, SETTINGS
+from test_engine import ARCHITECTURES, CPU, SETTINGS, make_model
 
 from r1pipe.config.base import ProblemSet
 from r1pipe.config.rl import Grpo
@@ -69,6 +69,13 @@ class World:
 
     def judge(self, name: str, judge: Callable[[list[int]], float | None]) -> None:
         self.patch.setitem(judges, name, judge)
+
+
+def save_mixture(folder: Path) -> Path:
+    """A DeepSeek-V3 of random weights, large enough that a wrong one shows."""
+    tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in PROBLEMS), 400)
+    save_checkpoint(make_model("deepseek_v3", tokenizer, 0), tokenizer, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ import torch
 import yaml
 from commands import read_lines, run, run_and_kill, start, wait_for
 from test_engine import CPU, make_model
-from test_faults import PROBLEMS, begin
+from test_faults import PROBLEMS, begin, save_mixture
 from test_resume import TIMES
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -26,7 +26,6 @@ from r1pipe.config.recipe import Engine, SamplerPlace
 from r1pipe.data.problems import load_problems
 from r1pipe.envs.driver import EpisodeSampler
 from r1pipe.models.model import fast_training_kernels, load_model
-from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import export_weights, save_checkpoint
 from r1pipe.rl.curriculum import Prompts
 from r1pipe.rollout.engine import Sampler
@@ -52,10 +51,7 @@ SAME = 2e-6
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in PROBLEMS), 400)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(make_model("deepseek_v3", tokenizer, 0), tokenizer, folder)
-    return folder
+    return save_mixture(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

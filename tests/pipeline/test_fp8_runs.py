@@ -8,21 +8,16 @@ import torch
 import yaml
 from commands import ROOT, read_lines, run
 from safetensors.torch import load_file
-from test_engine import APART, CPU, LIMIT, SETTINGS, make_model
-from test_faults import PROBLEMS, begin
+from test_engine import APART, CPU, LIMIT, SETTINGS
+from test_faults import begin, save_mixture
 
-from r1pipe.models.tokenizer import build_tokenizer
-from r1pipe.models.weights import save_checkpoint
 from r1pipe.rl.loop import sync
 from r1pipe.rollout.engine import Sampler
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in PROBLEMS), 400)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(make_model("deepseek_v3", tokenizer, 0), tokenizer, folder)
-    return folder
+    return save_mixture(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,13 @@ from pathlib import Path
 import gloo_transfer
 import pytest
 from test_engine import CPU, make_model
-from test_faults import PROBLEMS
+from test_faults import PROBLEMS, save_mixture
 from test_fleet import LONG, SETTINGS, measure_diffs, sample_in_flight
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from r1pipe.config.recipe import SamplerPlace
-from r1pipe.models.tokenizer import build_tokenizer
-from r1pipe.models.weights import export_weights, save_checkpoint
+from r1pipe.models.weights import export_weights
 from r1pipe.rollout import weight_transfer
 from r1pipe.rollout.fleet import Fleet
 from r1pipe.utils.errors import UserError
@@ -29,10 +28,7 @@ LIMITS = {"cpu": 1e-5, "cuda": 1e-3}
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer = build_tokenizer((f"{p.question}\n{p.solution}" for p in PROBLEMS), 400)
-    folder = tmp_path_factory.mktemp("checkpoint")
-    save_checkpoint(make_model("deepseek_v3", tokenizer, 0), tokenizer, folder)
-    return folder
+    return save_mixture(tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture(scope="module")
