@@ -79,8 +79,6 @@ class PackedTrainer:
             lr=settings.learning_rate,
             betas=(0.9, settings.adam_beta2),
             weight_decay=settings.weight_decay,
-            # One call for a parameter instead of ten: small ones on a CPU take as long to ask for.
-            fused=self.device.type == "cpu" or None,
         )
         schedule, arguments = find_schedule(settings)
         self.scheduler = get_scheduler(

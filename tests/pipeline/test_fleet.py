@@ -45,7 +45,7 @@ PLACES = {
     "processes": SamplerPlace(kind="fleet", engines=2),
     "ray": SamplerPlace(kind="fleet", engines=2, ray="auto"),
 }
-SAME = 2e-6
+SAME = 1e-6
 """Absolute, and relative: the last bits of float32 follow what is sampled beside a sequence."""
 
 
