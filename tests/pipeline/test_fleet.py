@@ -55,14 +55,21 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def alone(checkpoint: Path) -> Iterator[Sampler]:
+def one_engine(checkpoint: Path) -> Iterator[Sampler]:
     sampler = Sampler(str(checkpoint), SETTINGS, "float32", CPU)
     yield sampler
     sampler.close()
 
 
+@pytest.fixture
+def alone(one_engine: Sampler, checkpoint: Path) -> Sampler:
+    """As it was when it opened, whatever other tests have loaded."""
+    one_engine.load_checkpoint(str(checkpoint))
+    return one_engine
+
+
 RAY_IS_SLOW = pytest.mark.parametrize(
-    "fleet",
+    "two_engines",
     ["processes", pytest.param("ray", marks=pytest.mark.slow)],
     indirect=True,
     scope="module",
@@ -71,7 +78,7 @@ RAY_IS_SLOW = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module", params=PLACES)
-def fleet(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[Fleet]:
+def two_engines(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[Fleet]:
     if request.param == "ray":
         pytest.importorskip("ray", reason='needs Ray: pip install "r1pipe[ray]"')
     if len(os.sched_getaffinity(0)) < 2:
@@ -84,6 +91,13 @@ def fleet(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[Fleet]:
     fleet.close()
     for process in processes:
         wait_for_end(process)
+
+
+@pytest.fixture
+def fleet(two_engines: Fleet, checkpoint: Path) -> Fleet:
+    """As it was when it opened."""
+    two_engines.load_checkpoint(str(checkpoint))
+    return two_engines
 
 
 def wait_for_end(process: int) -> None:
@@ -103,9 +117,7 @@ def require_same(rollouts: list[Rollout], expected: list[Rollout]) -> None:
     assert rollouts == expected
 
 
-def test_samples_are_those_of_one_engine(fleet: Fleet, alone: Sampler, checkpoint: Path) -> None:
-    for sampler in (fleet, alone):
-        sampler.load_checkpoint(str(checkpoint))
+def test_samples_are_those_of_one_engine(fleet: Fleet, alone: Sampler) -> None:
     require_same(sample(fleet, 1), sample(alone, 1))
     assert len({member.process for member in fleet.members}) == 2
     for sampler in (fleet, alone):
@@ -135,7 +147,6 @@ def test_an_engine_without_the_last_sync_samples_nothing(fleet: Fleet) -> None:
 
 def test_a_probe_asks_every_engine(fleet: Fleet, checkpoint: Path) -> None:
     """And tells of the one that is furthest off, however many are right."""
-    fleet.load_checkpoint(str(checkpoint))
     assert probe(fleet, str(checkpoint)) < 1e-5
     asked = cover_engines(PROBE_PROBLEMS[:1], fleet.num_engines)
     rollouts = fleet.generate(asked, 1, SAMPLING, ("probe",))
@@ -179,13 +190,14 @@ def test_steps_of_grpo_are_the_same(
 
 
 @pytest.fixture(scope="module")
-def talker(fleet: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of the same kind, but ends a turn after eight tokens or so."""
-    model = make_model("deepseek_v3", fleet.tokenizer, 11)
-    end_id = fleet.tokenizer.eos_token_id
-    model.generation_config.eos_token_id = [end_id, *range(5, len(fleet.tokenizer), 8)]
+def talker(two_engines: Fleet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ends a turn after eight tokens or so, by a logit that is far from 0 either way."""
+    tokenizer = two_engines.tokenizer
+    model = make_model("deepseek_v3", tokenizer, 11)
+    with torch.no_grad():
+        model.lm_head.weight[tokenizer.eos_token_id] *= 8
     folder = tmp_path_factory.mktemp("talker")
-    save_checkpoint(model, fleet.tokenizer, folder)
+    save_checkpoint(model, tokenizer, folder)
     return folder
 
 
@@ -326,7 +338,7 @@ def test_grpo_in_flight(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fleet", ["ray"], indirect=True, scope="module")
+@pytest.mark.parametrize("two_engines", ["ray"], indirect=True, scope="module")
 def test_reward_workers_score_as_the_trainer_does(fleet: Fleet, alone: Sampler) -> None:
     """What an environment gave counts; also when they die; and a reward that raises is the same one
     line."""
@@ -356,11 +368,10 @@ def test_reward_workers_score_as_the_trainer_does(fleet: Fleet, alone: Sampler) 
 
 
 @RAY_IS_SLOW
-def test_an_engine_killed_while_it_samples(fleet: Fleet, alone: Sampler, checkpoint: Path) -> None:
+def test_an_engine_killed_while_it_samples(fleet: Fleet, alone: Sampler) -> None:
     """No sample is lost or comes twice, and they are the same; by weights that were synced."""
     model = make_model("deepseek_v3", fleet.tokenizer, 2)
     for sampler in (fleet, alone):
-        sampler.load_checkpoint(str(checkpoint))  # another test's has other ends
         sampler.load_weights(export_weights(model))
     replaced, before = fleet.num_replaced, fleet.members[1].process
     groups = []
