@@ -176,8 +176,8 @@ class Fleet(Sampler):
         self._transfer = choose_backend(device.type, settings, config)
         self._broadcast: Broadcast | None = None
         try:
+            set_environment(config, device, dtype, with_routes)  # what engines begin with
             if self._transfer:
-                set_environment(config, device, dtype, with_routes)
                 address = self._placement.address
                 self._broadcast = Broadcast(device, self.num_engines, address)
             first = distributed.rank() * self.num_engines

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 UNITS = {"cpu": "core", "cuda": "GPU"}
 """What an engine takes, by torch's name for its kind of device."""
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+SAFE = "PYTHONSAFEPATH"
+"""Keeps modules of the working folder from standing in for others."""
+IMPORTS = ["vllm.entrypoints.llm", "r1pipe.rollout.engine_host"]
 BEAT_S = 1.0
 """Seconds from one message of a busy engine's process, that it works, to the next."""
 CONNECT_S = 10.0
@@ -131,8 +134,12 @@ def settle_core(number: int) -> None:
     os.sched_setaffinity(0, {cores[number % len(cores)]})
 
 
-def serve(number: int, device_type: str, connection: Connection) -> None:
+def serve(
+    number: int, device_type: str, environment: dict[str, str], connection: Connection
+) -> None:
     """Runs in a process of this machine until the trainer's ends."""
+    os.environ.clear()
+    os.environ.update(environment)
     for ignored in (signal.SIGINT, signal.SIGTERM):  # of the process group: the trainer decides
         signal.signal(ignored, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -173,15 +180,19 @@ class LocalProcess:
     """See Host."""
 
     def __init__(self, number: int, gpu: str | None):
-        # Not forked: the trainer has threads, and torch.
-        context = multiprocessing.get_context("spawn")
+        # Not forked from the trainer, which has threads, and torch; on CPU from a server that has
+        # imported what takes most of an engine's start.
+        context = multiprocessing.get_context("spawn" if gpu else "forkserver")
+        if not gpu:
+            context.set_forkserver_preload(IMPORTS)
         self.connection, theirs = context.Pipe()
-        arguments = (number, "cuda" if gpu else "cpu", theirs)
+        own = {VISIBLE: gpu} if gpu else {VARIABLE: "1"}
+        arguments = (number, "cuda" if gpu else "cpu", {**os.environ, **own}, theirs)
         self.process = context.Process(
             target=serve, args=arguments, name=f"engine {number}", daemon=True
         )
         # Before anything imports torch there, which a user's own main module may.
-        with mock.patch.dict(os.environ, {VISIBLE: gpu} if gpu else {VARIABLE: "1"}):
+        with mock.patch.dict(os.environ, {**own, SAFE: "1"}):
             self.process.start()
         theirs.close()  # so that its end is noticed here
         self.orders = count()

@@ -56,7 +56,8 @@ def test_a_process_sees_one_gpu_or_computes_with_one_thread(
     for gpu in ("3", None):
         host = LocalProcess(1, gpu)
         process = Path(f"/proc/{host.process.pid}")
-        while "spawn_main" not in (process / "cmdline").read_text():  # still a copy of this one
+        starter = "spawn_main" if gpu else "forkserver"
+        while starter not in (process / "cmdline").read_text():  # still a copy of this one
             time.sleep(0.01)
         variables = (process / "environ").read_text().split("\0")
         host.kill()
