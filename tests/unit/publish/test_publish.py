@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import commands
 import pyarrow
 import pytest
 import torch
@@ -33,6 +34,7 @@ from r1pipe.utils.jsonl import write_jsonl, write_text
 
 ROOT = Path(__file__).parents[3]
 TOKEN = "hf_TokenOfTheTestsThatMustNotAppear"
+PUBLISH = ("publish", "--repo", "ana/mini")
 QWEN3 = {
     "model_type": "qwen3",
     "hidden_size": 32,
@@ -132,35 +134,25 @@ def run(tmp_path: Path, checkpoint: Path) -> Path:
     return make_run(tmp_path / "runs", checkpoint, STAGES)
 
 
-def start(hub: FakeHub, target: Path, *options: object, token: str = TOKEN) -> subprocess.Popen:
-    # Without what an engine of another test in this process has set.
+def describe_hub(hub: FakeHub, home: Path, token: str = TOKEN) -> dict[str, str]:
+    """The environment, without what an engine of another test in this process has set."""
     foreign = ("HF_", "TORCHDYNAMO_", "VLLM_")
     environment = {name: v for name, v in os.environ.items() if not name.startswith(foreign)}
-    environment |= {
+    return environment | {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",
-        "HF_HOME": str(target.parent / "hf_home"),
+        "HF_HOME": str(home),
         "HF_TOKEN": token,
-        "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-m", "r1pipe", "publish", target, "--repo", "ana/mini", *options]
-    return subprocess.Popen(
-        [str(part) for part in command],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
 
 
 def publish(
     hub: FakeHub, target: Path, *options: object, token: str = TOKEN
 ) -> subprocess.CompletedProcess:
-    process = start(hub, target, *options, token=token)
-    out, err = process.communicate(timeout=600)
-    assert TOKEN not in out + err
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+    environment = describe_hub(hub, target.parent / "hf_home", token)
+    result = commands.run(*PUBLISH, target, *options, environment=environment, timeout_s=600)
+    assert TOKEN not in result.stdout + result.stderr
+    return result
 
 
 def refuse(hub: FakeHub, target: Path, *options: object, token: str = TOKEN) -> str:
@@ -279,7 +271,8 @@ def test_interrupted_upload_resumes(hub: FakeHub, tmp_path: Path, checkpoint: Pa
     run = make_run(tmp_path / "runs", larger, STAGES)
     hub.faults.append(Fault("PUT /lfs/", times=1))
     hub.faults.append(Fault("PUT /lfs/", delay_s=60, times=1))
-    process = start(hub, run)
+    environment = describe_hub(hub, tmp_path)
+    process = commands.start(*PUBLISH, run, environment=environment)
     deadline = time.monotonic() + 300
     while len(hub.objects) < 1 or sum(fault.times for fault in hub.faults):
         assert time.monotonic() < deadline
@@ -556,13 +549,9 @@ def test_examples_of_the_card_run(
     _, text = read_card(hub.repos["model", "ana/mini"].files)
     code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)[number]
     (tmp_path / "example.py").write_text(code)
-    # Without what an engine of another test in this process has set.
-    foreign = ("HF_", "TORCHDYNAMO_", "VLLM_")
-    environment = {name: v for name, v in os.environ.items() if not name.startswith(foreign)}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
     result = subprocess.run(
         [sys.executable, tmp_path / "example.py"],
-        env={**environment, "VLLM_CPU_KVCACHE_SPACE": "1"},
+        env={**describe_hub(hub, tmp_path, token=""), "VLLM_CPU_KVCACHE_SPACE": "1"},
         capture_output=True,
         text=True,
         timeout=1800,

@@ -1,5 +1,6 @@
 """r1pipe's commands in processes of their own, for tests of runs from outside."""
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -7,15 +8,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import huggingface_hub
 import killed
 
 from r1pipe.cli.main import main
 from r1pipe.utils.jsonl import read_jsonl
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
     [
@@ -29,13 +31,16 @@ FORKS.set_forkserver_preload(
 
 
 def start(
-    *arguments: object, program: tuple[str, ...] = ("-m", "r1pipe"), **options: object
+    *arguments: object,
+    program: tuple[str, ...] = ("-m", "r1pipe"),
+    environment: Mapping[str, str] = os.environ,
+    **options: object,
 ) -> subprocess.Popen:
     """A process of its own from the beginning."""
     return subprocess.Popen(
         [sys.executable, *program, *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{Path(__file__).parent}"},
+        env={**environment, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests' / 'pipeline'}"},
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -50,14 +55,18 @@ def finish(process: subprocess.Popen, timeout_s: float = 1800) -> subprocess.Com
 
 
 def run(
-    *arguments: object, program: Callable = main, said: str = "", timeout_s: float = 1800
+    *arguments: object,
+    program: Callable = main,
+    said: str = "",
+    environment: Mapping[str, str] = os.environ,
+    timeout_s: float = 1800,
 ) -> subprocess.CompletedProcess:
     """In a fork of the server, to the end. `said`: on stdin."""
     arguments = tuple(map(str, arguments))
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("in", "out", "err")]
         files[0].write_text(said)
-        process = FORKS.Process(target=execute, args=(program, arguments, files, dict(os.environ)))
+        process = FORKS.Process(target=execute, args=(program, arguments, files, dict(environment)))
         process.start()
         process.join(timeout_s)
         process.kill()
@@ -71,6 +80,7 @@ def execute(
 ) -> None:
     os.environ.clear()
     os.environ.update(environment)
+    importlib.reload(huggingface_hub.constants)  # which it has read from another environment
     os.chdir(ROOT)
     for number, file in enumerate(files):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)

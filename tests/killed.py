@@ -1,11 +1,5 @@
-"""Runs a command of r1pipe, and kills it (SIGKILL) in a given phase of a given step:
-
-    python tests/pipeline/killed.py updating 3 0.2 FOLDER grpo configs/demo.yaml
-
-kills it 0.2 s after it has begun to update when the stage in FOLDER has 3 steps behind it, and
-says in which phases it was. A thread looks at the stacks of the others for that; the program itself
-knows nothing of it.
-"""
+"""Runs a command of r1pipe, and kills it (SIGKILL) in a given phase of a given step. A thread looks
+at the stacks of the others for that; the program itself knows nothing of it."""
 
 import os
 import signal
@@ -57,11 +51,9 @@ def kill_in(phase: str, steps: int, delay_s: float, folder: Path) -> None:
 
 
 def run_and_kill(arguments: list[str]) -> int:
+    """`arguments`: phase; how many steps the stage in a folder has behind it; seconds since the
+    phase began; the folder; the command. Says in which phases it was."""
     phase, steps, delay_s, folder, *command = arguments
     where = (phase, int(steps), float(delay_s), Path(folder))
     threading.Thread(target=kill_in, args=where, daemon=True).start()
     return main(command)
-
-
-if __name__ == "__main__":
-    sys.exit(run_and_kill(sys.argv[1:]))
