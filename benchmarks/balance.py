@@ -10,12 +10,12 @@ ratio. One thread per process: needs as many free cores.
 import argparse
 import os
 import random
+import socket
 import statistics
-import subprocess
-import sys
 import time
 
 import torch
+from torch.multiprocessing import start_processes
 
 from r1pipe.config.rl import Grpo
 from r1pipe.models.model import build_model
@@ -52,14 +52,18 @@ def main() -> None:
     parser.add_argument("--longest", type=int, default=1024, help="tokens of a completion")
     options = parser.parse_args()
     silence_libraries()
-    if "RANK" in os.environ:
-        with distributed.joined("cpu"):
-            measure(options.steps, options.prompts, options.longest)
-        return
-    launch = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(options.processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", *launch, __file__, *sys.argv[1:]]
-    subprocess.run(command, check=True, env=environment)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    start_processes(be_rank, (port, options), options.processes, start_method="fork")
+
+
+def be_rank(rank: int, port: int, options: argparse.Namespace) -> None:
+    place = {"RANK": rank, "WORLD_SIZE": options.processes, "MASTER_PORT": port}
+    os.environ |= {name: str(value) for name, value in place.items()}
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    torch.set_num_threads(1)
+    with distributed.joined("cpu"):
+        measure(options.steps, options.prompts, options.longest)
 
 
 def measure(num_steps: int, num_prompts: int, longest: int) -> None:

@@ -3,12 +3,15 @@
 import importlib
 import multiprocessing
 import os
+import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import huggingface_hub
@@ -62,22 +65,64 @@ def run(
     timeout_s: float = 1800,
 ) -> subprocess.CompletedProcess:
     """In a fork of the server, to the end. `said`: on stdin."""
-    arguments = tuple(map(str, arguments))
     with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in ("in", "out", "err")]
-        files[0].write_text(said)
-        process = FORKS.Process(target=execute, args=(program, arguments, files, dict(environment)))
-        process.start()
-        process.join(timeout_s)
-        process.kill()
-        process.join()
-        out, err = (file.read_text() for file in files[1:])
-        return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
+        fork = Fork(Path(folder), program, arguments, environment, said)
+        fork.process.join(timeout_s)
+        return fork.finish()
 
 
-def execute(
-    program: Callable, arguments: tuple[str, ...], files: list[Path], environment: dict
-) -> None:
+def run_ranks(
+    number: int, *arguments: object, program: Callable = main, timeout_s: float = 900
+) -> subprocess.CompletedProcess:
+    """In as many forks, with what torchrun would tell them, until all have ended or one has failed;
+    its result, else the first one's."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": server.getsockname()[1]}
+    shared |= {"WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+    with tempfile.TemporaryDirectory() as folder:
+        forks = []
+        for rank in range(number):
+            own = {name: str(v) for name, v in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+            place = Path(folder, str(rank))
+            place.mkdir()
+            forks.append(Fork(place, program, arguments, {**os.environ, **own}))
+        deadline = time.monotonic() + timeout_s
+        running, failed = [*forks], []
+        while running and not failed and time.monotonic() < deadline:
+            wait([fork.process.sentinel for fork in running], timeout=1)
+            running = [fork for fork in running if fork.process.exitcode is None]
+            failed = [fork for fork in forks if fork.process.exitcode]
+        results = {fork: fork.finish() for fork in [*failed, *forks]}
+        return next(iter(results.values()))
+
+
+class Fork:
+    """Of the server; its stdin, stdout and stderr are files."""
+
+    def __init__(
+        self,
+        folder: Path,
+        program: Callable,
+        arguments: tuple[object, ...],
+        environment: Mapping[str, str],
+        said: str = "",
+    ):
+        self.arguments = list(map(str, arguments))
+        self.files = [folder / name for name in ("in", "out", "err")]
+        self.files[0].write_text(said)
+        given = program, self.arguments, self.files, dict(environment)
+        self.process = FORKS.Process(target=execute, args=given)
+        self.process.start()
+
+    def finish(self) -> subprocess.CompletedProcess:
+        """Killed if it has not ended."""
+        self.process.kill()
+        self.process.join()
+        out, err = (file.read_text() for file in self.files[1:])
+        return subprocess.CompletedProcess(self.arguments, self.process.exitcode, out, err)
+
+
+def execute(program: Callable, arguments: list[str], files: list[Path], environment: dict) -> None:
     os.environ.clear()
     os.environ.update(environment)
     importlib.reload(huggingface_hub.constants)  # which it has read from another environment
@@ -86,7 +131,14 @@ def execute(
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
     sys.stdin = os.fdopen(0, closefd=False)
     sys.argv = ["r1pipe", *arguments]
-    sys.exit(program(list(arguments)))
+    sys.exit(program(arguments))
+
+
+def run_script(arguments: list[str]) -> None:
+    """A program for `run`: a file, and what it is given."""
+    sys.argv = arguments
+    sys.path.insert(0, str(Path(arguments[0]).parent))
+    runpy.run_path(arguments[0], run_name="__main__")
 
 
 def run_and_kill(

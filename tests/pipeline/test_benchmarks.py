@@ -1,13 +1,11 @@
 """Every benchmark runs: one step of it, tiny. What it prints is not looked at but for its table."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
 from browser import CHROMIUM
-from commands import ROOT, run
+from commands import ROOT, run, run_script
 
 FOLDER = ROOT / "benchmarks"
 STEPS = [
@@ -64,7 +62,7 @@ def test_benchmark_runs(
     if name == "gpu_check":
         options += ["--out", str(tmp_path)]
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    result = run(name, *options, program=run_benchmark)
+    result = run(FOLDER / f"{name}.py", *options, program=run_script)
     assert result.returncode == 0, result.stderr[-3000:]
     if name == "gpu_check":
         for check in json.loads((tmp_path / "gpu-check.json").read_text())["checks"]:
@@ -73,10 +71,3 @@ def test_benchmark_runs(
             assert all(row["met"] is not False for row in check["rows"]), check
         return
     assert "|" in result.stdout or "rollouts: written" in result.stdout
-
-
-def run_benchmark(arguments: list[str]) -> None:
-    name, *sys.argv[1:] = arguments
-    sys.argv[0] = str(FOLDER / f"{name}.py")
-    sys.path.insert(0, str(FOLDER))
-    runpy.run_path(sys.argv[0], run_name="__main__")

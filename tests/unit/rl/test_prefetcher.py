@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from grpo_settings import make_grpo
+from torch.multiprocessing import start_processes
 
 from r1pipe.config.recipe import KeptRollouts
 from r1pipe.config.rl import Difficulty
@@ -283,7 +284,7 @@ def test_batches_of_several_ranks_do_not_mix(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    torch.multiprocessing.spawn(sample_on_one_rank, (port, tmp_path), nprocs=2)
+    start_processes(sample_on_one_rank, (port, tmp_path), nprocs=2, start_method="forkserver")
     expected = [{str(step): [[step, 0], [step, 1]] for step in range(1, 5)}, 2, {"drawn": 3}]
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected

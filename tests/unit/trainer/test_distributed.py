@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import pickle
 import random
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import run_ranks, run_script
 from grpo_settings import make_grpo, make_on_policy_distill
 from tiny_models import MODELS, PROBLEMS, make_rollout
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -190,16 +190,8 @@ def make_stage(**settings: object) -> OnPolicy:
     return make_grpo(**{**fixed, **settings})
 
 
-def run_ranks(script: str, *arguments: object, ranks: int = 2) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run(
-        [sys.executable, *command, str(Path(__file__).with_name(script)), *map(str, arguments)],
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=900,
-    )
+def run_on_ranks(script: str, *arguments: object, ranks: int = 2) -> subprocess.CompletedProcess:
+    return run_ranks(ranks, Path(__file__).with_name(script), *arguments, program=run_script)
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +229,7 @@ def run_cases(
             "routes": routes,
         }
     (folder / "cases.pickle").write_bytes(pickle.dumps(cases))
-    result = run_ranks("sharded_update.py", folder, device, ranks=ranks)
+    result = run_on_ranks("sharded_update.py", folder, device, ranks=ranks)
     assert result.returncode == 0, result.stderr[-4000:]
     return folder, cases
 

@@ -4,7 +4,7 @@ two ranks. A test that fails here may mean that one of them will do now."""
 import json
 
 import pytest
-from test_distributed import run_ranks
+from test_distributed import run_on_ranks
 from tiny_models import MODELS
 from transformers import PreTrainedTokenizerBase
 
@@ -22,7 +22,7 @@ def results(
     (folder / "moe").mkdir()
     model = build_model(MODELS["deepseek_v3"], tokenizer, 0)
     save_checkpoint(model, tokenizer, folder / "moe")
-    result = run_ranks("kept_implementations.py", folder)
+    result = run_on_ranks("kept_implementations.py", folder)
     assert result.returncode == 0, result.stderr[-4000:]
     return json.loads((folder / "results.json").read_text())
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 from grpo_settings import make_grpo
-from test_distributed import ROOT, run_ranks
+from test_distributed import ROOT, run_on_ranks
 from transformers import PreTrainedTokenizerBase
 
 from r1pipe.doctor.traffic import estimate_traffic
@@ -23,7 +23,7 @@ def test_bytes_sent(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     (tmp_path / "start").mkdir()
     model = build_model(DEMO, tokenizer, 0)
     save_checkpoint(model, tokenizer, tmp_path / "start")
-    result = run_ranks("traffic_of_ranks.py", tmp_path, 256)
+    result = run_on_ranks("traffic_of_ranks.py", tmp_path, 256)
     assert result.returncode == 0, result.stderr[-4000:]
     sent = json.loads((tmp_path / "sent.json").read_text())
     for groups in (1, 2):
