@@ -1,5 +1,6 @@
 """r1pipe's commands in processes of their own, for tests of runs from outside."""
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -123,6 +124,7 @@ class Fork:
 
 
 def execute(program: Callable, arguments: list[str], files: list[Path], environment: dict) -> None:
+    gc.freeze()  # what the server has imported
     os.environ.clear()
     os.environ.update(environment)
     importlib.reload(huggingface_hub.constants)  # which it has read from another environment

@@ -1,5 +1,6 @@
 """How tests are shared out: among processes (`make test`), and slow ones among runs of CI."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item in items if find_share(item) not in third]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if find_share(item) in third]
+
+
+def pytest_collection_finish() -> None:
+    """An engine that closes collects garbage: imports and thousands of tests are none."""
+    gc.freeze()
 
 
 def find_share(item: pytest.Item) -> str:

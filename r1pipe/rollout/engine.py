@@ -467,9 +467,13 @@ class Sampler:
                 self.llm.wake_up()
         from vllm.distributed import destroy_distributed_environment, destroy_model_parallel
 
-        # It would destroy the default process group, which may be the trainer's, and collect
-        # garbage before there is any.
-        with mock.patch("vllm.v1.engine.core.cleanup_dist_env_and_memory"):
+        # It would destroy the default process group, which may be the trainer's, collect garbage
+        # before there is any, and let later collections look at every import again.
+        with (
+            mock.patch("vllm.v1.engine.core.cleanup_dist_env_and_memory"),
+            mock.patch("gc.collect"),
+            mock.patch("gc.unfreeze"),
+        ):
             self.llm.llm_engine.engine_core.shutdown()
         destroy_model_parallel()
         if distributed.alone():

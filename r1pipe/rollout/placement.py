@@ -4,6 +4,7 @@ Both kinds are asked in the same way: `begin` calls, and `wait` for answers of a
 torch, which would read the number of threads before the engine's process has set it.
 """
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -138,6 +139,7 @@ def serve(
     number: int, device_type: str, environment: dict[str, str], connection: Connection
 ) -> None:
     """Runs in a process of this machine until the trainer's ends."""
+    gc.freeze()  # a collection would look at, and so copy, what the server has imported
     os.environ.clear()
     os.environ.update(environment)
     for ignored in (signal.SIGINT, signal.SIGTERM):  # of the process group: the trainer decides

@@ -351,7 +351,6 @@ def test_requests_and_results_are_let_go(opened: tuple, problems: list[Problem])
         patch.setattr(sampler, "settings", SETTINGS.model_copy(update={"max_num_seqs": 4}))
         journal = SimpleNamespace(find_samples=lambda *_: {}, add_sample=look)
         groups = list(sampler.generate_groups(problems[:4], 12, few, (0,), journal=journal))
-    gc.unfreeze()
     assert len(seen) == 48
     assert max(unfinished for unfinished, _ in seen) <= 8
     # One engine step's, at most as many as run.
