@@ -111,7 +111,7 @@ MODULE, SCRIPT = ("-m", "r1pipe"), ("-P", "-m", "r1pipe")
 @pytest.mark.parametrize(
     ("program", "python_path"),
     [
-        pytest.param(MODULE, f".:{ROOT}", id="-m, the folder first"),
+        pytest.param(MODULE, f".:{ROOT}", id="-m, the folder first", marks=pytest.mark.slow),
         pytest.param(SCRIPT, str(ROOT), id="r1pipe"),
         pytest.param(MODULE, str(ROOT), id="-m", marks=pytest.mark.slow),
         pytest.param(SCRIPT, f".:{ROOT}", id="r1pipe, the folder first", marks=pytest.mark.slow),

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -67,15 +68,7 @@ with Watchdog(Path({str(folder)!r}), {limit_s}), phase("update"):
     )
 
 
-@pytest.mark.parametrize("action", [WORKS, ANOTHER_THREAD_WORKS])
-def test_work_is_left_alone_and_nothing_is_left_of_the_watch(action: str, tmp_path: Path) -> None:
-    process = start(tmp_path / "stacks", action, PATIENT_S)
-    _, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
-    assert not (tmp_path / "stacks").exists()
-
-
-# (what hangs, exit code, words of the line, words of the stacks)
+# (what the main thread does, exit code, words of the line, words of the stacks)
 HANGS = {
     "sleep": (SLEEPS, HUNG, "in update", "do_what_hangs"),
     "C call": (WAITS_IN_C, HUNG, "in update", "do_what_hangs"),
@@ -84,19 +77,52 @@ HANGS = {
 }
 
 
+@dataclass
+class Begun:
+    folder: Path
+    """Of its stacks."""
+    process: subprocess.Popen
+    at: float = field(default_factory=time.monotonic)
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Begun]:
+    """Side by side, as most of them sleep. One is asked for its stacks, one is stopped."""
+    folder = tmp_path_factory.mktemp("stacks")
+    actions = {name: (case[0], 1.0) for name, case in HANGS.items()}
+    actions |= {"works": (WORKS, PATIENT_S), "another works": (ANOTHER_THREAD_WORKS, PATIENT_S)}
+    actions |= {"asked": (WORKS, PATIENT_S), "stopped": (WORKS, 2.0)}
+    begun = {name: Begun(folder / name, start(folder / name, *a)) for name, a in actions.items()}
+    for name in ("asked", "stopped"):
+        assert begun[name].process.stdout.readline() == "begun\n"
+    begun["asked"].process.send_signal(signal.SIGUSR1)
+    os.killpg(begun["stopped"].process.pid, signal.SIGSTOP)
+    return begun
+
+
+@pytest.mark.parametrize("case", ["works", "another works"])
+def test_work_is_left_alone_and_nothing_is_left_of_the_watch(
+    case: str, begun: dict[str, Begun]
+) -> None:
+    process = begun[case].process
+    _, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert not begun[case].folder.exists()
+
+
 @pytest.mark.parametrize("case", HANGS)
-def test_a_hang_ends_with_the_stacks(case: str, tmp_path: Path) -> None:
-    action, code, words, stacks = HANGS[case]
-    process = start(tmp_path / "stacks", action)
+def test_a_hang_ends_with_the_stacks(case: str, begun: dict[str, Begun]) -> None:
+    _, code, words, stacks = HANGS[case]
+    folder, process = begun[case].folder, begun[case].process
     _, err = process.communicate(timeout=60)  # left alone they take 100 s, or for ever
     assert process.returncode == code, err
     lines = err.splitlines()
     assert len(lines) == 1, err
     assert lines[0].startswith("r1pipe: rank 0: ")
     assert words in lines[0]
-    assert str(tmp_path / "stacks") in lines[0]
+    assert str(folder) in lines[0]
     assert "the same command resumes" in lines[0]
-    written = (tmp_path / "stacks" / "rank-0.txt").read_text()
+    written = (folder / "rank-0.txt").read_text()
     assert re.search(stacks, written), written
 
 
@@ -124,21 +150,18 @@ def test_what_an_earlier_run_left_is_no_hang(tmp_path: Path) -> None:
     assert process.returncode == 0
 
 
-def test_a_process_that_was_stopped_has_not_hung(tmp_path: Path) -> None:
+def test_anyone_may_ask_for_the_stacks(begun: dict[str, Begun]) -> None:
+    process = begun["asked"].process
+    process.communicate(timeout=300)
+    assert process.returncode == 0
+    assert "do_what_hangs" in (begun["asked"].folder / "rank-0.txt").read_text()
+
+
+def test_a_process_that_was_stopped_has_not_hung(begun: dict[str, Begun]) -> None:
     """As by Ctrl-Z: its guardian too."""
-    process = start(tmp_path, WORKS, limit_s=2.0)
-    assert process.stdout.readline() == "begun\n"
-    os.killpg(process.pid, signal.SIGSTOP)
-    time.sleep(6)  # longer than ten times the watch's interval, half a second
+    process = begun["stopped"].process
+    # Longer than ten times the watch's interval, half a second.
+    time.sleep(max(0.0, begun["stopped"].at + 7 - time.monotonic()))
     os.killpg(process.pid, signal.SIGCONT)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-
-
-def test_anyone_may_ask_for_the_stacks(tmp_path: Path) -> None:
-    process = start(tmp_path, WORKS, PATIENT_S)
-    assert process.stdout.readline() == "begun\n"
-    process.send_signal(signal.SIGUSR1)
-    process.communicate(timeout=300)
-    assert process.returncode == 0
-    assert "do_what_hangs" in (tmp_path / "rank-0.txt").read_text()
