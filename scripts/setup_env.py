@@ -91,7 +91,7 @@ def install() -> None:
     torch = next(line for line in requirements if line.startswith("torch=="))
     hashed = [line for line in requirements if "--hash" in line]
     others = [line for line in requirements if line != torch and line not in hashed]
-    print(f"installing {len(requirements)} pinned packages: 2 to 3 minutes, 2.4 GB", flush=True)
+    print(f"installing {len(requirements)} pinned packages: 2 to 3 minutes, 2 GB", flush=True)
     # pip does one thing at a time: the two large packages and the many small ones side by side.
     with ThreadPoolExecutor() as pool:
         large = pool.submit(install_large, torch, hashed)
@@ -125,7 +125,8 @@ def install_optional() -> None:
 
 
 def pip(*arguments: object, quiet_errors: bool = False) -> None:
-    options = ["--quiet", "--disable-pip-version-check", "--no-deps"]
+    # Compiled when it is imported: five of six modules never are.
+    options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile"]
     command = [PYTHON, "-m", "pip", "install", *options, *arguments]
     # Not from a user's PYTHONPATH or an outer environment.
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
