@@ -134,17 +134,18 @@ def test_a_batch_sampled_ahead_is_kept(finished: tuple, tiny_recipe: Path) -> No
 
 
 PHASES = ("sampling", "scoring", "updating", "syncing", "saving")
-LONGEST_DELAY_S = {"sampling": 1.5, "scoring": 0.01, "updating": 1.0, "syncing": 0.02, "saving": 0}
+LONGEST_DELAY_S = {"sampling": 0.7, "scoring": 0.01, "updating": 0.5, "syncing": 0.02, "saving": 0}
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The demo's recipe with a shorter cold start, and the folder of a run of its grpo stage."""
+    """The demo's recipe with a shorter cold start and half as many prompts a step, and the folder of
+    a run of its grpo stage."""
     folder = tmp_path_factory.mktemp("demo")
     values = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     stages = {s.get("name", s["kind"]): s for s in values["stages"]}
     stages["sft"]["train"]["max_steps"] = 150
-    stages["grpo"]["save_steps"] = 2
+    stages["grpo"] |= {"save_steps": 2, "prompts_per_step": 32}
     values |= {"runs_dir": str(folder / "runs"), "name": "whole"}
     values["stages"] = [stages[name] for name in ("random", "sft", "grpo")]
     recipe = folder / "demo.yaml"
