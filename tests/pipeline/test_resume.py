@@ -139,8 +139,8 @@ LONGEST_DELAY_S = {"sampling": 0.7, "scoring": 0.01, "updating": 0.5, "syncing":
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The demo's recipe with a shorter cold start and half as many prompts a step, and the folder of
-    a run of its grpo stage."""
+    """The demo's recipe with a shorter cold start and half the prompts a step, and the folder of a
+    run of its grpo stage."""
     folder = tmp_path_factory.mktemp("demo")
     values = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     stages = {s.get("name", s["kind"]): s for s in values["stages"]}

@@ -1,8 +1,6 @@
 """Which prompts a step gets, and by which policies they are sampled."""
 
 import json
-import os
-import socket
 import threading
 import time
 from collections import defaultdict
@@ -11,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import run_ranks
 from grpo_settings import make_grpo
-from torch.multiprocessing import start_processes
 
 from r1pipe.config.recipe import KeptRollouts
 from r1pipe.config.rl import Difficulty
@@ -252,11 +250,10 @@ def test_what_was_not_finished_is_sampled_again() -> None:
     assert names == [f"p{number}" for number in range(6)]
 
 
-def sample_on_one_rank(rank: int, port: int, folder: Path) -> None:
+def sample_on_one_rank(arguments: list[str]) -> None:
     """One of two, which reach the ends of their batches in different orders. Saved when one rank
     has finished the third."""
-    ranks = {"RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ |= {name: str(value) for name, value in ranks.items()}
+    rank = distributed.rank()
     met, saved = {}, threading.Event()
 
     def sample(step: int, policy_step: int, prompts: list[Problem]) -> Batch:
@@ -276,15 +273,13 @@ def sample_on_one_rank(rank: int, port: int, folder: Path) -> None:
         state = batches.state_dict()
         saved.set()
     found = met, len(state["ahead"]), state["collector"]
-    (folder / f"{rank}.json").write_text(json.dumps(found))
+    Path(arguments[0], f"{rank}.json").write_text(json.dumps(found))
 
 
 def test_batches_of_several_ranks_do_not_mix(tmp_path: Path) -> None:
     """And all ranks keep the same ones."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    start_processes(sample_on_one_rank, (port, tmp_path), nprocs=2, start_method="forkserver")
+    result = run_ranks(2, tmp_path, program=sample_on_one_rank)
+    assert result.returncode == 0, result.stderr[-3000:]
     expected = [{str(step): [[step, 0], [step, 1]] for step in range(1, 5)}, 2, {"drawn": 3}]
     for rank in range(2):
         assert json.loads((tmp_path / f"{rank}.json").read_text()) == expected
