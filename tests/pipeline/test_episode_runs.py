@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import yaml
-from commands import read_lines, run, run_and_kill
+from commands import read_lines, run, run_and_kill, run_ranks
 from test_engine import LIMIT
 from test_environments import save_talker
-from test_processes import run_two, without_times
+from test_processes import without_times
 from test_resume import assert_equal
 
 from r1pipe.rollout.store import read_rollouts
@@ -79,7 +79,7 @@ PLACES = {"two": [], "fleet": ["--set", "sampler.kind=fleet", "--set", "sampler.
 @pytest.mark.parametrize("name", PLACES)
 def test_two_processes_play_what_one_plays(name: str, folder: Path, one: Path) -> None:
     """Also with an engine each in processes of their own."""
-    result = run_two("grpo", write_recipe(folder, name), *PLACES[name])
+    result = run_ranks(2, "grpo", write_recipe(folder, name), *PLACES[name])
     assert result.returncode == 0, result.stderr[-3000:]
     two = folder / name / "grpo"
     for expected, row in zip(*(read_lines(f / "metrics.jsonl") for f in (one, two)), strict=True):

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from commands import read_lines, wait_for
+from commands import read_lines, run_ranks, wait_for
 from test_fleet import PLACES, SAME, list_descendants, wait_for_end
 from test_processes import run_two, start_two
 from test_resume import TIMES
@@ -50,7 +50,7 @@ def recipe(tiny_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def colocated(recipe: Path) -> Path:
     """The folder of a run whose two processes have an engine each in them."""
-    result = run_two("run", recipe)
+    result = run_ranks(2, "run", recipe)
     assert result.returncode == 0, result.stderr[-3000:]
     return recipe.parent / "colocated" / "grpo"
 
@@ -62,7 +62,7 @@ def test_losses_and_rollouts_are_those_of_colocated_engines(
     if kind == "ray":
         pytest.importorskip("ray", reason='needs Ray: pip install "r1pipe[ray]"')
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    result = run_two("run", recipe, "--set", f"name={kind}", *set_fleet(kind))
+    result = run_ranks(2, "run", recipe, "--set", f"name={kind}", *set_fleet(kind))
     assert result.returncode == 0, result.stderr[-3000:]
     folder = recipe.parent / kind / "grpo"
     expected, rows = (read_lines(place / "metrics.jsonl") for place in (colocated, folder))
@@ -106,7 +106,7 @@ def test_in_flight_killed_and_resumed(tiny_recipe: Path, tmp_path: Path) -> None
     assert "sampler: engine 1 was lost" in errors
     for descendant in below:
         wait_for_end(descendant)
-    result = run_two(*command)
+    result = run_ranks(2, *command)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "resumes after step" in result.stderr
     folder = tmp_path / "killed" / "grpo"

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from commands import finish, read_lines, run, start, wait_for
+from commands import finish, read_lines, run, run_ranks, start, wait_for
 from test_resume import assert_equal
 
 from r1pipe.rollout.store import read_rollouts
@@ -120,7 +120,7 @@ def test_groups_and_teams(recipe: Path, tmp_path: Path) -> None:
     stages, groups = ("grpo", "sft.train"), ("expert_parallel", "sequence_parallel")
     keys = (f"{stage}.{group}" for stage in stages for group in groups)
     changes = ["name=grouped", *(f"stages.{key}=2" for key in keys)]
-    result = run_two("run", path, *(word for change in changes for word in ("--set", change)))
+    result = run_ranks(2, "run", path, *(word for change in changes for word in ("--set", change)))
     assert result.returncode == 0, result.stderr[-3000:]
     for stage in ("grpo", "sft"):
         test_metrics_are_those_of_one_process(stage, (tmp_path / "ungrouped", tmp_path / "grouped"))
@@ -180,7 +180,7 @@ def test_two_processes_resume_bit_equal(case: str, both: tuple, recipe: Path) ->
     alone = run(*command)
     assert alone.returncode == 2
     assert "saved by 2 processes, and this run has 1" in alone.stderr.splitlines()[-1]
-    result = run_two(*command)
+    result = run_ranks(2, *command)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "resumes after step" in result.stderr
     assert_equal(two / stage, other / stage)
