@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -125,6 +126,8 @@ class Fork:
 
 def execute(program: Callable, arguments: list[str], files: list[Path], environment: dict) -> None:
     gc.freeze()  # what the server has imported
+    # Python starts another server for what a fork starts, such as a fleet's engines.
+    forkserver._forkserver.ensure_running = lambda: None
     os.environ.clear()
     os.environ.update(environment)
     importlib.reload(huggingface_hub.constants)  # which it has read from another environment
