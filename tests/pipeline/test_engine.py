@@ -29,6 +29,7 @@ from r1pipe.models.fp8 import add_fp8, computing_as_sampler
 from r1pipe.models.model import build_model, fast_training_kernels
 from r1pipe.models.tokenizer import build_tokenizer
 from r1pipe.models.weights import export_weights, save_checkpoint
+from r1pipe.rollout.cpu_sampling import replace_kernels_once
 from r1pipe.rollout.engine import Sampler
 from r1pipe.rollout.engines import Engines
 from r1pipe.trainer.packing import Sample, pack
@@ -470,6 +471,35 @@ def test_a_reload_that_goes_wrong_gives_way_to_a_new_engine(
     assert second is not first
     assert "started anew" in capfd.readouterr().err
     assert logprob_diff(models[1], second.generate(problems, 1, SAMPLING, (0,))) < LIMIT
+
+
+def test_closing_collects_garbage_once_and_thaws_nothing(
+    engines: Engines, tokenizer: object, tmp_path: Path
+) -> None:
+    """A collection that looks at all imports takes most of a second."""
+    save_checkpoint(make_model("llama", tokenizer, 0), tokenizer, tmp_path)
+    engines.open(str(tmp_path))
+    frozen, collected = gc.get_freeze_count(), []
+    note = lambda phase, info: collected.append((phase, info["generation"]))  # noqa: E731
+    gc.callbacks.append(note)
+    engines.close()
+    gc.callbacks.remove(note)
+    assert collected.count(("start", 2)) == 1
+    assert gc.get_freeze_count() == frozen > 0
+
+
+def test_kernels_are_looked_for_in_vllm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.triton_utils import dispatcher
+
+    seen: list[str] = []
+    look = lambda kernels: seen.extend(dispatcher.sys.modules)  # noqa: E731
+    monkeypatch.setattr(dispatcher, "_rebind_kernels", look)
+    monkeypatch.setattr(CpuPlatform, "register_triton_kernel_overrides", staticmethod(list))
+    replace_kernels_once()
+    dispatcher._rebind_kernels([])
+    assert {"vllm.v1.sample.rejection_sampler", "vllm.v1.worker.block_table"} < set(seen)
+    assert all(name.startswith("vllm") for name in seen)
 
 
 def test_a_context_beyond_the_models_is_told(

@@ -43,6 +43,25 @@ def test_torch_comes_from_its_own_index_if_pip_finds_none(
         install(monkeypatch, tmp_path, 2)
 
 
+def test_what_commands_import_is_compiled_whatever_the_environment_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """pip compiles nothing; each start would compile all that it imports."""
+    asked: list[tuple[list[str], dict[str, str]]] = []
+    done = subprocess.CompletedProcess([], 0, "", "")
+    run = lambda command, env, **options: asked.append((command, env)) or done  # noqa: E731
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr(setup_env, "read_requirements", lambda: [])
+    monkeypatch.setattr(setup_env, "PYTHON", tmp_path)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    setup_env.pip("one")
+    assert setup_env.check() == 0
+    (pip, _), (imports, environment) = asked
+    assert "--no-compile" in pip
+    assert "r1pipe.stages.grpo" in imports[-1]
+    assert "PYTHONDONTWRITEBYTECODE" not in environment
+
+
 def test_every_pinned_package_is_installed_once_and_the_hashed_by_hash(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
