@@ -147,7 +147,7 @@ def test_an_engine_killed_while_idle(fleet: Fleet, synced: list[bool]) -> None:
     """It is found before the broadcast: nobody waits for it, and the others stay."""
     first = fleet.members[0].process
     os.kill(fleet.members[-1].process, signal.SIGKILL)
-    os.waitid(os.P_PID, fleet.members[-1].process, os.WEXITED | os.WNOWAIT)
+    fleet.members[-1].host.process.join()
     require_sampled_by(fleet, sync(fleet, 10))
     assert synced == []
     require_sampled_by(fleet, sync(fleet, 11))
