@@ -206,7 +206,7 @@ class LocalProcess:
     def receive(self) -> Answer:
         try:
             return self.connection.recv()
-        except (EOFError, ConnectionResetError):
+        except (EOFError, OSError):  # also in the middle of an answer
             self.process.join()
             code = self.process.exitcode
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"

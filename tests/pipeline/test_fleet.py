@@ -29,7 +29,7 @@ from r1pipe.models.model import fast_training_kernels, load_model
 from r1pipe.models.weights import export_weights, save_checkpoint
 from r1pipe.rl.curriculum import Prompts
 from r1pipe.rollout.engine import Sampler
-from r1pipe.rollout.fleet import Fleet
+from r1pipe.rollout.fleet import MAX_LOSSES, Fleet
 from r1pipe.rollout.groups import SampleGroup, cover_engines
 from r1pipe.rollout.probe import PROBE_PROBLEMS, measure_difference, probe
 from r1pipe.rollout.reward_workers import RayScorer
@@ -470,8 +470,10 @@ def test_ten_kills_at_random_moments(fleet: Fleet, alone: Sampler) -> None:
     def kill() -> None:
         while len(kills) < 10:
             time.sleep(rng.uniform(0.0, 3.0))
-            process = rng.choice(fleet.members).process
-            if process not in kills:  # else the one in its place has not begun yet
+            member = rng.choice(fleet.members)
+            process = member.process
+            # Else the one in its place has not begun yet, or the fleet would give up on it.
+            if process not in kills and member.num_losses < MAX_LOSSES:
                 os.kill(process, signal.SIGKILL)
                 kills.append(process)
 

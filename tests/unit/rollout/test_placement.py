@@ -1,7 +1,9 @@
 """Where engines fit, on GPUs too, as far as it can be seen without; and how Ray is started."""
 
+import multiprocessing
 import os
 import signal
+import struct
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from transformers import AutoConfig
 from r1pipe.config.recipe import Engine, SamplerPlace
 from r1pipe.rollout.engines import Engines
 from r1pipe.rollout.placement import (
+    Answer,
     LocalProcess,
     RayPlacement,
     check_placement,
@@ -64,6 +67,16 @@ def test_a_process_sees_one_gpu_or_computes_with_one_thread(
         names = ("CUDA_VISIBLE_DEVICES=", "OMP_NUM_THREADS=")
         found.append(sorted(each for each in variables if each.startswith(names)))
     assert found == [["CUDA_VISIBLE_DEVICES=3", "OMP_NUM_THREADS=5"], ["OMP_NUM_THREADS=1"]]
+
+
+@pytest.mark.parametrize("num_sent", [0, 2, 4, 6])
+def test_an_engine_that_ends_while_it_answers_is_lost(num_sent: int) -> None:
+    host = LocalProcess.__new__(LocalProcess)
+    host.connection, theirs = multiprocessing.Pipe()
+    host.process = SimpleNamespace(join=lambda: None, exitcode=-signal.SIGKILL)
+    os.write(theirs.fileno(), (struct.pack("!i", 100) + bytes(100))[:num_sent])
+    theirs.close()
+    assert host.receive() == Answer("lost", "ended by SIGKILL")
 
 
 def test_a_fleet_stays_open_while_another_model_is_trained() -> None:
