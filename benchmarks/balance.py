@@ -58,9 +58,9 @@ def main() -> None:
 
 
 def be_rank(rank: int, port: int, options: argparse.Namespace) -> None:
-    place = {"RANK": rank, "WORLD_SIZE": options.processes, "MASTER_PORT": port}
+    place = {"RANK": rank, "WORLD_SIZE": options.processes}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in place.items()}
-    os.environ["MASTER_ADDR"] = "127.0.0.1"
     torch.set_num_threads(1)
     with distributed.joined("cpu"):
         measure(options.steps, options.prompts, options.longest)

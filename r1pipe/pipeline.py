@@ -1,6 +1,5 @@
 """Runs a recipe's stages in order, or one of them, each continuing from the one before."""
 
-import gc
 import importlib
 import os
 import resource
@@ -183,7 +182,6 @@ def run_stages(
     engines = engines or Engines.of(recipe, device)
     ledger = Ledger(run.path, recipe, Hardware.here(recipe, device.type))
     started = time.monotonic()
-    gc.freeze()  # what has been imported: a collection of it, as an engine closes, takes a second
     try:
         for number, stage in enumerate(stages):
             problem_sets.keep(list_needed(stages[number:], recipe))

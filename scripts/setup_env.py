@@ -32,13 +32,16 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / ".made-from"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 MUST_IMPORT = (
-    *("torch", "transformers", "trl", "vllm", "rewards", "r1pipe"),
-    *(
-        "vllm.entrypoints.llm",
-        "vllm.v1.worker.cpu_worker",
-        "vllm.model_executor.models.deepseek_v2",
-    ),
-    *("r1pipe.stages.grpo", "r1pipe.stages.distill", "r1pipe.stages.eval"),
+    "torch",
+    "transformers",
+    "trl",
+    "vllm.entrypoints.llm",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.deepseek_v2",
+    "rewards",
+    "r1pipe.stages.grpo",
+    "r1pipe.stages.distill",
+    "r1pipe.stages.eval",
 )
 """And are compiled by it."""
 
@@ -138,13 +141,16 @@ def pip(*arguments: object, quiet_errors: bool = False) -> None:
     options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--no-compile"]
     command = [PYTHON, "-m", "pip", "install", *options, *arguments]
     # Not from a user's PYTHONPATH or an outer environment.
-    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
     subprocess.run(
         list(map(str, command)),
         check=True,
-        env=environment,
+        env=environment_without("PYTHONPATH", "PYTHONHOME"),
         stderr=subprocess.DEVNULL if quiet_errors else None,
     )
+
+
+def environment_without(*names: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in names}
 
 
 def check() -> int:
@@ -165,7 +171,7 @@ def check() -> int:
             problems.append(f"{name} is {actual}, not {version}")
     if not problems:
         code = f"import {', '.join(MUST_IMPORT)}"
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+        environment = environment_without("PYTHONDONTWRITEBYTECODE")
         result = subprocess.run(
             [PYTHON, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment
         )

@@ -352,6 +352,7 @@ def test_requests_and_results_are_let_go(opened: tuple, problems: list[Problem])
         patch.setattr(sampler, "settings", SETTINGS.model_copy(update={"max_num_seqs": 4}))
         journal = SimpleNamespace(find_samples=lambda *_: {}, add_sample=look)
         groups = list(sampler.generate_groups(problems[:4], 12, few, (0,), journal=journal))
+    gc.unfreeze()
     assert len(seen) == 48
     assert max(unfinished for unfinished, _ in seen) <= 8
     # One engine step's, at most as many as run.
@@ -478,6 +479,7 @@ def test_closing_collects_garbage_once_and_thaws_nothing(
 ) -> None:
     """A collection that looks at all imports takes most of a second."""
     save_checkpoint(make_model("llama", tokenizer, 0), tokenizer, tmp_path)
+    gc.freeze()
     engines.open(str(tmp_path))
     frozen, collected = gc.get_freeze_count(), []
     note = lambda phase, info: collected.append((phase, info["generation"]))  # noqa: E731
@@ -486,6 +488,7 @@ def test_closing_collects_garbage_once_and_thaws_nothing(
     gc.callbacks.remove(note)
     assert collected.count(("start", 2)) == 1
     assert gc.get_freeze_count() == frozen > 0
+    gc.unfreeze()
 
 
 def test_kernels_are_looked_for_in_vllm_alone(monkeypatch: pytest.MonkeyPatch) -> None:
