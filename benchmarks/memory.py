@@ -91,12 +91,12 @@ def main() -> None:
     print("| " + " | ".join((*COLUMNS, *figures)) + " |")
     print("|" + "---|" * (len(COLUMNS) + len(figures)))
     with tempfile.TemporaryDirectory() as folder:
-        for name, settings in MODELS.items():
-            if options.layers:
-                settings = {**settings, "num_hidden_layers": options.layers}
-            make_checkpoint(settings, Path(folder) / name)
-        for number in options.only or range(len(CASES)):
-            print("| " + " | ".join(measure_case(CASES[number], Path(folder))) + " |", flush=True)
+        cases = [CASES[number] for number in options.only or range(len(CASES))]
+        for name in {case[0] for case in cases}:
+            layers = {"num_hidden_layers": options.layers} if options.layers else {}
+            make_checkpoint(MODELS[name] | layers, Path(folder) / name)
+        for case in cases:
+            print("| " + " | ".join(measure_case(case, Path(folder))) + " |", flush=True)
 
 
 def make_checkpoint(settings: dict, folder: Path) -> None:

@@ -459,6 +459,7 @@ def test_a_student_learns_in_an_environment(tmp_path: Path) -> None:
     assert len(starts) >= 40 + samples + probes
 
 
+@pytest.mark.slow
 def test_episodes_become_traces_to_train_on(tmp_path: Path) -> None:
     """By reject for an sft stage, and within distill."""
     save_talker(tmp_path / "teacher")

@@ -68,16 +68,10 @@ def alone(one_engine: Sampler, checkpoint: Path) -> Sampler:
     return one_engine
 
 
-RAY_IS_SLOW = pytest.mark.parametrize(
-    "two_engines",
-    ["processes", pytest.param("ray", marks=pytest.mark.slow)],
-    indirect=True,
-    scope="module",
-)
-"""For what differs little between the two."""
+PARAMS = ["processes", pytest.param("ray", marks=pytest.mark.slow)]
 
 
-@pytest.fixture(scope="module", params=PLACES)
+@pytest.fixture(scope="module", params=PARAMS)
 def two_engines(request: pytest.FixtureRequest, checkpoint: Path) -> Iterator[Fleet]:
     if request.param == "ray":
         pytest.importorskip("ray", reason='needs Ray: pip install "r1pipe[ray]"')
@@ -264,7 +258,6 @@ def sample_in_flight(fleet: Fleet, seed: int, meanwhile: Callable[[], None]) -> 
     return [group for groups in found.values() for group in groups]
 
 
-@RAY_IS_SLOW
 def test_weights_change_between_two_steps(fleet: Fleet) -> None:
     """A token's log-prob is that of the weights that it says, over all that stands before it."""
     models = {}
@@ -295,7 +288,7 @@ def test_weights_change_between_two_steps(fleet: Fleet) -> None:
     assert measure_diffs(swapped, mixed).mean() > 0.1
 
 
-@RAY_IS_SLOW
+@pytest.mark.slow
 def test_grpo_in_flight(
     fleet: Fleet, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -367,7 +360,6 @@ def test_reward_workers_score_as_the_trainer_does(fleet: Fleet, alone: Sampler) 
 # --- Faults ---------------------------------------------------------------------------------------
 
 
-@RAY_IS_SLOW
 def test_an_engine_killed_while_it_samples(fleet: Fleet, alone: Sampler) -> None:
     """No sample is lost or comes twice, and they are the same; by weights that were synced."""
     model = make_model("deepseek_v3", fleet.tokenizer, 2)

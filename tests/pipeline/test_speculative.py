@@ -119,8 +119,8 @@ def speculating(drafter: str | None, *, trial: bool = True) -> Engine:
 
 
 SLOW = [pytest.mark.slow]
-PARAMS = [pytest.param(name, marks=SLOW * (name == "another architecture")) for name in CASES]
-"""Two engines for each."""
+PARAMS = [pytest.param(name, marks=SLOW * (CASES[name][1] is not None)) for name in CASES]
+"""Two engines for each; those with a draft model in test-slow."""
 
 
 @pytest.fixture(scope="module", params=PARAMS)
@@ -191,7 +191,7 @@ def standard_scores(
     return (sums_T2 / variances_T2.sqrt()).abs().amax(-1).tolist()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 1.5])
+@pytest.mark.parametrize("temperature", [1.0, pytest.param(1.5, marks=pytest.mark.slow)])
 def test_the_distribution_is_the_policys(opened: Opened, temperature: float) -> None:
     """Drafts are likely tokens: a check that lets too many stand shows in how often the likeliest
     is taken."""

@@ -91,6 +91,7 @@ def test_a_sync_reaches_every_engine(fleet: Fleet, synced: list[bool]) -> None:
     assert synced == [False, False]
 
 
+@pytest.mark.slow
 def test_weights_change_between_two_steps(fleet: Fleet, synced: list[bool]) -> None:
     models = sync(fleet, 4)
     groups = sample_in_flight(fleet, 8, lambda: models.update(sync(fleet, 5)))

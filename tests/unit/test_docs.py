@@ -4,12 +4,12 @@ import importlib.util
 import re
 import shlex
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
+from commands import run, run_script
 
 from r1pipe.cli.commands import COMMANDS
 from r1pipe.cli.main import build_parser
@@ -36,13 +36,6 @@ each_document = pytest.mark.parametrize(
 )
 
 
-def run(*command: str, folder: Path = ROOT) -> str:
-    environment = {"PYTHONPATH": f"{folder}:{ROOT}", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def find_blocks(document: Path, language: str) -> list[str]:
     return [text for kind, text in BLOCK.findall(document.read_text()) if kind == language]
 
@@ -64,7 +57,8 @@ def test_cheap_commands_run() -> None:
     known = {command for document in DOCUMENTS for command in find_commands(document)}
     for command in RUN_HERE:
         assert command in known
-        run(sys.executable, "-m", *command.split())
+        done = run(*command.split()[1:])
+        assert done.returncode == 0, done.stderr
 
 
 @each_document
@@ -95,7 +89,10 @@ def check_command(command: str) -> None:
 
 def expand_make(arguments: list[str]) -> list[str]:
     """What make would run of r1pipe."""
-    lines = run("make", "-n", *arguments).replace(".venv/bin/", "").splitlines()
+    told = subprocess.run(
+        ["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    lines = told.stdout.replace(".venv/bin/", "").splitlines()
     return [line for line in lines if line.startswith(("r1pipe", "python"))]
 
 
@@ -120,7 +117,8 @@ def test_examples_run(page: str, tmp_path: Path) -> None:
         else:
             program.append(block)
     (tmp_path / "examples.py").write_text("\n".join(program))
-    run(sys.executable, "examples.py", folder=tmp_path)
+    done = run(tmp_path / "examples.py", program=run_script)
+    assert done.returncode == 0, done.stderr
 
 
 @each_document

@@ -530,7 +530,7 @@ def test_the_token_is_nowhere(hub: FakeHub, run: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "model"),
     [
-        (0, QWEN3),
+        pytest.param(0, QWEN3, marks=pytest.mark.slow),
         pytest.param(1, QWEN3, marks=pytest.mark.slow),
         pytest.param(1, DEEPSEEK, marks=pytest.mark.slow),
     ],

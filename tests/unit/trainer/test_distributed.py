@@ -5,7 +5,6 @@ import json
 import pickle
 import random
 import subprocess
-import sys
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from commands import run_ranks, run_script
+from commands import run, run_ranks, run_script
 from grpo_settings import make_grpo, make_on_policy_distill
 from tiny_models import MODELS, PROBLEMS, make_rollout
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -32,7 +31,6 @@ from r1pipe.trainer.packing import Sample
 from r1pipe.trainer.policy import Policy
 from r1pipe.utils.errors import UserError
 
-ROOT = Path(__file__).parents[3]
 CPU = torch.device("cpu")
 VOCABULARY = 401
 """Odd, so that the ranks' parts of the embedding and the head differ."""
@@ -381,7 +379,7 @@ def test_a_rank_holds_its_part(name: str, cases: tuple[Path, dict]) -> None:
     assert max(result["bytes"] for result in results) < 0.62 * whole
 
 
-def test_freed_memory_is_given_back() -> None:
+def test_freed_memory_is_given_back(tmp_path: Path) -> None:
     """Every other of 64 blocks of 8 MiB is freed: 256 of 512 MiB are in use."""
     code = """
 import torch
@@ -399,4 +397,6 @@ assert resident() - before > 500
 del blocks[::2]
 assert resident() - before < 300, resident() - before
 """
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    (tmp_path / "frees.py").write_text(code)
+    done = run(tmp_path / "frees.py", program=run_script)
+    assert done.returncode == 0, done.stderr

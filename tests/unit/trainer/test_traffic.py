@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import ROOT
 from grpo_settings import make_grpo
-from test_distributed import ROOT, run_on_ranks
+from test_distributed import run_on_ranks
 from transformers import PreTrainedTokenizerBase
 
 from r1pipe.doctor.traffic import estimate_traffic

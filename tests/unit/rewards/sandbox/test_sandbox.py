@@ -193,7 +193,7 @@ WAYS = [
     for attack in (attack_as_self, attack_as_nobody)
     for mechanism in ("namespaces", "bubblewrap", "landlock")
 ] + [
-    (attack_old_landlock, "landlock"),
+    pytest.param((attack_old_landlock, "landlock"), marks=pytest.mark.slow),
     (attack_by_cells, "namespaces"),
     (attack_by_cells, "landlock"),
 ]
