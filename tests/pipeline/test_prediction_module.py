@@ -85,7 +85,8 @@ def test_a_module_without_weights_is_named(simple: tuple[PreTrainedModel, Sample
     with pytest.raises(UserError, match=r"no weights of the module for multi-token prediction$"):
         sampler.load_weights(export_weights(model))
     module = {name: w for name, w in make_module(model).items() if "eh_proj" not in name}
-    with pytest.raises(UserError, match=r"no weights of model\.layers\.3\.eh_proj$"):
+    name = rf"model\.layers\.{model.config.num_hidden_layers}\.eh_proj"
+    with pytest.raises(UserError, match=f"no weights of {name}$"):
         sampler.load_weights([*export_weights(model), *module.items()])
 
 
@@ -94,9 +95,10 @@ def test_copies_of_the_head_in_the_module_are_not_loaded(
 ) -> None:
     """DeepSeek's checkpoints have them; in vLLM the policy has the only one."""
     model, sampler = simple
+    layer = f"model.layers.{model.config.num_hidden_layers}"
     copies = {
-        "model.layers.3.shared_head.head.weight": torch.zeros_like(model.lm_head.weight),
-        "model.layers.3.embed_tokens.weight": torch.zeros_like(model.lm_head.weight),
+        f"{layer}.shared_head.head.weight": torch.zeros_like(model.lm_head.weight),
+        f"{layer}.embed_tokens.weight": torch.zeros_like(model.lm_head.weight),
     }
     sampler.load_weights([*export_weights(model), *make_module(model).items(), *copies.items()])
     rollouts = sampler.generate(PROBLEMS, 1, SAMPLINGS[0], (0,))

@@ -1,6 +1,7 @@
 """The documents' examples run, their commands parse, their links and names lead somewhere."""
 
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
@@ -106,6 +107,11 @@ def check_pytest(arguments: list[str]) -> None:
         assert re.search(rf"def test_\w*{word}", "\n".join(found)), arguments
 
 
+def run_in_its_folder(arguments: list[str]) -> None:
+    os.chdir(Path(arguments[0]).parent)
+    run_script(arguments)
+
+
 @pytest.mark.parametrize("page", ["docs/extending.md", "rewards/README.md"])
 def test_examples_run(page: str, tmp_path: Path) -> None:
     blocks = find_blocks(ROOT / page, "python")
@@ -117,7 +123,7 @@ def test_examples_run(page: str, tmp_path: Path) -> None:
         else:
             program.append(block)
     (tmp_path / "examples.py").write_text("\n".join(program))
-    done = run(tmp_path / "examples.py", program=run_script)
+    done = run(tmp_path / "examples.py", program=run_in_its_folder)
     assert done.returncode == 0, done.stderr
 
 

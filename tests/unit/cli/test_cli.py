@@ -108,13 +108,14 @@ def run_here(*arguments: str, program: tuple[str, ...] = ("-m", "r1pipe"), **opt
 MODULE, SCRIPT = ("-m", "r1pipe"), ("-P", "-m", "r1pipe")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "python_path"),
     [
-        pytest.param(MODULE, f".:{ROOT}", id="-m, the folder first", marks=pytest.mark.slow),
+        pytest.param(MODULE, f".:{ROOT}", id="-m, the folder first"),
         pytest.param(SCRIPT, str(ROOT), id="r1pipe"),
-        pytest.param(MODULE, str(ROOT), id="-m", marks=pytest.mark.slow),
-        pytest.param(SCRIPT, f".:{ROOT}", id="r1pipe, the folder first", marks=pytest.mark.slow),
+        pytest.param(MODULE, str(ROOT), id="-m"),
+        pytest.param(SCRIPT, f".:{ROOT}", id="r1pipe, the folder first"),
     ],
 )
 def test_modules_of_the_working_folder(

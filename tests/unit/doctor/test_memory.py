@@ -352,7 +352,8 @@ def test_what_stays_while_the_engine_samples() -> None:
 
 def test_the_teacher_counts() -> None:
     """Whole in one process; of several, its share, the head, and a layer on its way."""
-    recipe = load_recipe(ROOT / "configs" / "demo.yaml")
+    deeper = "stages.random.model.num_hidden_layers=4"
+    recipe = load_recipe(ROOT / "configs" / "demo.yaml", [deeper])
     stage = make_on_policy_distill(**{"from": "grpo", "student": "distill"})
     student, teacher = (
         Shape.of(find_stage_config(recipe.stage(name), recipe)) for name in ("distill", "grpo")

@@ -101,7 +101,10 @@ def measure(job: SamplingJob, keep: Callable) -> tuple[float, float]:
     return stays / tokens, peak / tokens
 
 
-@pytest.mark.parametrize(("keep", "limit"), [(keep_figures, 2.0), (keep_traces, 3.0)])
+@pytest.mark.parametrize(
+    ("keep", "limit"),
+    [(keep_figures, 2.0), pytest.param(keep_traces, 3.0, marks=pytest.mark.slow)],
+)
 def test_bytes_a_token(
     keep: Callable, limit: float, job: SamplingJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:

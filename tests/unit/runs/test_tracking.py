@@ -168,5 +168,5 @@ def test_settings_are_flat(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path)
     settings = describe_settings(recipe, recipe.stage("sft"))
     assert settings["stage.train.learning_rate"] == 3e-3
-    assert settings["engine.max_num_seqs"] == 256
+    assert settings["engine.max_num_seqs"] == 512
     assert all(isinstance(value, str | int | float | bool) for value in settings.values())
