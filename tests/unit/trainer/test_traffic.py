@@ -16,13 +16,15 @@ from r1pipe.models.shape import Shape
 from r1pipe.models.weights import save_checkpoint
 
 DEMO = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())["stages"][0]["model"]
+DEEPER = DEMO | {"num_hidden_layers": 3, "n_shared_experts": 1}
+"""More of it is in routed experts, which groups need not gather."""
 
 
 @pytest.mark.slow
 def test_bytes_sent(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    """The demo's model, float32: weights twice, gradients once; or rows of tokens."""
+    """The demo's model, deeper, in float32: weights twice, gradients once; or rows of tokens."""
     (tmp_path / "start").mkdir()
-    model = build_model(DEMO, tokenizer, 0)
+    model = build_model(DEEPER, tokenizer, 0)
     save_checkpoint(model, tokenizer, tmp_path / "start")
     result = run_on_ranks("traffic_of_ranks.py", tmp_path, 256)
     assert result.returncode == 0, result.stderr[-4000:]
