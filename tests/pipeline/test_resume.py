@@ -145,7 +145,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     values = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     stages = {s.get("name", s["kind"]): s for s in values["stages"]}
     stages["sft"]["train"]["max_steps"] = 150
-    stages["grpo"] |= {"save_steps": 2, "prompts_per_step": 32}
+    stages["grpo"] |= {"max_steps": 16, "save_steps": 2, "prompts_per_step": 32}
     values |= {"runs_dir": str(folder / "runs"), "name": "whole"}
     values["stages"] = [stages[name] for name in ("random", "sft", "grpo")]
     recipe = folder / "demo.yaml"
