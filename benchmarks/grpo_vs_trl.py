@@ -2,6 +2,7 @@
 
     .venv/bin/python benchmarks/grpo_vs_trl.py                 # sampling and training
     .venv/bin/python benchmarks/grpo_vs_trl.py --update-only   # training alone, also without vLLM
+    .venv/bin/python benchmarks/grpo_vs_trl.py --max-staleness 1   # r1pipe samples while it trains
 
 Blocks of steps alternate between the two, each in its own process, so a drift of the machine's
 speed slows both; the first step of a block is a warm-up and is not counted. Completion lengths are
@@ -38,6 +39,7 @@ from transformers import AutoConfig
 from r1pipe.models.flops import train_flops
 from r1pipe.models.model import pick_device
 from r1pipe.utils import distributed
+from r1pipe.utils.threads import available_cores
 
 MODELS = {
     "qwen3": {
@@ -101,6 +103,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--trl-batch", type=int, default=8, help="completions in a TRL micro-batch")
     parser.add_argument("--trl-eager", action="store_true", help="TRL's engine compiles nothing")
     parser.add_argument("--processes", type=int, default=1, help="of either side, a core each")
+    parser.add_argument(
+        "--max-staleness", type=int, default=0, help="of r1pipe, in one process and an engine's"
+    )
     parser.add_argument("--micro-batch-tokens", type=int, help="of r1pipe; default: as in a recipe")
     parser.add_argument(
         "--cpu-time",
@@ -109,13 +114,18 @@ def parse_options() -> argparse.Namespace:
     )
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.update_only and options.processes > 1:
+        parser.error("--update-only: of one process")
+    return options
 
 
 def run_block(options: argparse.Namespace, side: str, folder: str) -> dict:
     command = [__file__, *sys.argv[1:], "--side", side, "--folder", folder]
     environment = os.environ | {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
-    if options.processes > 1:
+    if side == "r1pipe" and options.max_staleness:
+        environment["OMP_NUM_THREADS"] = str(max(1, available_cores() - 1))  # one is the engine's
+    elif options.processes > 1:
         count = ["--nproc-per-node", str(options.processes)]
         command = ["-m", "torch.distributed.run", "--standalone", *count, *command]
         environment["OMP_NUM_THREADS"] = "1"
@@ -139,6 +149,7 @@ def make_workload(options: argparse.Namespace, folder: str) -> Workload:
         trl_batch=options.trl_batch,
         trl_eager=options.trl_eager,
         processes=options.processes,
+        max_staleness=options.max_staleness,
     )
 
 

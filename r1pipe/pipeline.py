@@ -123,7 +123,7 @@ def open_run(recipe: Recipe) -> Iterator[RunFolder]:
         RunFolder(recipe) as run,
     ):
         if distributed.alone():  # the launcher has shared out the cores
-            settle_threads(run.path)
+            settle_threads(run.path, recipe.engines_beside)
         distributed.on_first_rank(lambda: clear_stacks(stacks))
         with Watchdog(stacks, recipe.phase_timeout_s):
             yield run

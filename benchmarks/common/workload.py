@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from r1pipe.config.base import ProblemSet
-from r1pipe.config.recipe import Engine, Recipe
+from r1pipe.config.recipe import Engine, Recipe, SamplerPlace
 from r1pipe.config.rl import Grpo
 from r1pipe.data.problems import load_problems
 from r1pipe.models.model import build_model
@@ -56,7 +56,8 @@ class Workload:
     fp8: str | None = None
     processes: int = 1
     max_staleness: int = 0
-    """In flight, if above 1."""
+    """In flight, if above 1. On CPU an engine samples ahead in a process, and on a core, of its
+    own."""
     trl_batch: int = 8
     """Completions in a micro-batch of TRL's."""
     trl_eager: bool = False
@@ -74,6 +75,11 @@ class Workload:
     def engine(self) -> Engine:
         context = self.max_completion_length + 128
         return Engine(max_model_len=context, max_num_seqs=256, kv_cache_gib=self.kv_cache_gib)
+
+    @property
+    def sampler(self) -> SamplerPlace:
+        beside = self.max_staleness and self.device.type == "cpu"
+        return SamplerPlace(kind="fleet") if beside else SamplerPlace()
 
     @property
     def stage(self) -> Grpo:
@@ -187,6 +193,7 @@ def run_ours(work: Workload, engines: "Engines | None" = None) -> list[dict[str,
         dtype=work.dtype,
         device=work.device.type,
         engine=work.engine,
+        sampler=work.sampler,
         phase_timeout_s=None,
         stages=[work.stage],
     )

@@ -285,6 +285,11 @@ class Recipe(Strict):
         return max((s.max_staleness for s in self.stages if isinstance(s, rl.OnPolicy)), default=0)
 
     @property
+    def engines_beside(self) -> int:
+        """Those that sample in processes of their own while a stage trains."""
+        return self.sampler.engines if self.sampler.kind == "fleet" and self.batches_ahead else 0
+
+    @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir).expanduser() / self.name
 

@@ -79,9 +79,10 @@ def threads_in_use() -> int:
     return min(cores, int(asked)) if asked.isdigit() and int(asked) else cores
 
 
-def settle_threads(run_dir: Path) -> None:
+def settle_threads(run_dir: Path, num_engines: int = 0) -> None:
     """Compute with as many threads as the run began with, or, if it begins now, as there are cores
-    that others leave; with OMP_NUM_THREADS if the user has set it."""
+    that others leave, and the run's own engines that work at the same time, a core each; with
+    OMP_NUM_THREADS if the user has set it."""
     if os.environ.get(VARIABLE) or "torch" in sys.modules:
         # torch has read its number; another one would hold in this thread alone, and vLLM's kernels
         # end a run whose threads differ.
@@ -90,9 +91,10 @@ def settle_threads(run_dir: Path) -> None:
     count = read_count(note)
     if count is None:
         busy = measure_others()
-        count = max(1, min(cores, round(cores - busy)))
+        left = max(1, min(cores, round(cores - busy)))
+        count = max(1, left - num_engines)
         note.write_text(f"{count}\n")
-        if count < cores:
+        if left < cores:
             log_line(
                 f"{count} of {cores} threads: others keep {busy:.1f} cores busy; {VARIABLE}="
                 f"{cores} would take all"

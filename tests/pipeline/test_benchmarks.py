@@ -27,7 +27,7 @@ BENCHMARKS = {
 SLOW = {
     "distillation": ["--seeds", "0", "--smoke"],
     "fleet": ["--rounds", "1", "--sides", "1 thread", "processes"],
-    "grpo_vs_trl": STEPS,
+    "grpo_vs_trl": [*STEPS, "--max-staleness", "1"],
     "gpu_check": ["--cpu", "--quick", "--limit", "1500"],
     "memory": ["--only", "0", "3", "--layers", "1"],
     "precision": ["--seeds", "0", "--steps", "1", "--smoke"],

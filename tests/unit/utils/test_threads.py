@@ -5,8 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from r1pipe import pipeline
+from r1pipe.config.load import load_recipe
+from r1pipe.config.recipe import SamplerPlace
 from r1pipe.utils import threads
 from r1pipe.utils.threads import VARIABLE, Usage, find_quota, settle_threads, threads_in_use
+
+DEMO = Path(__file__).parents[3] / "configs" / "demo.yaml"
 
 
 @pytest.fixture
@@ -27,6 +32,43 @@ def test_a_run_takes_the_cores_that_others_leave(
     monkeypatch.setattr(threads, "measure_others", lambda: others)
     settle_threads(tmp_path)
     assert os.environ[VARIABLE] == str(count)
+
+
+@pytest.mark.parametrize(("others", "engines", "count"), [(0.0, 2, 6), (5.2, 2, 1), (0.0, 9, 1)])
+def test_engines_that_sample_meanwhile_have_a_core_each(
+    others: float,
+    engines: int,
+    count: int,
+    cores: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(threads, "measure_others", lambda: others)
+    settle_threads(tmp_path, engines)
+    assert os.environ[VARIABLE] == str(count)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "staleness", "engines"),
+    [
+        ({"kind": "fleet", "engines": 3}, 1, 3),
+        ({"kind": "fleet", "engines": 3}, 0, 0),
+        ({"kind": "colocated"}, 1, 0),
+    ],
+)
+def test_a_run_counts_the_engines_that_sample_while_it_trains(
+    sampler: dict, staleness: int, engines: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    monkeypatch.setattr(pipeline, "settle_threads", lambda folder, count: told.append(count))
+    recipe = load_recipe(DEMO)
+    stages = [
+        stage.model_copy(update={"max_staleness": staleness}) if stage.kind == "grpo" else stage
+        for stage in recipe.stages
+    ]
+    changes = {"runs_dir": str(tmp_path), "sampler": SamplerPlace(**sampler), "stages": stages}
+    with pipeline.open_run(recipe.model_copy(update=changes)):
+        assert told == [engines]
 
 
 def test_a_run_keeps_its_number(
