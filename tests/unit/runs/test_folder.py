@@ -99,13 +99,15 @@ def test_changed_settings_are_noticed_down_the_line(tmp_path: Path) -> None:
     with RunFolder(make_recipe(tmp_path)) as run:
         finish(run, "random")
         finish(run, "sft")
-        assert run.is_finished(run.recipe.stage("sft"))
+        sft = run.recipe.stage("sft")
+        assert run.is_finished(sft)
     with RunFolder(make_recipe(tmp_path, "stages.grpo.max_steps=1")) as run:
         assert run.is_finished(run.recipe.stage("sft"))
     with (
         RunFolder(make_recipe(tmp_path, "stages.sft.train.max_steps=1")) as run,
         pytest.raises(
-            UserError, match=r"other settings \(train.max_steps: 520, now 1\).*--redo sft"
+            UserError,
+            match=rf"other settings \(train.max_steps: {sft.train.max_steps}, now 1\).*--redo sft",
         ),
     ):
         run.is_finished(run.recipe.stage("sft"))
