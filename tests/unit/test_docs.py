@@ -89,9 +89,15 @@ def check_command(command: str) -> None:
 
 
 def expand_make(arguments: list[str]) -> list[str]:
-    """What make would run of r1pipe."""
+    """What make would run of r1pipe; not with what `make test ARGS=...` was given."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "ARGS")}
     told = subprocess.run(
-        ["make", "-n", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
+        ["make", "-n", *arguments],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
     )
     lines = told.stdout.replace(".venv/bin/", "").splitlines()
     return [line for line in lines if line.startswith(("r1pipe", "python"))]
