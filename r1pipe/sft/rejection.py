@@ -22,7 +22,7 @@ from r1pipe.types import Problem, Rollout, Score
 from r1pipe.utils.errors import UserError
 from r1pipe.utils.progress import log_line
 
-REJECTIONS = ("truncated", "unjudged", "wrong")
+REJECTIONS = ("truncated", "empty", "unjudged", "wrong")
 """Why a sample is not accepted."""
 DROPS = ("too_hard", "too_easy", *FLAWS, "duplicate", "over_cap")
 """Why an accepted sample is dropped."""
@@ -197,11 +197,13 @@ def length_key(rollout: Rollout) -> tuple[int, int, int]:
 
 
 def find_rejection(rollout: Rollout, score: Score) -> str | None:
-    """Why a sample is not accepted; None if it is complete and every function gives it the full
-    reward. A reward of None is not accepted, but of an environment that gives none beside functions
-    that do."""
+    """Why a sample is not accepted; None if it is complete, says something, and every function
+    gives it the full reward. A reward of None is not accepted, but of an environment that gives
+    none beside functions that do."""
     if rollout.truncated:
         return "truncated"
+    if not rollout.completion:  # ended at once: no trace to train on
+        return "empty"
     rewards, episode = dict(score.rewards), rollout.episode
     if episode and episode.error:
         return "unjudged"

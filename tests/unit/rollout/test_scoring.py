@@ -221,6 +221,7 @@ def test_only_complete_samples_with_full_rewards_become_traces() -> None:
     full = Score({"a": 1.0, "b": 1.0}, 2.0)
     assert find_rejection(make_rollout("x"), full) is None
     assert find_rejection(make_rollout("x", "length"), full) == "truncated"
+    assert find_rejection(make_rollout(""), full) == "empty"
     assert find_rejection(make_rollout("x"), Score({"a": 1.0, "b": 0.5}, 1.5)) == "wrong"
     assert find_rejection(make_rollout("x"), Score({"a": 1.0, "b": None}, 1.0)) == "unjudged"
 
