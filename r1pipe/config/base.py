@@ -3,6 +3,7 @@
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BeforeValidator,
     Field,
     NonNegativeFloat,
@@ -19,6 +20,18 @@ from rewards.judges.settings import LIMITS
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
+COLDEST = 0.01
+"""vLLM takes lower temperatures for this one, and says so in its own log alone."""
+
+
+def check_temperature(temperature: float) -> float:
+    if 0 < temperature < COLDEST:
+        raise ValueError(f"vLLM samples at {COLDEST:g} what is colder: give {COLDEST:g}, or 0")
+    return temperature
+
+
+Temperature = Annotated[NonNegativeFloat, AfterValidator(check_temperature)]
+"""0: the likeliest token."""
 
 MAX_NAME = 100
 """Bytes in the name of a run or stage: it becomes a folder name, with affixes."""
@@ -51,7 +64,7 @@ class ProblemSet(Strict):
 
 
 class Sampling(Strict):
-    temperature: NonNegativeFloat = 1.0
+    temperature: Temperature = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0
     """0: no limit."""

@@ -8,7 +8,6 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import (
     BeforeValidator,
     Field,
-    NonNegativeFloat,
     PositiveInt,
     field_serializer,
     field_validator,
@@ -23,6 +22,7 @@ from r1pipe.config.base import (
     Sampling,
     Share,
     Stage,
+    Temperature,
     as_list,
 )
 from r1pipe.config.strict import refuse_idle
@@ -46,7 +46,7 @@ class EvalSet(ProblemSet):
 class EvalSampling(Sampling):
     """R1's protocol, unless the recipe has another (arXiv:2501.12948, section D.1)."""
 
-    temperature: NonNegativeFloat = 0.6
+    temperature: Temperature = 0.6
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     max_completion_length: PositiveInt = 32_768
 

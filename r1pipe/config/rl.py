@@ -20,6 +20,7 @@ from r1pipe.config.base import (
     Reward,
     Sampling,
     Share,
+    Temperature,
 )
 from r1pipe.config.breaker import Breaker, DistillBreaker
 from r1pipe.config.strict import Strict, refuse_idle
@@ -72,7 +73,7 @@ class OnPolicy(PromptingStage, Optimization):
     prompts_per_step: PositiveInt
     num_generations: PositiveInt
     """Samples per prompt."""
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[Temperature, Field(gt=0)] = 1.0
     max_completion_length: PositiveInt
     max_staleness: NonNegativeInt = 0
     """Steps that the policy which sampled a token may be behind the one that trains on it. 1: the
@@ -347,7 +348,7 @@ class OnPolicyDistill(OnPolicy):
     """The divergence: 1 reverse KL, KL(student || teacher); 0 forward KL; between them the
     generalized Jensen-Shannon divergence. Not grpo's `beta`: there is no reference."""
     num_generations: PositiveInt = 1
-    temperature: PositiveFloat = 1.0
+    temperature: Annotated[Temperature, Field(gt=0)] = 1.0
     """Temperature of the samples and of both distributions in the divergence."""
     breaker: DistillBreaker = DistillBreaker()
 

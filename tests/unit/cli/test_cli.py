@@ -208,6 +208,8 @@ def test_arguments_after_two_dashes_are_vllms(monkeypatch: pytest.MonkeyPatch) -
 def test_sampling_that_contradicts_itself(capsys: pytest.CaptureFixture) -> None:
     assert main(["chat", "demo", "--temperature", "0", "--top-p", "0.5"]) == 2
     assert "top_p does nothing at temperature 0" in capsys.readouterr().err
+    assert main(["chat", "demo", "--temperature", "0.001"]) == 2
+    assert "give 0.01, or 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def stages_with(index: int, **changes: object) -> list[dict]:
     return stages
 
 
+GREEDY = {"max_completion_length": 8, "temperature": 0}
 ON_POLICY = {"kind": "on_policy_distill", "from": "sft", "num_generations": 1, "loss_type": None}
 ON_POLICY["old_policy"] = None
 """In the place of the demo's grpo stage."""
@@ -80,6 +81,9 @@ MISTAKES = [
     ({"stages": stages_with(2, max_steps=0)}, ["stages.grpo.max_steps", "0"]),
     ({"stages": stages_with(2, num_generations=1)}, ["stages.grpo.num_generations"]),
     ({"stages": stages_with(2, steps_per_generation=3)}, ["steps_per_generation"]),
+    ({"stages": stages_with(2, temperature=0.0)}, ["stages.grpo.temperature"]),
+    ({"stages": stages_with(2, temperature=0.005)}, ["stages.grpo.temperature", "give 0.01"]),
+    ({"stages": stages_with(4, sampling={**GREEDY, "temperature": 0.005})}, ["give 0.01, or 0"]),
     ({"stages": stages_with(2, top_p=0.9)}, ["stages.grpo", "old_policy sampler", "top_p"]),
     ({"stages": stages_with(2, expert_parallel=2)}, ["expert_parallel", "sharding none"]),
     (
@@ -270,7 +274,6 @@ def sampler_with(**keys: object) -> dict:
 
 
 MATHS = "rewards.math_correct"
-GREEDY = {"max_completion_length": 8, "temperature": 0}
 WARMUP = {"phase": "warmup"}
 # Keys that do nothing where they stand, and what has to change for them to do something.
 IDLE = [

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from frequencies import counts_p
+from vllm import SamplingParams
 
+from r1pipe.config.base import COLDEST
 from r1pipe.rollout.cpu_sampling import choose_tokens, draw_uniforms, keep_agreed, mix
 from r1pipe.utils.seeds import derive_seed
 
@@ -109,3 +111,9 @@ def test_the_ends_of_the_distribution() -> None:
         chosen = choose_tokens(logprobs, np.array([uniform, uniform]))
         assert int(chosen[0]) == expected
         assert 0 <= int(chosen[1]) < 4
+
+
+def test_the_coldest_temperature() -> None:
+    """What vLLM does with less; recipes may not ask for it."""
+    for asked, taken in ((COLDEST, COLDEST), (COLDEST / 2, COLDEST), (0.0, 0.0)):
+        assert SamplingParams(temperature=asked).temperature == taken
